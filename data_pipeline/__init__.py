@@ -1,0 +1,27 @@
+"""Text to tokens, tokens to WebDataset shards, shards to deterministic global batches.
+
+Knows no model and no process group: ranks are two integers, batches are numpy arrays.
+"""
+
+from data_pipeline.batches import Batch, GlobalBatches, ValidationBatches
+from data_pipeline.builder import build_shards, open_or_build
+from data_pipeline.index import Baselines
+from data_pipeline.reader import ShardFolder
+from data_pipeline.settings import BuildSettings, DataError, DataSettings, resolved_dir
+from data_pipeline.tokenizers import Tokenizer, tokenizer_named
+
+__all__ = [
+    "Baselines",
+    "Batch",
+    "BuildSettings",
+    "DataError",
+    "DataSettings",
+    "GlobalBatches",
+    "ShardFolder",
+    "Tokenizer",
+    "ValidationBatches",
+    "build_shards",
+    "open_or_build",
+    "resolved_dir",
+    "tokenizer_named",
+]

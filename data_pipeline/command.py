@@ -1,0 +1,133 @@
+"""Commands: a Hydra command line to typed settings, and errors to exit codes.
+
+Owns the only import of Hydra here, and what a user sees of a mistake: one message on standard
+error, exit code 2 for bad input and 1 for what failed. Leaves the work to the command's function.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.settings import DataError
+
+Settings = TypeVar("Settings")
+
+_FAILED = 1
+_BAD_INPUT = 2
+
+
+def run_command(
+    work: Callable[[Settings], None], *, settings_type: type[Settings], module: str, about: str
+) -> None:
+    """Runs `work` with the settings that the command line gives, and exits.
+
+    `about` is what `--help` says the command does. Hydra makes no folders and no log files.
+    """
+    # Hydra reports and exits by itself unless asked for the error: what it prints is long, and
+    # its exit code is 1 for a typo.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    # The work is done after Hydra has returned: what is raised inside it, it announces by itself.
+    configs: list[DictConfig] = []
+
+    def job(config: DictConfig) -> None:
+        configs.append(config)
+
+    job.__module__ = module
+    _register(settings_type, module=module, about=about)
+    try:
+        hydra.main(version_base="1.3", config_path=None, config_name=module)(job)()
+        for config in configs:
+            work(_settings(config, settings_type))
+    except DataError as error:
+        _end(_BAD_INPUT, module, str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _end(_BAD_INPUT, module, _plain(error, settings_type))
+    except OSError as error:
+        _end(_FAILED, module, str(error))
+    except KeyboardInterrupt:
+        _end(_FAILED, module, "interrupted; nothing was written")
+
+
+def _register(settings_type: type[Any], *, module: str, about: str) -> None:
+    schema = OmegaConf.structured(settings_type)
+    OmegaConf.set_readonly(schema, None)  # frozen in Python, to be overridden on the command line
+    store = ConfigStore.instance()
+    store.store(name=f"{module}.schema", node=schema)
+    usage = " ".join(f"{field.name}=…" for field in fields(settings_type))
+    store.store(
+        name=module,
+        node={
+            "defaults": [
+                f"{module}.schema",
+                "_self_",
+                {"override hydra/job_logging": "none"},
+                {"override hydra/hydra_logging": "none"},
+            ],
+            "hydra": {
+                "job": {"name": module},
+                "run": {"dir": "."},
+                "sweep": {"dir": ".", "subdir": "."},
+                "output_subdir": None,
+                "help": {
+                    "app_name": f"python -m {module}",
+                    "header": f"{about}\n\nUsage: python -m {module} {usage}",
+                    "template": "${hydra.help.header}\n\nSettings (??? must be given):\n\n$CONFIG",
+                },
+            },
+        },
+    )
+
+
+def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise DataError(f"{missing[0]} must be given: add {missing[0]}=…")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+        settings: Settings = TypeAdapter(settings_type).validate_python(plain)
+        return settings
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "unexpected_keyword_argument":
+            raise DataError(_unknown(key, settings_type)) from error
+        raise DataError(f"{key}={first['input']!r} can't be: {first['msg']}") from error
+
+
+def _plain(error: Exception, settings_type: type[Any]) -> str:
+    """The innermost of Hydra's chained errors, on one line."""
+    innermost: BaseException = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    if isinstance(innermost, OverrideParseException):
+        reason = [line for line in str(innermost).splitlines() if not line.startswith("See http")]
+        return f"{innermost.override!r} is not of the form key=value: {'; '.join(reason)}"
+    outer = str(error).splitlines()[0]
+    inner = str(innermost).splitlines()[0]
+    unknown = re.match(r"Key '([^']+)' (is )?not in", inner)
+    if unknown:
+        return _unknown(unknown.group(1), settings_type)
+    return outer if inner in outer else f"{outer.rstrip('.')}: {inner}"
+
+
+def _unknown(key: str, settings_type: type[Any]) -> str:
+    names = [field.name for field in fields(settings_type)]
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+    return f"{key} is not a setting; did you mean {nearest}? There are {', '.join(names)}"
+
+
+def _end(code: int, module: str, message: str) -> None:
+    print(f"{module}: {message}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,64 @@
+"""The command `python -m data_pipeline.inspect`: what a shard folder holds, verified."""
+
+import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.command import run_command
+from data_pipeline.reader import ShardFolder
+from data_pipeline.settings import Count
+from data_pipeline.tokenizers import tokenizer_named
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class InspectSettings:
+    """`dir` is the folder; `verify` reads every byte; `sample_tokens` is a sample's length."""
+
+    dir: str
+    verify: bool = True
+    sample_tokens: Count = 100
+
+
+def inspect(settings: InspectSettings) -> None:
+    """Prints tokens, documents, sources, baselines, hashes and a sample of the text."""
+    folder = ShardFolder.open(settings.dir)
+    made_by = folder.tokenizer
+    print(f"{folder.path}: tokenizer {made_by.name}, vocabulary {made_by.vocab_size:,}")
+    for source in folder.index.sources:
+        print(f"{source.name}: {source.description}")
+        print(f"  language: {source.language}, licence: {source.licence}")
+        for split, entry in source.splits.items():
+            print(
+                f"  {split}: {entry.num_tokens:,} tokens, {entry.num_documents:,} documents, "
+                f"{entry.num_bytes:,} bytes of text, {len(entry.shards)} shards"
+            )
+        print("  left out: " + ", ".join(f"{k} {v}" for k, v in source.num_left_out.items()))
+        bigram, zlib = (
+            source.baselines.byte_bigram_bits_per_byte,
+            source.baselines.zlib_bits_per_byte,
+        )
+        if bigram is not None and zlib is not None:
+            print(f"  bits per byte of validation: byte bigram {bigram:.3f}, zlib {zlib:.3f}")
+    if settings.verify:
+        folder.verify()
+        print("hashes: every file verified")
+    else:
+        print("hashes: not verified (verify=true reads every byte)")
+    _print_sample(folder, num_tokens=settings.sample_tokens)
+
+
+def _print_sample(folder: ShardFolder, *, num_tokens: int) -> None:
+    tokens = np.empty(num_tokens + 1, dtype=np.int64)
+    filled = folder.stream("train").read(0, tokens)
+    # The first token is the end of document that stands before the stream.
+    text = tokenizer_named(folder.tokenizer.name).decode(tokens[1:filled])
+    print(f"the first {filled - 1} training tokens:\n{text}")
+
+
+if __name__ == "__main__":
+    run_command(
+        inspect,
+        settings_type=InspectSettings,
+        module="data_pipeline.inspect",
+        about="Shows what a shard folder holds, checks every hash and decodes a sample.",
+    )

@@ -1,0 +1,86 @@
+"""Progress of a build: a live bar on a terminal, a line now and then in a log.
+
+Owns what people see on standard error while documents are tokenised. Leaves results to the caller.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ByteCounter(Protocol):
+    """Something that is told of every piece of work done."""
+
+    def advance(self, num_bytes: int) -> None:
+        """`num_bytes` more are done."""
+        ...
+
+
+@contextmanager
+def byte_progress(what: str, *, num_bytes: int, shown: bool) -> Iterator[ByteCounter]:
+    """Shows bytes done of `num_bytes`, bytes a second and time left, while the context is open."""
+    console = Console(stderr=True)
+    if not shown:
+        yield _Silence()
+    elif not console.is_terminal:
+        yield _Lines(what, num_bytes)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            yield _Bar(bar, what, num_bytes)
+
+
+class _Silence:
+    def advance(self, num_bytes: int) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bar: Progress, what: str, num_bytes: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task(what, total=num_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        self._bar.advance(self._task, num_bytes)
+
+
+class _Lines:
+    def __init__(self, what: str, num_bytes: int) -> None:
+        self._what = what
+        self._total = num_bytes
+        self._done = 0
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        now = time.monotonic()
+        if now - self._printed < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        speed = self._done / (now - self._started)
+        left = max(self._total - self._done, 0) / speed
+        print(
+            f"{self._what}: {self._done / 1e6:.0f} of {self._total / 1e6:.0f} MB, "
+            f"{speed / 1e6:.1f} MB/s, {left:.0f} s left",
+            file=sys.stderr,
+        )

@@ -1,0 +1,7 @@
+"""Where ranks run: in this process, on Ray, or under somebody else's launcher."""
+
+from launch.plan import Plan, choose_plan
+from launch.settings import ClusterSettings, LaunchSettings
+from launch.start import start
+
+__all__ = ["ClusterSettings", "LaunchSettings", "Plan", "choose_plan", "start"]

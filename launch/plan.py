@@ -1,0 +1,58 @@
+"""Where the ranks of a command will run, and how many there will be."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from launch.settings import LaunchSettings
+from moetrain.checks import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Who starts how many ranks: `inline`, `ray`, or `external` (torchrun, srun)."""
+
+    mode: str
+    num_workers: int
+
+
+def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
+    """Returns the plan that the settings and the environment mean.
+
+    RANK and WORLD_SIZE in the environment say that another launcher has started the ranks.
+    Raises ConfigError where the settings contradict that, or themselves.
+    """
+    wanted = settings.num_workers
+    if settings.mode == "auto" and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        started = int(os.environ["WORLD_SIZE"])
+        if wanted not in (None, started):
+            raise ConfigError(
+                "launch.num_workers",
+                wanted,
+                f"the launcher above has started {started} ranks (WORLD_SIZE): leave it open",
+            )
+        return Plan(mode="external", num_workers=started)
+    if settings.mode == "inline":
+        if wanted not in (None, 1):
+            raise ConfigError(
+                "launch.num_workers", wanted, "launch.mode=inline runs one rank: use 1, or ray"
+            )
+        return Plan(mode="inline", num_workers=1)
+    if wanted is None and _cluster_address(settings):
+        from launch.ray_cluster import RayCluster
+
+        wanted = RayCluster.connect(_cluster_address(settings)).fitting_workers()
+    wanted = wanted or _local_workers(device)
+    alone = settings.mode == "auto" and wanted == 1 and not _cluster_address(settings)
+    return Plan(mode="inline" if alone else "ray", num_workers=wanted)
+
+
+def _cluster_address(settings: LaunchSettings) -> str | None:
+    return settings.address or os.environ.get("RAY_ADDRESS")
+
+
+def _local_workers(device: str) -> int:
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(2, len(os.sched_getaffinity(0)))

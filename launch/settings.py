@@ -1,0 +1,39 @@
+"""The settings of where ranks run, and of the machines they run on."""
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from moetrain.checks import one_of
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class LaunchSettings:
+    """Who starts the ranks, how many, and how much trouble they may have."""
+
+    mode: Annotated[str, AfterValidator(one_of("auto", "inline", "ray"))] = "auto"
+    """`inline`: one rank in this process; `ray`: supervised actors; `auto`: whichever fits."""
+    num_workers: PositiveInt | None = None
+    """Ranks. None: one for each GPU, or without a GPU two on a machine of several cores."""
+    address: str | None = None
+    """A Ray cluster's address; None: the cluster this is started in, or one on this machine."""
+    max_failures: NonNegativeInt = 3
+    """Restarts after a failed rank, until the run makes progress again."""
+    max_preemptions: NonNegativeInt = 100
+    """Restarts after a node was taken away; counted apart from failures."""
+    hang_timeout_seconds: PositiveFloat = 600.0
+    """Time without a sign of life after which a rank counts as hung; bounds collectives too."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ClusterSettings:
+    """The machines: what the ranks should know of them."""
+
+    name: str = "local"
+    gpus_per_node: PositiveInt = 8
+    peak_tflops_per_gpu: PositiveFloat | None = None
+    """Dense peak in the training dtype, for the utilisation; None: it isn't reported."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables that every rank gets."""

@@ -1,0 +1,268 @@
+"""Starts a resolved configuration where its plan says, and sees it to the end.
+
+Owns the driver's side of a run: the run folder, signals, the progress display, the closing
+lines and the exit code. Ranks do everything else.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from data_pipeline import DataSettings, ShardFolder
+from launch.failure import classify
+from launch.plan import Plan
+from launch.ray_cluster import ClusterError, RayCluster
+from launch.supervisor import RunFailed, Supervisor
+from moetrain.checkpoint import CheckpointError, next_attempt
+from moetrain.observe import EventLog, ProgressDisplay, read_metrics
+from moetrain.parallel import join_ranks
+from moetrain.train import (
+    Control,
+    Outcome,
+    Place,
+    TrainingError,
+    as_plain,
+    prepare,
+    rank_device,
+    run_rank,
+)
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+DONE, FAILED, STOPPED = 0, 1, 75
+
+
+def start(
+    config: "Config", plan: Plan, *, data: DataSettings, report: Callable[[Path], object]
+) -> int:
+    """Runs a resolved configuration to its end; returns the exit code.
+
+    `data` is the data part before it was resolved: it says whether shards may be built. `report`
+    is called with the run's folder at the end. Raises ConfigError or DataError for bad input,
+    before anything of the run is written.
+    """
+    if plan.mode == "external":
+        _run_external(config, data=data, report=report)
+    shards = prepare(config, data, progress=True)
+    run_dir = _open_run(config, shards)
+    event = EventLog(run_dir / "events.jsonl").write
+    stop = StopRequest()
+    display = ProgressDisplay(
+        mode=config.observe.progress,
+        total_steps=config.train.num_steps,
+        run_name=config.run.name or "",
+    )
+    try:
+        with display, stop.on_signals(lambda: display.say("stop requested")):
+            run = _run_inline if plan.mode == "inline" else _run_on_ray
+            outcome = run(config, display, stop)
+    except (RunFailed, ClusterError, CheckpointError, TrainingError) as error:
+        event("fail", reason=str(error))
+        print(f"moetrain: {error}", file=sys.stderr)
+        return FAILED
+    return _close_run(config, outcome, shards, report)
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __call__(self) -> bool:
+        """Returns whether a stop was asked for."""
+        return self._event.is_set()
+
+    @contextmanager
+    def on_signals(self, told: Callable[[], None]) -> Iterator[None]:
+        """Listens to both signals while the context lasts; `told` is called at the first."""
+
+        def handle(_: int, __: FrameType | None) -> None:
+            if self._event.is_set():
+                os._exit(FAILED)  # Ray's processes, if any, end with this one
+            self._event.set()
+            told()
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -> Outcome:
+    """Trains as the only rank, in this process."""
+    control, ended = Control(), threading.Event()
+
+    def watch() -> None:
+        while True:
+            over = ended.wait(0.2)
+            for kind, content in control.collect()["published"]:
+                display.update(content) if kind == "record" else display.say(content)
+            if stop():
+                control.request_stop()
+            if over:
+                return
+
+    run_dir = Path(config.run.dir, config.run.name or "")
+    attempt = next_attempt(run_dir / "checkpoints")
+    place = Place(rank=0, world_size=1, rendezvous=_own_rendezvous(run_dir), attempt=attempt)
+    watcher = threading.Thread(target=watch, name="display", daemon=True)
+    watcher.start()
+    try:
+        return run_rank(config, place, control)
+    finally:
+        ended.set()
+        watcher.join()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -> Outcome:
+    """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
+    display.phase("starting Ray")
+    on_gpu = config.run.device == "cuda" or (
+        config.run.device == "auto" and torch.cuda.is_available()
+    )
+    cluster = RayCluster.connect(
+        config.launch.address or os.environ.get("RAY_ADDRESS"),
+        num_workers=config.launch.num_workers or 1,
+    )
+    try:
+        return Supervisor(
+            config, cluster, on_gpu=on_gpu, display=display, stop_requested=stop
+        ).run()
+    finally:
+        cluster.disconnect()
+
+
+def _run_external(
+    config: "Config", *, data: DataSettings, report: Callable[[Path], object]
+) -> NoReturn:
+    """Trains as one of the ranks that torchrun or srun has started, and ends the process."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    leads = rank == 0
+    # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
+    # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
+    shards = prepare(config, data, progress=True) if leads else None
+    join_ranks(
+        rank=rank,
+        world_size=world_size,
+        rendezvous="env://",
+        device=rank_device(config.run.device, index=local_rank),
+        timeout_seconds=config.launch.hang_timeout_seconds,
+    )
+    agreed: list[object] = [None, None]
+    if leads:
+        run_dir = _open_run(config, shards)  # type: ignore[arg-type]
+        agreed = [config.run.name, next_attempt(run_dir / "checkpoints")]
+    dist.broadcast_object_list(agreed)
+    name, attempt = str(agreed[0]), int(str(agreed[1]))
+    config = replace(config, run=replace(config.run, name=name))
+    control = Control()
+    place = Place(
+        rank=rank,
+        world_size=world_size,
+        device_index=local_rank,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        rendezvous="env://",
+        attempt=attempt,
+    )
+    code = FAILED
+    stop = StopRequest()
+    try:
+        with stop.on_signals(control.request_stop):
+            outcome = run_rank(config, place, control)
+        code = DONE if outcome.finished else STOPPED
+        if leads:
+            code = _close_run(config, outcome, shards, report)  # type: ignore[arg-type]
+    except Exception as error:
+        print(f"moetrain: rank {rank}: {classify(error).reason}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # tearing a process group down now and then aborts after success
+
+
+def _open_run(config: "Config", shards: ShardFolder) -> Path:
+    """Makes the run's folder and writes what it will be; returns the folder."""
+    run_dir = Path(config.run.dir, config.run.name or "")
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(as_plain(config), sort_keys=False)
+    (run_dir / "config.yaml").write_text(text)
+    event = EventLog(run_dir / "events.jsonl").write
+    event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
+    for source, baselines in shards.baselines.items():
+        event("data", source=source, path=str(shards.path), baselines=vars(baselines))
+    return run_dir
+
+
+def _close_run(
+    config: "Config", outcome: Outcome, shards: ShardFolder, report: Callable[[Path], object]
+) -> int:
+    """Writes how the run ended, prints the closing lines and returns the exit code."""
+    run_dir = Path(config.run.dir, config.run.name or "")
+    event = EventLog(run_dir / "events.jsonl").write
+    event("finish" if outcome.finished else "stop", step=outcome.step)
+    try:
+        report(run_dir)
+    except Exception as error:  # a page that can't be drawn is no reason to fail a run
+        print(f"moetrain: no report: {error}", file=sys.stderr)
+    for line in _closing_lines(config, outcome, shards, run_dir):
+        print(line)
+    return DONE if outcome.finished else STOPPED
+
+
+def _closing_lines(
+    config: "Config", outcome: Outcome, shards: ShardFolder, run_dir: Path
+) -> Iterator[str]:
+    records = read_metrics(run_dir / "metrics.jsonl")
+    known = {k: v for record in records for k, v in record.items()} | dict(outcome.last)
+    if not outcome.finished:
+        yield f"stopped   at step {outcome.step} of {config.train.num_steps}, saved"
+    if "validation/loss" in known:
+        yield f"loss      {known['validation/loss']:.3f} nats a token on held-out text"
+    elif "train/cross_entropy" in known:
+        yield f"loss      {known['train/cross_entropy']:.3f} nats a token in training"
+    for source, baselines in shards.baselines.items():
+        if bits := known.get(f"validation/{source}/bits_per_byte"):
+            bigram, zlib = baselines.byte_bigram_bits_per_byte, baselines.zlib_bits_per_byte
+            beside = [
+                f"{name} {figure:.2f}"
+                for name, figure in (("a byte-bigram model has", bigram), ("zlib level 9", zlib))
+                if figure
+            ]
+            yield f"          {bits:.3f} bits per byte of {source}; {', '.join(beside)}"
+    speeds = [s for r in records if (s := r.get("perf/tokens_per_second"))]
+    if speeds:
+        yield f"speed     {median(speeds):,.0f} tokens/s (median)"
+    name = config.run.name
+    yield f"run       {run_dir}"
+    if outcome.finished:
+        yield (
+            f"next      open {run_dir / 'report.html'}; train on with run.name={name} "
+            f"train.num_steps={config.train.num_steps * 2}; or try -m model.num_experts=4,16"
+        )
+    else:
+        yield f"next      the same command with run.name={name} goes on from here"
+
+
+def _own_rendezvous(run_dir: Path) -> str:
+    """Returns a rendezvous for a world of one rank."""
+    path = run_dir / "logs" / f".rendezvous_{os.getpid()}"
+    path.unlink(missing_ok=True)
+    return f"file://{path}"

@@ -1,0 +1,22 @@
+"""The settings of checkpointing."""
+
+from typing import Annotated
+
+from annotated_types import Ge
+from pydantic import AfterValidator, ConfigDict, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from moetrain.checks import one_of
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class CheckpointSettings:
+    """When checkpoints are written, and which are kept."""
+
+    every_steps: PositiveInt = 500
+    keep_last: Annotated[int, Ge(2)] = 3
+    """Complete checkpoints that stay; two at least, so that a bad newest one has a fall-back."""
+    resume: Annotated[str, AfterValidator(one_of("auto", "never"))] = "auto"
+    """`auto` goes on from the newest good checkpoint; `never` refuses a run that has one."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is being written."""

@@ -1,0 +1,146 @@
+"""Commands: a Hydra command line becomes one validated tree, and errors become exit codes.
+
+Owns the only import of Hydra in the package. A user's mistake ends in exit code 2 and one
+message that names the key, the value, why it can't be, and the nearest thing that can.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moetrain.checks import ConfigError, nearest
+from moetrain.config import known_keys, validated
+
+Tree = TypeVar("Tree")
+
+DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
+
+
+def config_dir() -> Path:
+    """Returns the folder of configuration files: the installed package's, else the checkout's."""
+    package = Path(__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def run_command(
+    main: Callable[[Tree], int], *, tree: type[Tree], module: str, files: Path | None = None
+) -> None:
+    """Runs `main` with the validated tree of the command line, and exits with its code.
+
+    `files` is a folder with a `config.yaml` and groups; without it the settings are the tree's
+    own. A sweep (`-m`) runs `main` once a combination and exits with the worst code.
+    """
+    # Hydra would print an error at length and exit with 1; it is asked for the error instead.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if files:
+        sys.argv[1:] = [_without_plus(a, files) for a in sys.argv[1:]]
+    _register(tree, module=module, bare=files is None)
+    codes: list[int] = []
+
+    def job(config: DictConfig) -> None:
+        codes.append(_guarded(lambda: main(_tree(config, tree)), tree))
+
+    job.__module__ = module  # Hydra names the job after it
+    entry = hydra.main(
+        version_base="1.3",
+        config_path=str(files) if files else None,
+        config_name="config" if files else module,
+    )(job)
+    composing = _guarded(lambda: entry() or DONE, tree)
+    sys.stdout.flush()
+    raise SystemExit(max([composing, *codes]))
+
+
+def _without_plus(argument: str, files: Path) -> str:
+    """Returns `model=x` for `+model=x`: for a group in the defaults list they mean the same."""
+    group = re.match(r"\+([\w/-]+)=", argument)
+    is_group = group and (files / group[1]).is_dir()
+    return argument[1:] if is_group else argument
+
+
+def _register(tree: type, *, module: str, bare: bool) -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=_mutable(tree))
+    if bare:
+        store.store(
+            name=module,
+            node={
+                "defaults": ["schema", "_self_", {"override hydra/job_logging": "none"}],
+                "hydra": {
+                    "run": {"dir": "."},
+                    "output_subdir": None,
+                    "help": {"app_name": f"python -m {module}"},
+                },
+            },
+        )
+
+
+def _mutable(tree: type) -> type:
+    """Returns a dataclass of the same settings that isn't frozen.
+
+    OmegaConf makes a frozen dataclass read-only, and Hydra could not merge a file into it.
+    """
+    kinds = get_type_hints(tree)
+    fields: list[Any] = []
+    for known in dataclasses.fields(tree):
+        kind, default = kinds[known.name], known.default
+        required = default is known.default_factory is dataclasses.MISSING
+        given = dataclasses.field(default=default, default_factory=known.default_factory)  # type: ignore[call-overload]
+        if dataclasses.is_dataclass(kind):
+            kind = _mutable(kind)  # type: ignore[arg-type]
+            given = dataclasses.field() if required else dataclasses.field(default_factory=kind)
+        fields.append((known.name, kind, given))
+    return dataclasses.make_dataclass(tree.__name__, fields, kw_only=True)
+
+
+def _tree(config: DictConfig, tree: type[Tree]) -> Tree:
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(missing[0], "(missing)", f"must be given: add {missing[0]}=…")
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return validated(values, tree)
+
+
+def _guarded(work: Callable[[], int], tree: type) -> int:
+    """Returns the exit code of some work; what a user did wrong becomes one message and 2."""
+    try:
+        return work()
+    except ConfigError as error:
+        message = str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = _explained(error, tree)
+    print(f"moetrain: {message}", file=sys.stderr)
+    return BAD_CONFIGURATION
+
+
+def _explained(error: Exception, tree: type) -> str:
+    """Returns Hydra's chain of errors as one message of ours."""
+    inner: BaseException = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    if isinstance(inner, OverrideParseException):
+        first = str(inner).splitlines()[0]
+        return f"{inner.override}: not of the form key=value ({first})"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        close = nearest(name, error.options)
+        return f"{group}={name}: there is no such {group}{close}; {', '.join(error.options)} are"
+    key = str(getattr(inner, "full_key", "") or "")
+    reason = str(inner).splitlines()[0]
+    unknown = re.match(r"Key '(.+?)' (?:is )?not in ", reason)
+    if unknown:
+        parent, _, name = key.rpartition(".")
+        known = known_keys(tree, parent.split(".") if parent else [])
+        return f"{key}: there is no such setting{nearest(name or unknown[1], known)}"
+    return f"{key}: {reason}" if key else reason

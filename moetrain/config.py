@@ -1,0 +1,182 @@
+"""One frozen tree made of each package's own settings, and the checks across them.
+
+A configuration comes in as a plain dictionary (Hydra composes it, in the command entries) and
+is validated twice: against the typed tree with unknown keys refused, then by the rules that
+hold between settings. `resolve` fills in what was left open. Ranks get the resolved tree.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_pipeline import DataSettings, resolved_dir
+from launch.settings import ClusterSettings, LaunchSettings
+from moetrain.checkpoint import CheckpointSettings
+from moetrain.checks import ConfigError, nearest
+from moetrain.model import ModelSettings
+from moetrain.observe import ObserveSettings
+from moetrain.optim import OptimSettings, ScheduleSettings
+from moetrain.parallel import ParallelSettings, resolve_topology
+from moetrain.train import RunSettings, TrainSettings
+
+Tree = TypeVar("Tree")
+
+MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Config:
+    """Everything that `python -m moetrain` can be told."""
+
+    model: ModelSettings
+    train: TrainSettings
+    seed: NonNegativeInt = 0
+    run: RunSettings = RunSettings()
+    optim: OptimSettings = OptimSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings = DataSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    observe: ObserveSettings = ObserveSettings()
+    launch: LaunchSettings = LaunchSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+
+def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
+    """Returns the typed tree of a plain dictionary; ConfigError names the first thing wrong."""
+    try:
+        return TypeAdapter(tree).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = known_keys(tree, path[:-1])
+            reason = f"there is no such setting{nearest(path[-1], known)}"
+        value = "(missing)" if first["type"].startswith("missing") else first["input"]
+        raise ConfigError(".".join(path), value, reason) from None
+
+
+def known_keys(tree: type, path: list[str]) -> list[str]:
+    """Returns the settings that a part of the tree has; none where the path leads nowhere."""
+    for part in path:
+        types = {f.name: f.type for f in dataclasses.fields(tree)}
+        if not dataclasses.is_dataclass(types.get(part)):
+            return []
+        tree = types[part]  # type: ignore[assignment]
+    return [f.name for f in dataclasses.fields(tree)]
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
+    model, train = config.model, config.train
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"must divide model.num_heads={model.num_heads}: use one of "
+            f"{[n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]}",
+        )
+    if model.head_dim % 2:
+        raise ConfigError(
+            "model.head_dim",
+            model.head_dim,
+            f"must be even, for rotary positions turn pairs: use {model.head_dim + 1}",
+        )
+    if model.top_k > model.num_experts:
+        raise ConfigError(
+            "model.top_k",
+            model.top_k,
+            f"a token can't choose more experts than there are: use at most "
+            f"model.num_experts={model.num_experts}",
+        )
+    if model.is_moe and model.top_k == 1 and model.router.normalize_gates:
+        raise ConfigError(
+            "model.router.normalize_gates",
+            True,
+            "with model.top_k=1 the only gate is always 1, so that the router would learn "
+            "nothing from the loss: use false, or a larger top_k",
+        )
+    if train.seq_len > model.max_seq_len:
+        raise ConfigError(
+            "train.seq_len", train.seq_len, f"is longer than model.max_seq_len={model.max_seq_len}"
+        )
+    if config.schedule.warmup_steps > train.num_steps:
+        raise ConfigError(
+            "schedule.warmup_steps",
+            config.schedule.warmup_steps,
+            f"is more than train.num_steps={train.num_steps}: the rate would never be reached",
+        )
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
+
+
+def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
+    """Returns the configuration with everything that was left open filled in.
+
+    Degrees, micro-batch size, run name, and absolute paths (ranks may run elsewhere). Raises
+    ConfigError where so many workers can't run it.
+    """
+    check(config)
+    topology = resolve_topology(
+        config.parallel,
+        world_size=num_workers,
+        num_experts=config.model.num_experts,
+        ffn_hidden_dim=config.model.ffn_hidden_dim,
+        ranks_per_node=config.cluster.gpus_per_node,
+    )
+    train = config.train
+    if train.global_batch_size % num_workers:
+        lower = train.global_batch_size // num_workers * num_workers
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"does not divide by the {num_workers} workers: use {lower or num_workers} or "
+            f"{lower + num_workers}",
+        )
+    share = train.global_batch_size // num_workers
+    micro = train.micro_batch_size or _fitting_micro_batch(share, seq_len=train.seq_len)
+    if share % micro:
+        raise ConfigError(
+            "train.micro_batch_size",
+            micro,
+            f"does not divide a worker's {share} sequences (train.global_batch_size="
+            f"{train.global_batch_size} over {num_workers} workers): use one of "
+            f"{[n for n in range(1, share + 1) if share % n == 0]}",
+        )
+    return replace(
+        config,
+        train=replace(train, micro_batch_size=micro),
+        parallel=replace(
+            config.parallel,
+            expert_degree=topology.expert,
+            data_shard_degree=topology.data_shard,
+        ),
+        run=replace(
+            config.run,
+            dir=str(Path(config.run.dir).absolute()),
+            name=config.run.name or _new_name(config, now),
+        ),
+        data=replace(config.data, dir=str(resolved_dir(config.data).absolute())),
+        launch=replace(config.launch, num_workers=num_workers),
+    )
+
+
+def _fitting_micro_batch(share: int, *, seq_len: int) -> int:
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    return max((n for n in divisors if n * seq_len <= MICRO_BATCH_TOKENS), default=1)
+
+
+def _new_name(config: Config, now: datetime) -> str:
+    """Returns a timestamped name that no run in the folder has yet."""
+    base = f"{now:%Y%m%d-%H%M%S}"
+    taken = (f"{base}-{n}" for n in range(2, 10_000))
+    names = [base, *taken]
+    return next(n for n in names if not (Path(config.run.dir) / n).exists())

@@ -1,0 +1,45 @@
+"""Causal grouped-query attention with rotary positions, over torch's fused kernel."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moetrain.model.rotary import rotate
+from moetrain.model.settings import ModelSettings
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) without biases."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.head_dim = settings.head_dim
+        self.num_heads = settings.num_heads
+        self.num_kv_heads = settings.num_kv_heads
+        query_dim = settings.num_heads * settings.head_dim
+        kv_dim = settings.num_kv_heads * settings.head_dim
+        self.q_proj = nn.Linear(settings.dim, query_dim, bias=False)
+        self.k_proj = nn.Linear(settings.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(settings.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(query_dim, settings.dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        rotary: tuple[Float[Tensor, "seq head_dim"], Float[Tensor, "seq head_dim"]],
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Attends each position to itself and the ones before it."""
+        batch, seq, _ = x.shape
+        heads = (batch, seq, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), *rotary)
+        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), *rotary)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # [batch, kv_heads, seq, head_dim]
+        grouped = self.num_kv_heads != self.num_heads
+        if grouped and x.device.type == "cpu":
+            # With enable_gqa the CPU falls back to the unfused kernel and its full score matrix.
+            repeats = self.num_heads // self.num_kv_heads
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+            grouped = False
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
+        return out

@@ -1,0 +1,113 @@
+"""Mixtral's decoder (arXiv 2401.04088): embedding, blocks, final norm, untied head."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from moetrain.model.attention import Attention
+from moetrain.model.experts import FeedForward
+from moetrain.model.losses import chunked_cross_entropy
+from moetrain.model.moe_layer import MoELayer
+from moetrain.model.rotary import rotary_table
+from moetrain.model.router import RoutingStatistics
+from moetrain.model.settings import ModelSettings
+
+
+class LossSums(NamedTuple):
+    """What one forward pass adds to the losses: sums over its valid tokens."""
+
+    cross_entropy: Tensor
+    """Summed -log p(target), [] nats."""
+    routing: RoutingStatistics
+    """Stacked over the MoE layers: [layers, experts] and [layers]; no layers if dense."""
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.attention = Attention(settings)
+        self.feed_forward_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.feed_forward: MoELayer | FeedForward = (
+            MoELayer(settings) if settings.is_moe else FeedForward(settings)
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        rotary: tuple[Float[Tensor, "seq head_dim"], Float[Tensor, "seq head_dim"]],
+        valid: Bool[Tensor, "batch seq"],
+    ) -> tuple[Float[Tensor, "batch seq dim"], RoutingStatistics | None]:
+        """Returns the block's output, and its routing statistics if it has a router."""
+        x = x + self.attention(self.attention_norm(x), rotary)
+        y = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, FeedForward):
+            return x + self.feed_forward(y), None
+        y, statistics = self.feed_forward(y.flatten(0, 1), valid.flatten())
+        return x + y.view_as(x), statistics
+
+
+class Transformer(nn.Module):
+    """The decoder, on one device or sharded: it knows no ranks."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(settings.vocab_size, settings.dim)
+        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.head = nn.Linear(settings.dim, settings.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Int64[Tensor, "batch seq"],
+        targets: Int64[Tensor, "batch seq"] | None = None,
+        valid: Bool[Tensor, "batch seq"] | None = None,
+    ) -> LossSums | Float[Tensor, "batch seq vocab"]:
+        """Returns the loss sums over the valid targets, or without targets the logits.
+
+        Tokens that are not valid count in no loss and no routing statistic.
+        """
+        if valid is None:
+            valid = torch.ones_like(tokens, dtype=torch.bool)
+        rotary = rotary_table(
+            tokens.shape[1],
+            head_dim=self.settings.head_dim,
+            theta=self.settings.rope_theta,
+            device=tokens.device,
+        )
+        x = self.embedding(tokens)
+        statistics = []
+        for layer in self.layers:
+            x, routed = layer(x, rotary, valid)
+            if routed is not None:
+                statistics.append(routed)
+        x = self.norm(x)
+        if targets is None:
+            logits: Tensor = self.head(x)
+            return logits
+        cross_entropy = chunked_cross_entropy(
+            x.flatten(0, 1),
+            self.head.weight,
+            targets.flatten(),
+            valid.flatten(),
+            chunk_size=self.settings.loss_chunk_size,
+        )
+        return LossSums(cross_entropy, self._stack(statistics, x.device))
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Returns the MoE layers, first to last."""
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
+
+    def _stack(
+        self, statistics: list[RoutingStatistics], device: torch.device
+    ) -> RoutingStatistics:
+        if statistics:
+            return RoutingStatistics(*(torch.stack(field) for field in zip(*statistics)))
+        none = torch.zeros(0, device=device)
+        counts = torch.zeros(0, self.settings.num_experts, dtype=torch.int64, device=device)
+        return RoutingStatistics(counts, counts.float(), none, none)

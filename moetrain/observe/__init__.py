@@ -1,0 +1,23 @@
+"""What a run tells about itself: metrics, events, W&B and the progress display.
+
+Knows no ranks and no model: it is handed records and writes or shows them.
+"""
+
+from moetrain.observe.events import EventLog, read_events
+from moetrain.observe.metrics import MetricsFile, Record, iterate_metrics, read_metrics
+from moetrain.observe.progress import ProgressDisplay
+from moetrain.observe.settings import ObserveSettings, WandbSettings
+from moetrain.observe.wandb_sink import WandbSink
+
+__all__ = [
+    "EventLog",
+    "MetricsFile",
+    "ObserveSettings",
+    "ProgressDisplay",
+    "Record",
+    "WandbSettings",
+    "WandbSink",
+    "iterate_metrics",
+    "read_events",
+    "read_metrics",
+]

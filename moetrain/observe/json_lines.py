@@ -1,0 +1,85 @@
+"""Files of one JSON object a line that survive a kill at any moment.
+
+Owns how a record becomes a line, how a line is appended whole or not at all, and how a file is
+read whose last line a kill has torn. Leaves what the records mean to metrics.py and events.py.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def encode_line(record: Mapping[str, Any]) -> bytes:
+    """One line of strict JSON, keys in the order given; NaN and infinity become null."""
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one record by a single O_APPEND write, so that several processes may share a file.
+
+    A line torn by a killed writer is closed first, lest the new record be lost with it. Raises
+    OSError that names the file, with nothing half-written left where the file is ours alone.
+    """
+    line = encode_line(record)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            written = os.write(descriptor, line)
+            if written != len(line):  # the disk filled up within this very write
+                os.ftruncate(descriptor, size)
+                raise OSError(28, "No space left on device")
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line with its record, in order; none when the file doesn't exist.
+
+    The last line counts only with its line break. Lines that hold no JSON object (torn by a kill
+    and closed later) are passed over with a warning.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                yield line, record
+            else:
+                logger.warning("%s, line %d is no JSON object; passed over", path, number)
+
+
+def _plain(value: Any) -> Any:
+    """The same value in JSON's own types; NumPy's scalars are numbers too."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,68 @@
+"""metrics.jsonl: the record of a run that everything else is drawn from.
+
+Owns writing it, taking it back to a step and reading it. It has one writer. The names of the
+metrics are in the public interface and are chosen where they are measured; this file only asks
+that every record tells its `step`.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moetrain.observe.json_lines import append_line, read_lines
+
+Record = Mapping[str, float | int | None]
+
+
+class MetricsFile:
+    """One JSON object for each logged step, on disk for other processes as soon as it is written.
+
+    Unlike the other sinks a failure here does stop the run: a metrics file with a hole in it
+    would break the promise that the same run writes the same file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def write(self, record: Record) -> None:
+        """Append a record, which must have `step`; non-finite numbers become null."""
+        if record.get("step") is None:
+            raise ValueError(f"a metrics record needs a step; this one has {list(record)}")
+        append_line(self.path, record)
+
+    def rewind(self, step: int) -> None:
+        """Forget every record after `step`, and a torn last line, in one atomic replacement.
+
+        What is kept is kept byte for byte, so that the file of a run which goes on from `step`
+        equals that of a run never stopped.
+        """
+        if not self.path.exists():
+            return
+        shorter = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with shorter.open("wb") as file:
+                for line, record in read_lines(self.path):
+                    if _step_of(record) <= step:
+                        file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(shorter, self.path)
+        finally:
+            shorter.unlink(missing_ok=True)
+
+
+def iterate_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The records one by one: a long run's file needn't fit in memory."""
+    return (record for _, record in read_lines(Path(path)))
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """All whole records of a metrics file, in order; a torn last line is not one of them."""
+    return list(iterate_metrics(path))
+
+
+def _step_of(record: Mapping[str, Any]) -> float:
+    step = record.get("step")
+    # A line without a step isn't ours; infinity drops it at every rewind.
+    return step if isinstance(step, (int, float)) else float("inf")

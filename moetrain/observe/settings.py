@@ -1,0 +1,40 @@
+"""The settings of observation: how often to log, what to show, whether to tell W&B.
+
+Owns the names, types and allowed values of `observe.*`. Plain strings and numbers only, because
+OmegaConf builds its schema from these classes; choices are held by validators instead. Leaves
+the yaml to conf/ and every rule that involves another package's settings to moetrain.config.
+"""
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from moetrain.checks import one_of
+
+
+def _switch(value: object) -> object:
+    # YAML reads `on`, `true` and `off` as booleans, and OmegaConf makes those "True" and "False".
+    return {"true": "auto", "false": "off"}.get(str(value).lower(), value)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class WandbSettings:
+    """Where W&B's record of a run goes; `offline` needs neither key nor network."""
+
+    mode: Annotated[str, AfterValidator(one_of("offline", "online", "disabled"))] = "offline"
+    project: str = "moetrain"
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ObserveSettings:
+    """What a run tells about itself while it trains."""
+
+    log_every_steps: PositiveInt = 10
+    progress: Annotated[
+        str, BeforeValidator(_switch), AfterValidator(one_of("auto", "bar", "lines", "off"))
+    ] = "auto"
+    wandb: WandbSettings = field(default_factory=WandbSettings)

@@ -1,0 +1,28 @@
+"""Everything that knows ranks: layouts, meshes, the token exchange, sharding, gradients."""
+
+from moetrain.parallel.all_to_all_exchange import AllToAllExchange
+from moetrain.parallel.gradients import Gradients
+from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
+from moetrain.parallel.parallelize import parallelize
+from moetrain.parallel.recompute import plain_name
+from moetrain.parallel.reduce import any_rank, sum_over_ranks
+from moetrain.parallel.topology import (
+    ParallelSettings,
+    Topology,
+    resolve_topology,
+)
+
+__all__ = [
+    "AllToAllExchange",
+    "Gradients",
+    "Meshes",
+    "ParallelSettings",
+    "Topology",
+    "any_rank",
+    "build_meshes",
+    "join_ranks",
+    "parallelize",
+    "plain_name",
+    "resolve_topology",
+    "sum_over_ranks",
+]

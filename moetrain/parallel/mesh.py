@@ -1,0 +1,68 @@
+"""The ranks' process groups: joining them, and the two views of them as device meshes."""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moetrain.parallel.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meshes:
+    """One set of ranks in a dense and an expert view."""
+
+    dense: DeviceMesh
+    """Axes (data_replicate, data_shard)."""
+    expert: DeviceMesh
+    """Axes (data_replicate, expert_shard, expert)."""
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """The ranks that together hold one copy of all experts, and exchange tokens."""
+        return self.expert["expert"].get_group()
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks that together hold one copy of every weight."""
+        return self.dense["data_shard"].get_group()
+
+
+def join_ranks(
+    *,
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    device: torch.device,
+    timeout_seconds: float,
+) -> None:
+    """Joins the world's process group; `rendezvous` is an address as torch's `init_method`.
+
+    A fresh address for each attempt: survivors of an older one must not find this one.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+
+
+def build_meshes(topology: Topology, *, device: torch.device) -> Meshes:
+    """Returns the two views of the world's ranks, as `topology` lays them out."""
+    dense = init_device_mesh(
+        device.type,
+        (topology.data_replicate, topology.data_shard),
+        mesh_dim_names=("data_replicate", "data_shard"),
+    )
+    expert = init_device_mesh(
+        device.type,
+        (topology.data_replicate, topology.expert_shard, topology.expert),
+        mesh_dim_names=("data_replicate", "expert_shard", "expert"),
+    )
+    return Meshes(dense=dense, expert=expert)

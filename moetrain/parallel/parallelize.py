@@ -1,0 +1,133 @@
+"""Turns the single-device model into this rank's part of it: one ordered list.
+
+Experts → recompute → shard → initialise. The order matters: expert weights become distributed
+tensors before FSDP shards what is left of them, and recomputation wraps what FSDP then gathers.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moetrain.model import MoELayer, Transformer, initial_values
+from moetrain.parallel.all_to_all_exchange import AllToAllExchange
+from moetrain.parallel.mesh import Meshes
+from moetrain.parallel.recompute import plain_name, recompute
+from moetrain.parallel.topology import ParallelSettings
+
+EXPERT_DIM, HIDDEN_DIM = 0, 1  # of an expert weight, [experts, hidden, dim]
+
+
+def parallelize(
+    model: Transformer,
+    meshes: Meshes,
+    settings: ParallelSettings,
+    *,
+    seed: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> Transformer:
+    """Returns the model, built on the meta device, sharded over the meshes and initialised.
+
+    Weights are float32, and gathered as `compute_dtype`; the router is gathered as float32.
+    Gradients are sums over all ranks: the caller divides the loss by the global token count.
+    """
+    for layer, moe in enumerate(model.moe_layers()):
+        spread_experts(moe, meshes, layer=layer)
+    if settings.recompute == "full":
+        for index, block in enumerate(model.layers):
+            model.layers[index] = recompute(block)
+    shard(model, meshes, compute_dtype=compute_dtype)
+    model.to_empty(device=device)
+    initialise(model, seed=seed, device=device)
+    return model
+
+
+def spread_experts(moe: MoELayer, meshes: Meshes, *, layer: int) -> None:
+    """Gives each rank of the expert axis its experts, and the layer an exchange to reach all."""
+    axis = meshes.expert["expert"]
+    if axis.size() == 1:
+        return
+    for name, weight in list(moe.experts.named_parameters()):
+        spread = distribute_tensor(weight.data, axis, [Shard(EXPERT_DIM)])
+        setattr(moe.experts, name, nn.Parameter(spread))
+    moe.exchange = AllToAllExchange(
+        num_experts=moe.router.num_experts, group=meshes.expert_group, layer=layer
+    )
+
+
+def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> None:
+    """Shards experts over what the expert axis leaves of the ranks, all else over all of them."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    expert_mesh = meshes.expert["data_replicate", "expert_shard"]
+    for block in model.layers:
+        for moe in block.modules():
+            if not isinstance(moe, MoELayer):
+                continue
+            fully_shard(
+                moe.experts,
+                mesh=expert_mesh,
+                mp_policy=policy,
+                # Under the experts, so that a rank's part is the same rows of each of its experts.
+                shard_placement_fn=lambda _: Shard(HIDDEN_DIM),
+            )
+            if compute_dtype != torch.float32:
+                fully_shard(moe.router, mesh=meshes.dense, mp_policy=exact)
+        fully_shard(block, mesh=meshes.dense, mp_policy=policy)
+    fully_shard(model, mesh=meshes.dense, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: after the exchange an expert's gradient already holds the tokens
+            # of the whole expert axis, and a mean over what is left would scale it differently.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def initialise(model: Transformer, *, seed: int, device: torch.device) -> None:
+    """Fills this rank's shards with their part of the layout-independent initial weights."""
+    for name, parameter in model.named_parameters():
+        name = plain_name(name)
+        if parameter.ndim == 3:
+            fill_experts(name, parameter, model=model, seed=seed, device=device)
+            continue
+        full = initial_values(
+            name, tuple(parameter.shape), settings=model.settings, seed=seed, device=device
+        )
+        rows, offset = _local_block(parameter)
+        _local(parameter).copy_(full[tuple(map(slice, offset, map(sum, zip(offset, rows))))])
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def fill_experts(
+    name: str, parameter: Tensor, *, model: Transformer, seed: int, device: torch.device
+) -> None:
+    """Fills the shards of a stacked expert weight, making only the experts that live here."""
+    shape, offset = _local_block(parameter)
+    local = _local(parameter)
+    for index in range(shape[EXPERT_DIM]):
+        full = initial_values(
+            name,
+            tuple(parameter.shape[1:]),
+            settings=model.settings,
+            seed=seed,
+            device=device,
+            expert=offset[EXPERT_DIM] + index,
+        )
+        local[index].copy_(full[offset[HIDDEN_DIM] : offset[HIDDEN_DIM] + shape[HIDDEN_DIM]])
+
+
+def _local_block(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns shape and global offset of the block of a parameter that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return tuple(parameter.shape), (0,) * parameter.ndim
+    return compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

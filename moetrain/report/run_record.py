@@ -1,0 +1,198 @@
+"""A run folder read into memory, as much of it as a report shows.
+
+Owns merging the metrics into one series for each name, thinning what is too long to draw, and
+telling a run's state from its events. Leaves drawing to figures.py and words to page.py.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from moetrain.observe import iterate_metrics, read_events
+
+Floats = NDArray[np.float64]
+
+# More columns than this can't be told apart in a figure; fewer keep a 32 × 64-expert file small.
+MAX_LOAD_RECORDS = 160
+
+_LOAD = re.compile(r"router/layer_(\d+)/expert_(\d+)/load")
+
+# What the last telling event of a run says about it, by the beginning of its kind.
+_STATES = (
+    ("done", "finished"),
+    ("finish", "finished"),
+    ("complete", "finished"),
+    ("stop", "stopped"),
+    ("preempt", "stopped"),
+    ("fail", "failed"),
+    ("abort", "failed"),
+    ("start", "running"),
+    ("resum", "running"),
+    ("restart", "running"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One metric over the steps at which it was finite."""
+
+    steps: Floats  # [records]
+    values: Floats  # [records]
+
+    def __bool__(self) -> bool:
+        return len(self.steps) > 0
+
+    @property
+    def last(self) -> float:
+        """The newest value; the series must not be empty."""
+        return float(self.values[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLoads:
+    """The share of each layer's tokens that went to each expert, at evenly chosen records."""
+
+    steps: Floats  # [records]
+    loads: NDArray[np.float32]  # [records, layers, experts], NaN where nothing was logged
+    layers: tuple[int, ...]  # the layers' own numbers; dense layers have no experts
+
+    @property
+    def num_experts(self) -> int:
+        """Experts a layer."""
+        return int(self.loads.shape[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """All that a report knows of one run."""
+
+    name: str
+    state: str
+    reason: str | None
+    config_text: str
+    num_steps: int | None  # asked for by the configuration
+    series: Mapping[str, Series]
+    expert_loads: ExpertLoads | None
+    events: list[dict[str, Any]]
+    baselines: Mapping[str, float]  # bits per byte, by "bigram" and "zlib"
+
+    def get(self, name: str) -> Series:
+        """The series of a metric; an empty one where it was never logged."""
+        nothing = np.empty(0)
+        return self.series.get(name, Series(steps=nothing, values=nothing))
+
+    def by_source(self, measure: str) -> dict[str, Series]:
+        """The series of `validation/<source>/<measure>` by source."""
+        pattern = re.compile(rf"validation/(.+)/{re.escape(measure)}")
+        return {m[1]: s for name, s in self.series.items() if (m := pattern.fullmatch(name))}
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether a folder holds a run: its configuration, or at least its metrics."""
+    return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read whatever of a run is there; records of one step are joined, and the later value wins."""
+    config_path = run_dir / "config.yaml"
+    config_text = config_path.read_text(errors="replace") if config_path.is_file() else ""
+    config = _parsed(config_text)
+    events = read_events(run_dir / "events.jsonl")
+    state, reason = _state(events)
+    metrics = run_dir / "metrics.jsonl"
+    return RunRecord(
+        name=str(_at(config, "run", "name") or run_dir.resolve().name),
+        state=state,
+        reason=reason,
+        config_text=config_text,
+        num_steps=_whole(_at(config, "train", "num_steps")),
+        series=_series(metrics),
+        expert_loads=_expert_loads(metrics),
+        events=events,
+        baselines=_baselines(events),
+    )
+
+
+def _series(metrics: Path) -> dict[str, Series]:
+    points: dict[str, dict[float, float]] = {}
+    for step, record in _steps(metrics):
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and not _LOAD.fullmatch(name):
+                points.setdefault(name, {})[step] = float(value)
+    return {name: _sorted(values) for name, values in points.items()}
+
+
+def _sorted(points: Mapping[float, float]) -> Series:
+    steps = np.array(sorted(points), dtype=np.float64)
+    return Series(steps=steps, values=np.array([points[step] for step in steps]))
+
+
+def _expert_loads(metrics: Path) -> ExpertLoads | None:
+    """A second pass over the file, since only after a first is it known which records to keep."""
+    logged = sorted({step for step, record in _steps(metrics) if any(map(_LOAD.fullmatch, record))})
+    if not logged:
+        return None
+    chosen = np.unique(np.linspace(0, len(logged) - 1, MAX_LOAD_RECORDS).round().astype(int))
+    rows: dict[float, dict[tuple[int, int], float]] = {logged[i]: {} for i in chosen}
+    for step, record in _steps(metrics):
+        if step in rows:
+            for name, load in record.items():
+                if load is not None and (match := _LOAD.fullmatch(name)):
+                    rows[step][int(match[1]), int(match[2])] = load
+    layers = sorted({layer for row in rows.values() for layer, _ in row})
+    num_experts = 1 + max((expert for row in rows.values() for _, expert in row), default=0)
+    loads = np.full((len(rows), len(layers), num_experts), np.nan, dtype=np.float32)
+    for index, row in enumerate(rows.values()):
+        for (layer, expert), load in row.items():
+            loads[index, layers.index(layer), expert] = load
+    return ExpertLoads(steps=np.array(list(rows)), loads=loads, layers=tuple(layers))
+
+
+def _steps(metrics: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    for record in iterate_metrics(metrics):
+        step = record.get("step")
+        if isinstance(step, (int, float)):
+            yield float(step), record
+
+
+def _state(events: list[dict[str, Any]]) -> tuple[str, str | None]:
+    for event in reversed(events):
+        for beginning, state in _STATES:
+            if str(event.get("event", "")).startswith(beginning):
+                reason = event.get("reason")
+                return state, None if reason is None else str(reason)
+    return "unknown", None
+
+
+def _baselines(events: list[dict[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for event in events:
+        baselines = event.get("baselines")
+        if event.get("event") == "data" and isinstance(baselines, dict):
+            for name, value in baselines.items():
+                if name.endswith("_bits_per_byte") and isinstance(value, (int, float)):
+                    found[name.removesuffix("_bits_per_byte")] = float(value)
+    return found
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None  # shown as it is all the same
+
+
+def _at(tree: Any, *path: str) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,21 @@
+"""Training: the composition root, one step, and the loop around it."""
+
+from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.loop import TrainingError
+from moetrain.train.prepare import as_plain, newest_manifest, prepare
+from moetrain.train.rank import rank_device, run_rank
+from moetrain.train.settings import RunSettings, TrainSettings
+
+__all__ = [
+    "Control",
+    "Outcome",
+    "Place",
+    "RunSettings",
+    "TrainSettings",
+    "TrainingError",
+    "as_plain",
+    "newest_manifest",
+    "prepare",
+    "rank_device",
+    "run_rank",
+]

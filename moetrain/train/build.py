@@ -1,0 +1,146 @@
+"""The composition root: settings become objects here, top to bottom, and nowhere else."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from data_pipeline import GlobalBatches, ShardFolder
+from moetrain.checkpoint import CheckpointStore
+from moetrain.model import Transformer
+from moetrain.observe import EventLog, MetricsFile, WandbSink
+from moetrain.optim import build_optimizer
+from moetrain.parallel import Gradients, build_meshes, parallelize, resolve_topology
+from moetrain.train.control import Control, Place
+from moetrain.train.prepare import as_plain, demand_same_model
+from moetrain.train.state import TrainState, checkpoint_tensors
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """All that the loop works with; `state` alone changes."""
+
+    config: "Config"
+    place: Place
+    control: Control
+    device: torch.device
+    model: Transformer
+    optimizer: Optimizer
+    gradients: Gradients
+    shards: ShardFolder
+    batches: GlobalBatches
+    checkpoints: CheckpointStore
+    state: TrainState
+    sinks: list[Callable[[dict[str, Any]], None]]
+    """Where metric records go; empty on every rank but one."""
+    event: Callable[..., None]
+    close: Callable[[int], None]
+    """Ends what must be ended, told the exit code."""
+
+
+def build_trainer(
+    config: "Config", place: Place, control: Control, *, device: torch.device
+) -> Trainer:
+    """Returns a rank's trainer, restored from the newest good checkpoint; all ranks call it."""
+    run_dir = Path(config.run.dir, config.run.name or "")
+    topology = resolve_topology(
+        config.parallel,
+        world_size=place.world_size,
+        num_experts=config.model.num_experts,
+        ffn_hidden_dim=config.model.ffn_hidden_dim,
+        ranks_per_node=config.cluster.gpus_per_node,
+    )
+    meshes = build_meshes(topology, device=device)
+
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model = parallelize(
+        model,
+        meshes,
+        config.parallel,
+        seed=config.seed,
+        device=device,
+        compute_dtype=compute_dtype(config.train.dtype, device),
+    )
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
+
+    shards = ShardFolder.open(str(config.data.dir))
+    batches = GlobalBatches(
+        shards,
+        split="train",
+        seq_len=config.train.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+    )
+
+    leads = place.rank == 0  # the one rank whose sinks are built
+    event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
+    checkpoints = CheckpointStore(
+        run_dir / "checkpoints",
+        config.checkpoint,
+        attempt=place.attempt,
+        config=as_plain(config),
+        timeout=timedelta(seconds=config.launch.hang_timeout_seconds),
+        event=event,
+    )
+    restored = checkpoints.load_newest(
+        lambda: checkpoint_tensors(model, optimizer),
+        same_model=lambda manifest: demand_same_model(config, manifest),
+    )
+    state = TrainState(**(restored or {}))
+    if restored:
+        event("resume", step=state.step, attempt=place.attempt)
+        control.publish("say", f"goes on from step {state.step}")
+
+    sinks: list[Callable[[dict[str, Any]], None]] = []
+    close: Callable[[int], None] = _tell_nobody
+    if leads:
+        metrics = MetricsFile(run_dir / "metrics.jsonl")
+        metrics.rewind(state.step)
+        wandb = WandbSink(
+            config.observe.wandb,
+            run_name=config.run.name or "",
+            run_dir=run_dir,
+            config=as_plain(config),
+            resume_step=state.step if restored else None,
+        )
+        sinks = [metrics.write, wandb.write, lambda record: control.publish("record", record)]
+        close = wandb.close
+    return Trainer(
+        config=config,
+        place=place,
+        control=control,
+        device=device,
+        model=model,
+        optimizer=optimizer,
+        gradients=gradients,
+        shards=shards,
+        batches=batches,
+        checkpoints=checkpoints,
+        state=state,
+        sinks=sinks,
+        event=event,
+        close=close,
+    )
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype that a setting means on a device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _tell_nobody(*_: Any, **__: Any) -> None:
+    pass

@@ -1,0 +1,79 @@
+"""What passes between a rank that trains and whoever launched it."""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one rank stands in one attempt of a run."""
+
+    rank: int
+    world_size: int
+    device_index: int = 0
+    """Which of the CUDA devices that this process sees is the rank's."""
+    local_world_size: int = 1
+    """Ranks on this rank's machine, which share its cores."""
+    rendezvous: str
+    """Where the ranks of this attempt find each other, as torch's `init_method`."""
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a rank's training ended, if not by an exception."""
+
+    finished: bool
+    """All steps are done; else it stopped on request, after saving."""
+    step: int
+    last: Mapping[str, Any]
+    """The newest metric record; empty where no step was taken."""
+
+
+@dataclass
+class Control:
+    """One rank's line to its launcher; safe to use from several threads.
+
+    The rank says what it does and publishes metric records; the launcher reads both, and asks
+    the rank to stop at the next step.
+    """
+
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _published: list[tuple[str, Any]] = field(default_factory=list)
+    _activity: tuple[str, int, float] = field(
+        default_factory=lambda: ("starting", 0, time.monotonic())
+    )
+
+    def request_stop(self) -> None:
+        """Asks the run to save and stop after the step that it is in."""
+        self._stop.set()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked for a stop."""
+        return self._stop.is_set()
+
+    def beat(self, phase: str, step: int) -> None:
+        """Says what the rank is about to do; the sign of life that a supervisor watches."""
+        self._activity = (phase, step, time.monotonic())
+
+    def publish(self, kind: str, content: Any) -> None:
+        """Hands something to the launcher: a metric `record`, or a text to `say`."""
+        with self._lock:
+            self._published.append((kind, content))
+
+    def collect(self) -> dict[str, Any]:
+        """Returns phase, step, seconds since the last sign of life, and what was published."""
+        with self._lock:
+            published, self._published = self._published, []
+        phase, step, since = self._activity
+        return {
+            "phase": phase,
+            "step": step,
+            "silent_seconds": time.monotonic() - since,
+            "published": published,
+        }

@@ -1,0 +1,221 @@
+"""When to step, log, validate, save and stop."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.model import training_flops_per_token
+from moetrain.optim import learning_rate
+from moetrain.parallel import any_rank
+from moetrain.train.build import Trainer
+from moetrain.train.control import Outcome
+from moetrain.train.state import checkpoint_tensors
+from moetrain.train.step import MicroBatch, StepReport, train_step
+from moetrain.train.validation import validate
+
+
+class TrainingError(Exception):
+    """Training that can't go on, with the reason."""
+
+
+def train(trainer: Trainer) -> Outcome:
+    """Trains until all steps are done or somebody asks for a stop; all ranks call it.
+
+    Raises TrainingError after too many non-finite steps in a row, CheckpointError where a
+    checkpoint can't be written; what was saved before stays as it is.
+    """
+    settings, state, control = trainer.config.train, trainer.state, trainer.control
+    observe, checkpoint = trainer.config.observe, trainer.config.checkpoint
+    stopwatch, last, saved_step = Stopwatch(), {}, state.step
+    while state.step < settings.num_steps:
+        control.beat("step", state.step)
+        if any_rank(control.stop_requested, device=trainer.device):
+            break
+        report = take_step(trainer, stopwatch)
+        is_last = state.step == settings.num_steps
+        validates = is_last or _due(state.step, settings.validate_every_steps)
+        if validates or _due(state.step, observe.log_every_steps):
+            record = metric_record(trainer, report, stopwatch)
+            if validates:
+                control.beat("validation", state.step)
+                record |= run_validation(trainer)
+            for write in trainer.sinks:
+                write(record)
+            last = record
+            stopwatch.restart()
+        if is_last or _due(state.step, checkpoint.every_steps):
+            save(trainer)
+            saved_step = state.step
+    if state.step > saved_step:
+        save(trainer)
+    trainer.checkpoints.wait()
+    return Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
+
+
+def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
+    """Reads this rank's part of the next global batch, takes the step and moves the state on."""
+    config, state, place = trainer.config, trainer.state, trainer.place
+    with stopwatch.waiting_for_data():
+        batch = trainer.batches.read(state.samples, rank=place.rank, num_ranks=place.world_size)
+        size = config.train.micro_batch_size or len(batch.tokens)
+        micro_batches = MicroBatch.cut(batch, size, device=trainer.device)
+    report = train_step(
+        micro_batches,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        gradients=trainer.gradients,
+        learning_rate=_learning_rate(trainer),
+    )
+    stopwatch.count(report.num_tokens)
+    state.step += 1
+    state.samples += config.train.global_batch_size
+    state.tokens += report.num_tokens
+    state.skipped += report.skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
+    if report.skipped:
+        _tell_of_skip(trainer, report)
+    return report
+
+
+def save(trainer: Trainer) -> None:
+    """Writes a checkpoint of where the run stands."""
+    trainer.control.beat("save", trainer.state.step)
+    trainer.checkpoints.save(
+        checkpoint_tensors(trainer.model, trainer.optimizer),
+        step=trainer.state.step,
+        state=trainer.state.as_json(),
+    )
+
+
+def run_validation(trainer: Trainer) -> dict[str, float]:
+    """Returns the held-out metrics at this step."""
+    settings = trainer.config.train
+    return validate(
+        trainer.model,
+        trainer.shards,
+        seq_len=settings.seq_len,
+        micro_batch_size=settings.micro_batch_size or 1,
+        max_sequences=settings.validation_sequences,
+        rank=trainer.place.rank,
+        num_ranks=trainer.place.world_size,
+        device=trainer.device,
+    )
+
+
+def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") -> dict[str, Any]:
+    """Returns the metrics of the step just taken, under their public names."""
+    config, state = trainer.config, trainer.state
+    speed, world_size = stopwatch.tokens_per_second(), trainer.place.world_size
+    record: dict[str, Any] = {
+        "step": state.step,
+        "train/tokens": state.tokens,
+        "train/loss": report.loss,
+        "train/cross_entropy": report.cross_entropy,
+        "train/skipped_steps": state.skipped,
+        "optim/lr": _learning_rate(trainer, step=state.step - 1),
+        "optim/grad_norm": report.grad_norm,
+        "perf/step_seconds": stopwatch.step_seconds(),
+        "perf/tokens_per_second": speed,
+        "perf/tokens_per_second_per_device": speed / world_size,
+        "perf/data_wait_seconds": stopwatch.data_wait_seconds(),
+        "memory/peak_gib": _peak_gib(trainer.device),
+    }
+    if peak := config.cluster.peak_tflops_per_gpu:
+        flops = training_flops_per_token(config.model, seq_len=config.train.seq_len) * speed
+        record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
+    if len(trainer.shards.sources) == 1:
+        record[f"data/{trainer.shards.sources[0]}/tokens"] = state.tokens
+    return record | router_metrics(report) if config.model.is_moe else record
+
+
+def router_metrics(report: StepReport) -> dict[str, float]:
+    """Returns how the global batch's tokens were spread over the experts, layer by layer."""
+    counts = report.expert_counts  # [layers, experts]
+    mean = counts.mean(1)
+    loads = counts / counts.sum(1, keepdim=True)
+    metrics = {
+        "router/load_balance_loss": report.load_balance_loss,
+        "router/z_loss": report.z_loss,
+        "router/max_violation": ((counts.amax(1) - mean) / mean).max().item(),
+        "router/entropy": report.entropy,
+        "router/dead_experts": int((counts == 0).sum().item()),
+    }
+    for layer, shares in enumerate(loads.tolist()):
+        for expert, share in enumerate(shares):
+            metrics[f"router/layer_{layer:02d}/expert_{expert:02d}/load"] = share
+    return metrics
+
+
+class Stopwatch:
+    """Time, tokens and steps since the last record."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new span."""
+        self._start = time.perf_counter()
+        self._steps = self._tokens = 0
+        self._waited = 0.0
+
+    def count(self, tokens: int) -> None:
+        """Counts a step and its tokens."""
+        self._steps += 1
+        self._tokens += tokens
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def step_seconds(self) -> float:
+        """Mean duration of a step in the span."""
+        return (time.perf_counter() - self._start) / max(1, self._steps)
+
+    def tokens_per_second(self) -> float:
+        """Tokens of the global batches over the span's duration."""
+        return self._tokens / (time.perf_counter() - self._start)
+
+    def data_wait_seconds(self) -> float:
+        """Mean time a step waited for its data."""
+        return self._waited / max(1, self._steps)
+
+
+def _learning_rate(trainer: Trainer, *, step: int | None = None) -> float:
+    return learning_rate(
+        trainer.state.step if step is None else step,
+        peak=trainer.config.optim.lr,
+        num_steps=trainer.config.train.num_steps,
+        settings=trainer.config.schedule,
+    )
+
+
+def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
+    state = trainer.state
+    reason = f"loss {report.loss}, gradient norm {report.grad_norm}"
+    trainer.event("step_skipped", step=state.step, reason=reason)
+    trainer.control.publish("say", f"step {state.step} was skipped: {reason}")
+    if state.skipped_in_a_row >= trainer.config.train.max_skipped_steps:
+        newest = Path(trainer.config.run.dir, trainer.config.run.name or "", "checkpoints")
+        raise TrainingError(
+            f"{state.skipped_in_a_row} steps in a row up to step {state.step} had no finite loss "
+            f"or gradient ({reason}). The last good checkpoint is in {newest}. Try a lower "
+            "optim.lr, a longer schedule.warmup_steps, or a smaller optim.clip_grad_norm"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,0 +1,51 @@
+"""A rank's life: join the others, build, train, and say how it ended."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from moetrain.parallel import join_ranks
+from moetrain.train.build import build_trainer
+from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.loop import train
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+
+def run_rank(config: "Config", place: Place, control: Control) -> Outcome:
+    """Trains as one rank of a resolved configuration, to the end or until asked to stop."""
+    for name, value in config.cluster.env.items():
+        os.environ.setdefault(name, value)
+    device = rank_device(config.run.device, index=place.device_index)
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // place.local_world_size))
+    control.beat("joining the other ranks", 0)
+    if not dist.is_initialized():  # somebody else's launcher may have joined them already
+        join_ranks(
+            rank=place.rank,
+            world_size=place.world_size,
+            rendezvous=place.rendezvous,
+            device=device,
+            timeout_seconds=config.launch.hang_timeout_seconds,
+        )
+    control.beat("building the model", 0)
+    trainer = build_trainer(config, place, control, device=device)
+    try:
+        outcome = train(trainer)
+    except BaseException:
+        trainer.close(1)
+        raise
+    trainer.close(0 if outcome.finished else 75)
+    dist.barrier()
+    return outcome
+
+
+def rank_device(name: str, *, index: int) -> torch.device:
+    """Returns the device that a setting means for a rank of its machine."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", index)
+    return torch.device("cpu")

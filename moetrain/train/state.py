@@ -1,0 +1,48 @@
+"""All that a checkpoint must hold: counters as JSON, tensors by their global names."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moetrain.model import Transformer
+from moetrain.optim import allocate_state
+from moetrain.parallel import plain_name
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. The learning rate and the data order follow from it."""
+
+    step: int = 0
+    """Optimizer steps taken, skipped ones included."""
+    samples: int = 0
+    """Global sample index at which the next batch begins."""
+    tokens: int = 0
+    """Tokens trained on."""
+    skipped: int = 0
+    """Steps whose loss or gradients were not finite."""
+    skipped_in_a_row: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the counters by name."""
+        return asdict(self)
+
+
+def checkpoint_tensors(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Returns parameters, buffers and optimizer state under their layout-independent names.
+
+    The tensors are the live ones: loading into them restores model and optimizer. The
+    optimizer's state is allocated if it hasn't been yet.
+    """
+    if not optimizer.state:
+        allocate_state(optimizer)
+    named = {f"model.{plain_name(n)}": b for n, b in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        name = plain_name(name)
+        named[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                named[f"optimizer.{name}.{key}"] = value
+    return named

@@ -1,0 +1,180 @@
+"""One optimizer step over a global batch, the same on every layout."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from data_pipeline import Batch
+from moetrain.model import LossSums, Transformer, load_balance_loss
+from moetrain.parallel import Gradients, sum_over_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What a rank takes through the model at once; all [sequences, seq_len]."""
+
+    tokens: Tensor
+    targets: Tensor
+    valid: Tensor
+    """Bool: which targets count."""
+
+    @staticmethod
+    def cut(batch: Batch, size: int, *, device: torch.device) -> "list[MicroBatch]":
+        """Returns a rank's slice of a batch in pieces of `size` sequences, on the device."""
+        arrays = (batch.tokens, batch.targets, batch.loss_mask)
+        pieces = zip(*(torch.from_numpy(a).to(device).split(size) for a in arrays), strict=True)
+        return [MicroBatch(tokens=x, targets=y, valid=mask) for x, y, mask in pieces]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Figures of one step over the global batch, equal on all ranks."""
+
+    loss: float
+    """What was minimised, a mean over valid tokens: cross-entropy, balance and z losses."""
+    cross_entropy: float
+    load_balance_loss: float
+    """Mean over the MoE layers of the global batch's balance loss; 1 when balanced."""
+    z_loss: float
+    entropy: float
+    """Mean entropy of the routers' distributions, in nats."""
+    expert_counts: Tensor
+    """Token copies that each expert got, [layers, experts] float64."""
+    grad_norm: float
+    num_tokens: int
+    skipped: bool
+    """Whether loss or gradients were not finite, so that the weights were left as they were."""
+
+
+def train_step(
+    micro_batches: Sequence[MicroBatch],
+    *,
+    model: Transformer,
+    optimizer: Optimizer,
+    gradients: Gradients,
+    learning_rate: float,
+) -> StepReport:
+    """Takes one step; every rank calls it with its part of the same global batch."""
+    num_tokens = sum_over_ranks(torch.stack([b.valid.sum() for b in micro_batches]).sum())
+    counts = _expert_counts_ahead(micro_batches, model)
+    sums = _Sums(model, device=num_tokens.device)
+    for batch in micro_batches:
+        output = model(batch.tokens, batch.targets, batch.valid)
+        loss = _objective(output, batch, model=model, num_tokens=num_tokens, counts=counts)
+        loss.backward()
+        sums.add(loss, output)
+    norm = gradients.clip()
+    report = sums.report(model=model, num_tokens=num_tokens, grad_norm=norm)
+    if not report.skipped:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        _update_router_biases(model, report.expert_counts)
+    optimizer.zero_grad()
+    return report
+
+
+def _expert_counts_ahead(batches: Sequence[MicroBatch], model: Transformer) -> Tensor | None:
+    """Returns the global batch's expert counts where the first backward pass needs them early.
+
+    The balance loss weighs every token's probabilities with the counts of the *whole* batch. With
+    several micro-batches those of the later ones aren't known at the first backward pass, so
+    that the loss would depend on how the batch was cut: a pass without gradients counts first.
+    """
+    router = model.settings.router
+    wanted = model.settings.is_moe and router.load_balance_loss_weight > 0
+    if not wanted or router.load_balance_scope != "global_batch" or len(batches) == 1:
+        return None
+    with torch.no_grad():
+        counts = [model(b.tokens, b.targets, b.valid).routing.counts for b in batches]
+    return sum_over_ranks(torch.stack(counts).sum(0))
+
+
+def _objective(
+    output: LossSums,
+    batch: MicroBatch,
+    *,
+    model: Transformer,
+    num_tokens: Tensor,
+    counts: Tensor | None,
+) -> Tensor:
+    """Returns this micro-batch's part of the loss: all parts add up to the global batch's."""
+    router, routing = model.settings.router, output.routing
+    loss = output.cross_entropy / num_tokens
+    if not model.settings.is_moe:
+        return loss
+    counted_tokens = num_tokens
+    if router.load_balance_scope == "micro_batch":
+        counts, counted_tokens = routing.counts, batch.valid.sum().clamp_min(1)
+    elif counts is None:
+        counts = sum_over_ranks(routing.counts)
+    balance = load_balance_loss(
+        counts,
+        routing.probability_sums,
+        top_k=model.settings.top_k,
+        counted_tokens=counted_tokens,
+        num_tokens=num_tokens,
+    )
+    loss = loss + router.load_balance_loss_weight * balance.sum()
+    return loss + router.z_loss_weight * routing.z_sum.sum() / num_tokens
+
+
+@torch.no_grad()
+def _update_router_biases(model: Transformer, expert_counts: Tensor) -> None:
+    if rate := model.settings.router.bias_update_rate:
+        for layer, counts in zip(model.moe_layers(), expert_counts, strict=True):
+            layer.router.update_bias(counts.to(layer.router.bias.device), rate=rate)
+
+
+class _Sums:
+    """Running sums of a step's figures on this rank, summed over ranks once at the end."""
+
+    def __init__(self, model: Transformer, *, device: torch.device) -> None:
+        settings = model.settings
+        layers = settings.num_layers if settings.is_moe else 0
+        self._shape = (layers, settings.num_experts)
+        # loss, cross-entropy, z, entropy; then counts and probabilities of every expert.
+        self._sums = torch.zeros(
+            4 + 2 * layers * settings.num_experts, dtype=torch.float64, device=device
+        )
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, output: LossSums) -> None:
+        routing = output.routing
+        scalars = (loss, output.cross_entropy, routing.z_sum.sum(), routing.entropy_sum.sum())
+        self._sums += torch.cat(
+            (
+                torch.stack([s.double() for s in scalars]),
+                routing.counts.flatten().double(),
+                routing.probability_sums.flatten().double(),
+            )
+        )
+
+    def report(self, *, model: Transformer, num_tokens: Tensor, grad_norm: float) -> StepReport:
+        sums = sum_over_ranks(self._sums).cpu()
+        tokens, (layers, experts) = int(num_tokens.item()), self._shape
+        loss, cross_entropy, z, entropy = sums[:4].tolist()
+        counts, probabilities = sums[4:].view(2, layers, experts)
+        balance = load_balance_loss(
+            counts,
+            probabilities,
+            top_k=model.settings.top_k,
+            counted_tokens=tokens,
+            num_tokens=tokens,
+        )
+        per_layer = 1 / (tokens * max(1, layers))
+        return StepReport(
+            loss=loss,
+            cross_entropy=cross_entropy / tokens,
+            load_balance_loss=balance.mean().item() if layers else 0.0,
+            z_loss=z * per_layer,
+            entropy=entropy * per_layer,
+            expert_counts=counts,
+            grad_norm=grad_norm,
+            num_tokens=tokens,
+            skipped=not (math.isfinite(loss) and math.isfinite(grad_norm)),
+        )

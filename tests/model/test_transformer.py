@@ -1,0 +1,171 @@
+"""The decoder against transformers' Mixtral and Mistral, and its losses against plain torch."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.support.transformers_oracle import copy_weights, oracle_for
+
+from moetrain.model import (
+    ModelSettings,
+    RouterSettings,
+    Transformer,
+    chunked_cross_entropy,
+    load_balance_loss,
+)
+
+SMALL = ModelSettings(
+    dim=48, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, ffn_hidden_dim=80,
+    num_experts=5, top_k=2, vocab_size=101, max_seq_len=64, rope_theta=1e4,
+)  # fmt: skip
+SHAPES = {
+    "head_dim does not divide dim": SMALL,
+    "one kv head, top-1": dataclasses.replace(SMALL, num_kv_heads=1, top_k=1),
+    "as many kv heads, all experts": dataclasses.replace(SMALL, num_kv_heads=6, top_k=5),
+    "mixtral's theta and eps, 8 experts": dataclasses.replace(
+        SMALL, dim=64, head_dim=16, num_heads=4, num_experts=8, rope_theta=1e6, norm_eps=1e-6
+    ),
+    "one expert: mistral": dataclasses.replace(SMALL, num_experts=1, top_k=1),
+}
+
+
+def tolerance(settings: ModelSettings) -> float:
+    """Bounds the relative error of a logit in float32.
+
+    Rounding grows with the square root of the additions that a value has behind it: for each
+    layer about four products with reductions no longer than `ffn_hidden_dim`, and the head.
+    """
+    additions = (4 * settings.num_layers + 1) * max(settings.ffn_hidden_dim, settings.dim)
+    return torch.finfo(torch.float32).eps * additions**0.5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_loss_and_gradients_equal_transformers(name: str) -> None:
+    settings = SHAPES[name]
+    torch.manual_seed(0)
+    oracle, model = oracle_for(settings), Transformer(settings)
+    copy_weights(oracle, model)
+    tokens = torch.randint(0, settings.vocab_size, (3, 37))
+
+    expected = oracle(input_ids=tokens, labels=tokens, output_router_logits=False)
+    logits = model(tokens)
+    relative = (logits - expected.logits).norm() / expected.logits.norm()
+    assert relative < tolerance(settings)
+
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = model(inputs, targets).cross_entropy / targets.numel()
+    torch.testing.assert_close(loss, expected.loss, rtol=tolerance(settings), atol=0)
+
+    expected.loss.backward()
+    loss.backward()
+    gradients = oracle_for(settings)
+    for target, source in zip(gradients.parameters(), oracle.parameters(), strict=True):
+        target.data = source.grad
+    reference = Transformer(settings)
+    copy_weights(gradients, reference)
+    for (key, ours), theirs in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
+        if settings.top_k == 1 and "router" in key:
+            continue  # the only gate is 1 whatever the logits: both gradients are rounding
+        error = (ours.grad - theirs).norm() / theirs.norm().clamp_min(1e-12)
+        assert error < 4 * tolerance(settings), key  # the way back and the way there
+
+
+def test_masked_tokens_count_in_no_loss_and_no_statistic() -> None:
+    torch.manual_seed(0)
+    model = _initialised(SMALL)
+    tokens, targets = torch.randint(0, 101, (2, 2, 20))
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[:, 12:] = False  # causal: what stands behind a position can't change it
+    masked = model(tokens, targets, valid)
+    short = model(tokens[:, :12], targets[:, :12])
+    torch.testing.assert_close(masked.cross_entropy, short.cross_entropy)
+    for ours, expected in zip(masked.routing, short.routing, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert masked.routing.counts.sum() == 24 * SMALL.top_k * SMALL.num_layers
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_chunked_cross_entropy_equals_torch_with_gradients(chunk_size: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(33, 16, dtype=torch.float64).float().requires_grad_()
+    head = torch.randn(29, 16).requires_grad_()
+    targets, valid = torch.randint(0, 29, (33,)), torch.rand(33) > 0.3
+    ours = chunked_cross_entropy(hidden, head, targets, valid, chunk_size=chunk_size)
+    (ours / 7).backward()
+    gradients = hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    expected = F.cross_entropy((hidden @ head.t())[valid], targets[valid], reduction="sum")
+    (expected / 7).backward()
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients, (hidden.grad, head.grad))
+
+
+def test_balance_loss_is_one_when_balanced_and_rises_when_an_expert_takes_all() -> None:
+    uniform = torch.full((2, 4), 50)
+    even = load_balance_loss(
+        uniform, torch.full((2, 4), 25.0), top_k=2, counted_tokens=100, num_tokens=100
+    )
+    torch.testing.assert_close(even, torch.ones(2))
+    collapsed = load_balance_loss(
+        torch.tensor([[100, 0, 0, 0]]), torch.tensor([[100.0, 0, 0, 0]]),
+        top_k=1, counted_tokens=100, num_tokens=100,
+    )  # fmt: skip
+    torch.testing.assert_close(collapsed, torch.tensor([4.0]))
+
+
+def test_router_learns_from_the_main_loss_alone() -> None:
+    model = _initialised(
+        dataclasses.replace(
+            SMALL, router=RouterSettings(load_balance_loss_weight=0.0, z_loss_weight=0.0)
+        )
+    )
+    tokens, targets = torch.randint(0, 101, (2, 2, 20))
+    model(tokens, targets).cross_entropy.backward()
+    for layer in model.moe_layers():
+        assert layer.router.weight.grad.abs().sum() > 0
+
+
+def test_gates_without_normalisation_are_the_full_softmax() -> None:
+    settings = dataclasses.replace(SMALL, top_k=1, router=RouterSettings(normalize_gates=False))
+    router = _initialised(settings).layers[0].feed_forward.router
+    x = torch.randn(30, SMALL.dim)
+    routing = router(x, torch.ones(30, dtype=torch.bool))
+    expected = (x @ router.weight.t()).softmax(-1).max(-1)
+    assert torch.equal(routing.experts.squeeze(1), expected.indices)
+    torch.testing.assert_close(routing.gates.squeeze(1), expected.values)
+
+
+def test_routing_is_float32_in_a_bfloat16_model() -> None:
+    settings = dataclasses.replace(SMALL, dim=64)
+    torch.manual_seed(0)
+    router = _initialised(settings).layers[0].feed_forward.router.bfloat16()
+    router.bias = router.bias.float()
+    x = torch.randn(200, 64).bfloat16()
+    routing = router(x, torch.ones(200, dtype=torch.bool))
+    logits = x.float() @ router.weight.float().t()
+    assert routing.gates.dtype == routing.statistics.z_sum.dtype == torch.float32
+    assert torch.equal(routing.experts, logits.topk(2).indices)
+
+
+def test_the_selection_bias_moves_the_choice_but_not_the_gates() -> None:
+    router = _initialised(SMALL).layers[0].feed_forward.router
+    x, valid = torch.randn(64, SMALL.dim), torch.ones(64, dtype=torch.bool)
+    before = router(x, valid)
+    router.update_bias(before.statistics.counts, rate=100.0)
+    after = router(x, valid)
+    most = before.statistics.counts.argmax()
+    assert after.statistics.counts[most] < before.statistics.counts[most]
+    logits = x @ router.weight.t()
+    expected = logits.gather(1, after.experts).softmax(-1)
+    torch.testing.assert_close(after.gates, expected)
+
+
+def _initialised(settings: ModelSettings) -> Transformer:
+    torch.manual_seed(1)
+    model = Transformer(settings)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.ndim > 1 else torch.nn.init.ones_(weight)
+    return model

@@ -1,0 +1,42 @@
+import multiprocessing
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moetrain.observe import EventLog, read_events
+
+
+def _append(path: Path, writer: int, count: int) -> None:
+    log = EventLog(path)
+    for index in range(count):
+        log.write("save", reason="x" * (index % 500), writer=writer, index=index)
+
+
+def test_an_event_has_a_time_a_kind_a_reason_and_its_fields(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("restart", reason="rank 1 died", step=40, path=tmp_path, loss=float("nan"))
+    log.write("start")
+    first, second = read_events(log.path)
+    assert list(first) == ["time", "event", "reason", "step", "path", "loss"]
+    assert first["path"] == str(tmp_path)
+    assert first["loss"] is None
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(first["time"])).total_seconds()) < 60
+    assert (second["event"], second["reason"]) == ("start", None)
+
+
+def test_events_of_several_processes_interleave_as_whole_lines(tmp_path: Path) -> None:
+    path, count = tmp_path / "events.jsonl", 300
+    spawn = multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=_append, args=(path, writer, count)) for writer in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    events = read_events(path)
+    assert len(events) == 2 * count
+    for writer in range(2):
+        assert [e["index"] for e in events if e["writer"] == writer] == list(range(count))
+
+
+def test_an_event_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog) -> None:  # type: ignore[no-untyped-def]
+    EventLog(tmp_path / "no folder" / "events.jsonl").write("failure", reason="disk full")
+    assert "'failure' not recorded" in caplog.text

@@ -1,0 +1,140 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moetrain.report import figure_for_readme, render_report
+from moetrain.report.__main__ import ReportSettings, main
+from moetrain.report.figures import MAX_POINTS, thinned
+from moetrain.report.run_record import MAX_LOAD_RECORDS, read_run
+from tests.report.synthetic_run import write_run
+
+
+@pytest.mark.parametrize("num_records", [0, 1, 2, 60])
+def test_a_report_tells_whatever_there_is(tmp_path: Path, num_records: int) -> None:
+    path = render_report(write_run(tmp_path / "run", num_records=num_records))
+    html = path.read_text()
+    assert path == tmp_path / "run" / "report.html"
+    assert html.count("<svg") == (0 if num_records == 0 else 5)
+    for text in ("toy-synthetic", "finished", "rank 1 was killed by SIGKILL", "num_experts: 8"):
+        assert text in html
+    if num_records:
+        assert all(text in html for text in ("stdlib", "byte bigrams", "3.540", "1.830"))
+    assert [file.name for file in path.parent.glob("report*")] == ["report.html"]
+
+
+def test_a_report_of_an_empty_folder_is_a_report(tmp_path: Path) -> None:
+    assert "No metrics have been logged yet" in render_report(tmp_path).read_text()
+
+
+def test_a_report_is_one_file_that_asks_the_network_for_nothing(tmp_path: Path) -> None:
+    for num_layers, num_experts in ((2, 4), (3, 20)):
+        run = write_run(
+            tmp_path / "run", num_records=40, num_layers=num_layers, num_experts=num_experts
+        )
+        html = render_report(run).read_text()
+        pointed_at = re.findall(r"(?:src|href)\s*=\s*[\"']([^\"']*)", html)
+        assert all(target.startswith(("#", "data:image/png")) for target in pointed_at)
+        links = re.findall(r"(\S*?)=?\"?https?://", re.sub(r"xmlns(:\w+)?=\"[^\"]*\"", "", html))
+        assert links == []
+        assert not re.search(r"@import|url\((?!#)|<script|<link", html)
+
+
+def test_nothing_of_the_run_becomes_markup(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>"
+    run = write_run(tmp_path / "run", num_records=3, name=bad)
+    record = {"step": 40, f"validation/{bad}/bits_per_byte": 2.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    with (run / "events.jsonl").open("a") as file:
+        event = {"time": bad, "event": f"stop{bad}", "reason": bad, "step": bad, bad: bad}
+        file.write(json.dumps(event) + "\n")
+        baselines = {f"{bad}_bits_per_byte": 1.0}
+        file.write(json.dumps({"event": "data", "baselines": baselines}) + "\n")
+    html = render_report(run).read_text()
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") > 8
+
+
+def test_a_large_model_s_report_stays_small(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_records=200, num_layers=32, num_experts=64)
+    assert render_report(run).stat().st_size < 2_000_000
+    loads = read_run(run).expert_loads
+    assert loads is not None
+    assert loads.loads.shape == (MAX_LOAD_RECORDS, 32, 64)
+    assert loads.loads.sum(axis=2) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_spike(tmp_path: Path) -> None:
+    lines = [{"step": s, "optim/grad_norm": 900.0 if s == 7777 else 1.0} for s in range(20_000)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = render_report(tmp_path).read_text()
+    assert html.count("\nL ") < 4 * MAX_POINTS
+    thin = read_run(tmp_path).get("optim/grad_norm")
+    assert 900.0 in thinned(thin)[1]
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_records=40)
+    first = render_report(run).read_bytes()
+    assert render_report(run).read_bytes() == first
+
+
+def test_a_gap_in_the_records_is_no_trouble(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "train/cross_entropy": None, "router/layer_02/expert_01/load": 0.5},
+        {"step": 2, "train/cross_entropy": 2.0, "router/layer_02/expert_00/load": None},
+        {"step": 2, "validation/loss": 2.1},
+        {"no step": 3},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(tmp_path)
+    assert run.get("train/cross_entropy").steps.tolist() == [2]
+    assert run.expert_loads is not None
+    assert run.expert_loads.layers == (2,)
+    assert "<svg" in render_report(tmp_path).read_text()
+
+
+def test_the_state_is_that_of_the_last_telling_event(tmp_path: Path) -> None:
+    states = []
+    for kind in ("start", "save", "failure", "restart", "stop", "done", "data"):
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"event": kind, "reason": f"for {kind}"}) + "\n")
+        run = read_run(tmp_path)
+        states.append((run.state, run.reason))
+    assert [state for state, _ in states] == [
+        *("running", "running", "failed", "running", "stopped", "finished", "finished")
+    ]
+    assert states[-1][1] == "for done"
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize(("num_records", "num_experts"), [(0, 8), (1, 8), (30, 8), (30, 40)])
+def test_the_readme_figure_is_drawn(
+    tmp_path: Path, ending: str, num_records: int, num_experts: int
+) -> None:
+    run = write_run(tmp_path / "run", num_records=num_records, num_experts=num_experts)
+    picture = figure_for_readme(run, to=tmp_path / f"figure.{ending}")
+    beginning = b"\x89PNG" if ending == "png" else b"<?xml"
+    assert picture.read_bytes().startswith(beginning)
+
+
+def test_the_command_writes_the_report_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", num_records=3)
+    assert main(ReportSettings(run=str(run))) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+
+def test_a_missing_run_is_told_with_the_runs_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "toy-one", num_records=0)
+    write_run(tmp_path / "other", num_records=0)
+    assert main(ReportSettings(run=str(tmp_path / "toy-on"))) == 2
+    message = capsys.readouterr().err
+    assert all(text in message for text in ("toy-on:", "Did you mean toy-one?", "other"))
+    assert main(ReportSettings(run=str(tmp_path))) == 2  # the folder that holds the runs
+    assert "toy-one" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Real gloo ranks for a test: `run_ranks(function, world_size, ...)`."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moetrain.parallel import join_ranks
+
+# A server that has imported torch once and forks ranks from a single-threaded state: forking
+# pytest itself would copy the locks of its thread pools.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "moetrain.parallel", "moetrain.train"])
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120
+) -> list[Any]:
+    """Runs `function(*arguments)` as each of `world_size` gloo ranks; returns what each returned.
+
+    The function and its results must pickle. A rank that raises or dies fails the test with
+    its traceback, and the others are ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = f"file://{folder}/rendezvous"
+        ends, processes = [], []
+        for rank in range(world_size):
+            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(
+                target=_rank, args=(theirs, rank, world_size, rendezvous, function, arguments)
+            )
+            process.start()
+            theirs.close()
+            ends.append(ours)
+            processes.append(process)
+        try:
+            return _collect(ends, timeout=timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(ends: list[Connection], *, timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(ends):
+        pending = [end for rank, end in enumerate(ends) if rank not in results]
+        ready = wait(pending, timeout=timeout)
+        assert ready, f"no rank answered within {timeout} s; done: {sorted(results)}"
+        for end in ready:
+            rank = ends.index(end)  # type: ignore[arg-type]
+            try:
+                failure, results[rank] = end.recv()  # type: ignore[union-attr]
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without an answer") from None
+            assert failure is None, f"rank {rank} failed:\n{failure}"
+    return [results[rank] for rank in range(len(ends))]
+
+
+def _rank(
+    answer: Connection,
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        join_ranks(
+            rank=rank,
+            world_size=world_size,
+            rendezvous=rendezvous,
+            device=torch.device("cpu"),
+            timeout_seconds=60,
+        )
+        answer.send((None, function(*arguments)))
+        dist.barrier()
+    except BaseException:
+        answer.send((traceback.format_exc(), None))
+    os._exit(0)  # tearing gloo down now and then aborts after success
