@@ -45,7 +45,9 @@ def run_command(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if files:
         sys.argv[1:] = [_without_plus(a, files) for a in sys.argv[1:]]
-    _register(tree, module=module, bare=files is None)
+    else:
+        _register_bare(module)
+    register(tree, name="schema")
     codes: list[int] = []
 
     def job(config: DictConfig) -> None:
@@ -69,21 +71,24 @@ def _without_plus(argument: str, files: Path) -> str:
     return argument[1:] if is_group else argument
 
 
-def _register(tree: type, *, module: str, bare: bool) -> None:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=_mutable(tree))
-    if bare:
-        store.store(
-            name=module,
-            node={
-                "defaults": ["schema", "_self_", {"override hydra/job_logging": "none"}],
-                "hydra": {
-                    "run": {"dir": "."},
-                    "output_subdir": None,
-                    "help": {"app_name": f"python -m {module}"},
-                },
+def register(tree: type, *, name: str) -> None:
+    """Makes the tree known to Hydra as the schema that files and overrides are merged into."""
+    ConfigStore.instance().store(name=name, node=_mutable(tree))
+
+
+def _register_bare(module: str) -> None:
+    """Stands in for a `config.yaml` where a command has no files."""
+    ConfigStore.instance().store(
+        name=module,
+        node={
+            "defaults": ["schema", "_self_", {"override hydra/job_logging": "none"}],
+            "hydra": {
+                "run": {"dir": "."},
+                "output_subdir": None,
+                "help": {"app_name": f"python -m {module}"},
             },
-        )
+        },
+    )
 
 
 def _mutable(tree: type) -> type:

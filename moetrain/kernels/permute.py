@@ -77,6 +77,6 @@ def combine_copies(
 ) -> Float[Tensor, "tokens dim"]:
     """Sums each token's copies, weighted by its gates; undoes the order of `gather_copies`."""
     tokens, top_k = gates.shape
-    copies = permute(rows, invert(order)).view(tokens, top_k, -1)
+    copies = permute(rows, invert(order)).view(tokens, top_k, rows.shape[-1])
     # A batched product of [1, top_k] and [top_k, dim]: no [tokens, top_k, dim] temporary.
     return torch.bmm(gates.to(rows.dtype).unsqueeze(1), copies).squeeze(1)

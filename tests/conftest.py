@@ -1,0 +1,16 @@
+"""Shape annotations are checked at run time in every test, by jaxtyping and beartype."""
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["moetrain.kernels", "moetrain.model"], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests of CUDA code where there is no device, and says so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))

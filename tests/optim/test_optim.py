@@ -1,0 +1,87 @@
+"""Schedules as curves, and the optimizer's groups and state."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moetrain.optim import (
+    OptimSettings,
+    ScheduleSettings,
+    allocate_state,
+    build_optimizer,
+    learning_rate,
+)
+
+
+def curve(num_steps: int = 1000, **settings: object) -> list[float]:
+    schedule = ScheduleSettings(**settings)  # type: ignore[arg-type]
+    return [
+        learning_rate(step, peak=2.0, num_steps=num_steps, settings=schedule)
+        for step in range(num_steps)
+    ]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_warm_up_is_linear_and_reaches_the_peak(name: str) -> None:
+    rates = curve(name=name, warmup_steps=100)
+    assert rates[:3] == pytest.approx([0.02, 0.04, 0.06])
+    assert rates[99] == pytest.approx(2.0)
+    assert max(rates) <= 2.0
+
+
+def test_cosine_falls_to_its_last_ratio() -> None:
+    rates = curve(name="cosine", warmup_steps=100, final_lr_ratio=0.1)
+    assert rates[550] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5), rel=1e-9)
+    assert rates[-1] == pytest.approx(0.2, rel=1e-4)
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_wsd_is_flat_and_then_falls_in_a_line() -> None:
+    rates = curve(name="wsd", warmup_steps=100, final_lr_ratio=0.0, decay_fraction=0.2)
+    assert set(rates[100:800]) == {2.0}
+    assert rates[900] == pytest.approx(1.0)
+    assert rates[999] == pytest.approx(0.01)
+
+
+def test_a_longer_run_keeps_the_wsd_rates_of_the_stable_part() -> None:
+    short, long = (curve(n, name="wsd", warmup_steps=10) for n in (100, 200))
+    assert short[:80] == long[:80]
+
+
+def test_one_adamw_step_equals_the_formula_and_vectors_do_not_decay() -> None:
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+    before = matrix.detach().clone(), vector.detach().clone()
+    settings = OptimSettings(name="adamw", lr=0.01, weight_decay=0.5, eps=1e-8)
+    optimizer = build_optimizer([("matrix", matrix), ("vector", vector)], settings)
+    matrix.grad, vector.grad = torch.randn(3, 4), torch.randn(4)
+    optimizer.step()
+    # The first step of Adam is lr * sign(gradient), up to eps.
+    torch.testing.assert_close(
+        matrix.detach(), before[0] * (1 - 0.01 * 0.5) - 0.01 * matrix.grad.sign()
+    )
+    torch.testing.assert_close(vector.detach(), before[1] - 0.01 * vector.grad.sign())
+
+
+@pytest.mark.parametrize("settings", [
+    OptimSettings(name="adamw", lr=0.1), OptimSettings(name="sgd", lr=0.1, momentum=0.9),
+])  # fmt: skip
+def test_allocating_state_changes_no_weight_and_makes_every_tensor(
+    settings: OptimSettings,
+) -> None:
+    weights = [nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(5))]
+    before = [w.detach().clone() for w in weights]
+    optimizer = build_optimizer([(str(i), w) for i, w in enumerate(weights)], settings)
+    allocate_state(optimizer)
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.equal(weight, old)
+        assert weight.grad is None
+        assert optimizer.state[weight]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+
+
+def test_a_rate_that_is_not_finite_cannot_come_out_of_a_schedule() -> None:
+    for name in ("cosine", "wsd", "constant"):
+        assert all(math.isfinite(r) for r in curve(1, name=name, warmup_steps=0))

@@ -1,0 +1,233 @@
+"""One global batch under many layouts: the same loss, gradients, norm, weights and statistics.
+
+SGD in float32 on real gloo ranks: Adam would hide a wrong scale.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.ranks import run_ranks
+
+from moetrain.model import ModelSettings, RouterSettings, Transformer
+from moetrain.optim import OptimSettings, build_optimizer
+from moetrain.parallel import (
+    Gradients,
+    ParallelSettings,
+    build_meshes,
+    parallelize,
+    plain_name,
+    resolve_topology,
+)
+from moetrain.train.step import MicroBatch, train_step
+
+CPU = torch.device("cpu")
+# Weights large enough on the balance and z losses for a wrong scale of theirs to show.
+MODEL = ModelSettings(
+    dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_hidden_dim=48,
+    num_experts=4, top_k=2, vocab_size=64, max_seq_len=64, rope_theta=1e4,
+    router=RouterSettings(load_balance_loss_weight=0.5, z_loss_weight=0.1, bias_update_rate=0.01),
+)  # fmt: skip
+SEQUENCES, SEQ_LEN, STEPS = 8, 16, 3
+MAX_NORM = 0.5  # below the norm of every step here, so that clipping takes part
+# A step's gradients are sums over 128 tokens and two layers; three SGD steps let rounding grow.
+RTOL = 2e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A layout to compare; `world` ranks."""
+
+    world: int
+    expert: int = 1
+    replicate: int = 1
+    micro_batch: int | None = None
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        return (
+            f"world{self.world}-expert{self.expert}-replicate{self.replicate}"
+            f"-micro{self.micro_batch}-recompute_{self.recompute}"
+        )
+
+
+LAYOUTS = [
+    Layout(2),
+    Layout(2, expert=2),
+    Layout(2, replicate=2),
+    Layout(4),
+    Layout(4, expert=2),
+    Layout(4, expert=4),
+    Layout(4, expert=2, replicate=2),
+    Layout(1, micro_batch=2),
+    Layout(2, expert=2, micro_batch=1),
+    Layout(1, recompute="full"),
+    Layout(2, expert=2, recompute="full"),
+    Layout(4, expert=2, recompute="full", micro_batch=1),
+]
+
+
+def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str, Any]:
+    """Trains STEPS steps of SGD as one rank; returns reports, gradients and weights, gathered."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parallel = ParallelSettings(
+        expert_degree=layout.expert,
+        data_replicate_degree=layout.replicate,
+        recompute=layout.recompute,
+    )
+    topology = resolve_topology(
+        parallel,
+        world_size=world,
+        num_experts=settings.num_experts,
+        ffn_hidden_dim=settings.ffn_hidden_dim,
+        ranks_per_node=8,
+    )
+    meshes = build_meshes(topology, device=CPU)
+    with torch.device("meta"):
+        model = Transformer(settings)
+    model = parallelize(
+        model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32
+    )
+    optimizer = build_optimizer(
+        model.named_parameters(), OptimSettings(name="sgd", lr=0.3, weight_decay=0.1)
+    )
+    gradients = Gradients(model.parameters(), meshes, max_norm=MAX_NORM)
+    seen: dict[str, Any] = {}
+
+    def remember_gradients(*_: object) -> None:
+        seen["gradients"] = gathered(
+            {plain_name(n): p.grad for n, p in model.named_parameters()}
+        )
+
+    optimizer.register_step_pre_hook(remember_gradients)
+    generator = torch.Generator().manual_seed(5)
+    reports = []
+    for _ in range(STEPS):
+        text = torch.randint(0, settings.vocab_size, (SEQUENCES, SEQ_LEN + 1), generator=generator)
+        valid = torch.ones(SEQUENCES, SEQ_LEN, dtype=torch.bool)
+        if mask:  # uneven between ranks, one sequence wholly masked
+            valid[0] = False
+            valid[3, 5:] = False
+        share = slice(rank * SEQUENCES // world, (rank + 1) * SEQUENCES // world)
+        size = layout.micro_batch or SEQUENCES // world
+        micro_batches = [
+            MicroBatch(tokens=x, targets=y, valid=m)
+            for x, y, m in zip(
+                text[share, :-1].split(size),
+                text[share, 1:].split(size),
+                valid[share].split(size),
+                strict=True,
+            )
+        ]
+        report = train_step(
+            micro_batches,
+            model=model,
+            optimizer=optimizer,
+            gradients=gradients,
+            learning_rate=0.3,
+        )
+        reports.append(dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()})
+    named = {plain_name(n): p for n, p in model.named_parameters()} | dict(model.named_buffers())
+    seen |= {"reports": reports, "weights": gathered(named)}
+    return seen if rank == 0 else {}
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Returns full copies of distributed tensors; collective."""
+    return {
+        plain_name(name): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy()
+        for name, t in tensors.items()
+    }
+
+
+def assert_same(ours: dict[str, Any], reference: dict[str, Any]) -> None:
+    """Compares everything that must not depend on the layout."""
+    for mine, theirs in zip(ours["reports"], reference["reports"], strict=True):
+        np.testing.assert_array_equal(mine.pop("expert_counts"), theirs["expert_counts"])
+        for name, value in mine.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=RTOL, err_msg=name)
+    for kind in ("gradients", "weights"):
+        assert ours[kind].keys() == reference[kind].keys()
+        for name, value in ours[kind].items():
+            expected = reference[kind][name]
+            scale = np.linalg.norm(expected)
+            error = np.linalg.norm(value - expected)
+            assert error <= RTOL * scale, f"{kind} {name}: {error / scale}"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["all valid", "masked"])
+def reference(request: pytest.FixtureRequest) -> tuple[bool, dict[str, Any]]:
+    return request.param, run_ranks(train_steps, 1, Layout(1), MODEL, request.param)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_loss_gradients_norm_and_sgd_trajectory_equal_one_rank(
+    layout: Layout, reference: tuple[bool, dict[str, Any]]
+) -> None:
+    mask, expected = reference
+    assert all(r["grad_norm"] > MAX_NORM for r in expected["reports"])
+    assert_same(run_ranks(train_steps, layout.world, layout, MODEL, mask)[0], expected)
+
+
+def test_more_expert_shards_than_experts_divide_them() -> None:
+    """Two experts on four ranks: each expert's weights are split over two of them."""
+    settings = dataclasses.replace(MODEL, num_experts=2, top_k=1)
+    settings = dataclasses.replace(
+        settings, router=dataclasses.replace(MODEL.router, normalize_gates=False)
+    )
+    expected = run_ranks(train_steps, 1, Layout(1), settings, False)[0]
+    assert_same(run_ranks(train_steps, 4, Layout(4, expert=2), settings, False)[0], expected)
+
+
+def test_a_dense_model_trains_the_same_on_every_layout() -> None:
+    settings = dataclasses.replace(MODEL, num_experts=1, top_k=1)
+    expected = run_ranks(train_steps, 1, Layout(1), settings, False)[0]
+    for layout in (Layout(2), Layout(4, replicate=2)):
+        assert_same(run_ranks(train_steps, layout.world, layout, settings, False)[0], expected)
+
+
+def test_the_first_report_equals_losses_written_out_by_hand() -> None:
+    """Value of each loss against a plain one-process computation of the definitions."""
+    from moetrain.model import initial_values
+
+    report = run_ranks(train_steps, 4, Layout(4, expert=2), MODEL, True)[0]["reports"][0]
+    model = Transformer(MODEL)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim < 3:
+                weight.copy_(initial_values(
+                    name, tuple(weight.shape), settings=MODEL, seed=0, device=CPU
+                ))  # fmt: skip
+                continue
+            for expert in range(MODEL.num_experts):
+                weight[expert] = initial_values(
+                    name, tuple(weight.shape[1:]), settings=MODEL, seed=0, device=CPU,
+                    expert=expert,
+                )  # fmt: skip
+    text = torch.randint(
+        0, 64, (SEQUENCES, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5)
+    )
+    valid = torch.ones(SEQUENCES, SEQ_LEN, dtype=torch.bool)
+    valid[0], valid[3, 5:] = False, False
+    router_inputs: list[torch.Tensor] = []
+    for moe in model.moe_layers():
+        moe.router.register_forward_pre_hook(lambda _, args: router_inputs.append(args[0]))
+    logits = model(text[:, :-1])
+    tokens = int(valid.sum())
+    cross_entropy = torch.nn.functional.cross_entropy(logits[valid], text[:, 1:][valid])
+    balance, z = [], []
+    for moe, x in zip(model.moe_layers(), router_inputs, strict=True):
+        scores = (x @ moe.router.weight.t())[valid.flatten()]
+        chosen = torch.nn.functional.one_hot(scores.topk(2).indices, 4).sum((0, 1))
+        shares = chosen / (2 * tokens)
+        balance.append(4 * (shares * scores.softmax(-1).mean(0)).sum().item())
+        z.append(scores.logsumexp(-1).square().mean().item())
+    assert report["num_tokens"] == tokens
+    assert report["cross_entropy"] == pytest.approx(cross_entropy.item(), rel=RTOL)
+    assert report["load_balance_loss"] == pytest.approx(np.mean(balance), rel=RTOL)
+    assert report["z_loss"] == pytest.approx(np.mean(z), rel=RTOL)
+    loss = cross_entropy.item() + 0.5 * sum(balance) + 0.1 * sum(z)
+    assert report["loss"] == pytest.approx(loss, rel=RTOL)

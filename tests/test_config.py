@@ -1,0 +1,137 @@
+"""The configuration: what composes, what resolves, and what a mistake is told."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from moetrain.checks import ConfigError
+from moetrain.command import register
+from moetrain.config import Config, check, resolve, validated
+
+ROOT = Path(__file__).parents[1]
+NOW = datetime(2026, 1, 2, 3, 4, 5)
+
+
+def moetrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moetrain", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def toy(**changes: Any) -> dict[str, Any]:
+    """Returns the plain toy configuration with dotted keys changed."""
+    values: dict[str, Any] = {
+        "model": yaml.safe_load((ROOT / "conf/model/toy.yaml").read_text()),
+        "train": {"num_steps": 600, "global_batch_size": 16, "seq_len": 256},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "said"),
+    [
+        ({"train__num_stps": 3}, "train.num_stps", "did you mean 'num_steps'"),
+        ({"trian": {}}, "trian", "did you mean 'train'"),
+        ({"model__router__z_los_weight": 1}, "model.router.z_los_weight", "z_loss_weight"),
+        ({"train__num_steps": "many"}, "train.num_steps", "valid integer"),
+        ({"train__num_steps": 0}, "train.num_steps", "greater than 0"),
+        ({"optim__name": "adam"}, "optim.name", "did you mean 'adamw'"),
+        ({"model__num_kv_heads": 3}, "model.num_kv_heads", "use one of [1, 2, 4]"),
+        ({"model__head_dim": 31}, "model.head_dim", "use 32"),
+        ({"model__top_k": 9}, "model.top_k", "model.num_experts=8"),
+        ({"model__top_k": 1}, "model.router.normalize_gates", "learn nothing"),
+        ({"train__seq_len": 2048}, "train.seq_len", "model.max_seq_len=1024"),
+        ({"schedule__warmup_steps": 601}, "schedule.warmup_steps", "train.num_steps=600"),
+        ({"run__device": "cuda"}, "run.device", "use cpu or auto"),
+        ({"run__name": "a/b"}, "run.name", "no slash"),
+        ({"checkpoint__keep_last": 1}, "checkpoint.keep_last", "greater than or equal to 2"),
+        ({"parallel__expert_degree": 3}, "parallel.expert_degree", "use one of [1, 2, 4]"),
+        ({"parallel__data_replicate_degree": 3}, "parallel.data_replicate_degree", "[1, 2, 4]"),
+        ({"train__global_batch_size": 18}, "train.global_batch_size", "use 16 or 20"),
+        ({"train__micro_batch_size": 3}, "train.micro_batch_size", "use one of [1, 2, 4]"),
+    ],
+)
+def test_a_mistake_names_key_value_reason_and_a_way_out(
+    changes: dict[str, Any], key: str, said: str
+) -> None:
+    import torch
+
+    if key == "run.device" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ConfigError) as caught:
+        config = validated(toy(**changes), Config)
+        check(config)
+        resolve(config, num_workers=4, now=NOW)
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key}=")
+    assert said in str(caught.value)
+
+
+def test_resolving_fills_in_all_that_was_left_open(tmp_path: Path) -> None:
+    config = validated(toy(run__dir=str(tmp_path)), Config)
+    resolved = resolve(config, num_workers=4, now=NOW)
+    assert resolved.parallel.expert_degree == 4
+    assert resolved.parallel.data_shard_degree == 4
+    assert resolved.train.micro_batch_size == 4
+    assert resolved.launch.num_workers == 4
+    assert resolved.run.name == "20260102-030405"
+    assert Path(str(resolved.data.dir)).is_absolute()
+    (tmp_path / "20260102-030405").mkdir()
+    assert resolve(config, num_workers=4, now=NOW).run.name == "20260102-030405-2"
+
+
+def test_an_open_micro_batch_is_bounded_in_tokens() -> None:
+    config = validated(toy(train__global_batch_size=4096), Config)
+    assert resolve(config, num_workers=4, now=NOW).train.micro_batch_size == 64
+
+
+def test_plus_model_and_model_and_nothing_compose(tmp_path: Path) -> None:
+    with_plus = moetrain("+model=8x7b", "--cfg", "job", cwd=tmp_path)
+    without = moetrain("model=8x7b", "--cfg", "job", cwd=tmp_path)
+    assert with_plus.stdout == without.stdout
+    assert yaml.safe_load(without.stdout)["train"]["seq_len"] == 4096  # its experiment came along
+    nothing = yaml.safe_load(moetrain("--cfg", "job", cwd=tmp_path).stdout)
+    assert nothing["model"]["vocab_size"] == 257
+    assert validated(nothing, Config).optim.lr == 3e-3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_groups_and_settings(tmp_path: Path) -> None:
+    said = moetrain("--help", cwd=tmp_path)
+    assert said.returncode == 0
+    for part in ("8x22b", "num_experts", "--cfg job", "run.name"):
+        assert part in said.stdout
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf/model").glob("*.yaml")))
+def test_every_preset_composes_and_resolves_on_64_ranks(name: str) -> None:
+    composed = compose_preset(f"model={name}")
+    config = validated(composed, Config)
+    if name == "toy":
+        config = replace(config, train=replace(config.train, global_batch_size=64))
+    resolved = resolve(config, num_workers=64, now=NOW)
+    assert resolved.train.micro_batch_size
+    assert (resolved.parallel.expert_degree or 0) > 1 or not config.model.is_moe
+
+
+def compose_preset(*overrides: str) -> dict[str, Any]:
+    """Returns what Hydra composes from conf/, without its own settings."""
+    register(Config, name="schema")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", list(overrides))
+    return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
