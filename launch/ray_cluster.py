@@ -98,7 +98,7 @@ class RayCluster:
         """Starts a fresh process for each rank; ranks of one node have neighbouring numbers."""
         assert self._placement is not None
         actors = [
-            _RankActor.options(
+            _RankActor.options(  # type: ignore[attr-defined]
                 num_cpus=1,
                 num_gpus=1 if on_gpu else 0,
                 max_concurrency=4,  # training, and questions to it at the same time

@@ -60,7 +60,7 @@ class Supervisor:
                 saved, failures = self._saved_step(), 0
             preemptions += ended.kind == "preempted"
             failures += ended.kind != "preempted"
-            self._event("failure", reason=ended.reason, kind=ended.kind, last_saved_step=saved)
+            self._event("failure", reason=ended.reason, failure=ended.kind, last_saved_step=saved)
             if ended.is_final:
                 raise RunFailed(ended.reason)
             if self._stop_requested():
@@ -110,7 +110,8 @@ class Supervisor:
     def _watch(self, results: dict[Any, Worker]) -> Outcome | Failure:
         """Waits for the ranks' results while showing and checking what they do."""
         pulse = Pulse(list(results.values()))
-        pending, outcomes, stopping = dict(results), [], False
+        pending, stopping = dict(results), False
+        outcomes: list[tuple[int, Outcome]] = []
         while pending:
             for reference in answered(list(pending), timeout=POLL_SECONDS):
                 worker = pending.pop(reference)

@@ -8,7 +8,6 @@ from launch import choose_plan, start
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, config_dir, run_command
 from moetrain.config import Config, check, resolve
-
 from moetrain.report import render_report
 
 

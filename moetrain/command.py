@@ -103,7 +103,7 @@ def _mutable(tree: type) -> type:
         required = default is known.default_factory is dataclasses.MISSING
         given = dataclasses.field(default=default, default_factory=known.default_factory)  # type: ignore[call-overload]
         if dataclasses.is_dataclass(kind):
-            kind = _mutable(kind)  # type: ignore[arg-type]
+            kind = _mutable(kind)
             given = dataclasses.field() if required else dataclasses.field(default_factory=kind)
         fields.append((known.name, kind, given))
     return dataclasses.make_dataclass(tree.__name__, fields, kw_only=True)

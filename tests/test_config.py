@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moetrain.checks import ConfigError
 from moetrain.command import register
-from moetrain.config import Config, check, resolve, validated
+from moetrain.config import Config, resolve, validated
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -69,14 +70,10 @@ def toy(**changes: Any) -> dict[str, Any]:
 def test_a_mistake_names_key_value_reason_and_a_way_out(
     changes: dict[str, Any], key: str, said: str
 ) -> None:
-    import torch
-
     if key == "run.device" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError) as caught:
-        config = validated(toy(**changes), Config)
-        check(config)
-        resolve(config, num_workers=4, now=NOW)
+        resolve(validated(toy(**changes), Config), num_workers=4, now=NOW)
     assert caught.value.key == key
     assert str(caught.value).startswith(f"{key}=")
     assert said in str(caught.value)

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -123,9 +122,7 @@ class CheckpointStore:
             failure: BaseException | None = None
             try:
                 manifest = read_manifest(folder)
-                verify_files(
-                    folder, manifest, part=dist.get_rank(), parts=dist.get_world_size()
-                )
+                verify_files(folder, manifest, part=dist.get_rank(), parts=dist.get_world_size())
             except CheckpointError as error:
                 failure = error
             reasons = [r for r in self._gather(failure) if r]

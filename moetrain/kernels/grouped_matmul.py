@@ -34,7 +34,7 @@ def grouped_matmul(
         sizes = counts.tolist()
         if sum(sizes) != rows.shape[0]:
             raise ValueError(f"counts add up to {sum(sizes)}, but there are {rows.shape[0]} rows")
-        return _LoopedMatmul.apply(rows, weights, sizes)  # type: ignore[no-any-return]
+        return _LoopedMatmul.apply(rows, weights, sizes)  # type: ignore[no-any-return, no-untyped-call]
     if backend == "grouped_mm":
         return _torch_grouped_mm(rows, weights, counts)
     raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -92,7 +92,7 @@ def _torch_grouped_mm(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         )
     offsets = counts.cumsum(0, dtype=torch.int32)
     product: Tensor = F.grouped_mm(rows, weights, offs=offsets)
-    return _ContiguousGrad.apply(product)  # type: ignore[no-any-return]
+    return _ContiguousGrad.apply(product)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _ContiguousGrad(torch.autograd.Function):

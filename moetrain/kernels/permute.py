@@ -60,14 +60,14 @@ def gather_copies(
     x: Float[Tensor, "tokens dim"], order: Int64[Tensor, " copies"], *, top_k: int
 ) -> Float[Tensor, "copies dim"]:
     """Returns every token once for each expert it chose, in the given order of copies."""
-    return _GatherCopies.apply(x, order, top_k)  # type: ignore[no-any-return]
+    return _GatherCopies.apply(x, order, top_k)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def permute(
     x: Float[Tensor, "rows dim"], order: Int64[Tensor, " rows"]
 ) -> Float[Tensor, "rows dim"]:
     """Returns `x[order]` for a permutation `order`, with a gather as its backward too."""
-    return _Permute.apply(x, order)  # type: ignore[no-any-return]
+    return _Permute.apply(x, order)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def combine_copies(

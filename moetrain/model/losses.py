@@ -59,7 +59,7 @@ def chunked_cross_entropy(
     Only `chunk_size` tokens' logits stand in memory at once; the gradients are computed in the
     same pass, so that nothing is computed twice.
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def load_balance_loss(

@@ -107,7 +107,9 @@ class Transformer(nn.Module):
         self, statistics: list[RoutingStatistics], device: torch.device
     ) -> RoutingStatistics:
         if statistics:
-            return RoutingStatistics(*(torch.stack(field) for field in zip(*statistics)))
+            return RoutingStatistics(
+                *(torch.stack(field) for field in zip(*statistics, strict=True))
+            )
         none = torch.zeros(0, device=device)
         counts = torch.zeros(0, self.settings.num_experts, dtype=torch.int64, device=device)
         return RoutingStatistics(counts, counts.float(), none, none)

@@ -5,9 +5,7 @@ import math
 from moetrain.optim.settings import ScheduleSettings
 
 
-def learning_rate(
-    step: int, *, peak: float, num_steps: int, settings: ScheduleSettings
-) -> float:
+def learning_rate(step: int, *, peak: float, num_steps: int, settings: ScheduleSettings) -> float:
     """Returns the learning rate of optimizer step `step` (the first is 0) of `num_steps`.
 
     A linear warm-up over `warmup_steps`; then `cosine` falls to `final_lr_ratio` of the peak,

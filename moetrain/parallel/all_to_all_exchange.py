@@ -80,14 +80,12 @@ class AllToAllExchange(TokenExchange):
         by_source = coming.view(self.degree, -1)
         both = torch.stack((counts.view(self.degree, -1).sum(1), by_source.sum(1)))
         send, receive = both.tolist()  # the one host synchronisation
-        rows = _AllToAll.apply(rows, send, receive, self.group, self.name)
+        rows = self._send(rows, send, receive)
 
         # What came lies by source rank, then by local expert; the experts want it by expert.
         local_experts = by_source.shape[1]
         expert_of_run = torch.arange(local_experts, device=x.device).repeat(self.degree)
-        expert_of_row = torch.repeat_interleave(
-            expert_of_run, coming, output_size=sum(receive)
-        )
+        expert_of_row = torch.repeat_interleave(expert_of_run, coming, output_size=sum(receive))
         arrival = torch.argsort(expert_of_row, stable=True)
         return _Dispatched(
             rows=permute(rows, arrival),
@@ -105,5 +103,8 @@ class AllToAllExchange(TokenExchange):
         """Sends the results back to their tokens' ranks and sums them with the gates there."""
         assert isinstance(received, _Dispatched)
         rows = permute(rows, invert(received.arrival))
-        rows = _AllToAll.apply(rows, received.receive, received.send, self.group, self.name)
+        rows = self._send(rows, received.receive, received.send)
         return combine_copies(rows, received.gates, received.order)
+
+    def _send(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return _AllToAll.apply(rows, send, receive, self.group, self.name)  # type: ignore[no-any-return, no-untyped-call]

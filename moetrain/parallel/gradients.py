@@ -1,5 +1,6 @@
 """Gradients over all ranks: one norm, one clip, one answer to whether they are finite."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -38,7 +39,6 @@ class Gradients:
         total = norms.square().sum()
         dist.all_reduce(total, group=self._group)
         norm = total.sqrt().item()
-        if self._max_norm is not None and norm > self._max_norm:  # False for nan
-            if norm != float("inf"):
-                torch._foreach_mul_(local, self._max_norm / norm)
+        if self._max_norm is not None and self._max_norm < norm < math.inf:  # False for nan
+            torch._foreach_mul_(local, self._max_norm / norm)
         return norm

@@ -96,8 +96,9 @@ def initialise(model: Transformer, *, seed: int, device: torch.device) -> None:
         full = initial_values(
             name, tuple(parameter.shape), settings=model.settings, seed=seed, device=device
         )
-        rows, offset = _local_block(parameter)
-        _local(parameter).copy_(full[tuple(map(slice, offset, map(sum, zip(offset, rows))))])
+        shape, offset = _local_block(parameter)
+        block = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        _local(parameter).copy_(full[block])
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -53,6 +53,7 @@ def build_trainer(
 ) -> Trainer:
     """Returns a rank's trainer, restored from the newest good checkpoint; all ranks call it."""
     run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir.mkdir(parents=True, exist_ok=True)
     topology = resolve_topology(
         config.parallel,
         world_size=place.world_size,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def as_plain(config: "Config") -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values."""
-    return asdict(config)  # type: ignore[call-overload, no-any-return]
+    return asdict(config)
 
 
 def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFolder:

@@ -57,7 +57,9 @@ def test_presets_have_the_published_shape_and_parameter_counts(name: str) -> Non
     settings, published = preset(name), dict(PUBLISHED[name])
     assert total_parameters(settings) == published.pop("total")
     assert active_parameters(settings) == published.pop("active")
-    assert {f.name: getattr(settings, f.name) for f in fields(settings)}.items() >= published.items()
+    assert {
+        f.name: getattr(settings, f.name) for f in fields(settings)
+    }.items() >= published.items()
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.yaml")))

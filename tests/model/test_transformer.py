@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.transformers_oracle import copy_weights, oracle_for
 
 from moetrain.model import (
     ModelSettings,
@@ -14,6 +13,7 @@ from moetrain.model import (
     chunked_cross_entropy,
     load_balance_loss,
 )
+from tests.support.transformers_oracle import copy_weights, oracle_for
 
 SMALL = ModelSettings(
     dim=48, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, ffn_hidden_dim=80,
@@ -64,9 +64,7 @@ def test_logits_loss_and_gradients_equal_transformers(name: str) -> None:
         target.data = source.grad
     reference = Transformer(settings)
     copy_weights(gradients, reference)
-    for (key, ours), theirs in zip(
-        model.named_parameters(), reference.parameters(), strict=True
-    ):
+    for (key, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         if settings.top_k == 1 and "router" in key:
             continue  # the only gate is 1 whatever the logits: both gradients are rounding
         error = (ours.grad - theirs).norm() / theirs.norm().clamp_min(1e-12)

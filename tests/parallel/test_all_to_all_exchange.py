@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.ranks import run_ranks
 
 from moetrain.model import Routing
 from moetrain.model.router import RoutingStatistics
 from moetrain.parallel import AllToAllExchange, any_rank
+from tests.support.ranks import run_ranks
 
 NUM_EXPERTS, DIM, TOP_K = 8, 6, 3
 NO_STATISTICS = RoutingStatistics(*[torch.zeros(())] * 4)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.ranks import run_ranks
 
 from moetrain.model import ModelSettings, RouterSettings, Transformer
 from moetrain.optim import OptimSettings, build_optimizer
@@ -23,6 +22,7 @@ from moetrain.parallel import (
     resolve_topology,
 )
 from moetrain.train.step import MicroBatch, train_step
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 # Weights large enough on the balance and z losses for a wrong scale of theirs to show.
@@ -88,9 +88,7 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
     meshes = build_meshes(topology, device=CPU)
     with torch.device("meta"):
         model = Transformer(settings)
-    model = parallelize(
-        model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32
-    )
+    model = parallelize(model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32)
     optimizer = build_optimizer(
         model.named_parameters(), OptimSettings(name="sgd", lr=0.3, weight_decay=0.1)
     )
@@ -98,9 +96,7 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
     seen: dict[str, Any] = {}
 
     def remember_gradients(*_: object) -> None:
-        seen["gradients"] = gathered(
-            {plain_name(n): p.grad for n, p in model.named_parameters()}
-        )
+        seen["gradients"] = gathered({plain_name(n): p.grad for n, p in model.named_parameters()})
 
     optimizer.register_step_pre_hook(remember_gradients)
     generator = torch.Generator().manual_seed(5)

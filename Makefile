@@ -1,0 +1,44 @@
+# The main job and the checks, each by one command on a fresh machine with Python 3.11+.
+# PYTHON=… names the interpreter that the environment in .venv is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+RUN ?= toy
+
+.PHONY: toy test check format clean help
+
+help:
+	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
+	@echo "make test    run the whole test suite"
+	@echo "make check   format, lint, types and the direction of imports"
+	@echo "make format  put the code into its format"
+	@echo "make clean   delete the environment (runs/ and data/ stay)"
+
+# The exact tested versions; once, and again only when they change.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moetrain needs Python 3.11 or newer; this is %s. Use make PYTHON=python3.11" % sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (torch is large; this happens once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(INSTALLED)
+
+toy: $(INSTALLED)
+	@$(BIN)/python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=data/stdlib-bytes
+	@$(BIN)/python -m moetrain +model=toy run.name=$(RUN) launch.mode=ray launch.num_workers=2
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build *.egg-info

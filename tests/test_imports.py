@@ -1,0 +1,52 @@
+"""What import-linter can't say: which files may import a library."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [p for top in ("moetrain", "launch", "data_pipeline") for p in (ROOT / top).rglob("*.py")]
+
+
+def imported_by(path: Path) -> set[str]:
+    """Returns the dotted names of all modules that a file imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers(library: str) -> set[str]:
+    """Returns the source files that import a library or a part of it."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if any(name == library or name.startswith(f"{library}.") for name in imported_by(path))
+    }
+
+
+def test_model_and_kernels_never_import_torch_distributed() -> None:
+    assert not {
+        p
+        for p in importers("torch.distributed")
+        if p.startswith(("moetrain/model", "moetrain/kernels"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("library", "files"),
+    [
+        ("ray", {"launch/ray_cluster.py"}),
+        ("wandb", {"moetrain/observe/wandb_sink.py"}),
+        ("webdataset", {"data_pipeline/shards.py"}),
+        # Each of the two packages that have commands has one entry of its own.
+        ("hydra", {"moetrain/command.py", "data_pipeline/command.py"}),
+        ("matplotlib", {"moetrain/report/figures.py"}),
+    ],
+)
+def test_a_library_is_imported_in_one_place(library: str, files: set[str]) -> None:
+    assert importers(library) == files

@@ -1,0 +1,235 @@
+"""Whole small runs on real ranks: resume, other layouts, skipped steps, bad checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moetrain.checkpoint import candidates, read_manifest
+from tests.support.ranks import run_ranks
+from tests.support.runs import (
+    events_of,
+    metrics_of,
+    tiny_config,
+    train_as_rank,
+    write_shards,
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+def run(
+    folder: Path, shards: Path, *, world: int = 2, stop_at: int | None = None, attempt: int = 1,
+    **changes: Any,
+) -> Any:  # fmt: skip
+    config = tiny_config(folder, shards=shards, num_workers=world, **changes)
+    return run_ranks(train_as_rank, world, config, stop_at, attempt)[0]
+
+
+def test_a_run_learns_logs_and_saves(tmp_path: Path, shards: Path) -> None:
+    outcome = run(tmp_path, shards, train__num_steps=40, train__validate_every_steps=20)
+    assert outcome.finished
+    records = metrics_of(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, 41))
+    assert records[-1]["train/cross_entropy"] < 0.6 * records[0]["train/cross_entropy"]
+    assert records[-1]["train/tokens"] == 40 * 8 * 32
+    last = records[-1]
+    for layer in range(2):
+        loads = [last[f"router/layer_{layer:02d}/expert_{e:02d}/load"] for e in range(4)]
+        assert sum(loads) == pytest.approx(1.0)
+    bits = last["validation/corpus/bits_per_byte"]
+    assert bits == pytest.approx(last["validation/loss"] / np.log(2), rel=0.01)
+    assert [f.name for f in candidates(tmp_path / "runs/tiny/checkpoints")] == [
+        "step_00000040", "step_00000039", "step_00000036",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])  # at a checkpoint, and between two
+@pytest.mark.parametrize("async_save", [False, True])
+def test_stopped_and_gone_on_equals_never_stopped_bit_for_bit(
+    tmp_path: Path, shards: Path, stop_at: int, async_save: bool
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, shards)
+    outcome = run(parts, shards, stop_at=stop_at, checkpoint__async_save=async_save)
+    assert (outcome.finished, outcome.step) == (False, stop_at)
+    assert run(parts, shards, attempt=2, checkpoint__async_save=async_save).finished
+    assert metrics_of(parts) == metrics_of(whole)
+    assert_same_tensors(parts, whole)
+
+
+def test_killed_between_checkpoints_metrics_are_rewound(tmp_path: Path, shards: Path) -> None:
+    """As if killed at step 8 with nothing but the checkpoint of step 6 on disk."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, shards)
+    run(killed, shards)
+    checkpoints = killed / "runs/tiny/checkpoints"
+    shutil.rmtree(checkpoints / "step_00000008")
+    metrics = killed / "runs/tiny/metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-25])  # a torn last line
+    assert run(killed, shards, attempt=2).finished
+    assert metrics_of(killed) == metrics_of(whole)
+    assert_same_tensors(killed, whole)
+
+
+@pytest.mark.parametrize(
+    ("world", "degrees"),
+    [
+        (1, {}),
+        (4, {"parallel__expert_degree": 4}),
+        (4, {"parallel__expert_degree": 2, "parallel__data_replicate_degree": 2}),
+    ],
+)
+def test_going_on_in_another_layout_keeps_the_curve(
+    tmp_path: Path, shards: Path, world: int, degrees: dict[str, Any]
+) -> None:
+    """SGD: the same tokens, and the same losses up to rounding, whatever the layout."""
+    sgd = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(whole, shards, **sgd)
+    run(moved, shards, stop_at=4, **sgd)
+    assert run(moved, shards, world=world, attempt=2, **sgd, **degrees).finished
+    for ours, expected in zip(metrics_of(moved), metrics_of(whole), strict=True):
+        assert ours["train/tokens"] == expected["train/tokens"]
+        assert ours["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer.", "samples", "step", "router.bias"])
+def test_what_a_checkpoint_forgets_changes_the_curve(
+    tmp_path: Path, shards: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resume test can fail: leaving out any one part of the state shows in the metrics."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    large_bias = {"model__router__bias_update_rate": 0.5}
+    run(whole, shards, **large_bias)
+    run(parts, shards, stop_at=3, **large_bias)
+    config = tiny_config(parts, shards=shards, num_workers=2, **large_bias)
+    run_ranks(forget_and_train, 2, config, forgotten)
+    assert metrics_of(parts) != metrics_of(whole)
+
+
+def forget_and_train(config: Any, forgotten: str) -> None:
+    """Resumes as a rank after undoing one part of what was restored."""
+    from moetrain.train import build, rank
+
+    original = build.build_trainer
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        trainer = original(*args, **kwargs)
+        if forgotten == "samples":
+            trainer.state.samples = 0
+        elif forgotten == "step":
+            trainer.state.step -= 1
+        elif forgotten == "router.bias":
+            for layer in trainer.model.moe_layers():
+                layer.router.bias.zero_()
+        else:
+            for state in trainer.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        return trainer
+
+    rank.build_trainer = forgetful
+    train_as_rank(config, None, 2)
+
+
+def test_a_harmed_checkpoint_is_passed_over_with_an_event(tmp_path: Path, shards: Path) -> None:
+    whole, harmed = tmp_path / "whole", tmp_path / "harmed"
+    run(whole, shards)
+    run(harmed, shards)
+    newest = harmed / "runs/tiny/checkpoints/step_00000008"
+    shard = next(newest.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    run(harmed, shards, attempt=2)
+    (rejected,) = [e for e in events_of(harmed) if e["event"] == "checkpoint_rejected"]
+    assert shard.name in rejected["reason"]
+    assert [e["step"] for e in events_of(harmed) if e["event"] == "resume"] == [6]
+    assert metrics_of(harmed) == metrics_of(whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_left_alone(
+    tmp_path: Path, shards: Path
+) -> None:
+    run(tmp_path, shards)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/tiny/checkpoints").rglob("*")}
+    with pytest.raises(AssertionError, match=r"model\.ffn_hidden_dim=64.*another model"):
+        run(tmp_path, shards, attempt=2, model__ffn_hidden_dim=64)
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/tiny/checkpoints").rglob("*")}
+    assert after == before
+
+
+def spoil_gradients(config: Any, steps: list[int]) -> Any:
+    """Trains as a rank; on rank 1 the loss of the given steps is not a number."""
+    import torch.distributed as dist
+
+    from moetrain.train import loop, step
+
+    take_step, objective = loop.take_step, step._objective
+
+    def spoiled(trainer: Any, stopwatch: Any) -> Any:
+        if trainer.state.step in steps and dist.get_rank() == 1:
+            step._objective = lambda *a, **k: objective(*a, **k) * float("nan")
+        try:
+            return take_step(trainer, stopwatch)
+        finally:
+            step._objective = objective
+
+    loop.take_step = spoiled
+    return train_as_rank(config, None, 1)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    tmp_path: Path, shards: Path
+) -> None:
+    config = tiny_config(tmp_path, shards=shards, num_workers=2)
+    assert run_ranks(spoil_gradients, 2, config, [3])[0].finished
+    records = metrics_of(tmp_path)
+    assert [r["train/skipped_steps"] for r in records] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert all(np.isfinite(r["train/loss"]) for r in records)
+    assert [e["step"] for e in events_of(tmp_path) if e["event"] == "step_skipped"] == [4]
+
+
+def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
+    tmp_path: Path, shards: Path
+) -> None:
+    config = tiny_config(tmp_path, shards=shards, num_workers=2, train__max_skipped_steps=3)
+    with pytest.raises(AssertionError, match=r"3 steps in a row.*lower optim\.lr"):
+        run_ranks(spoil_gradients, 2, config, [4, 5, 6, 7])
+    newest = candidates(tmp_path / "runs/tiny/checkpoints")[0]
+    assert read_manifest(newest).step <= 6
+    assert_all_finite(newest)
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    """Compares the newest checkpoints of two runs bit for bit."""
+    left, right = (load(candidates(f / "runs/tiny/checkpoints")[0]) for f in (ours, theirs))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def assert_all_finite(folder: Path) -> None:
+    for name, tensor in load(folder).items():
+        assert tensor.isfinite().all(), name
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns a checkpoint's tensors, without any of our code but the manifest's list."""
+    import torch.distributed.checkpoint as dcp
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tensors = {
+        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for name, entry in manifest["tensors"].items()
+    }
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    return tensors
