@@ -66,7 +66,7 @@ def start(
         run_name=config.run.name or "",
     )
     try:
-        with display, stop.on_signals(lambda: display.say("stop requested")):
+        with display, stop.on_signals():
             run = _run_inline if plan.mode == "inline" else _run_on_ray
             outcome = run(config, display, stop)
     except (RunFailed, ClusterError, CheckpointError, TrainingError) as error:
@@ -79,22 +79,23 @@ def start(
 class StopRequest:
     """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:
         self._event = threading.Event()
+        self._told = told
 
     def __call__(self) -> bool:
         """Returns whether a stop was asked for."""
         return self._event.is_set()
 
     @contextmanager
-    def on_signals(self, told: Callable[[], None]) -> Iterator[None]:
-        """Listens to both signals while the context lasts; `told` is called at the first."""
+    def on_signals(self) -> Iterator[None]:
+        """Listens to both signals while the context lasts."""
 
         def handle(_: int, __: FrameType | None) -> None:
             if self._event.is_set():
                 os._exit(FAILED)  # Ray's processes, if any, end with this one
             self._event.set()
-            told()
+            self._told()
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -113,7 +114,8 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
             over = ended.wait(0.2)
             for kind, content in control.collect()["published"]:
                 display.update(content) if kind == "record" else display.say(content)
-            if stop():
+            if stop() and not control.stop_requested:
+                display.say("stopping: saving after this step")
                 control.request_stop()
             if over:
                 return
@@ -142,10 +144,10 @@ def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -
         config.launch.address or os.environ.get("RAY_ADDRESS"),
         num_workers=config.launch.num_workers or 1,
     )
+    supervisor = Supervisor(config, cluster, on_gpu=on_gpu, display=display, stop_requested=stop)
     try:
-        return Supervisor(
-            config, cluster, on_gpu=on_gpu, display=display, stop_requested=stop
-        ).run()
+        with stop.on_signals():  # again: Ray has put its own handlers in the way
+            return supervisor.run()
     finally:
         cluster.disconnect()
 
@@ -175,6 +177,7 @@ def _run_external(
     name, attempt = str(agreed[0]), int(str(agreed[1]))
     config = replace(config, run=replace(config.run, name=name))
     control = Control()
+    stop = StopRequest(told=control.request_stop)
     place = Place(
         rank=rank,
         world_size=world_size,
@@ -184,9 +187,8 @@ def _run_external(
         attempt=attempt,
     )
     code = FAILED
-    stop = StopRequest()
     try:
-        with stop.on_signals(control.request_stop):
+        with stop.on_signals():
             outcome = run_rank(config, place, control)
         code = DONE if outcome.finished else STOPPED
         if leads:

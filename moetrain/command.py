@@ -101,8 +101,8 @@ def _mutable(tree: type) -> type:
     for known in dataclasses.fields(tree):
         kind, default = kinds[known.name], known.default
         required = default is known.default_factory is dataclasses.MISSING
-        given = dataclasses.field(default=default, default_factory=known.default_factory)  # type: ignore[call-overload]
-        if dataclasses.is_dataclass(kind):
+        given = dataclasses.field(default=default, default_factory=known.default_factory)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             kind = _mutable(kind)
             given = dataclasses.field() if required else dataclasses.field(default_factory=kind)
         fields.append((known.name, kind, given))

@@ -4,6 +4,7 @@ torch's distributed checkpoint writes and reshards the tensors; what counts as a
 decided by `manifest.py`. The folder must be one that all ranks see.
 """
 
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -71,6 +72,7 @@ class CheckpointStore:
             try:
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir(parents=True)
+                _demand_space(staged, tensors)
             except OSError as error:
                 failure = error
         self._agree(failure, f"checkpoint of step {step} can't be written to {staged}")
@@ -171,6 +173,17 @@ class CheckpointStore:
         own = None if failure is None else _root_cause(failure)
         dist.all_gather_object(reasons, own, group=self._group)
         return reasons
+
+
+def _demand_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises OSError before anything is written where the disk can't hold the tensors."""
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left: {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",
+        )
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:

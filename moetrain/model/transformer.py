@@ -103,13 +103,9 @@ class Transformer(nn.Module):
         """Returns the MoE layers, first to last."""
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
-    def _stack(
-        self, statistics: list[RoutingStatistics], device: torch.device
-    ) -> RoutingStatistics:
-        if statistics:
-            return RoutingStatistics(
-                *(torch.stack(field) for field in zip(*statistics, strict=True))
-            )
+    def _stack(self, layers: list[RoutingStatistics], device: torch.device) -> RoutingStatistics:
+        if layers:
+            return RoutingStatistics(*map(torch.stack, zip(*layers, strict=True)))
         none = torch.zeros(0, device=device)
         counts = torch.zeros(0, self.settings.num_experts, dtype=torch.int64, device=device)
         return RoutingStatistics(counts, counts.float(), none, none)

@@ -5,7 +5,6 @@ network, no key, no package, a crash of its service or a full disk each end in o
 silence. Leaves it to the caller to keep secrets out of the configuration it hands over.
 """
 
-import importlib
 import logging
 import math
 import os
@@ -82,7 +81,8 @@ def _start(
 ) -> Any:
     # Read at import. It also keeps W&B from asking for a key on a terminal, which would wait.
     os.environ.setdefault("WANDB_SILENT", "true")
-    wandb = importlib.import_module("wandb")
+    import wandb
+
     folder = run_dir / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     wished: dict[str, Any] = {

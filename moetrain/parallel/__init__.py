@@ -3,7 +3,7 @@
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.gradients import Gradients
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
-from moetrain.parallel.parallelize import parallelize
+from moetrain.parallel.parallelize import parallelize, reshard
 from moetrain.parallel.recompute import plain_name
 from moetrain.parallel.reduce import any_rank, sum_over_ranks
 from moetrain.parallel.topology import (
@@ -23,6 +23,7 @@ __all__ = [
     "join_ranks",
     "parallelize",
     "plain_name",
+    "reshard",
     "resolve_topology",
     "sum_over_ranks",
 ]

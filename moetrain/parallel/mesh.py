@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moetrain.parallel.topology import Topology
 
@@ -53,8 +54,13 @@ def join_ranks(
     )
 
 
-def build_meshes(topology: Topology, *, device: torch.device) -> Meshes:
-    """Returns the two views of the world's ranks, as `topology` lays them out."""
+def build_meshes(
+    topology: Topology, *, device: torch.device, timeout_seconds: float | None = None
+) -> Meshes:
+    """Returns the two views of the world's ranks, as `topology` lays them out.
+
+    Their collectives give up after `timeout_seconds`; None: after torch's half an hour.
+    """
     dense = init_device_mesh(
         device.type,
         (topology.data_replicate, topology.data_shard),
@@ -65,4 +71,7 @@ def build_meshes(topology: Topology, *, device: torch.device) -> Meshes:
         (topology.data_replicate, topology.expert_shard, topology.expert),
         mesh_dim_names=("data_replicate", "expert_shard", "expert"),
     )
+    if timeout_seconds is not None:
+        for group in {*dense.get_all_groups(), *expert.get_all_groups()}:
+            _set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)  # not inherited
     return Meshes(dense=dense, expert=expert)

@@ -85,6 +85,13 @@ def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> 
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Gives up gathered weights, so that the model's parameters are this rank's shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def initialise(model: Transformer, *, seed: int, device: torch.device) -> None:
     """Fills this rank's shards with their part of the layout-independent initial weights."""

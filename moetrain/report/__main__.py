@@ -1,6 +1,6 @@
 """`python -m moetrain.report run=DIR`: write the report of a run and say where it is.
 
-Owns the command's settings and its messages. Leaves composing the settings to the entry helper.
+Owns the command's settings and its messages. Leaves composing the settings to `command.py`.
 """
 
 import difflib
@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 from moetrain.report.page import render_report
 from moetrain.report.run_record import is_run_dir
 
@@ -28,13 +29,13 @@ def main(settings: ReportSettings) -> int:
     run_dir = Path(settings.run)
     if not is_run_dir(run_dir):
         print(_no_run(run_dir), file=sys.stderr)
-        return 2
+        return BAD_CONFIGURATION
     try:
         print(render_report(run_dir))
     except OSError as error:
         print(f"the report of {run_dir} could not be written: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    return DONE
 
 
 def _no_run(run_dir: Path) -> str:
@@ -58,3 +59,7 @@ def _runs_in(folder: Path) -> list[Path]:
         return []
     runs = [path for path in folder.iterdir() if path.is_dir() and is_run_dir(path)]
     return sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)
+
+
+if __name__ == "__main__":
+    run_command(main, tree=ReportSettings, module="moetrain.report")

@@ -16,7 +16,7 @@ from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
 from moetrain.optim import build_optimizer
 from moetrain.parallel import Gradients, build_meshes, parallelize, resolve_topology
-from moetrain.train.control import Control, Place
+from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import as_plain, demand_same_model
 from moetrain.train.state import TrainState, checkpoint_tensors
 
@@ -61,7 +61,8 @@ def build_trainer(
         ffn_hidden_dim=config.model.ffn_hidden_dim,
         ranks_per_node=config.cluster.gpus_per_node,
     )
-    meshes = build_meshes(topology, device=device)
+    patience = collective_timeout(config.launch.hang_timeout_seconds)
+    meshes = build_meshes(topology, device=device, timeout_seconds=patience)
 
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -92,7 +93,7 @@ def build_trainer(
         config.checkpoint,
         attempt=place.attempt,
         config=as_plain(config),
-        timeout=timedelta(seconds=config.launch.hang_timeout_seconds),
+        timeout=timedelta(seconds=patience),
         event=event,
     )
     restored = checkpoints.load_newest(

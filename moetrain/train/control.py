@@ -77,3 +77,11 @@ class Control:
             "silent_seconds": time.monotonic() - since,
             "published": published,
         }
+
+
+def collective_timeout(hang_timeout_seconds: float) -> float:
+    """Returns the time after which a collective gives up.
+
+    Longer than a supervisor's patience: it names the rank that hangs, a collective only itself.
+    """
+    return 1.5 * hang_timeout_seconds + 30.0

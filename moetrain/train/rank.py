@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moetrain.parallel import join_ranks
 from moetrain.train.build import build_trainer
-from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.control import Control, Outcome, Place, collective_timeout
 from moetrain.train.loop import train
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run_rank(config: "Config", place: Place, control: Control) -> Outcome:
             world_size=place.world_size,
             rendezvous=place.rendezvous,
             device=device,
-            timeout_seconds=config.launch.hang_timeout_seconds,
+            timeout_seconds=collective_timeout(config.launch.hang_timeout_seconds),
         )
     control.beat("building the model", 0)
     trainer = build_trainer(config, place, control, device=device)

@@ -39,8 +39,10 @@ def checkpoint_tensors(model: Transformer, optimizer: Optimizer) -> dict[str, Te
     if not optimizer.state:
         allocate_state(optimizer)
     named = {f"model.{plain_name(n)}": b for n, b in model.named_buffers()}
+    ours = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         name = plain_name(name)
+        assert parameter in ours, f"{name} is gathered: its optimizer state would be left out"
         named[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):

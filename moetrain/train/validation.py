@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline import ShardFolder, ValidationBatches
 from moetrain.model import Transformer
-from moetrain.parallel import sum_over_ranks
+from moetrain.parallel import reshard, sum_over_ranks
 from moetrain.train.step import MicroBatch
 
 
@@ -51,6 +51,7 @@ def validate(
             nats / tokens / math.log(2) / bytes_per_token
         )
         all_nats, all_tokens = all_nats + nats, all_tokens + tokens
+    reshard(model)  # a forward pass without a backward one leaves the root's weights gathered
     if all_tokens:
         metrics = {"validation/loss": all_nats / all_tokens, **metrics}
     return metrics

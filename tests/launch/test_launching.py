@@ -1,0 +1,349 @@
+"""Whole commands as a user starts them: Ray, torchrun, signals, kills, hangs, bad input.
+
+Every disturbed run must end with the metrics of an undisturbed one, bit for bit.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.runs import events_of, metrics_of, write_shards
+
+TINY = [
+    "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.ffn_hidden_dim=32", "model.num_experts=4",
+    "train.num_steps=60", "train.global_batch_size=8", "train.seq_len=32",
+    "checkpoint.every_steps=10", "schedule.warmup_steps=5", "observe.log_every_steps=1",
+    "observe.wandb.mode=disabled", "run.device=cpu", "run.name=tiny",
+]  # fmt: skip
+RAY = ["launch.mode=ray", "launch.num_workers=2"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns the metrics of a run on two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = moetrain(folder, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    for part in ("nats a token on held-out text", "tokens/s (median)", str(folder), "next "):
+        assert part in done.stdout
+    assert (folder / "runs/tiny/report.html").is_file()
+    metrics = metrics_of(folder)
+    assert [record["step"] for record in metrics] == list(range(1, 61))
+    assert metrics[-1]["router/dead_experts"] == 0
+    return metrics
+
+
+def command(shards: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "moetrain", *TINY, f"data.dir={shards}", *overrides]
+
+
+def moetrain(folder: Path, shards: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end."""
+    return subprocess.run(
+        command(shards, *overrides), cwd=folder, capture_output=True, text=True, timeout=200,
+        check=False,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(folder: Path, shards: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts the command; whatever is left of it at the end is killed."""
+    process = subprocess.Popen(
+        command(shards, *overrides), cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
+            if found := condition():
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {what} within {seconds} s")
+
+
+def reached(folder: Path, step: int) -> Callable[[], bool]:
+    return lambda: metrics_of(folder)[-1]["step"] >= step
+
+
+def rank_pids(folder: Path) -> list[int]:
+    """Returns the processes of the newest attempt's ranks."""
+    attempts = [e for e in events_of(folder) if e["event"] == "attempt"]
+    return [rank["pid"] for rank in attempts[-1]["ranks"]]
+
+
+def kinds(folder: Path) -> list[str]:
+    return [event["event"] for event in events_of(folder)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_replaced_and_the_run_goes_on(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], rank: int
+) -> None:
+    with started(tmp_path, shards, *RAY) as process:
+        wait_for(reached(tmp_path, 25), "step 25")
+        os.kill(rank_pids(tmp_path)[rank], signal.SIGKILL)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "failure" in kinds(tmp_path)
+    resumed = [e["step"] for e in events_of(tmp_path) if e["event"] == "resume"]
+    assert resumed[0] >= 20, "no more is lost than since the last checkpoint"
+    assert metrics_of(tmp_path) == undisturbed
+    assert "run " in output
+
+
+def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    with started(tmp_path, shards, *RAY) as process:
+        wait_for(reached(tmp_path, 25), "step 25")
+        ranks = rank_pids(tmp_path)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not any(map(alive, ranks)), "end of the orphaned ranks", seconds=30)
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("mode", ["ray", "inline"])
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], mode: str, stop: signal.Signals
+) -> None:
+    how = RAY if mode == "ray" else ["launch.mode=inline"]
+    with started(tmp_path, shards, *how) as process:
+        wait_for(reached(tmp_path, 13), "step 13")
+        process.send_signal(stop)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    stopped = events_of(tmp_path)[-1]
+    assert stopped["event"] == "stop"
+    assert (tmp_path / "runs/tiny/checkpoints/latest").read_text() == f"step_{stopped['step']:08d}"
+    assert "goes on from here" in output
+    done = moetrain(tmp_path, shards, *how)
+    assert done.returncode == 0, done.stderr
+    if mode == "ray":
+        assert metrics_of(tmp_path) == undisturbed
+
+
+def test_ctrl_c_of_a_whole_terminal_stops_after_saving(tmp_path: Path, shards: Path) -> None:
+    """A terminal sends SIGINT to every process of the group, the ranks and Ray's own included."""
+    with started(tmp_path, shards, *RAY) as process:
+        wait_for(reached(tmp_path, 13), "step 13")
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "failure" not in kinds(tmp_path)
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    with started(tmp_path, shards, *RAY) as process:
+        wait_for(reached(tmp_path, 13), "step 13")
+        ranks = rank_pids(tmp_path)
+        os.kill(ranks[1], signal.SIGSTOP)  # so that the first signal alone would not end it
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 1
+        wait_for(lambda: not any(map(alive, ranks)), "end of the ranks", seconds=30)
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path) == undisturbed
+
+
+def test_a_hung_rank_is_reported_and_replaced(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    with started(tmp_path, shards, *RAY, "launch.hang_timeout_seconds=8") as process:
+        wait_for(reached(tmp_path, 25), "step 25")
+        os.kill(rank_pids(tmp_path)[1], signal.SIGSTOP)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (failure,) = [e for e in events_of(tmp_path) if e["event"] == "failure"]
+    assert "rank 1 does not answer" in failure["reason"]
+    (report,) = (tmp_path / "runs/tiny/logs").glob("hang_*.txt")
+    assert "in train_step" in report.read_text(), "the others' stacks show where they wait"
+    assert metrics_of(tmp_path) == undisturbed
+
+
+def test_an_error_of_the_code_is_not_tried_again(tmp_path: Path, shards: Path) -> None:
+    """A metrics file that can't be written fails rank 0 in every attempt alike."""
+    (tmp_path / "runs/tiny/metrics.jsonl").mkdir(parents=True)
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 1
+    assert "metrics.jsonl" in done.stderr
+    assert kinds(tmp_path).count("attempt") == 1
+
+
+def test_failures_without_progress_use_up_the_budget(tmp_path: Path, shards: Path) -> None:
+    overrides = [*RAY, "launch.max_failures=1", "checkpoint.every_steps=1000"]
+    with started(tmp_path, shards, *overrides, "train.num_steps=100000") as process:
+        for attempt in (1, 2):
+            wait_for(lambda n=attempt: kinds(tmp_path).count("attempt") == n, f"attempt {attempt}")
+            wait_for(reached(tmp_path, 3), "step 3")
+            time.sleep(0.5)
+            os.kill(rank_pids(tmp_path)[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "launch.max_failures=1" in errors
+
+
+def test_torchrun_trains_the_same_and_goes_on(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+        ]
+        return subprocess.run(
+            [*launcher, "-m", "moetrain", *TINY, f"data.dir={shards}", *overrides],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    done = torchrun()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s (median)") == 1
+    assert metrics_of(tmp_path) == undisturbed
+    again = torchrun()
+    assert again.returncode == 0, again.stderr
+    assert metrics_of(tmp_path) == undisturbed
+
+
+def test_inline_and_two_ranks_see_the_same_tokens(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    done = moetrain(tmp_path, shards, "launch.mode=inline")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics_of(tmp_path), undisturbed, strict=True):
+        assert ours["train/tokens"] == theirs["train/tokens"]
+        # AdamW turns rounding into steps of its own: equal at first, close for a while.
+        if ours["step"] <= 3:
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.dir=/nowhere", "/nowhere"),
+        ("data.dir=null data.corpus=/no/corpus", "/no/corpus"),
+        ("parallel.expert_degree=3", "parallel.expert_degree=3"),
+        ("train.steps=4", "train.steps"),
+        ("model.vocab_size=300", "vocabulary has 257"),
+    ],
+)
+def test_bad_input_exits_2_before_anything_is_written(
+    tmp_path: Path, shards: Path, override: str, said: str
+) -> None:
+    done = moetrain(tmp_path, shards, *RAY, *override.split())
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_shard_exits_2_and_names_it(tmp_path: Path, shards: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    shard = next(copy.rglob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-700])
+    done = moetrain(tmp_path, copy, *RAY)
+    assert done.returncode == 2
+    assert shard.name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_model_exits_2_and_is_left_alone(tmp_path: Path, shards: Path) -> None:
+    assert moetrain(tmp_path, shards, "launch.mode=inline", "train.num_steps=10").returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done = moetrain(tmp_path, shards, "launch.mode=inline", "model.num_experts=8")
+    assert done.returncode == 2
+    assert (
+        "model.num_experts=8: run tiny is of another model, whose num_experts is 4" in done.stderr
+    )
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_saved(
+    tmp_path: Path, shards: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        done = moetrain(tmp_path, shards, *RAY, f"run.dir={disk}")
+        assert done.returncode == 1, done.stderr
+        assert "No space left" in done.stderr
+        assert "checkpoint" in done.stderr or "metrics" in done.stderr
+        checkpoints = disk / "tiny/checkpoints"
+        kept = (checkpoints / "latest").read_text()
+        assert not list(checkpoints.glob("staged_*"))
+        shutil.copytree(disk, tmp_path / "runs")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    resumed = [e["step"] for e in events_of(tmp_path) if e["event"] == "resume"]
+    assert resumed == [int(kept.removeprefix("step_"))]
+
+
+def test_a_sweep_trains_every_combination(tmp_path: Path, shards: Path) -> None:
+    overrides = [
+        o for o in command(shards)[3:] if not o.startswith(("run.name", "train.num_steps"))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "moetrain", "-m", *overrides, "launch.mode=inline",
+         "train.num_steps=3", "schedule.warmup_steps=1", "optim.lr=1e-3,1e-2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = [p for p in (tmp_path / "runs").iterdir() if p.name != "sweeps"]
+    rates = sorted(metrics_of(tmp_path, run.name)[-1]["optim/lr"] for run in runs)
+    assert rates == pytest.approx([1e-3, 1e-2], rel=0.6)
+    assert len(runs) == 2
+
+
+def alive(pid: int) -> bool:
+    """Returns whether a process runs; one that is dead and not yet waited for doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
