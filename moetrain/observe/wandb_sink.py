@@ -83,6 +83,7 @@ def _start(
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    mode: Any = settings.mode  # W&B spells its few modes out as types
     folder = run_dir / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     wished: dict[str, Any] = {
@@ -106,7 +107,7 @@ def _start(
         "settings": wandb.Settings(**{k: v for k, v in wished.items() if k in known}),
     }
     try:
-        run = wandb.init(mode=settings.mode, **arguments)
+        run = wandb.init(mode=mode, **arguments)
     except Exception as error:
         if settings.mode != "online":
             raise
