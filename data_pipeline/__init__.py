@@ -5,7 +5,7 @@ Knows no model and no process group: ranks are two integers, batches are numpy a
 
 from data_pipeline.batches import Batch, GlobalBatches, ValidationBatches
 from data_pipeline.builder import build_shards, open_or_build
-from data_pipeline.index import Baselines
+from data_pipeline.index import Baselines, TokenizerEntry
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import BuildSettings, DataError, DataSettings, resolved_dir
 from data_pipeline.tokenizers import Tokenizer, tokenizer_named
@@ -19,6 +19,7 @@ __all__ = [
     "GlobalBatches",
     "ShardFolder",
     "Tokenizer",
+    "TokenizerEntry",
     "ValidationBatches",
     "build_shards",
     "open_or_build",

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.index import (
+    INDEX_NAME,
     Baselines,
     Index,
     ShardEntry,
@@ -44,6 +45,11 @@ class ShardFolder:
             # A .npy of format 1.0 has a header of 128 bytes, then two int64 a document.
             _check_size(folder.path / shard.documents, 128 + 16 * shard.num_documents)
         return folder
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the index, which lists the hash of every file: what the folder holds."""
+        return sha256_of(self.path / INDEX_NAME)
 
     @property
     def tokenizer(self) -> TokenizerEntry:

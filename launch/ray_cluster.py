@@ -24,6 +24,7 @@ from moetrain.train import Control, Outcome, Place, run_rank
 if TYPE_CHECKING:
     from moetrain.config import Config
 
+CONNECT_TIMEOUT_SECONDS = 10.0
 PLACEMENT_TIMEOUT_SECONDS = 60.0
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
 
@@ -59,6 +60,7 @@ class RayCluster:
         }
         try:
             if address:
+                _demand_listener(address)
                 ray.init(address=address, **quiet)
             else:
                 ray.init(
@@ -68,7 +70,7 @@ class RayCluster:
                     object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                     **quiet,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"launch.address={address or 'null'}: Ray can't be reached or started ({error})"
             ) from error
@@ -78,6 +80,10 @@ class RayCluster:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
         resources = ray.cluster_resources()
         return int(resources.get("GPU") or resources.get("CPU", 1))
+
+    def has_gpus(self) -> bool:
+        """Returns whether any node has a GPU; the driver's own machine may have none."""
+        return bool(ray.cluster_resources().get("GPU"))
 
     def place(self, num_workers: int, *, on_gpu: bool) -> None:
         """Reserves a place for each rank; raises ClusterError naming what is missing."""
@@ -133,6 +139,13 @@ class RayCluster:
         if self._placement:
             remove_placement_group(self._placement)
         ray.shutdown()
+
+
+def _demand_listener(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
 
 
 def answered(references: list[Any], *, timeout: float) -> list[Any]:

@@ -24,7 +24,7 @@ class LaunchSettings:
     max_preemptions: NonNegativeInt = 100
     """Restarts after a node was taken away; counted apart from failures."""
     hang_timeout_seconds: PositiveFloat = 600.0
-    """Time without a sign of life after which a rank counts as hung; bounds collectives too."""
+    """Time without a sign of life after which a rank counts as hung and all are started anew."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -4,9 +4,11 @@ Owns the driver's side of a run: the run folder, signals, the progress display, 
 lines and the exit code. Ranks do everything else.
 """
 
+import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,6 @@ from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
 import torch.distributed as dist
 import yaml
 
@@ -34,6 +35,7 @@ from moetrain.train import (
     Place,
     TrainingError,
     as_plain,
+    newest_manifest,
     prepare,
     rank_device,
     run_rank,
@@ -59,6 +61,11 @@ def start(
     shards = prepare(config, data, progress=True)
     run_dir = _open_run(config, shards)
     event = EventLog(run_dir / "events.jsonl").write
+    newest = newest_manifest(run_dir)
+    if newest and newest.step >= config.train.num_steps:
+        print(f"complete  run {config.run.name} has all its {newest.step} steps")
+        outcome = Outcome(finished=True, step=newest.step, last={})
+        return _close_run(config, outcome, shards, report)
     stop = StopRequest()
     display = ProgressDisplay(
         mode=config.observe.progress,
@@ -69,7 +76,7 @@ def start(
         with display, stop.on_signals():
             run = _run_inline if plan.mode == "inline" else _run_on_ray
             outcome = run(config, display, stop)
-    except (RunFailed, ClusterError, CheckpointError, TrainingError) as error:
+    except (RunFailed, ClusterError, CheckpointError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
@@ -121,8 +128,10 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
                 return
 
     run_dir = Path(config.run.dir, config.run.name or "")
+    _log_to(run_dir, rank=0)
     attempt = next_attempt(run_dir / "checkpoints")
-    place = Place(rank=0, world_size=1, rendezvous=_own_rendezvous(run_dir), attempt=attempt)
+    meeting_point = Path(tempfile.mkdtemp(prefix="moetrain-"), "rendezvous")
+    place = Place(rank=0, world_size=1, rendezvous=f"file://{meeting_point}", attempt=attempt)
     watcher = threading.Thread(target=watch, name="display", daemon=True)
     watcher.start()
     try:
@@ -137,13 +146,11 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
 def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -> Outcome:
     """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
     display.phase("starting Ray")
-    on_gpu = config.run.device == "cuda" or (
-        config.run.device == "auto" and torch.cuda.is_available()
-    )
     cluster = RayCluster.connect(
         config.launch.address or os.environ.get("RAY_ADDRESS"),
         num_workers=config.launch.num_workers or 1,
     )
+    on_gpu = config.run.device != "cpu" and cluster.has_gpus()
     supervisor = Supervisor(config, cluster, on_gpu=on_gpu, display=display, stop_requested=stop)
     try:
         with stop.on_signals():  # again: Ray has put its own handlers in the way
@@ -176,6 +183,7 @@ def _run_external(
     dist.broadcast_object_list(agreed)
     name, attempt = str(agreed[0]), int(str(agreed[1]))
     config = replace(config, run=replace(config.run, name=name))
+    _log_to(Path(config.run.dir, name), rank=rank)
     control = Control()
     stop = StopRequest(told=control.request_stop)
     place = Place(
@@ -263,8 +271,8 @@ def _closing_lines(
         yield f"next      the same command with run.name={name} goes on from here"
 
 
-def _own_rendezvous(run_dir: Path) -> str:
-    """Returns a rendezvous for a world of one rank."""
-    path = run_dir / "logs" / f".rendezvous_{os.getpid()}"
-    path.unlink(missing_ok=True)
-    return f"file://{path}"
+def _log_to(run_dir: Path, *, rank: int) -> None:
+    """Sends this process's log records to the rank's own file."""
+    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)

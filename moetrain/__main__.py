@@ -4,23 +4,26 @@ import sys
 from datetime import datetime
 
 from data_pipeline import DataError
-from launch import choose_plan, start
+from launch import ClusterError, choose_plan, start
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, config_dir, run_command
+from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
 from moetrain.config import Config, check, resolve
 from moetrain.report import render_report
 
 
 def train(config: Config) -> int:
     """Trains a configuration; returns the exit code."""
-    check(config)
-    plan = choose_plan(config.launch, device=config.run.device)
-    resolved = resolve(config, num_workers=plan.num_workers, now=datetime.now())
     try:
+        check(config)
+        plan = choose_plan(config.launch, device=config.run.device)
+        resolved = resolve(config, num_workers=plan.num_workers, now=datetime.now())
         return start(resolved, plan, data=config.data, report=render_report)
     except (ConfigError, DataError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return BAD_CONFIGURATION
+    except (ClusterError, OSError) as error:
+        print(f"moetrain: {error}", file=sys.stderr)
+        return FAILED
 
 
 def main() -> None:

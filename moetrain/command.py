@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.checks import ConfigError, nearest
-from moetrain.config import known_keys, validated
+from moetrain.config import known_keys, unknown_setting, validated
 
 Tree = TypeVar("Tree")
 
@@ -51,6 +52,8 @@ def run_command(
     codes: list[int] = []
 
     def job(config: DictConfig) -> None:
+        if STOPPED in codes:
+            return  # a stop is meant for the whole sweep
         codes.append(_guarded(lambda: main(_tree(config, tree)), tree))
 
     job.__module__ = module  # Hydra names the job after it
@@ -59,8 +62,14 @@ def run_command(
         config_path=str(files) if files else None,
         config_name="config" if files else module,
     )(job)
-    composing = _guarded(lambda: entry() or DONE, tree)
-    sys.stdout.flush()
+    try:
+        composing = _guarded(lambda: entry() or DONE, tree)
+    except KeyboardInterrupt:
+        print("moetrain: interrupted before anything was trained", file=sys.stderr)
+        composing = FAILED
+    except (ValueError, TypeError) as error:  # what Hydra itself lets through
+        print(f"moetrain: {error}", file=sys.stderr)
+        composing = BAD_CONFIGURATION
     raise SystemExit(max([composing, *codes]))
 
 
@@ -99,14 +108,17 @@ def _mutable(tree: type) -> type:
     kinds = get_type_hints(tree)
     fields: list[Any] = []
     for known in dataclasses.fields(tree):
-        kind, default = kinds[known.name], known.default
-        required = default is known.default_factory is dataclasses.MISSING
-        given = dataclasses.field(default=default, default_factory=known.default_factory)
+        kind = kinds[known.name]
+        given = dataclasses.field(default=known.default, default_factory=known.default_factory)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             kind = _mutable(kind)
-            given = dataclasses.field() if required else dataclasses.field(default_factory=kind)
+            given = dataclasses.field(default_factory=partial(_itself, kind))
         fields.append((known.name, kind, given))
     return dataclasses.make_dataclass(tree.__name__, fields, kw_only=True)
+
+
+def _itself(kind: type) -> type:
+    return kind  # as a default, the class stands for its settings, of which some may be missing
 
 
 def _tree(config: DictConfig, tree: type[Tree]) -> Tree:
@@ -147,5 +159,8 @@ def _explained(error: Exception, tree: type) -> str:
     if unknown:
         parent, _, name = key.rpartition(".")
         known = known_keys(tree, parent.split(".") if parent else [])
-        return f"{key}: there is no such setting{nearest(name or unknown[1], known)}"
+        return f"{key}: {unknown_setting(name or unknown[1], known)}"
+    converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
+    if converted:
+        return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
     return f"{key}: {reason}" if key else reason

@@ -6,6 +6,7 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -59,9 +60,14 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = known_keys(tree, path[:-1])
-            reason = f"there is no such setting{nearest(path[-1], known)}"
+            reason = unknown_setting(path[-1], known)
         value = "(missing)" if first["type"].startswith("missing") else first["input"]
         raise ConfigError(".".join(path), value, reason) from None
+
+
+def unknown_setting(name: str, known: list[str]) -> str:
+    """Returns what to say of a setting that there isn't: the nearest one, or all there are."""
+    return f"there is no such setting{nearest(name, known) or '; there are ' + ', '.join(known)}"
 
 
 def known_keys(tree: type, path: list[str]) -> list[str]:
@@ -114,7 +120,8 @@ def check(config: Config) -> None:
             config.schedule.warmup_steps,
             f"is more than train.num_steps={train.num_steps}: the rate would never be reached",
         )
-    if config.run.device == "cuda" and not torch.cuda.is_available():
+    elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
+    if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
 
 
@@ -134,12 +141,11 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
     )
     train = config.train
     if train.global_batch_size % num_workers:
-        lower = train.global_batch_size // num_workers * num_workers
+        lower = max(1, train.global_batch_size // num_workers) * num_workers
         raise ConfigError(
             "train.global_batch_size",
             train.global_batch_size,
-            f"does not divide by the {num_workers} workers: use {lower or num_workers} or "
-            f"{lower + num_workers}",
+            f"does not divide by the {num_workers} workers: use {lower} or {lower + num_workers}",
         )
     share = train.global_batch_size // num_workers
     micro = train.micro_batch_size or _fitting_micro_batch(share, seq_len=train.seq_len)

@@ -109,6 +109,9 @@ def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int 
 
     Raises CheckpointError naming the file. Nothing is unpickled before this has passed.
     """
+    listed = {MANIFEST, *manifest.files}
+    if unlisted := sorted(p.name for p in folder.iterdir() if p.name not in listed):
+        raise CheckpointError(f"{folder / unlisted[0]} is not listed in the manifest")
     for name, entry in sorted(manifest.files.items())[part::parts]:
         path = folder / name
         if Path(name).name != name:

@@ -64,7 +64,6 @@ class _LoopedMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weights = ctx.saved_tensors
         needs_rows, needs_weights, _ = ctx.needs_input_grad
-        grad = grad.contiguous()  # sum() and expand() hand over stride-0 gradients
         grad_rows = torch.empty_like(rows) if needs_rows else None
         grad_weights = torch.empty_like(weights) if needs_weights else None  # keeps strides
         start = 0

@@ -100,7 +100,7 @@ def build_trainer(
         lambda: checkpoint_tensors(model, optimizer),
         same_model=lambda manifest: demand_same_model(config, manifest),
     )
-    state = TrainState(**(restored or {}))
+    state = TrainState(**(restored or {"data": shards.fingerprint}))
     if restored:
         event("resume", step=state.step, attempt=place.attempt)
         control.publish("say", f"goes on from step {state.step}")

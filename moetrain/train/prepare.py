@@ -4,7 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline import DataSettings, GlobalBatches, ShardFolder, open_or_build
+from data_pipeline import (
+    DataSettings,
+    GlobalBatches,
+    ShardFolder,
+    Tokenizer,
+    TokenizerEntry,
+    open_or_build,
+    tokenizer_named,
+)
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.model import ModelSettings
@@ -34,15 +42,16 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFol
                 "run.name, or auto to go on from it",
             )
         demand_same_model(config, newest)
+    if data.dir is None:  # shards may have to be built: not for a model that can't use them
+        _demand_vocabulary(config, tokenizer_named(data.tokenizer))
     shards = open_or_build(data, progress=progress)
-    tokenizer = shards.tokenizer
-    if tokenizer.vocab_size != config.model.vocab_size:
+    _demand_vocabulary(config, shards.tokenizer)
+    if newest and newest.state["data"] != shards.fingerprint:
         raise ConfigError(
-            "model.vocab_size",
-            config.model.vocab_size,
-            f"the shards in {shards.path} were made with tokenizer {tokenizer.name}, whose "
-            f"vocabulary has {tokenizer.vocab_size}: use that size, or build shards with another "
-            "tokenizer (python -m data_pipeline.build --help)",
+            "data.dir",
+            shards.path,
+            f"run {config.run.name} was trained on other shards up to step {newest.step}, and "
+            "where it stands means nothing in these: use those, or another run.name",
         )
     GlobalBatches(  # raises DataError where there are too few tokens
         shards,
@@ -52,6 +61,17 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFol
         seed=config.seed,
     )
     return shards
+
+
+def _demand_vocabulary(config: "Config", tokenizer: Tokenizer | TokenizerEntry) -> None:
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"the text is in tokens of {tokenizer.name}, whose vocabulary has "
+            f"{tokenizer.vocab_size}: use that size, or another tokenizer "
+            "(data.tokenizer, or python -m data_pipeline.build --help)",
+        )
 
 
 def newest_manifest(run_dir: Path) -> Manifest | None:
@@ -65,8 +85,19 @@ def newest_manifest(run_dir: Path) -> Manifest | None:
 
 
 def demand_same_model(config: "Config", manifest: Manifest) -> None:
-    """Raises ConfigError where a checkpoint is of a model with another shape."""
-    ours, theirs = as_plain(config)["model"], manifest.config.get("model", {})
+    """Raises ConfigError where a checkpoint is of a model with another shape, or other samples."""
+    for group, key in (("", "seed"), ("train", "seq_len")):
+        ours, theirs = as_plain(config), manifest.config
+        if group:
+            ours, theirs = ours[group], theirs[group]
+        if ours[key] != theirs[key]:
+            raise ConfigError(
+                f"{group}.{key}".lstrip("."),
+                ours[key],
+                f"run {config.run.name} has {theirs[key]} up to step {manifest.step}; the order of "
+                "its samples hangs on it, and some would be trained on twice: use another run.name",
+            )
+    ours, theirs = as_plain(config)["model"], manifest.config["model"]
     for key in ModelSettings.__dataclass_fields__:
         free = key in ("router", "experts", "max_seq_len", "loss_chunk_size")
         if not free and ours[key] != theirs.get(key):

@@ -24,6 +24,8 @@ class TrainState:
     skipped: int = 0
     """Steps whose loss or gradients were not finite."""
     skipped_in_a_row: int = 0
+    data: str = ""
+    """The fingerprint of the shards that `samples` counts in."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counters by name."""
