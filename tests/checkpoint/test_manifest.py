@@ -60,9 +60,17 @@ def test_a_harmed_file_is_named(tmp_path: Path, harm: str) -> None:
 def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
     folder = stage(tmp_path, 1)
     fields = json.loads((folder / "manifest.json").read_text())
-    fields["files"] = {"../../etc/passwd": {"size": 1, "sha256": "0"}}
+    fields["files"]["../../etc/passwd"] = {"size": 1, "sha256": "0"}
     (folder / "manifest.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match="outside the folder"):
+        verify_files(folder, read_manifest(folder))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    """Torch unpickles `.metadata`: one that no hash was checked of must not be there."""
+    folder = stage(tmp_path, 1)
+    (folder / ".metadata").write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match=r"\.metadata is not listed"):
         verify_files(folder, read_manifest(folder))
 
 
