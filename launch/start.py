@@ -4,6 +4,7 @@ Owns the driver's side of a run: the run folder, signals, the progress display, 
 lines and the exit code. Ranks do everything else.
 """
 
+import fcntl
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from launch.plan import Plan
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
 from moetrain.checkpoint import CheckpointError, next_attempt
+from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
 from moetrain.train import (
@@ -212,6 +214,7 @@ def _open_run(config: "Config", shards: ShardFolder) -> Path:
     """Makes the run's folder and writes what it will be; returns the folder."""
     run_dir = Path(config.run.dir, config.run.name or "")
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    _hold(run_dir)
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     (run_dir / "config.yaml").write_text(text)
     event = EventLog(run_dir / "events.jsonl").write
@@ -219,6 +222,27 @@ def _open_run(config: "Config", shards: ShardFolder) -> Path:
     for source, baselines in shards.baselines.items():
         event("data", source=source, path=str(shards.path), baselines=vars(baselines))
     return run_dir
+
+
+def _hold(run_dir: Path) -> None:
+    """Keeps other commands on this machine off a run until this process ends, however it does.
+
+    Raises ConfigError where another command holds it. On other machines the number of the attempt
+    is the fence.
+    """
+    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)  # closed by the end of the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 20).decode() or "unknown"
+        os.close(lock)
+        raise ConfigError(
+            "run.name",
+            run_dir.name,
+            f"process {holder} is training this run: stop it first, or use another run.name",
+        ) from None
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
 
 
 def _close_run(

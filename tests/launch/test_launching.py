@@ -297,6 +297,15 @@ def test_a_run_of_another_model_exits_2_and_is_left_alone(tmp_path: Path, shards
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path, shards: Path) -> None:
+    inline = ["launch.mode=inline", "train.num_steps=100000"]
+    with started(tmp_path, shards, *inline) as process:
+        wait_for(reached(tmp_path, 2), "step 2")
+        done = moetrain(tmp_path, shards, *inline)
+        assert done.returncode == 2
+        assert f"run.name=tiny: process {process.pid} is training this run" in done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_saved(
     tmp_path: Path, shards: Path
