@@ -4,6 +4,7 @@ Owns opening, verifying and the way from a place in a stream to bytes in a tar. 
 of samples to `order` and the making of batches to `batches`.
 """
 
+import hashlib
 import mmap
 from pathlib import Path
 from typing import Self
@@ -12,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.index import (
-    INDEX_NAME,
     Baselines,
     Index,
     ShardEntry,
@@ -48,8 +48,9 @@ class ShardFolder:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the index, which lists the hash of every file: what the folder holds."""
-        return sha256_of(self.path / INDEX_NAME)
+        """One hash of the tokenizer and of every shard in order: what the folder's tokens are."""
+        hashes = [self.tokenizer.fingerprint, *(shard.sha256 for shard in self._shards())]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     @property
     def tokenizer(self) -> TokenizerEntry:

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 PLACEMENT_TIMEOUT_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 120.0
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
+
+
+class WorkersLost(Exception):
+    """Ranks that ended, or didn't answer, before they began to train."""
 
 
 class ClusterError(Exception):
@@ -102,7 +107,10 @@ class RayCluster:
     def start_workers(
         self, num_workers: int, *, on_gpu: bool, log_dir: Path, env: dict[str, str]
     ) -> list[Worker]:
-        """Starts a fresh process for each rank; ranks of one node have neighbouring numbers."""
+        """Starts a fresh process for each rank; ranks of one node have neighbouring numbers.
+
+        Raises WorkersLost where one of them dies or isn't placed in time.
+        """
         assert self._placement is not None
         actors = [
             _RankActor.options(  # type: ignore[attr-defined]
@@ -116,18 +124,27 @@ class RayCluster:
             ).remote()
             for index in range(num_workers)
         ]
-        places = ray.get([actor.whereabouts.remote() for actor in actors])
+        try:
+            return self._placed(actors, log_dir=log_dir)
+        except WorkersLost:
+            for actor in actors:
+                ray.kill(actor)
+            raise
+
+    def _placed(self, actors: list[Any], *, log_dir: Path) -> list[Worker]:
+        num_workers = len(actors)
+        places = _ask([actor.whereabouts.remote() for actor in actors])
         order = sorted(range(num_workers), key=lambda index: (places[index][0], index))
         workers = [
             Worker(rank=rank, actor=actors[i], node=places[i][0], pid=places[i][1])
             for rank, i in enumerate(order)
         ]
-        ray.get([w.actor.log_to.remote(str(log_dir / f"rank_{w.rank:03d}.log")) for w in workers])
+        _ask([w.actor.log_to.remote(str(log_dir / f"rank_{w.rank:03d}.log")) for w in workers])
         return workers
 
     def rendezvous(self, workers: list[Worker]) -> str:
         """Returns a fresh address on the first rank's node at which the ranks can meet."""
-        host, port = ray.get(workers[0].actor.free_address.remote())
+        host, port = _ask(workers[0].actor.free_address.remote())
         return f"tcp://{host}:{port}"
 
     def end_workers(self, workers: list[Worker]) -> None:
@@ -149,12 +166,20 @@ def _demand_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
 
 
-def answered(references: list[Any], *, timeout: float) -> list[Any]:
-    """Returns those of the references that have an answer or an error, waiting for the first."""
-    ready, _ = ray.wait(references, num_returns=1, timeout=timeout)
-    rest = [r for r in references if r not in ready]
-    more, _ = ray.wait(rest, num_returns=len(rest), timeout=0) if rest else ([], [])
-    return [*ready, *more]
+def _ask(references: Any) -> Any:
+    try:
+        return ray.get(references, timeout=START_TIMEOUT_SECONDS)
+    except ray.exceptions.RayError as error:
+        raise WorkersLost(f"a rank was lost while it started: {_first_line(error)}") from error
+
+
+def answered(references: list[Any], *, timeout: float, wait_for_all: bool = False) -> list[Any]:
+    """Returns those of the references that have an answer or an error.
+
+    Waits for the first of them, or for all, but no longer than `timeout` seconds.
+    """
+    ray.wait(references, num_returns=len(references) if wait_for_all else 1, timeout=timeout)
+    return list(ray.wait(references, num_returns=len(references), timeout=0)[0])
 
 
 def answer(reference: Any) -> Any:

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from moetrain.checks import one_of
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class LaunchSettings:
     """Who starts the ranks, how many, and how much trouble they may have."""
 
@@ -27,7 +27,7 @@ class LaunchSettings:
     """Time without a sign of life after which a rank counts as hung and all are started anew."""
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ClusterSettings:
     """The machines: what the ranks should know of them."""
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ from launch.failure import classify
 from launch.plan import Plan
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
-from moetrain.checkpoint import CheckpointError, next_attempt
+from moetrain.checkpoint import CheckpointError, next_attempt, replace_text
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
@@ -61,6 +61,14 @@ def start(
     if plan.mode == "external":
         _run_external(config, data=data, report=report)
     shards = prepare(config, data, progress=True)
+    run_dir = Path(config.run.dir, config.run.name or "")
+    with _held(run_dir):
+        return _run(config, plan, shards, report)
+
+
+def _run(
+    config: "Config", plan: Plan, shards: ShardFolder, report: Callable[[Path], object]
+) -> int:
     run_dir = _open_run(config, shards)
     event = EventLog(run_dir / "events.jsonl").write
     newest = newest_manifest(run_dir)
@@ -130,19 +138,22 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
                 return
 
     run_dir = Path(config.run.dir, config.run.name or "")
-    _log_to(run_dir, rank=0)
     attempt = next_attempt(run_dir / "checkpoints")
-    meeting_point = Path(tempfile.mkdtemp(prefix="moetrain-"), "rendezvous")
-    place = Place(rank=0, world_size=1, rendezvous=f"file://{meeting_point}", attempt=attempt)
     watcher = threading.Thread(target=watch, name="display", daemon=True)
     watcher.start()
-    try:
-        return run_rank(config, place, control)
-    finally:
-        ended.set()
-        watcher.join()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with (
+        _logging_to(run_dir, rank=0),
+        tempfile.TemporaryDirectory(prefix="moetrain-", ignore_cleanup_errors=True) as folder,
+    ):
+        meeting_point = f"file://{folder}/rendezvous"
+        place = Place(rank=0, world_size=1, rendezvous=meeting_point, attempt=attempt)
+        try:
+            return run_rank(config, place, control)
+        finally:
+            ended.set()
+            watcher.join()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -> Outcome:
@@ -153,6 +164,9 @@ def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -
         num_workers=config.launch.num_workers or 1,
     )
     on_gpu = config.run.device != "cpu" and cluster.has_gpus()
+    if config.run.device == "cuda" and not on_gpu:
+        cluster.disconnect()
+        raise ClusterError("run.device=cuda: the Ray cluster has no GPU; use cpu or auto")
     supervisor = Supervisor(config, cluster, on_gpu=on_gpu, display=display, stop_requested=stop)
     try:
         with stop.on_signals():  # again: Ray has put its own handlers in the way
@@ -171,6 +185,9 @@ def _run_external(
     # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
     # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
     shards = prepare(config, data, progress=True) if leads else None
+    held = ExitStack()  # until this process ends
+    if leads:
+        held.enter_context(_held(Path(config.run.dir, config.run.name or "")))
     join_ranks(
         rank=rank,
         world_size=world_size,
@@ -185,7 +202,7 @@ def _run_external(
     dist.broadcast_object_list(agreed)
     name, attempt = str(agreed[0]), int(str(agreed[1]))
     config = replace(config, run=replace(config.run, name=name))
-    _log_to(Path(config.run.dir, name), rank=rank)
+    held.enter_context(_logging_to(Path(config.run.dir, name), rank=rank))
     control = Control()
     stop = StopRequest(told=control.request_stop)
     place = Place(
@@ -213,10 +230,8 @@ def _run_external(
 def _open_run(config: "Config", shards: ShardFolder) -> Path:
     """Makes the run's folder and writes what it will be; returns the folder."""
     run_dir = Path(config.run.dir, config.run.name or "")
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    _hold(run_dir)
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
-    (run_dir / "config.yaml").write_text(text)
+    replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
     event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
     for source, baselines in shards.baselines.items():
@@ -224,13 +239,15 @@ def _open_run(config: "Config", shards: ShardFolder) -> Path:
     return run_dir
 
 
-def _hold(run_dir: Path) -> None:
-    """Keeps other commands on this machine off a run until this process ends, however it does.
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other commands on this machine off it, even past a kill.
 
     Raises ConfigError where another command holds it. On other machines the number of the attempt
     is the fence.
     """
-    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)  # closed by the end of the process
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -241,8 +258,12 @@ def _hold(run_dir: Path) -> None:
             run_dir.name,
             f"process {holder} is training this run: stop it first, or use another run.name",
         ) from None
-    os.ftruncate(lock, 0)
-    os.write(lock, str(os.getpid()).encode())
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(lock)  # and with it the lock
 
 
 def _close_run(
@@ -295,8 +316,14 @@ def _closing_lines(
         yield f"next      the same command with run.name={name} goes on from here"
 
 
-def _log_to(run_dir: Path, *, rank: int) -> None:
-    """Sends this process's log records to the rank's own file."""
-    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log", delay=True)
+@contextmanager
+def _logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
+    """Sends this process's log records to the rank's own file while the context lasts."""
+    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

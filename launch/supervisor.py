@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.failure import Failure
-from launch.ray_cluster import RayCluster, Worker, answer, answered
+from launch.ray_cluster import RayCluster, Worker, WorkersLost, answer, answered
 from moetrain.checkpoint import next_attempt
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.train import Outcome, Place, newest_manifest
@@ -79,10 +79,14 @@ class Supervisor:
         attempt = next_attempt(self._run_dir / "checkpoints")
         world_size = config.launch.num_workers or 1
         self._display.phase(f"starting {world_size} ranks")
-        workers = self._cluster.start_workers(
-            world_size, on_gpu=self._on_gpu, log_dir=self._run_dir / "logs", env=config.cluster.env
-        )
+        workers: list[Worker] = []
         try:
+            workers = self._cluster.start_workers(
+                world_size,
+                on_gpu=self._on_gpu,
+                log_dir=self._run_dir / "logs",
+                env=config.cluster.env,
+            )
             rendezvous = self._cluster.rendezvous(workers)
             self._event(
                 "attempt",
@@ -104,6 +108,8 @@ class Supervisor:
                 for w in workers
             }
             return self._watch(results)
+        except WorkersLost as error:
+            return Failure(kind="died", reason=str(error))
         finally:
             self._cluster.end_workers(workers)
 
@@ -142,10 +148,10 @@ class Supervisor:
                     found.append((other, result))
             if found[-1][1].kind != "peer":
                 break
-        rank, failure = min(found, key=lambda pair: pair[1].kind == "peer")
+        source, failure = min(found, key=lambda pair: pair[1].kind == "peer")
         return Failure(
             kind=failure.kind,
-            reason=f"rank {rank.rank} on {rank.node} (pid {rank.pid}): {failure.reason}",
+            reason=f"rank {source.rank} on {source.node} (pid {source.pid}): {failure.reason}",
         )
 
     def _report_hang(self, hung: dict[int, str], workers: list[Worker]) -> Failure:
@@ -153,7 +159,7 @@ class Supervisor:
         path = self._run_dir / "logs" / f"hang_{time.strftime('%Y%m%d-%H%M%S')}.txt"
         asked = {w.actor.stacks.remote(): w for w in workers}
         texts = [f"rank {rank}: {what}" for rank, what in sorted(hung.items())]
-        for reference in answered(list(asked), timeout=5.0):
+        for reference in answered(list(asked), timeout=5.0, wait_for_all=True):
             stacks = answer(reference)
             texts.append(f"\n===== rank {asked[reference].rank}\n{stacks}")
         path.write_text("\n".join(texts) + "\n")
@@ -205,4 +211,5 @@ class Pulse:
 
     def _ready(self, *, timeout: float) -> list[int]:
         by_reference = {reference: rank for rank, reference in self._asked.items()}
-        return [by_reference[r] for r in answered(list(by_reference), timeout=timeout)]
+        ready = answered(list(by_reference), timeout=timeout, wait_for_all=True)
+        return [by_reference[reference] for reference in ready]

@@ -50,11 +50,16 @@ def run_command(
         _register_bare(module)
     register(tree, name="schema")
     codes: list[int] = []
+    trees: list[Tree] = []
 
+    # Hydra only composes; the work is done after it has returned, because it announces at length
+    # whatever is raised inside it.
     def job(config: DictConfig) -> None:
-        if STOPPED in codes:
-            return  # a stop is meant for the whole sweep
-        codes.append(_guarded(lambda: main(_tree(config, tree)), tree))
+        def compose() -> int:
+            trees.append(_tree(config, tree))
+            return DONE
+
+        codes.append(_guarded(compose, tree))
 
     job.__module__ = module  # Hydra names the job after it
     entry = hydra.main(
@@ -63,14 +68,19 @@ def run_command(
         config_name="config" if files else module,
     )(job)
     try:
-        composing = _guarded(lambda: entry() or DONE, tree)
-    except KeyboardInterrupt:
-        print("moetrain: interrupted before anything was trained", file=sys.stderr)
-        composing = FAILED
+        codes.append(_guarded(lambda: entry() or DONE, tree))
     except (ValueError, TypeError) as error:  # what Hydra itself lets through
         print(f"moetrain: {error}", file=sys.stderr)
-        composing = BAD_CONFIGURATION
-    raise SystemExit(max([composing, *codes]))
+        codes.append(BAD_CONFIGURATION)
+    try:
+        for values in trees:
+            codes.append(_guarded(partial(main, values), tree))
+            if codes[-1] == STOPPED:
+                break  # a stop is meant for the whole sweep
+    except KeyboardInterrupt:
+        print("moetrain: interrupted before anything was trained", file=sys.stderr)
+        codes.append(FAILED)
+    raise SystemExit(max(codes))
 
 
 def _without_plus(argument: str, files: Path) -> str:

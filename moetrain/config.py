@@ -112,13 +112,16 @@ def check(config: Config) -> None:
         )
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
-            "train.seq_len", train.seq_len, f"is longer than model.max_seq_len={model.max_seq_len}"
+            "train.seq_len",
+            train.seq_len,
+            f"is longer than model.max_seq_len: use at most {model.max_seq_len}",
         )
     if config.schedule.warmup_steps > train.num_steps:
         raise ConfigError(
             "schedule.warmup_steps",
             config.schedule.warmup_steps,
-            f"is more than train.num_steps={train.num_steps}: the rate would never be reached",
+            f"is more than train.num_steps={train.num_steps}, so that the rate would never be "
+            f"reached: use at most {train.num_steps}",
         )
     elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():

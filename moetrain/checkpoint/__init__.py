@@ -8,6 +8,7 @@ from moetrain.checkpoint.manifest import (
     read_attempt,
     read_latest,
     read_manifest,
+    replace_text,
     step_folders,
 )
 from moetrain.checkpoint.settings import CheckpointSettings
@@ -23,5 +24,6 @@ __all__ = [
     "read_attempt",
     "read_latest",
     "read_manifest",
+    "replace_text",
     "step_folders",
 ]

@@ -95,12 +95,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns size and sha256 of every file in a folder but the manifest."""
+def describe_files(folder: Path, pattern: str = "*") -> dict[str, dict[str, Any]]:
+    """Returns size and sha256 of the files in a folder whose names match a pattern."""
     return {
         path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
+        for path in sorted(folder.glob(pattern))
     }
 
 
@@ -110,7 +109,9 @@ def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int 
     Raises CheckpointError naming the file. Nothing is unpickled before this has passed.
     """
     listed = {MANIFEST, *manifest.files}
-    if unlisted := sorted(p.name for p in folder.iterdir() if p.name not in listed):
+    found = (p.name for p in folder.iterdir())  # file managers and NFS leave dot files
+    counted = (n for n in found if not n.startswith(".") or n == ".metadata")
+    if unlisted := sorted(n for n in counted if n not in listed):
         raise CheckpointError(f"{folder / unlisted[0]} is not listed in the manifest")
     for name, entry in sorted(manifest.files.items())[part::parts]:
         path = folder / name
@@ -131,11 +132,7 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     folder either is a whole checkpoint or has no name that counts. Raises CheckpointError where
     a newer attempt owns the run: a worker that was cut off must not win over its successor.
     """
-    if (owner := read_attempt(directory)) > manifest.attempt:
-        raise CheckpointError(
-            f"attempt {manifest.attempt} may not save step {manifest.step} in {directory}: "
-            f"attempt {owner} has taken the run over"
-        )
+    _demand_ownership(directory, manifest)
     _write(staged / MANIFEST, json.dumps(asdict(manifest), indent=1))
     _sync_folder(staged)
     target = directory / folder_name(manifest.step)
@@ -144,17 +141,30 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
         os.rename(target, replaced)
     os.rename(staged, target)
     _sync_folder(directory)
-    _replace(directory / LATEST, target.name)
+    _demand_ownership(directory, manifest)  # again: what comes before may have taken a while
+    replace_text(directory / LATEST, target.name)
     return target
 
 
-def delete_old(directory: Path, *, keep_last: int) -> None:
-    """Deletes complete checkpoints past the newest `keep_last`, and what killed saves left."""
+def _demand_ownership(directory: Path, manifest: Manifest) -> None:
+    if (owner := read_attempt(directory)) > manifest.attempt:
+        raise CheckpointError(
+            f"attempt {manifest.attempt} may not save step {manifest.step} in {directory}: "
+            f"attempt {owner} has taken the run over"
+        )
+
+
+def delete_old(directory: Path, *, keep_last: int, attempt: int) -> None:
+    """Deletes checkpoints past the newest `keep_last`, and what killed saves left behind.
+
+    A checkpoint beyond the one that `latest` names was passed over as damaged: it doesn't count,
+    and stays until its step is saved again. Staged folders of a newer attempt are not ours.
+    """
     latest = read_latest(directory)
-    for folder in step_folders(directory)[keep_last:]:
-        if folder != latest:
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in [*directory.glob("staged_*"), *directory.glob("replaced_*")]:
+    counted = [f for f in step_folders(directory) if latest is None or f.name <= latest.name]
+    leftovers = [*directory.glob("staged_*"), *directory.glob("replaced_*")]
+    own = [f for f in leftovers if int(f.name.rpartition("_")[2]) <= attempt]
+    for folder in [*counted[keep_last:], *own]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,7 +172,7 @@ def next_attempt(directory: Path) -> int:
     """Takes the run over: returns the number of the new attempt, one above all before."""
     directory.mkdir(parents=True, exist_ok=True)
     attempt = read_attempt(directory) + 1
-    _replace(directory / ATTEMPT, str(attempt))
+    replace_text(directory / ATTEMPT, str(attempt))
     return attempt
 
 
@@ -174,7 +184,8 @@ def read_attempt(directory: Path) -> int:
         return 0
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is seen whole, old or new, whenever the writer is killed."""
     new = path.with_name(f".{path.name}.new")
     _write(new, text)
     os.replace(new, path)

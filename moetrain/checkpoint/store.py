@@ -59,6 +59,7 @@ class CheckpointStore:
         self._leads = dist.get_rank() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
+        self._demand_shared()
 
     def save(self, tensors: dict[str, Tensor], *, step: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint; returns when it is complete, or at once with `async_save`.
@@ -92,8 +93,7 @@ class CheckpointStore:
             return
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
-            if self._leads:
-                self._commit(staged, manifest)
+            self._commit(staged, manifest)
         except (Exception, dcp.api.CheckpointException) as error:
             failure = error
         self._agree(failure, f"checkpoint of step {step} can't be written to {staged}")
@@ -111,7 +111,10 @@ class CheckpointStore:
         self._agree(failure, "the checkpoint that was written in the background failed")
 
     def load_newest(
-        self, tensors: Callable[[], dict[str, Tensor]], *, same_model: Callable[[Manifest], None]
+        self,
+        tensors: Callable[[Manifest], dict[str, Tensor]],
+        *,
+        same_model: Callable[[Manifest], None],
     ) -> dict[str, Any] | None:
         """Loads the newest good checkpoint into the tensors, in place; returns its state.
 
@@ -120,7 +123,9 @@ class CheckpointStore:
         model (`same_model` raises, or names, shapes or dtypes differ), or where none is left.
         """
         rejected = []
-        for folder in candidates(self._directory):
+        names = [folder.name for folder in candidates(self._directory)]
+        for name in self._gather_objects(names)[0]:  # the first rank's view decides for all
+            folder = self._directory / name
             failure: BaseException | None = None
             try:
                 manifest = read_manifest(folder)
@@ -135,9 +140,13 @@ class CheckpointStore:
                     self._event("checkpoint_rejected", reason=reasons[0], checkpoint=folder.name)
                 continue
             same_model(manifest)
-            wanted = tensors()
+            wanted = tensors(manifest)
             _demand_equal(_describe(wanted), manifest.tensors, folder)
-            dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), process_group=self._group)
+            try:
+                reader = dcp.FileSystemReader(folder)
+                dcp.load(wanted, storage_reader=reader, process_group=self._group)
+            except dcp.api.CheckpointException as error:  # no Exception, and nobody expects that
+                raise CheckpointError(f"{folder} can't be read: {_root_cause(error)}") from error
             return manifest.state
         if rejected:
             raise CheckpointError(
@@ -148,14 +157,23 @@ class CheckpointStore:
 
     def _finish(self, writing: Any, staged: Path, manifest: Manifest) -> None:
         writing.result()
-        if self._leads:  # its writing is done when all ranks' is
-            self._commit(staged, manifest)
+        self._commit(staged, manifest)
 
     def _commit(self, staged: Path, manifest: Manifest) -> None:
-        files = describe_files(staged)
+        """Gathers what every rank wrote, each having hashed its own; the first rank commits."""
+        try:
+            own: Any = describe_files(staged, f"__{dist.get_rank()}_*")
+        except OSError as error:
+            own = error
+        parts = self._gather_objects(own)
+        if failed := [part for part in parts if isinstance(part, OSError)]:
+            raise failed[0]
+        if not self._leads:
+            return
+        files = describe_files(staged, ".metadata") | {n: d for p in parts for n, d in p.items()}
         complete = Manifest(**{**vars(manifest), "files": files})
         target = commit(self._directory, staged, complete)
-        delete_old(self._directory, keep_last=self._settings.keep_last)
+        delete_old(self._directory, keep_last=self._settings.keep_last, attempt=self._attempt)
         size = sum(entry["size"] for entry in files.values())
         self._event("save", step=manifest.step, checkpoint=target.name, bytes=size)
 
@@ -169,10 +187,34 @@ class CheckpointStore:
             raise CheckpointError(f"{what}: {reasons[0]}") from failure
 
     def _gather(self, failure: BaseException | None) -> list[str | None]:
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        own = None if failure is None else _root_cause(failure)
-        dist.all_gather_object(reasons, own, group=self._group)
-        return reasons
+        return self._gather_objects(None if failure is None else _root_cause(failure))
+
+    def _gather_objects(self, own: Any) -> list[Any]:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own, group=self._group)
+        return gathered
+
+    def _demand_shared(self) -> None:
+        """Raises CheckpointError where the ranks don't all see one folder."""
+        marker = self._directory / f".shared_{self._attempt}"
+        failure: Exception | None = None
+        if self._leads:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+            except OSError as error:
+                failure = error
+        self._agree(failure, f"{self._directory} can't be written to")
+        if not marker.exists():
+            failure = FileNotFoundError(
+                f"rank {dist.get_rank()} does not see what rank 0 wrote there: run.dir must be a "
+                "folder that all machines share"
+            )
+        try:
+            self._agree(failure, f"{self._directory} is not one folder for all ranks")
+        finally:
+            if self._leads:
+                marker.unlink(missing_ok=True)
 
 
 def _demand_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:

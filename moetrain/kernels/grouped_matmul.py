@@ -26,7 +26,8 @@ def grouped_matmul(
     `rows` are grouped: the first `counts[0]` belong to group 0, and so on. `backend` is
     `cpu` (a loop of dense products), `grouped_mm` (torch's grouped kernel: float32, bfloat16
     or float16, row strides of whole 16 bytes) or `auto` (`cpu` on CPU, else `grouped_mm`).
-    Raises ValueError where a backend can't serve the shape or the counts don't fit.
+    Raises ValueError where a backend can't serve the shape. The counts must add up to the rows:
+    `cpu` checks it, `grouped_mm` would have to synchronise with the device and doesn't.
     """
     if backend == "auto":
         backend = "cpu" if rows.device.type == "cpu" else "grouped_mm"

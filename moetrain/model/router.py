@@ -51,6 +51,7 @@ class Router(nn.Module):
         self.select: Callable[[Tensor], Tensor] = self._top_k
         """Scores to chosen experts; replaced where a choice is replayed instead of made again."""
         self.weight = nn.Parameter(torch.empty(settings.num_experts, settings.dim))
+        self.is_biased = settings.router.bias_update_rate > 0
         # Moves the choice, never the gates (arXiv 2408.15664); all zeros unless it is trained.
         self.register_buffer("bias", torch.zeros(settings.num_experts, dtype=torch.float32))
 
@@ -59,7 +60,8 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # [tokens, experts]
             probabilities = logits.softmax(-1)
-            experts = self.select((logits + self.bias).detach())
+            scores = probabilities + self.bias if self.is_biased else logits  # of the same order
+            experts = self.select(scores.detach())
             if self.normalize_gates:  # a softmax over the chosen logits, with no division
                 gates = logits.gather(1, experts).softmax(-1)
             else:
@@ -80,6 +82,14 @@ class Router(nn.Module):
         with torch.no_grad():
             entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
         return RoutingStatistics(counts, weight @ probabilities, weight @ z, weight @ entropy)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "Router":
+        """Keeps the selection bias in float32 through `.to(dtype)` of the whole model."""
+        exact = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.bias.dtype != torch.float32:
+            self.bias = exact.to(self.bias.device)
+        return self
 
     @torch.no_grad()
     def update_bias(self, counts: Int64[Tensor, " experts"], *, rate: float) -> None:

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from moetrain.checks import one_of
 from moetrain.kernels import BACKENDS
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -9,9 +9,10 @@ from pydantic.dataclasses import dataclass
 from moetrain.checks import one_of
 
 Fraction = Annotated[float, Interval(ge=0.0, le=1.0)]
+Decay = Annotated[float, Interval(ge=0.0, lt=1.0)]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class OptimSettings:
     """The optimizer. `momentum` is sgd's, `betas` and `eps` are adamw's."""
 
@@ -19,14 +20,14 @@ class OptimSettings:
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 0.1
     """On matrices only; norms are left alone."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    momentum: Fraction = 0.0
+    momentum: Decay = 0.0
     clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; None never clips."""
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ScheduleSettings:
     """The learning rate over the run, as a share of `optim.lr`."""
 

@@ -1,5 +1,6 @@
 """The expert-parallel token exchange: each copy travels to the rank of its expert and back."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from moetrain.kernels import combine_copies, gather_copies, invert, permute, sort_by_expert
 from moetrain.model import Received, Routing, TokenExchange
+
+log = logging.getLogger(__name__)
+
+IMBALANCE_TO_WARN_OF = 3.0  # rows received over rows sent
 
 
 class _AllToAll(torch.autograd.Function):
@@ -68,6 +73,7 @@ class AllToAllExchange(TokenExchange):
         self.num_experts = num_experts
         self.group = group
         self.degree = dist.get_world_size(group)
+        self._worst = IMBALANCE_TO_WARN_OF
         self.name = f"token all-to-all of layer {layer}"
 
     def dispatch(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Received:
@@ -81,6 +87,7 @@ class AllToAllExchange(TokenExchange):
         both = torch.stack((counts.view(self.degree, -1).sum(1), by_source.sum(1)))
         send, receive = both.tolist()  # the one host synchronisation
         rows = self._send(rows, send, receive)
+        self._warn_of_imbalance(sum(receive), sum(send))
 
         # What came lies by source rank, then by local expert; the experts want it by expert.
         local_experts = by_source.shape[1]
@@ -105,6 +112,17 @@ class AllToAllExchange(TokenExchange):
         rows = permute(rows, invert(received.arrival))
         rows = self._send(rows, received.receive, received.send)
         return combine_copies(rows, received.gates, received.order)
+
+    def _warn_of_imbalance(self, received: int, fair_share: int) -> None:
+        if received > self._worst * max(1, fair_share):
+            self._worst = 1.2 * received / max(1, fair_share)  # the next warning tells more
+            log.warning(
+                "%s: rank %d receives %d rows, where a fair share is about %d",
+                self.name,
+                dist.get_rank(),
+                received,
+                fair_share,
+            )
 
     def _send(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return _AllToAll.apply(rows, send, receive, self.group, self.name)  # type: ignore[no-any-return, no-untyped-call]

@@ -59,8 +59,14 @@ def spread_experts(moe: MoELayer, meshes: Meshes, *, layer: int) -> None:
 
 def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> None:
     """Shards experts over what the expert axis leaves of the ranks, all else over all of them."""
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    # Inputs are left as they are: activations follow from the embedding's dtype, and the rotary
+    # table must stay float32.
+    policy, exact = (
+        MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for dtype in (compute_dtype, torch.float32)
+    )
     expert_mesh = meshes.expert["data_replicate", "expert_shard"]
     for block in model.layers:
         for moe in block.modules():

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from data_pipeline import GlobalBatches, ShardFolder
-from moetrain.checkpoint import CheckpointStore
+from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
-from moetrain.optim import build_optimizer
+from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import as_plain, demand_same_model
@@ -96,8 +97,14 @@ def build_trainer(
         timeout=timedelta(seconds=patience),
         event=event,
     )
+
+    def loading(manifest: Manifest) -> dict[str, Tensor]:
+        if any(name.startswith("optimizer.") for name in manifest.tensors):
+            allocate_state(optimizer)
+        return checkpoint_tensors(model, optimizer)
+
     restored = checkpoints.load_newest(
-        lambda: checkpoint_tensors(model, optimizer),
+        loading,
         same_model=lambda manifest: demand_same_model(config, manifest),
     )
     state = TrainState(**(restored or {"data": shards.fingerprint}))

@@ -46,7 +46,7 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFol
         _demand_vocabulary(config, tokenizer_named(data.tokenizer))
     shards = open_or_build(data, progress=progress)
     _demand_vocabulary(config, shards.tokenizer)
-    if newest and newest.state["data"] != shards.fingerprint:
+    if newest and newest.state.get("data") != shards.fingerprint:
         raise ConfigError(
             "data.dir",
             shards.path,
@@ -89,15 +89,15 @@ def demand_same_model(config: "Config", manifest: Manifest) -> None:
     for group, key in (("", "seed"), ("train", "seq_len")):
         ours, theirs = as_plain(config), manifest.config
         if group:
-            ours, theirs = ours[group], theirs[group]
-        if ours[key] != theirs[key]:
+            ours, theirs = ours[group], theirs.get(group, {})
+        if ours[key] != theirs.get(key):
             raise ConfigError(
                 f"{group}.{key}".lstrip("."),
                 ours[key],
-                f"run {config.run.name} has {theirs[key]} up to step {manifest.step}; the order of "
-                "its samples hangs on it, and some would be trained on twice: use another run.name",
+                f"run {config.run.name} has {theirs.get(key)} up to step {manifest.step}, and the "
+                "order of samples hangs on it; some would come twice: use another run.name",
             )
-    ours, theirs = as_plain(config)["model"], manifest.config["model"]
+    ours, theirs = as_plain(config)["model"], manifest.config.get("model", {})
     for key in ModelSettings.__dataclass_fields__:
         free = key in ("router", "experts", "max_seq_len", "loss_chunk_size")
         if not free and ours[key] != theirs.get(key):

@@ -14,7 +14,7 @@ def _one_folder(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainSettings:
     """How long, on how much at once, and in which dtype. Batch sizes count sequences."""
 
@@ -33,7 +33,7 @@ class TrainSettings:
     """Non-finite steps in a row after which the run stops."""
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RunSettings:
     """What the run is called, where it is kept and what it runs on."""
 

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moetrain.model import Transformer
-from moetrain.optim import allocate_state
 from moetrain.parallel import plain_name
 
 
@@ -35,11 +34,8 @@ class TrainState:
 def checkpoint_tensors(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """Returns parameters, buffers and optimizer state under their layout-independent names.
 
-    The tensors are the live ones: loading into them restores model and optimizer. The
-    optimizer's state is allocated if it hasn't been yet.
+    The tensors are the live ones: loading into them restores model and optimizer.
     """
-    if not optimizer.state:
-        allocate_state(optimizer)
     named = {f"model.{plain_name(n)}": b for n, b in model.named_buffers()}
     ours = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():

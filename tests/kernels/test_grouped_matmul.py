@@ -56,9 +56,10 @@ def test_reads_no_memory_that_it_did_not_write(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Poisons every buffer that torch hands out unwritten: a nan that is left over shows."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, f=original, **k: f(*a, **k).fill_(float("nan")))
+    makers = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    for place, name in makers:
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, f=original, **k: f(*a, **k).fill_(float("nan")))
     rows = torch.randn(4, 16, requires_grad=True)
     weights = torch.randn(3, 16, 16, requires_grad=True)
     out = grouped_matmul(rows, weights, torch.tensor([4, 0, 0]), backend=backend)

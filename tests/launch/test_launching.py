@@ -117,6 +117,19 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on(
     assert "run " in output
 
 
+def test_a_rank_killed_while_it_starts_is_replaced(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """Killed at the first sight of its process, before it has joined anything."""
+    with started(tmp_path, shards, *RAY) as process:
+        os.kill(wait_for(lambda: actor_of(process.pid), "process of a rank"), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "restart" in kinds(tmp_path)
+    assert metrics_of(tmp_path) == undisturbed
+
+
 def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -324,12 +337,19 @@ def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_saved(
         assert "checkpoint" in done.stderr or "metrics" in done.stderr
         checkpoints = disk / "tiny/checkpoints"
         kept = (checkpoints / "latest").read_text()
+        config = (disk / "tiny/config.yaml").read_text()
+        again = moetrain(tmp_path, shards, *RAY, f"run.dir={disk}")  # on the full disk
+        assert again.returncode == 1
+        assert "No space left" in again.stderr
+        assert (disk / "tiny/config.yaml").read_text() == config
+        assert (checkpoints / "latest").read_text() == kept
         assert not list(checkpoints.glob("staged_*"))
         shutil.copytree(disk, tmp_path / "runs")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     done = moetrain(tmp_path, shards, *RAY)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/tiny/config.yaml").read_text() == config
     resumed = [e["step"] for e in events_of(tmp_path) if e["event"] == "resume"]
     assert resumed == [int(kept.removeprefix("step_"))]
 
@@ -348,6 +368,24 @@ def test_a_sweep_trains_every_combination(tmp_path: Path, shards: Path) -> None:
     rates = sorted(metrics_of(tmp_path, run.name)[-1]["optim/lr"] for run in runs)
     assert rates == pytest.approx([1e-3, 1e-2], rel=0.6)
     assert len(runs) == 2
+
+
+def actor_of(driver: int) -> int | None:
+    """Returns a process of a rank of the driver's own Ray, as soon as there is one."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            is_rank = b"ray::_RankActor" in (entry / "cmdline").read_bytes()
+            if is_rank and descends_from(int(entry.name), driver):
+                return int(entry.name)
+    return None
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return False
 
 
 def alive(pid: int) -> bool:

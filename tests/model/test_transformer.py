@@ -139,8 +139,10 @@ def test_gates_without_normalisation_are_the_full_softmax() -> None:
 def test_routing_is_float32_in_a_bfloat16_model() -> None:
     settings = dataclasses.replace(SMALL, dim=64)
     torch.manual_seed(0)
-    router = _initialised(settings).layers[0].feed_forward.router.bfloat16()
-    router.bias = router.bias.float()
+    router = _initialised(settings).layers[0].feed_forward.router
+    router.bias.fill_(1 / 3)
+    router = router.bfloat16()
+    assert torch.equal(router.bias, torch.full((SMALL.num_experts,), 1 / 3)), "not even rounded"
     x = torch.randn(200, 64).bfloat16()
     routing = router(x, torch.ones(200, dtype=torch.bool))
     logits = x.float() @ router.weight.float().t()
@@ -149,7 +151,8 @@ def test_routing_is_float32_in_a_bfloat16_model() -> None:
 
 
 def test_the_selection_bias_moves_the_choice_but_not_the_gates() -> None:
-    router = _initialised(SMALL).layers[0].feed_forward.router
+    biased = dataclasses.replace(SMALL, router=RouterSettings(bias_update_rate=0.1))
+    router = _initialised(biased).layers[0].feed_forward.router
     x, valid = torch.randn(64, SMALL.dim), torch.ones(64, dtype=torch.bool)
     before = router(x, valid)
     router.update_bias(before.statistics.counts, rate=100.0)

@@ -130,6 +130,9 @@ def train_in(dtype_name: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     moe = model.moe_layers()[0]
     moe.register_forward_hook(lambda m, args, out: seen.update(x=str(args[0].dtype)))
+    model.layers[0].attention.register_forward_hook(
+        lambda m, args, out: seen.update(rotary={str(table.dtype) for table in args[1]})
+    )
     moe.router.register_forward_hook(
         lambda m, args, out: seen.update(weight=str(m.weight.dtype), gates=str(out.gates.dtype))
     )
@@ -153,6 +156,7 @@ def test_in_bfloat16_the_router_and_everything_stored_stay_float32() -> None:
     exact, rough = (run_ranks(train_in, 2, name)[0] for name in ("float32", "bfloat16"))
     assert rough["x"] == "torch.bfloat16", "the model around the router is in bfloat16"
     assert rough["weight"] == rough["gates"] == "torch.float32"
+    assert rough["rotary"] == {"torch.float32"}
     assert rough["stored"] == {"torch.float32"}
     # bfloat16 keeps 8 bits: a loss of about 4.3 nats agrees to a few of its last places.
     for ours, theirs in zip(rough["losses"], exact["losses"], strict=True):

@@ -112,6 +112,60 @@ def test_going_on_in_another_layout_keeps_the_curve(
         assert ours["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
 
 
+def load_as_rank(config: Any) -> dict[str, np.ndarray]:
+    """Restores a run as a rank of any layout; returns every checkpointed tensor, gathered."""
+    from moetrain.train import rank, state
+    from moetrain.train.control import Outcome
+
+    restored: dict[str, np.ndarray] = {}
+
+    def gather(trainer: Any) -> Outcome:
+        for name, tensor in state.checkpoint_tensors(trainer.model, trainer.optimizer).items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            restored[name] = full.detach().clone().numpy()
+        return Outcome(finished=False, step=0, last={})
+
+    rank.train = gather
+    train_as_rank(config, None, 2)
+    return restored
+
+
+def test_weights_and_optimizer_state_are_equal_in_every_layout(
+    tmp_path: Path, shards: Path
+) -> None:
+    run(tmp_path, shards, stop_at=4)
+    saved = load(candidates(tmp_path / "runs/tiny/checkpoints")[0])
+    assert sum(name.endswith("exp_avg_sq") for name in saved) > 20
+    for world, degrees in (
+        (1, {}),
+        (4, {"parallel__expert_degree": 4}),
+        (4, {"parallel__expert_degree": 2, "parallel__data_replicate_degree": 2}),
+    ):
+        config = tiny_config(tmp_path, shards=shards, num_workers=world, **degrees)
+        for restored in run_ranks(load_as_rank, world, config):
+            assert restored.keys() == saved.keys()
+            for name, tensor in saved.items():
+                np.testing.assert_array_equal(restored[name], tensor.numpy(), err_msg=name)
+
+
+def train_in_own_folder(config: Any, folder: str) -> None:
+    """Trains as a rank that sees another run folder than the other ranks do."""
+    import dataclasses
+
+    import torch.distributed as dist
+
+    own = dataclasses.replace(config.run, dir=f"{folder}/host_{dist.get_rank()}")
+    train_as_rank(dataclasses.replace(config, run=own), None, 1)
+
+
+def test_a_run_folder_that_is_not_shared_is_refused_at_the_start(
+    tmp_path: Path, shards: Path
+) -> None:
+    config = tiny_config(tmp_path, shards=shards, num_workers=2)
+    with pytest.raises(AssertionError, match=r"rank 1 does not see .* all machines share"):
+        run_ranks(train_in_own_folder, 2, config, str(tmp_path))
+
+
 @pytest.mark.parametrize("forgotten", ["optimizer.", "samples", "step", "router.bias"])
 def test_what_a_checkpoint_forgets_changes_the_curve(
     tmp_path: Path, shards: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
