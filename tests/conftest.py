@@ -1,4 +1,7 @@
-"""Shape annotations are checked at run time in every test, by jaxtyping and beartype."""
+"""Shape annotations of kernels and model are checked at run time, by jaxtyping and beartype.
+
+In the test process, that is: ranks that a test forks run without the checks.
+"""
 
 import pytest
 import torch

@@ -67,8 +67,8 @@ def load_balance_loss(
     probability_sums: Float[Tensor, "layers experts"],
     *,
     top_k: int,
-    counted_tokens: Tensor | float,
-    num_tokens: Tensor | float,
+    counted_tokens: Tensor | float | int,
+    num_tokens: Tensor | float | int,
 ) -> Float[Tensor, " layers"]:
     """Returns each layer's balance loss (arXiv 2101.03961, equations 4-6): 1 when balanced.
 
