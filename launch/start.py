@@ -306,6 +306,8 @@ def _closing_lines(
     if speeds:
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
     name = config.run.name
+    if run_dir.is_relative_to(Path.cwd()):
+        run_dir = run_dir.relative_to(Path.cwd())
     yield f"run       {run_dir}"
     if outcome.finished:
         yield (
