@@ -350,7 +350,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_saved(
     done = moetrain(tmp_path, shards, *RAY)
     assert done.returncode == 0, done.stderr
     resumed = [e["step"] for e in events_of(tmp_path) if e["event"] == "resume"]
-    assert resumed == [int(kept.removeprefix("step_"))]
+    assert set(resumed) == {int(kept.removeprefix("step_"))}  # on the full disk, too
 
 
 def test_a_sweep_trains_every_combination(tmp_path: Path, shards: Path) -> None:
