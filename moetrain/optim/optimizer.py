@@ -9,16 +9,14 @@ from torch.optim import SGD, AdamW, Optimizer
 from moetrain.optim.settings import OptimSettings
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings
-) -> Optimizer:
-    """Returns the optimizer over named parameters; vectors get no weight decay.
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> Optimizer:
+    """Returns the optimizer over parameters; vectors get no weight decay.
 
     Parameters of one group share a device mesh, because torch's fused and foreach kernels take
     distributed tensors of one mesh at a time.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
-    for _, parameter in parameters:
+    for parameter in parameters:
         key = (getattr(parameter, "device_mesh", None), parameter.ndim > 1)
         groups.setdefault(key, []).append(parameter)
     grouped = [

@@ -75,7 +75,7 @@ def build_trainer(
         device=device,
         compute_dtype=compute_dtype(config.train.dtype, device),
     )
-    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
 
     shards = ShardFolder.open(str(config.data.dir))

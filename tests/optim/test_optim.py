@@ -55,7 +55,7 @@ def test_one_adamw_step_equals_the_formula_and_vectors_do_not_decay() -> None:
     matrix, vector = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
     before = matrix.detach().clone(), vector.detach().clone()
     settings = OptimSettings(name="adamw", lr=0.01, weight_decay=0.5, eps=1e-8)
-    optimizer = build_optimizer([("matrix", matrix), ("vector", vector)], settings)
+    optimizer = build_optimizer([matrix, vector], settings)
     matrix.grad, vector.grad = torch.randn(3, 4), torch.randn(4)
     optimizer.step()
     # The first step of Adam is lr * sign(gradient), up to eps.
@@ -73,7 +73,7 @@ def test_allocating_state_changes_no_weight_and_makes_every_tensor(
 ) -> None:
     weights = [nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(5))]
     before = [w.detach().clone() for w in weights]
-    optimizer = build_optimizer([(str(i), w) for i, w in enumerate(weights)], settings)
+    optimizer = build_optimizer(weights, settings)
     allocate_state(optimizer)
     for weight, old in zip(weights, before, strict=True):
         assert torch.equal(weight, old)

@@ -90,7 +90,7 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
         model = Transformer(settings)
     model = parallelize(model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32)
     optimizer = build_optimizer(
-        model.named_parameters(), OptimSettings(name="sgd", lr=0.3, weight_decay=0.1)
+        model.parameters(), OptimSettings(name="sgd", lr=0.3, weight_decay=0.1)
     )
     gradients = Gradients(model.parameters(), meshes, max_norm=MAX_NORM)
     seen: dict[str, Any] = {}

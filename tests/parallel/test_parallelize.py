@@ -136,7 +136,7 @@ def train_in(dtype_name: str) -> dict[str, Any]:
     moe.router.register_forward_hook(
         lambda m, args, out: seen.update(weight=str(m.weight.dtype), gates=str(out.gates.dtype))
     )
-    optimizer = build_optimizer(model.named_parameters(), OptimSettings(lr=0.01))
+    optimizer = build_optimizer(model.parameters(), OptimSettings(lr=0.01))
     gradients = Gradients(model.parameters(), meshes, max_norm=1.0)
     losses = []
     for step in range(5):
