@@ -4,12 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+KERNELS := .venv/.kernels
 RUN ?= toy
 
-.PHONY: toy test check format clean help
+.PHONY: toy kernels test check format clean help
 
 help:
 	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
+	@echo "make kernels install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
 	@echo "make test    run the whole test suite"
 	@echo "make check   format, lint, types and the direction of imports"
 	@echo "make format  put the code into its format"
@@ -26,6 +28,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 toy: $(INSTALLED)
 	@$(BIN)/python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=data/stdlib-bytes
 	@$(BIN)/python -m moetrain +model=toy run.name=$(RUN) launch.mode=ray launch.num_workers=2
+
+# MegaBlocks pins old versions of torch and numpy, without need: so no dependencies, and no
+# isolated build. Its compiled module is not built (it fails on CUDA 13, and needs a GPU to build
+# on): it is skipped where torch names no CUDA toolkit. A triton that came with torch stays.
+$(KERNELS): $(INSTALLED) constraints.txt
+	@mkdir -p .venv/no_toolkit
+	@echo 'import torch.utils.cpp_extension as extension; extension.CUDA_HOME = None' > .venv/no_toolkit/sitecustomize.py
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools packaging
+	@PYTHONWARNINGS=ignore PYTHONPATH=$(CURDIR)/.venv/no_toolkit $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --no-deps megablocks stanford-stk
+	@touch $(KERNELS)
+
+kernels: $(KERNELS)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest

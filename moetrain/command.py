@@ -35,12 +35,18 @@ def config_dir() -> Path:
 
 
 def run_command(
-    main: Callable[[Tree], int], *, tree: type[Tree], module: str, files: Path | None = None
+    main: Callable[[Tree], int],
+    *,
+    tree: type[Tree],
+    module: str,
+    files: Path | None = None,
+    config_name: str = "config",
 ) -> None:
     """Runs `main` with the validated tree of the command line, and exits with its code.
 
-    `files` is a folder with a `config.yaml` and groups; without it the settings are the tree's
-    own. A sweep (`-m`) runs `main` once a combination and exits with the worst code.
+    `files` is a folder with groups and a `config.yaml`, or the file named by `config_name`;
+    without it the settings are the tree's own. A sweep (`-m`) runs `main` once a combination and
+    exits with the worst code.
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -65,7 +71,7 @@ def run_command(
     entry = hydra.main(
         version_base="1.3",
         config_path=str(files) if files else None,
-        config_name="config" if files else module,
+        config_name=config_name if files else module,
     )(job)
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))

@@ -21,6 +21,7 @@ from data_pipeline import DataSettings, resolved_dir
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checks import ConfigError, nearest
+from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
 from moetrain.optim import OptimSettings, ScheduleSettings
@@ -83,6 +84,8 @@ def known_keys(tree: type, path: list[str]) -> list[str]:
 def check(config: Config) -> None:
     """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
     model, train = config.model, config.train
+    _check_layers(model)
+    _check_groups(model)
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
             "model.num_kv_heads",
@@ -110,6 +113,16 @@ def check(config: Config) -> None:
             "with model.top_k=1 the only gate is always 1, so that the router would learn "
             "nothing from the loss: use false, or a larger top_k",
         )
+    multiple = 4 if train.dtype == "float32" else 8  # torch's grouped product: whole 16 bytes
+    if model.is_moe and model.experts.backend == "grouped_mm":
+        for name in ("dim", "ffn_hidden_dim"):
+            if (size := getattr(model, name)) % multiple:
+                raise ConfigError(
+                    f"model.{name}",
+                    size,
+                    f"model.experts.backend=grouped_mm needs a multiple of {multiple}: use "
+                    f"{-(-size // multiple) * multiple}, or model.experts.backend=auto",
+                )
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
             "train.seq_len",
@@ -126,6 +139,71 @@ def check(config: Config) -> None:
     elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
+    if model.is_moe and model.experts.backend == "megablocks" and not elsewhere:
+        here = "cpu" if config.run.device == "cpu" else None
+        if reason := unavailable_because(here):
+            raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
+
+
+def _check_layers(model: ModelSettings) -> None:
+    """Raises ConfigError for dense layers and shared experts that the model can't have."""
+    if not model.is_moe:
+        for name in ("num_dense_layers", "num_shared_experts"):
+            if value := getattr(model, name):
+                raise ConfigError(
+                    f"model.{name}",
+                    value,
+                    "with model.num_experts=1 every layer is dense, of model.ffn_hidden_dim: use 0",
+                )
+    elif model.num_dense_layers >= model.num_layers:
+        raise ConfigError(
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"leaves none of model.num_layers={model.num_layers} to the experts: use at most "
+            f"{model.num_layers - 1}, or model.num_experts=1 for a dense model",
+        )
+    if model.num_dense_layers and model.dense_ffn_hidden_dim is None:
+        raise ConfigError(
+            "model.dense_ffn_hidden_dim",
+            None,
+            f"model.num_dense_layers={model.num_dense_layers} need a hidden dimension of their "
+            f"own: use a number, such as {model.ffn_hidden_dim * model.top_k}, with which a token "
+            "meets as many parameters as in top_k experts",
+        )
+    if model.dense_ffn_hidden_dim is not None and not model.num_dense_layers:
+        raise ConfigError(
+            "model.dense_ffn_hidden_dim",
+            model.dense_ffn_hidden_dim,
+            "is of the first layers that have no router, and there are none: use null, or a "
+            "model.num_dense_layers of 1 or more",
+        )
+
+
+def _check_groups(model: ModelSettings) -> None:
+    """Raises ConfigError for groups of experts that a token can't choose its top k from."""
+    router, experts = model.router, model.num_experts
+    if experts % router.num_groups:
+        raise ConfigError(
+            "model.router.num_groups",
+            router.num_groups,
+            f"does not divide model.num_experts={experts}: use one of "
+            f"{[n for n in range(1, experts + 1) if experts % n == 0]}",
+        )
+    if router.top_groups > router.num_groups:
+        raise ConfigError(
+            "model.router.top_groups",
+            router.top_groups,
+            f"a token can't choose more groups than there are: use at most "
+            f"model.router.num_groups={router.num_groups}",
+        )
+    size = experts // router.num_groups
+    if model.top_k <= experts and router.top_groups * size < model.top_k:
+        raise ConfigError(
+            "model.router.top_groups",
+            router.top_groups,
+            f"groups of {size} experts hold {router.top_groups * size}, fewer than "
+            f"model.top_k={model.top_k}: use at least {-(-model.top_k // size)}",
+        )
 
 
 def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:

@@ -3,9 +3,16 @@
 In the test process, that is: ranks that a test forks run without the checks.
 """
 
+import os
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+if not torch.cuda.is_available():
+    # Without a GPU MegaBlocks' kernels run in Triton's interpreter. Triton reads this when it is
+    # first imported, so it stands here; nothing but those kernels looks at it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 install_import_hook(["moetrain.kernels", "moetrain.model"], "beartype.beartype")
 

@@ -56,7 +56,29 @@ def toy(**changes: Any) -> dict[str, Any]:
         ({"model__head_dim": 31}, "model.head_dim", "use 32"),
         ({"model__top_k": 9}, "model.top_k", "model.num_experts=8"),
         ({"model__top_k": 1}, "model.router.normalize_gates", "learn nothing"),
+        ({"model__router__score_function": "sigmoide"}, "model.router.score_function", "'sigmoid'"),
+        ({"model__router__num_groups": 3}, "model.router.num_groups", "use one of [1, 2, 4, 8]"),
+        ({"model__router__top_groups": 2}, "model.router.top_groups", "use at most"),
+        (
+            {"model__router__num_groups": 4, "model__top_k": 3},
+            "model.router.top_groups",
+            "fewer than model.top_k=3: use at least 2",
+        ),
+        ({"model__router__jitter_noise": 1.0}, "model.router.jitter_noise", "less than 1"),
+        ({"model__num_dense_layers": 1}, "model.dense_ffn_hidden_dim", "such as 512"),
+        ({"model__num_dense_layers": 4}, "model.num_dense_layers", "use at most 3"),
+        ({"model__dense_ffn_hidden_dim": 64}, "model.dense_ffn_hidden_dim", "use null"),
+        (
+            {"model__num_experts": 1, "model__top_k": 1, "model__num_shared_experts": 1},
+            "model.num_shared_experts",
+            "every layer is dense",
+        ),
         ({"train__seq_len": 2048}, "train.seq_len", "use at most 1024"),
+        (
+            {"model__experts__backend": "grouped_mm", "model__ffn_hidden_dim": 900},
+            "model.ffn_hidden_dim",
+            "use 904, or model.experts.backend=auto",
+        ),
         ({"schedule__warmup_steps": 601}, "schedule.warmup_steps", "use at most 600"),
         ({"run__device": "cuda"}, "run.device", "use cpu or auto"),
         ({"run__name": "a/b"}, "run.name", "no slash"),
@@ -77,6 +99,16 @@ def test_a_mistake_names_key_value_reason_and_a_way_out(
     assert caught.value.key == key
     assert str(caught.value).startswith(f"{key}=")
     assert said in str(caught.value)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_any_worker_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    values = toy(run__device="cpu", model__experts__backend="megablocks")
+    with pytest.raises(ConfigError, match=r"model\.experts\.backend=megablocks: .*or use auto"):
+        resolve(validated(values, Config), num_workers=1, now=NOW)
 
 
 def test_resolving_fills_in_all_that_was_left_open(tmp_path: Path) -> None:

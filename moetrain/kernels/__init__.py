@@ -1,20 +1,15 @@
-"""Grouped matrix products and permutations; knows no model and no rank."""
+"""The arithmetic of experts, and copies of rows grouped by expert; knows no model and no rank."""
 
-from moetrain.kernels.grouped_matmul import BACKENDS, grouped_matmul
-from moetrain.kernels.permute import (
-    combine_copies,
-    gather_copies,
-    invert,
-    permute,
-    sort_by_expert,
-)
+from moetrain.kernels.copies import Copies, gather_copies, group_copies, sum_copies
+from moetrain.kernels.expert_swiglu import BACKENDS, expert_swiglu
+from moetrain.kernels.megablocks_ops import unavailable_because
 
 __all__ = [
     "BACKENDS",
-    "combine_copies",
+    "Copies",
+    "expert_swiglu",
     "gather_copies",
-    "grouped_matmul",
-    "invert",
-    "permute",
-    "sort_by_expert",
+    "group_copies",
+    "sum_copies",
+    "unavailable_because",
 ]

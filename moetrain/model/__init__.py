@@ -1,21 +1,21 @@
 """The decoder's single-device math: it knows no ranks and imports no torch.distributed."""
 
 from moetrain.model.cost import active_parameters, total_parameters, training_flops_per_token
-from moetrain.model.init import initial_values
+from moetrain.model.init import initial_values, random_stream
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.router import Routing, RoutingStatistics
 from moetrain.model.settings import ExpertsSettings, ModelSettings, RouterSettings
-from moetrain.model.token_exchange import LocalExchange, Received, TokenExchange
+from moetrain.model.token_exchange import Compute, LocalExchange, TokenExchange
 from moetrain.model.transformer import LossSums, Transformer
 
 __all__ = [
+    "Compute",
     "ExpertsSettings",
     "LocalExchange",
     "LossSums",
     "MoELayer",
     "ModelSettings",
-    "Received",
     "RouterSettings",
     "Routing",
     "RoutingStatistics",
@@ -25,6 +25,7 @@ __all__ = [
     "chunked_cross_entropy",
     "initial_values",
     "load_balance_loss",
+    "random_stream",
     "total_parameters",
     "training_flops_per_token",
 ]

@@ -9,7 +9,11 @@ from moetrain.model.settings import ModelSettings
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) without biases."""
+    """Grouped-query attention (arXiv 2305.13245) without biases.
+
+    With `qk_norm` queries and keys are normalised before they are cut into heads, as OLMoE's are
+    (arXiv 2409.02060, section 4.2.5).
+    """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -22,6 +26,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(settings.dim, kv_dim, bias=False)
         self.v_proj = nn.Linear(settings.dim, kv_dim, bias=False)
         self.o_proj = nn.Linear(query_dim, settings.dim, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(dim, eps=settings.norm_eps) if settings.qk_norm else nn.Identity()
+            for dim in (query_dim, kv_dim)
+        )
 
     def forward(
         self,
@@ -31,8 +39,8 @@ class Attention(nn.Module):
         """Attends each position to itself and the ones before it."""
         batch, seq, _ = x.shape
         heads = (batch, seq, -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), *rotary)
-        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), *rotary)
+        q = rotate(self.q_norm(self.q_proj(x)).view(heads).transpose(1, 2), *rotary)
+        k = rotate(self.k_norm(self.k_proj(x)).view(heads).transpose(1, 2), *rotary)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # [batch, kv_heads, seq, head_dim]
         grouped = self.num_kv_heads != self.num_heads
         if grouped and x.device.type == "cpu":

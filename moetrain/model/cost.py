@@ -3,24 +3,29 @@
 from moetrain.model.settings import ModelSettings
 
 
-def _parameters(settings: ModelSettings, *, experts: int) -> int:
+def _parameters(settings: ModelSettings, *, routed_experts: int) -> int:
     dim, heads = settings.dim, settings.num_heads * settings.head_dim
     kv = settings.num_kv_heads * settings.head_dim
-    attention = 2 * dim * heads + 2 * dim * kv
-    router = settings.num_experts * dim if settings.is_moe else 0
-    feed_forward = experts * 3 * dim * settings.ffn_hidden_dim
-    layer = attention + router + feed_forward + 2 * dim
-    return settings.num_layers * layer + 2 * settings.vocab_size * dim + dim
+    attention = 2 * dim * heads + 2 * dim * kv + settings.qk_norm * (heads + kv)
+    feed_forward = 0
+    for layer in range(settings.num_layers):
+        hidden = settings.dense_hidden_dim(layer)
+        if hidden is None:
+            feed_forward += settings.num_experts * dim  # the router
+            hidden = (routed_experts + settings.num_shared_experts) * settings.ffn_hidden_dim
+        feed_forward += 3 * dim * hidden
+    layers = settings.num_layers * (attention + 2 * dim) + feed_forward
+    return layers + 2 * settings.vocab_size * dim + dim
 
 
 def total_parameters(settings: ModelSettings) -> int:
     """Returns the number of parameters, all experts counted."""
-    return _parameters(settings, experts=settings.num_experts)
+    return _parameters(settings, routed_experts=settings.num_experts)
 
 
 def active_parameters(settings: ModelSettings) -> int:
-    """Returns the number of parameters that one token meets: `top_k` experts a layer."""
-    return _parameters(settings, experts=settings.top_k)
+    """Returns the parameters that one token meets: `top_k` and the shared experts of a layer."""
+    return _parameters(settings, routed_experts=settings.top_k)
 
 
 def training_flops_per_token(settings: ModelSettings, *, seq_len: int) -> float:

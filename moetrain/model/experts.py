@@ -1,20 +1,22 @@
 """SwiGLU feed-forward layers (arXiv 2002.05202): one, or a stack of experts."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moetrain.kernels import grouped_matmul
+from moetrain.kernels import Copies, expert_swiglu
 from moetrain.model.settings import ModelSettings
+from moetrain.model.token_exchange import TokenExchange
 
 
 class FeedForward(nn.Module):
-    """The dense SwiGLU layer of a model without a router."""
+    """A dense SwiGLU layer: of a block without a router, or the shared experts of one with."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        dim, hidden = settings.dim, settings.ffn_hidden_dim
         self.gate_proj = nn.Linear(dim, hidden, bias=False)
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
@@ -26,7 +28,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """The SwiGLU experts that live on this rank, over rows grouped by expert.
+    """The SwiGLU experts that live on this rank.
 
     Each weight is [experts, hidden, dim], so that one matrix belongs to one expert and the
     hidden dimension can be sharded under it.
@@ -35,22 +37,38 @@ class Experts(nn.Module):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         shape = (settings.num_experts, settings.ffn_hidden_dim, settings.dim)
-        self.backend = settings.experts.backend
+        self.settings = settings.experts
         self.gate = nn.Parameter(torch.empty(shape))
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape))
 
     def forward(
-        self, rows: Float[Tensor, "rows dim"], counts: Int64[Tensor, " local_experts"]
-    ) -> Float[Tensor, "rows dim"]:
-        """Applies to each row the expert it is grouped under; no row is dropped or padded."""
-        gate, up, down = map(_local, (self.gate, self.up, self.down))
-        hidden = F.silu(self._matmul(rows, gate.transpose(1, 2), counts))
-        hidden = hidden * self._matmul(rows, up.transpose(1, 2), counts)
-        return self._matmul(hidden, down, counts)
+        self,
+        x: Float[Tensor, "tokens dim"],
+        experts: Int64[Tensor, "tokens top_k"],
+        gates: Float[Tensor, "tokens top_k"],
+        *,
+        exchange: TokenExchange,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        """Returns what `exchange` makes of the tokens with these experts; none is dropped.
 
-    def _matmul(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        return grouped_matmul(rows, weights, counts, backend=self.backend)
+        The exchange happens in here, not around it, so that the weights are gathered once however
+        many rounds the tokens come in.
+        """
+        weights = [_local(weight) for weight in (self.gate, self.up, self.down)]
+
+        def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
+            return expert_swiglu(
+                rows,
+                gates,
+                copies,
+                *weights,
+                backend=self.settings.backend,
+                recompute=self.settings.recompute,
+            )
+
+        return exchange.run(x, experts, gates, compute=compute, beside=beside)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -33,11 +33,12 @@ def initial_values(
     std = settings.dim**-0.5
     if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
         std /= math.sqrt(2 * settings.num_layers)
-    generator = torch.Generator(device=device).manual_seed(_stream(seed, name, expert))
+    generator = torch.Generator(device=device).manual_seed(random_stream(seed, name, expert))
     values = torch.empty(shape, device=device)
     return torch.nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
-def _stream(seed: int, name: str, expert: int | None) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+def random_stream(seed: int, *names: str | int | None) -> int:
+    """Returns the seed of a stream of random numbers that is independent of all others' names."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # generators take 63 bits

@@ -16,9 +16,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, valid: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        chunk: int,
+        with_grad: bool,
     ) -> Tensor:
-        with_grad = hidden.requires_grad or head.requires_grad
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if with_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -41,9 +46,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, (grad_head * grad).to(ctx.head_dtype), None, None, None
+        head = (grad_head * grad).to(ctx.head_dtype)
+        return grad_hidden * grad, head, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -59,7 +65,8 @@ def chunked_cross_entropy(
     Only `chunk_size` tokens' logits stand in memory at once; the gradients are computed in the
     same pass, so that nothing is computed twice.
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size)  # type: ignore[no-any-return, no-untyped-call]
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size, with_grad)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def load_balance_loss(

@@ -1,28 +1,46 @@
-"""The dropless mixture-of-experts layer: route, dispatch, experts, combine."""
+"""The dropless mixture-of-experts layer: route, then exchange tokens with the experts."""
+
+from functools import partial
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moetrain.model.experts import Experts
+from moetrain.model.experts import Experts, FeedForward
 from moetrain.model.router import Router, RoutingStatistics
 from moetrain.model.settings import ModelSettings
 from moetrain.model.token_exchange import LocalExchange, TokenExchange
 
 
 class MoELayer(nn.Module):
-    """Mixtral's feed-forward layer; `exchange` decides where the experts live."""
+    """Mixtral's feed-forward layer; `exchange` decides where the experts live.
+
+    Shared experts (arXiv 2401.06066) are dense: every token goes through them, on its own rank.
+    """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.router = Router(settings)
         self.experts = Experts(settings)
+        self.shared_experts = (
+            FeedForward(settings.dim, settings.num_shared_experts * settings.ffn_hidden_dim)
+            if settings.num_shared_experts
+            else None
+        )
         self.exchange: TokenExchange = LocalExchange(num_experts=settings.num_experts)
 
     def forward(
-        self, x: Float[Tensor, "tokens dim"], valid: Bool[Tensor, " tokens"]
+        self, x: Float[Tensor, "tokens dim"], valid: Bool[Tensor, "*sequences seq"]
     ) -> tuple[Float[Tensor, "tokens dim"], RoutingStatistics]:
-        """Returns the layer's output, and what its balance losses are made of."""
+        """Returns the layer's output, and what its balance losses are made of.
+
+        `valid` has a sequence's tokens in its last dimension; flattened it is one for each of x.
+        """
         routing = self.router(x, valid)
-        received = self.exchange.dispatch(x, routing)  # rows grouped by local expert
-        y = self.experts(received.rows, received.counts)
-        return self.exchange.combine(y, received), routing.statistics
+        y = self.experts(
+            x,
+            routing.experts,
+            routing.gates,
+            exchange=self.exchange,
+            beside=None if self.shared_experts is None else partial(self.shared_experts, x),
+        )
+        return y, routing.statistics

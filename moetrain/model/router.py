@@ -4,7 +4,7 @@ Everything here is float32 whatever the model's dtype: a near-tie rounded to bfl
 a token elsewhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from moetrain.model.losses import load_balance_loss
 from moetrain.model.settings import ModelSettings
 
 
@@ -21,11 +22,15 @@ class RoutingStatistics(NamedTuple):
     counts: Tensor
     """Token copies that chose each expert, [experts] int64."""
     probability_sums: Tensor
-    """Router probability summed over tokens, [experts]; carries the gradient."""
+    """Router probability summed over tokens, [experts]; carries the gradient. A token's
+    probabilities sum to one, with sigmoid too (DeepSeek-V3, arXiv 2412.19437, equation 19)."""
     z_sum: Tensor
     """Squared log-sum-exp of the logits summed over tokens, []; carries the gradient."""
     entropy_sum: Tensor
     """Entropy of the router's distribution summed over tokens, [] nats, no gradient."""
+    sequence_balance_sum: Tensor
+    """Each sequence's balance loss times its tokens, summed over sequences, []; carries the
+    gradient. Zero unless `load_balance_scope` is sequence."""
 
 
 class Routing(NamedTuple):
@@ -38,8 +43,34 @@ class Routing(NamedTuple):
     statistics: RoutingStatistics
 
 
+TINY = 1e-20  # keeps scores that all underflow to zero from making 0 / 0
+
+
+def balanced_scores(
+    num_tokens: int, num_experts: int, *, device: torch.device
+) -> Float[Tensor, "tokens experts"]:
+    """Returns pseudo-random scores whose top k spread tokens evenly, for any k.
+
+    Every `num_experts` tokens in a row share an order of the experts that is drawn for them, and
+    each begins one further down in it, so that all experts are chosen equally often, and a
+    token's experts lie as far apart as chance puts them. The same for every sequence.
+    """
+    blocks = -(-num_tokens // num_experts)
+    generator = torch.Generator(device=device).manual_seed(0)
+    drawn = torch.rand(blocks, 1, num_experts, device=device, generator=generator)
+    order = drawn.argsort(-1)  # [blocks, 1, experts], a permutation each
+    start = torch.arange(num_experts, device=device).unsqueeze(1)
+    scores = -((order - start) % num_experts)  # [blocks, experts, experts]
+    return scores.flatten(0, 1)[:num_tokens].float()
+
+
 class Router(nn.Module):
-    """A softmax over the experts, of which each token takes its top k (arXiv 2401.04088, 2.1)."""
+    """Scores every expert for every token, of which each token takes its top k.
+
+    Softmax (arXiv 2401.04088, 2.1) or sigmoid (arXiv 2412.19437, equations 12-16); of all experts
+    or of the experts in a token's best groups. The bias moves the choice, never the gates
+    (arXiv 2408.15664).
+    """
 
     bias: Tensor
 
@@ -47,41 +78,123 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = settings.top_k
         self.num_experts = settings.num_experts
-        self.normalize_gates = settings.router.normalize_gates
+        self.settings = settings.router
         self.select: Callable[[Tensor], Tensor] = self._top_k
         """Scores to chosen experts; replaced where a choice is replayed instead of made again."""
+        self.noise_seeds: Sequence[int] | None = None
+        """One for each sequence of the batch at hand: what jitter is drawn from; None: no jitter.
+        Set before a forward pass and left alone until its backward one, which may recompute."""
         self.weight = nn.Parameter(torch.empty(settings.num_experts, settings.dim))
-        self.is_biased = settings.router.bias_update_rate > 0
-        # Moves the choice, never the gates (arXiv 2408.15664); all zeros unless it is trained.
         self.register_buffer("bias", torch.zeros(settings.num_experts, dtype=torch.float32))
 
-    def forward(self, x: Float[Tensor, "tokens dim"], valid: Bool[Tensor, " tokens"]) -> Routing:
-        """Routes every token; only valid ones count in the statistics."""
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], valid: Bool[Tensor, "*sequences seq"]
+    ) -> Routing:
+        """Routes every token; only valid ones count in the statistics.
+
+        `valid` has a sequence's tokens in its last dimension; flattened it is one for each of x.
+        """
+        sequences = torch.atleast_2d(valid)  # [sequences, seq]
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())  # [tokens, experts]
-            probabilities = logits.softmax(-1)
-            scores = probabilities + self.bias if self.is_biased else logits  # of the same order
-            experts = self.select(scores.detach())
-            if self.normalize_gates:  # a softmax over the chosen logits, with no division
-                gates = logits.gather(1, experts).softmax(-1)
+            logits = F.linear(self._jittered(x.float(), sequences), self.weight.float())
+            if self.settings.score_function == "softmax":
+                scores = probabilities = logits.softmax(-1)  # [tokens, experts]
             else:
-                gates = probabilities.gather(1, experts)
-            return Routing(experts, gates, self._statistics(logits, probabilities, experts, valid))
+                scores = logits.sigmoid()
+                probabilities = scores / (scores.sum(-1, keepdim=True) + TINY)
+            experts = self.select(self._selection_scores(logits, scores, sequences).detach())
+            gates = self._gates(logits, scores, experts)
+            statistics = self._statistics(logits, probabilities, experts, sequences)
+            return Routing(experts, gates, statistics)
+
+    def _jittered(self, x: Tensor, sequences: Tensor) -> Tensor:
+        """Multiplies the input of a training pass by noise: Switch's, for the router alone.
+
+        A sequence's noise is a function of its seed, so that neither the layout nor a resumed
+        run nor recomputation changes it.
+        """
+        noise = self.settings.jitter_noise
+        if not noise or self.noise_seeds is None:
+            return x
+        assert len(self.noise_seeds) == len(sequences), "one seed for each sequence"
+        factors = torch.empty(*sequences.shape, x.shape[-1], device=x.device)
+        for part, seed in zip(factors, self.noise_seeds, strict=True):
+            generator = torch.Generator(device=x.device).manual_seed(seed)
+            part.uniform_(1 - noise, 1 + noise, generator=generator)
+        return x * factors.flatten(0, 1)
+
+    def _selection_scores(self, logits: Tensor, scores: Tensor, sequences: Tensor) -> Tensor:
+        """Returns what the choice of experts is made by, [tokens, experts]."""
+        if self.settings.force_balance:
+            forced = balanced_scores(sequences.shape[1], self.num_experts, device=logits.device)
+            return forced.repeat(len(sequences), 1)
+        if self.settings.score_function == "softmax":
+            # The logits have the same order and don't underflow; a bias is one of probabilities.
+            # One that was trained stays in use where its update rate is set to 0.
+            return torch.where(self.bias.any(), scores + self.bias, logits)
+        return scores + self.bias
 
     def _top_k(self, scores: Float[Tensor, "tokens experts"]) -> Int64[Tensor, "tokens top_k"]:
+        if self.settings.num_groups > 1 and not self.settings.force_balance:
+            scores = self._in_best_groups(scores)
         return torch.topk(scores, self.top_k, dim=-1).indices
 
+    def _in_best_groups(self, scores: Tensor) -> Tensor:
+        """Leaves the scores of each token's best groups as they are and the others -inf."""
+        grouped = scores.unflatten(-1, (self.settings.num_groups, -1))  # [tokens, groups, experts]
+        best = 1 if self.settings.score_function == "softmax" else min(2, grouped.shape[-1])
+        group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # [tokens, groups]
+        chosen = group_scores.topk(self.settings.top_groups, dim=-1).indices
+        out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
+        left: Tensor = grouped.masked_fill(out.unsqueeze(-1), -torch.inf).flatten(1)
+        return left
+
+    def _gates(self, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
+        """Returns the weights of the chosen experts, [tokens, top_k]: by score, without bias."""
+        if self.settings.normalize_gates and self.settings.score_function == "softmax":
+            gates = logits.gather(1, experts).softmax(-1)  # the same, with no division
+        else:
+            gates = scores.gather(1, experts)
+            if self.settings.normalize_gates:
+                gates = gates / (gates.sum(-1, keepdim=True) + TINY)
+        factor = self.settings.routed_scaling_factor
+        return gates if factor == 1.0 else gates * factor
+
     def _statistics(
-        self, logits: Tensor, probabilities: Tensor, experts: Tensor, valid: Tensor
+        self, logits: Tensor, probabilities: Tensor, experts: Tensor, sequences: Tensor
     ) -> RoutingStatistics:
-        weight = valid.float()
-        copies = valid.long().unsqueeze(1).expand_as(experts).reshape(-1)
+        weight = sequences.flatten().float()
+        copies = sequences.flatten().long().unsqueeze(1).expand_as(experts).reshape(-1)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=experts.device)
         counts.scatter_add_(0, experts.reshape(-1), copies)
         z = torch.logsumexp(logits, -1).square()
         with torch.no_grad():
             entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
-        return RoutingStatistics(counts, weight @ probabilities, weight @ z, weight @ entropy)
+        balance = torch.zeros((), device=logits.device)
+        if self.settings.load_balance_scope == "sequence":
+            balance = self._sequence_balance_sum(probabilities, experts, sequences)
+        return RoutingStatistics(
+            counts, weight @ probabilities, weight @ z, weight @ entropy, balance
+        )
+
+    def _sequence_balance_sum(
+        self, probabilities: Tensor, experts: Tensor, sequences: Tensor
+    ) -> Tensor:
+        weight = sequences.float()
+        chosen = experts.view(len(sequences), -1)  # [sequences, seq * top_k]
+        copies = sequences.long().repeat_interleave(self.top_k, dim=1)
+        counts = torch.zeros(
+            len(sequences), self.num_experts, dtype=torch.int64, device=experts.device
+        ).scatter_add_(1, chosen, copies)
+        probabilities = probabilities.view(*sequences.shape, self.num_experts)
+        losses = load_balance_loss(
+            counts,
+            torch.bmm(weight.unsqueeze(1), probabilities).squeeze(1),  # [sequences, experts]
+            top_k=self.top_k,
+            counted_tokens=weight.sum(1, keepdim=True).clamp_min(1),  # one without tokens adds 0
+            num_tokens=1,
+        )  # each times its sequence's tokens
+        return losses.sum()
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "Router":
         """Keeps the selection bias in float32 through `.to(dtype)` of the whole model."""

@@ -2,7 +2,15 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from annotated_types import Interval
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
@@ -15,17 +23,29 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 class RouterSettings:
     """How tokens choose experts, and what keeps the choice balanced."""
 
-    score_function: Annotated[str, AfterValidator(one_of("softmax"))] = "softmax"
+    score_function: Annotated[str, AfterValidator(one_of("softmax", "sigmoid"))] = "softmax"
+    """What makes scores of the logits: softmax as in Mixtral, sigmoid as in DeepSeek-V3."""
     normalize_gates: bool = True
     """Whether a token's gates sum to one, as Mixtral's do; OLMoE and top-1 models don't."""
+    routed_scaling_factor: PositiveFloat = 1.0
+    """What all gates are multiplied by; DeepSeek-V3: 2.5, beside a shared expert."""
+    num_groups: PositiveInt = 1
+    """Groups of neighbouring experts, of which a token may use the `top_groups` best only. A
+    group's score is its best expert's with softmax (DeepSeek-V2), and the sum of its two best
+    experts' with sigmoid (DeepSeek-V3)."""
+    top_groups: PositiveInt = 1
     load_balance_loss_weight: NonNegativeFloat = 0.01
-    load_balance_scope: Annotated[str, AfterValidator(one_of("global_batch", "micro_batch"))] = (
-        "global_batch"
-    )
-    """Which tokens' expert counts the balance loss weighs the router's probabilities with."""
+    load_balance_scope: Annotated[
+        str, AfterValidator(one_of("global_batch", "micro_batch", "sequence"))
+    ] = "global_batch"
+    """Over which tokens the balance loss wants the experts balanced."""
     z_loss_weight: NonNegativeFloat = 0.001
     bias_update_rate: NonNegativeFloat = 0.0
-    """Loss-free balancing (arXiv 2408.15664): step of the selection bias; 0 turns it off."""
+    """Loss-free balancing (arXiv 2408.15664): step of the selection bias; 0 leaves it as it is."""
+    jitter_noise: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.0
+    """Training multiplies the router's input by uniform(1 - this, 1 + this) (arXiv 2101.03961)."""
+    force_balance: bool = False
+    """For benchmarks alone: experts are chosen evenly and at random, whatever the logits."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -33,11 +53,17 @@ class ExpertsSettings:
     """How the experts are computed."""
 
     backend: Annotated[str, AfterValidator(one_of(*BACKENDS))] = "auto"
+    recompute: bool = False
+    """Whether the backward pass keeps the experts' input alone, and computes the rest again."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSettings:
-    """Mixtral's decoder; with `num_experts` 1 it is Mistral's dense one, without a router."""
+    """Mixtral's decoder; with `num_experts` 1 it is Mistral's dense one, without a router.
+
+    `ffn_hidden_dim` is an expert's. Shared experts are one SwiGLU layer beside the routed ones, of
+    `num_shared_experts * ffn_hidden_dim`, that every token goes through (arXiv 2401.06066).
+    """
 
     dim: PositiveInt
     num_layers: PositiveInt
@@ -51,6 +77,13 @@ class ModelSettings:
     max_seq_len: PositiveInt
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat = 1e-5
+    num_shared_experts: NonNegativeInt = 0
+    num_dense_layers: NonNegativeInt = 0
+    """How many of the first layers have a dense feed-forward layer and no router."""
+    dense_ffn_hidden_dim: PositiveInt | None = None
+    """The hidden dimension of those layers."""
+    qk_norm: bool = False
+    """RMSNorm over all of a position's queries and over all of its keys, as in OLMoE."""
     loss_chunk_size: PositiveInt = 2048
     """Tokens whose logits stand in memory at once."""
     router: RouterSettings = RouterSettings()
@@ -60,3 +93,17 @@ class ModelSettings:
     def is_moe(self) -> bool:
         """Whether the feed-forward layers have a router and several experts."""
         return self.num_experts > 1
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers have a router; they are the last ones."""
+        return self.num_layers - self.num_dense_layers if self.is_moe else 0
+
+    def dense_hidden_dim(self, layer: int) -> int | None:
+        """Returns the hidden dimension of a layer that is dense, None for one with a router."""
+        if not self.is_moe:
+            return self.ffn_hidden_dim
+        if layer >= self.num_dense_layers:
+            return None
+        assert self.dense_ffn_hidden_dim is not None, "config.check demands it"
+        return self.dense_ffn_hidden_dim

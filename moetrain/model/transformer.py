@@ -1,5 +1,6 @@
 """Mixtral's decoder (arXiv 2401.04088): embedding, blocks, final norm, untied head."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from moetrain.model.attention import Attention
 from moetrain.model.experts import FeedForward
+from moetrain.model.init import random_stream
 from moetrain.model.losses import chunked_cross_entropy
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.rotary import rotary_table
@@ -27,13 +29,14 @@ class LossSums(NamedTuple):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and beside a residual."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, *, hidden: int | None) -> None:
+        """`hidden` is the feed-forward layer's where it is dense, None where it has a router."""
         super().__init__()
         self.attention_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
         self.attention = Attention(settings)
         self.feed_forward_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
         self.feed_forward: MoELayer | FeedForward = (
-            MoELayer(settings) if settings.is_moe else FeedForward(settings)
+            MoELayer(settings) if hidden is None else FeedForward(settings.dim, hidden)
         )
 
     def forward(
@@ -47,7 +50,7 @@ class Block(nn.Module):
         y = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(y), None
-        y, statistics = self.feed_forward(y.flatten(0, 1), valid.flatten())
+        y, statistics = self.feed_forward(y.flatten(0, 1), valid)
         return x + y.view_as(x), statistics
 
 
@@ -58,7 +61,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.embedding = nn.Embedding(settings.vocab_size, settings.dim)
-        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.layers = nn.ModuleList(
+            Block(settings, hidden=settings.dense_hidden_dim(layer))
+            for layer in range(settings.num_layers)
+        )
         self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
         self.head = nn.Linear(settings.dim, settings.vocab_size, bias=False)
 
@@ -67,11 +73,18 @@ class Transformer(nn.Module):
         tokens: Int64[Tensor, "batch seq"],
         targets: Int64[Tensor, "batch seq"] | None = None,
         valid: Bool[Tensor, "batch seq"] | None = None,
+        noise_seeds: Sequence[int] | None = None,
     ) -> LossSums | Float[Tensor, "batch seq vocab"]:
         """Returns the loss sums over the valid targets, or without targets the logits.
 
-        Tokens that are not valid count in no loss and no routing statistic.
+        Tokens that are not valid count in no loss and no routing statistic. `noise_seeds`, one for
+        each sequence, are what the routers' jitter is drawn from; without them there is none.
         """
+        if self.settings.router.jitter_noise:
+            for number, moe in enumerate(self.moe_layers()):
+                moe.router.noise_seeds = noise_seeds and [
+                    random_stream(seed, "jitter", number) for seed in noise_seeds
+                ]
         if valid is None:
             valid = torch.ones_like(tokens, dtype=torch.bool)
         rotary = rotary_table(
@@ -108,4 +121,4 @@ class Transformer(nn.Module):
             return RoutingStatistics(*map(torch.stack, zip(*layers, strict=True)))
         none = torch.zeros(0, device=device)
         counts = torch.zeros(0, self.settings.num_experts, dtype=torch.int64, device=device)
-        return RoutingStatistics(counts, counts.float(), none, none)
+        return RoutingStatistics(counts, counts.float(), none, none, none)

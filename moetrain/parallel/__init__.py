@@ -7,6 +7,7 @@ from moetrain.parallel.parallelize import parallelize, reshard
 from moetrain.parallel.recompute import plain_name
 from moetrain.parallel.reduce import any_rank, sum_over_ranks
 from moetrain.parallel.topology import (
+    ExchangeSettings,
     ParallelSettings,
     Topology,
     resolve_topology,
@@ -14,6 +15,7 @@ from moetrain.parallel.topology import (
 
 __all__ = [
     "AllToAllExchange",
+    "ExchangeSettings",
     "Gradients",
     "Meshes",
     "ParallelSettings",

@@ -1,128 +1,355 @@
-"""The expert-parallel token exchange: each copy travels to the rank of its expert and back."""
+"""The expert-parallel token exchange: each token travels to the ranks of its experts and back."""
 
 import logging
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from moetrain.kernels import combine_copies, gather_copies, invert, permute, sort_by_expert
-from moetrain.model import Received, Routing, TokenExchange
+from moetrain.kernels import Copies, gather_copies, group_copies, sum_copies
+from moetrain.model import Compute, TokenExchange
+from moetrain.parallel.topology import ExchangeSettings
 
 log = logging.getLogger(__name__)
 
-IMBALANCE_TO_WARN_OF = 3.0  # rows received over rows sent
-
-
-class _AllToAll(torch.autograd.Function):
-    """Sends `send[i]` rows to rank i and gets `receive[i]` rows from it; the backward undoes it.
-
-    Gradients of rows come back summed over nobody: each row has one sender. An expert's weight
-    gradient therefore already holds the tokens of all ranks in the group.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Any, name: str
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group, ctx.name = send, receive, group, name
-        return _exchange_rows(x, send, receive, group, name)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        name = f"{ctx.name} (backward)"
-        back = _exchange_rows(grad, ctx.receive, ctx.send, ctx.group, name)
-        return back, None, None, None, None
-
-
-def _exchange_rows(
-    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, name: str
-) -> Tensor:
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    try:
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    except RuntimeError as error:
-        raise type(error)(
-            f"{name} on rank {dist.get_rank()} failed, sending {send} and receiving {receive} "
-            f"rows: {error}"
-        ) from error
-    return out
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Dispatched(Received):
-    send: list[int]
-    """Rows that went from here to each rank."""
-    receive: list[int]
-    """Rows that came from each rank."""
-    arrival: Tensor
-    """The rows that came, in order of local expert, [rows] int64."""
+IMBALANCE_TO_WARN_OF = 3.0  # copies received over the fair share
 
 
 class AllToAllExchange(TokenExchange):
     """Dropless exchange over the ranks of `group`, which hold the experts in order of rank.
 
-    One host synchronisation a layer: reading how many rows go where. A rank without a token,
-    or whose experts get none, still enters every collective.
+    One host synchronisation a layer: reading how many rows go where. Every rank reads the whole
+    matrix of counts, so that all agree on sizes and rounds before a token travels. A rank without
+    a token, or whose experts get none, still enters every collective.
     """
 
-    def __init__(self, *, num_experts: int, group: dist.ProcessGroup, layer: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        group: dist.ProcessGroup,
+        layer: int,
+        settings: ExchangeSettings | None = None,
+    ) -> None:
         self.num_experts = num_experts
         self.group = group
+        self.rank = dist.get_rank(group)
         self.degree = dist.get_world_size(group)
-        self._worst = IMBALANCE_TO_WARN_OF
+        self.local_experts = num_experts // self.degree
+        self.settings = settings or ExchangeSettings()
         self.name = f"token all-to-all of layer {layer}"
+        self._worst = IMBALANCE_TO_WARN_OF
 
-    def dispatch(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Received:
-        """Sends this rank's copies away and returns those that came for its experts."""
-        order, counts = sort_by_expert(routing.experts, num_experts=self.num_experts)
-        rows = gather_copies(x, order, top_k=routing.experts.shape[1])
+    def run(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        experts: Int64[Tensor, "tokens top_k"],
+        gates: Float[Tensor, "tokens top_k"],
+        *,
+        compute: Compute,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        """Sends the tokens to their experts' ranks, computes here, and sums what comes back."""
+        counting = _Counting(x, experts, exchange=self)
+        once = self._sends_once(experts.shape[1])
+        goes_to = self._ranks_of(experts) if once else experts
+        order = torch.argsort(goes_to.flatten(), stable=True)  # while the counts travel
+        plan = self._plan(counting.read())
+        if plan.once:
+            sent, tickets = self._pack_once(experts, gates, goes_to, order, plan)
+        else:
+            sent, tickets = self._pack_copies(experts, gates, None if once else order, plan)
+        sizes = [sum(step.send) for step in plan.rounds]
+        rows = gather_copies(x, sent).split(sizes)
+        legs = list(zip(plan.rounds, rows, tickets.split(sizes), strict=True))
 
-        coming = torch.empty_like(counts)  # [degree * local_experts], by source rank
-        dist.all_to_all_single(coming, counts, group=self.group)
-        by_source = coming.view(self.degree, -1)
-        both = torch.stack((counts.view(self.degree, -1).sum(1), by_source.sum(1)))
-        send, receive = both.tolist()  # the one host synchronisation
-        rows = self._send(rows, send, receive)
-        self._warn_of_imbalance(sum(receive), sum(send))
+        def depart(step: _Round, rows: Tensor, tickets: Tensor) -> Callable[[], Tensor]:
+            travelling = [self._transfer(t, step.send, step.receive) for t in (rows, tickets)]
+            return lambda: self._compute(plan, compute, *(t.wait() for t in travelling))
 
-        # What came lies by source rank, then by local expert; the experts want it by expert.
-        local_experts = by_source.shape[1]
-        expert_of_run = torch.arange(local_experts, device=x.device).repeat(self.degree)
-        expert_of_row = torch.repeat_interleave(expert_of_run, coming, output_size=sum(receive))
-        arrival = torch.argsort(expert_of_row, stable=True)
-        return _Dispatched(
-            rows=permute(rows, arrival),
-            counts=by_source.sum(0),
-            gates=routing.gates,
-            order=order,
-            send=send,
-            receive=receive,
-            arrival=arrival,
+        def depart_again(*leg: Any) -> Callable[[], Tensor]:
+            def there() -> Tensor:
+                y: Tensor = checkpoint(
+                    lambda *leg: depart(*leg)(),
+                    *leg,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                return y
+
+            return there
+
+        begin = depart_again if plan.recomputes else depart
+        finish = begin(*legs[0])
+        extra = None if beside is None else beside()
+        home = []
+        for step, following in zip(plan.rounds, [*legs[1:], None], strict=True):
+            # The next round travels while this one computes.
+            ready, finish = finish, begin(*following) if following else finish
+            home.append(self._transfer(ready(), step.receive, step.send))
+        results = [transfer.wait() for transfer in home]
+        y = sum_copies(torch.cat(results) if len(results) > 1 else results[0], sent)
+        return y if extra is None else y + extra
+
+    def _plan(self, table: list[list[int]]) -> "_Plan":
+        """Returns what all ranks make of the table of counts, the same on each."""
+        agreed = {tuple(row[: len(_HEADER)]) for row in table}
+        if len(agreed) > 1:
+            raise RuntimeError(
+                f"{self.name} on rank {dist.get_rank()}: the ranks don't agree on "
+                f"({', '.join(_HEADER)}): {[row[: len(_HEADER)] for row in table]}"
+            )
+        counts = [row[len(_HEADER) :] for row in table]  # of each source rank
+        rows = [row[: self.degree] for row in counts]  # a token once for each rank
+        copies = [row[self.degree :] for row in counts]  # a token once for each expert
+        load = [sum(column) for column in zip(*copies, strict=True)]
+        fair_share = sum(load) / self.degree
+        needed = math.ceil(max(load) / max(1.0, self.settings.max_load * fair_share))
+        num_rounds = max(1, needed, self.settings.num_rounds)
+        if load[self.rank] == max(load):
+            self._warn_of_imbalance(max(load), fair_share, num_rounds)
+
+        # In rounds every copy travels by itself: only then the counts tell what a round holds.
+        once = num_rounds == 1 and self._sends_once(table[0][_HEADER.index("top_k")])
+        matrix = rows if once else copies
+        rounds = [
+            _Round(
+                send=[_part(n, index, num_rounds) for n in matrix[self.rank]],
+                receive=[_part(row[self.rank], index, num_rounds) for row in matrix],
+            )
+            for index in range(num_rounds)
+        ]
+        return _Plan(
+            rounds=rounds,
+            once=once,
+            copies=load[self.rank],
+            recomputes=num_rounds > self.settings.num_rounds,
         )
 
-    def combine(
-        self, rows: Float[Tensor, "rows dim"], received: Received
-    ) -> Float[Tensor, "tokens dim"]:
-        """Sends the results back to their tokens' ranks and sums them with the gates there."""
-        assert isinstance(received, _Dispatched)
-        rows = permute(rows, invert(received.arrival))
-        rows = self._send(rows, received.receive, received.send)
-        return combine_copies(rows, received.gates, received.order)
+    def _sends_once(self, top_k: int) -> bool:
+        return self.settings.send_once and self.local_experts > 1 and top_k > 1
 
-    def _warn_of_imbalance(self, received: int, fair_share: int) -> None:
-        if received > self._worst * max(1, fair_share):
-            self._worst = 1.2 * received / max(1, fair_share)  # the next warning tells more
+    def _ranks_of(self, experts: Tensor) -> Tensor:
+        """Returns the ranks that a token goes to, each in its own slot, [tokens, degree]."""
+        nowhere = experts.new_full((len(experts), self.degree), self.degree)
+        ranks = experts // self.local_experts
+        return nowhere.scatter_(1, ranks, ranks)
+
+    # What is packed are copies in order of round and rank, and a ticket [2 · slots] for each. It
+    # holds the gates, and as numbers the experts on the rank that the copy goes to, `local_experts`
+    # for none: both travel, and the gates' gradients come back, in one piece.
+
+    def _pack_once(
+        self, experts: Tensor, gates: Tensor, goes_to: Tensor, order: Tensor, plan: "_Plan"
+    ) -> tuple[Copies, Tensor]:
+        """Returns a copy of each token for each rank that has one of its experts."""
+        sent = group_copies(
+            goes_to, num_groups=self.degree, num_copies=sum(plan.rounds[0].send), order=order
+        )
+        rank = (sent.slot % self.degree).unsqueeze(1)
+        here = experts[sent.row] - rank * self.local_experts  # [sent, top_k]
+        elsewhere = (here < 0) | (here >= self.local_experts)
+        choices = here.masked_fill(elsewhere, self.local_experts)
+        return sent, torch.cat((gather_copies(gates, sent), choices.to(gates.dtype)), 1)
+
+    def _pack_copies(
+        self, experts: Tensor, gates: Tensor, order: Tensor | None, plan: "_Plan"
+    ) -> tuple[Copies, Tensor]:
+        """Returns a copy of each token for each of its experts."""
+        by_expert = group_copies(experts, num_groups=self.num_experts, order=order)
+        sent = self._in_order_of_rounds(by_expert, plan)
+        choices = (experts.flatten()[sent.slot] % self.local_experts).unsqueeze(1)
+        weights = gates.flatten().index_select(0, sent.slot).unsqueeze(1)
+        return sent, torch.cat((weights, choices.to(weights.dtype)), 1)
+
+    def _in_order_of_rounds(self, copies: Copies, plan: "_Plan") -> Copies:
+        """Returns copies that are grouped by rank, grouped by round and then by rank."""
+        if len(plan.rounds) == 1:
+            return copies
+        # Copy i of the n that go to a rank is in the first round r with (r + 1) · n // rounds > i,
+        # computed where the counts are: a table from the host would make it wait for the device.
+        num_copies, num_rounds = copies.row.numel(), len(plan.rounds)
+        of_rank = copies.counts.view(self.degree, -1).sum(1)
+        before = of_rank.cumsum(0) - of_rank
+        rank = torch.arange(self.degree, device=of_rank.device)
+        rank = torch.repeat_interleave(rank, of_rank, output_size=num_copies)
+        index = torch.arange(num_copies, device=rank.device) - before[rank]
+        step = ((index + 1) * num_rounds + of_rank[rank] - 1) // of_rank[rank] - 1
+        order = torch.argsort(step, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return copies._replace(
+            row=copies.row[order], slot=copies.slot[order], by_row=place[copies.by_row]
+        )
+
+    def _compute(self, plan: "_Plan", compute: Compute, rows: Tensor, tickets: Tensor) -> Tensor:
+        """Has the local experts work on rows that arrived."""
+        gates, choices = tickets.chunk(2, 1)
+        copies = group_copies(
+            choices.detach().long(),
+            num_groups=self.local_experts,
+            num_copies=plan.copies if plan.once else None,
+        )
+        return compute(rows, gates.flatten().index_select(0, copies.slot), copies)
+
+    def _transfer(self, x: Tensor, send: list[int], receive: list[int]) -> "_Transfer":
+        return _Transfer(x, send, receive, group=self.group, name=self.name)
+
+    def _warn_of_imbalance(self, worst: int, fair_share: float, num_rounds: int) -> None:
+        if worst > self._worst * max(1.0, fair_share):
+            self._worst = 1.2 * worst / max(1.0, fair_share)  # the next warning tells more
             log.warning(
-                "%s: rank %d receives %d rows, where a fair share is about %d",
+                "%s: rank %d receives %d token copies, where a fair share is %d; "
+                "taken in %d rounds",
                 self.name,
                 dist.get_rank(),
-                received,
+                worst,
                 fair_share,
+                num_rounds,
             )
 
-    def _send(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return _AllToAll.apply(rows, send, receive, self.group, self.name)  # type: ignore[no-any-return, no-untyped-call]
+
+_HEADER = ("dim", "bytes per number", "top_k")
+
+
+class _Counting:
+    """The counts' all-gather, under way since this was made."""
+
+    def __init__(self, x: Tensor, experts: Tensor, *, exchange: AllToAllExchange) -> None:
+        degree, ranks = exchange.degree, experts // exchange.local_experts
+        header = (x.shape[1], x.element_size(), experts.shape[1])
+        once = torch.zeros(len(experts), degree, dtype=torch.int64, device=x.device)
+        copies = torch.zeros(degree, dtype=torch.int64, device=x.device)
+        mine = torch.cat(
+            (
+                *(ranks.new_full((1,), number) for number in header),  # made there, not sent there
+                once.scatter_(1, ranks, 1).sum(0),
+                copies.scatter_add_(0, ranks.flatten(), torch.ones_like(ranks.flatten())),
+            )
+        )
+        self.name = f"counts of the {exchange.name} on rank {dist.get_rank()}"
+        self.table = mine.new_empty(degree, len(mine))
+        with _named(self.name):
+            self.work = dist.all_gather(
+                list(self.table.unbind()), mine, group=exchange.group, async_op=True
+            )
+
+    def read(self) -> list[list[int]]:
+        """Returns one row of counts for each rank: the layer's one host synchronisation."""
+        with _named(self.name):
+            self.work.wait()
+        table: list[list[int]] = self.table.tolist()
+        return table
+
+
+class _Round(NamedTuple):
+    """One part of the tokens: how many rows go to and come from each rank."""
+
+    send: list[int]
+    receive: list[int]
+
+
+class _Plan(NamedTuple):
+    """How this rank's part of the exchange goes, known before a token travels."""
+
+    rounds: list[_Round]
+    once: bool
+    """Whether a token goes once to a rank, or once to each expert."""
+    copies: int
+    """Token copies that come here, in all rounds."""
+    recomputes: bool
+    """Whether the rounds keep no activations."""
+
+
+def _part(rows: int, index: int, parts: int) -> int:
+    return (index + 1) * rows // parts - index * rows // parts
+
+
+class _Transfer:
+    """An all-to-all of rows under way, and in the backward pass the one that returns gradients.
+
+    Both are started as early and waited for as late as autograd's order allows, so that what
+    stands between start and wait overlaps with them. Gradients of rows are summed over nobody:
+    each row has one sender. An expert's weight gradient therefore holds the tokens of all ranks
+    in the group.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        send: list[int],
+        receive: list[int],
+        *,
+        group: dist.ProcessGroup,
+        name: str,
+    ) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self.name = (
+            f"{name} on rank {dist.get_rank()}, sending {send} and receiving {receive} rows,"
+        )
+        self.sent: Tensor = _Start.apply(x, self)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Tensor:
+        """Returns the rows that came."""
+        # Kept no longer: with it this object would hold itself, and all rows until backward.
+        sent = self.__dict__.pop("sent")
+        return _Wait.apply(sent, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def start(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Starts the exchange and returns the rows to be filled."""
+        self.kept = x.contiguous()  # until it is sent
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        with _named(self.name):
+            self.work = dist.all_to_all_single(
+                out, self.kept, receive, send, group=self.group, async_op=True
+            )
+        self.coming = out
+        return out
+
+    def finish(self) -> Tensor:
+        """Waits for what `start` began, and returns the rows that came."""
+        with _named(self.name):
+            self.work.wait()
+        out = self.coming
+        del self.kept, self.work, self.coming
+        return out
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.start(x, transfer.send, transfer.receive)
+        return x.view_as(x)  # what wait() takes its gradient to: as many rows as were sent
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.transfer.finish()
+        return grad, None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.finish()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        transfer: _Transfer = ctx.transfer
+        return transfer.start(grad, transfer.receive, transfer.send), None
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Says in an error of a collective what was going on: the library knows a port at best."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise type(error)(f"{what} failed: {error}") from error

@@ -14,7 +14,7 @@ from moetrain.model import MoELayer, Transformer, initial_values
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.recompute import plain_name, recompute
-from moetrain.parallel.topology import ParallelSettings
+from moetrain.parallel.topology import ExchangeSettings, ParallelSettings
 
 EXPERT_DIM, HIDDEN_DIM = 0, 1  # of an expert weight, [experts, hidden, dim]
 
@@ -33,8 +33,8 @@ def parallelize(
     Weights are float32, and gathered as `compute_dtype`; the router is gathered as float32.
     Gradients are sums over all ranks: the caller divides the loss by the global token count.
     """
-    for layer, moe in enumerate(model.moe_layers()):
-        spread_experts(moe, meshes, layer=layer)
+    for layer, moe in enumerate(model.moe_layers(), start=model.settings.num_dense_layers):
+        spread_experts(moe, meshes, settings.exchange, layer=layer)
     if settings.recompute == "full":
         for index, block in enumerate(model.layers):
             model.layers[index] = recompute(block)
@@ -44,7 +44,9 @@ def parallelize(
     return model
 
 
-def spread_experts(moe: MoELayer, meshes: Meshes, *, layer: int) -> None:
+def spread_experts(
+    moe: MoELayer, meshes: Meshes, settings: ExchangeSettings, *, layer: int
+) -> None:
     """Gives each rank of the expert axis its experts, and the layer an exchange to reach all."""
     axis = meshes.expert["expert"]
     if axis.size() == 1:
@@ -53,7 +55,10 @@ def spread_experts(moe: MoELayer, meshes: Meshes, *, layer: int) -> None:
         spread = distribute_tensor(weight.data, axis, [Shard(EXPERT_DIM)])
         setattr(moe.experts, name, nn.Parameter(spread))
     moe.exchange = AllToAllExchange(
-        num_experts=moe.router.num_experts, group=meshes.expert_group, layer=layer
+        num_experts=moe.router.num_experts,
+        group=meshes.expert_group,
+        layer=layer,
+        settings=settings,
     )
 
 

@@ -17,6 +17,19 @@ from pydantic.dataclasses import dataclass
 from moetrain.checks import ConfigError, one_of
 
 
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ExchangeSettings:
+    """How tokens travel between the ranks that hold the experts."""
+
+    send_once: bool = True
+    """Whether a token goes once to a rank, however many of its experts live there."""
+    num_rounds: PositiveInt = 1
+    """Parts in which the tokens travel: one's experts compute while the next one travels."""
+    max_load: Annotated[float, Ge(1)] = 2.0
+    """Times its fair share that a rank takes at once. More comes in rounds whose activations are
+    computed again in the backward pass: an early imbalance costs time, not the run."""
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ParallelSettings:
     """How the ranks share the work. None: chosen from the number of ranks."""
@@ -32,6 +45,7 @@ class ParallelSettings:
     pipeline_degree: PositiveInt = 1
     recompute: Annotated[str, AfterValidator(one_of("none", "full"))] = "none"
     """`full`: keep only each block's input for the backward pass; routing is saved, not redone."""
+    exchange: ExchangeSettings = ExchangeSettings()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

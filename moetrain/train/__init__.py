@@ -3,7 +3,7 @@
 from moetrain.train.control import Control, Outcome, Place
 from moetrain.train.loop import TrainingError
 from moetrain.train.prepare import as_plain, newest_manifest, prepare
-from moetrain.train.rank import rank_device, run_rank
+from moetrain.train.rank import keep_freed_memory, rank_device, run_rank
 from moetrain.train.settings import RunSettings, TrainSettings
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TrainSettings",
     "TrainingError",
     "as_plain",
+    "keep_freed_memory",
     "newest_manifest",
     "prepare",
     "rank_device",

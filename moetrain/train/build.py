@@ -55,28 +55,10 @@ def build_trainer(
     """Returns a rank's trainer, restored from the newest good checkpoint; all ranks call it."""
     run_dir = Path(config.run.dir, config.run.name or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    topology = resolve_topology(
-        config.parallel,
-        world_size=place.world_size,
-        num_experts=config.model.num_experts,
-        ffn_hidden_dim=config.model.ffn_hidden_dim,
-        ranks_per_node=config.cluster.gpus_per_node,
-    )
     patience = collective_timeout(config.launch.hang_timeout_seconds)
-    meshes = build_meshes(topology, device=device, timeout_seconds=patience)
-
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model = parallelize(
-        model,
-        meshes,
-        config.parallel,
-        seed=config.seed,
-        device=device,
-        compute_dtype=compute_dtype(config.train.dtype, device),
+    model, optimizer, gradients = build_model(
+        config, world_size=place.world_size, device=device, timeout_seconds=patience
     )
-    optimizer = build_optimizer(model.parameters(), config.optim)
-    gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
 
     shards = ShardFolder.open(str(config.data.dir))
     batches = GlobalBatches(
@@ -142,6 +124,36 @@ def build_trainer(
         event=event,
         close=close,
     )
+
+
+def build_model(
+    config: "Config", *, world_size: int, device: torch.device, timeout_seconds: float
+) -> tuple[Transformer, Optimizer, Gradients]:
+    """Returns this rank's part of the freshly initialised model, its optimizer and its gradients.
+
+    All ranks of the world call it. Collectives give up after `timeout_seconds`.
+    """
+    topology = resolve_topology(
+        config.parallel,
+        world_size=world_size,
+        num_experts=config.model.num_experts,
+        ffn_hidden_dim=config.model.ffn_hidden_dim,
+        ranks_per_node=config.cluster.gpus_per_node,
+    )
+    meshes = build_meshes(topology, device=device, timeout_seconds=timeout_seconds)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model = parallelize(
+        model,
+        meshes,
+        config.parallel,
+        seed=config.seed,
+        device=device,
+        compute_dtype=compute_dtype(config.train.dtype, device),
+    )
+    optimizer = build_optimizer(model.parameters(), config.optim)
+    gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
+    return model, optimizer, gradients
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moetrain.model import training_flops_per_token
+from moetrain.model import random_stream, training_flops_per_token
 from moetrain.optim import learning_rate
 from moetrain.parallel import any_rank
 from moetrain.train.build import Trainer
@@ -17,6 +17,11 @@ from moetrain.train.control import Outcome
 from moetrain.train.state import checkpoint_tensors
 from moetrain.train.step import MicroBatch, StepReport, train_step
 from moetrain.train.validation import validate
+
+FORCED_BALANCE = (
+    "model.router.force_balance=true: experts are chosen evenly, whatever the router says. That "
+    "is for measuring speed; the model that comes of it is of no use"
+)
 
 
 class TrainingError(Exception):
@@ -32,6 +37,8 @@ def train(trainer: Trainer) -> Outcome:
     settings, state, control = trainer.config.train, trainer.state, trainer.control
     observe, checkpoint = trainer.config.observe, trainer.config.checkpoint
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
+    if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
+        _warn(trainer, FORCED_BALANCE)
     while state.step < settings.num_steps:
         control.beat("step", state.step)
         if any_rank(control.stop_requested, device=trainer.device):
@@ -63,7 +70,9 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
     with stopwatch.waiting_for_data():
         batch = trainer.batches.read(state.samples, rank=place.rank, num_ranks=place.world_size)
         size = config.train.micro_batch_size or len(batch.tokens)
-        micro_batches = MicroBatch.cut(batch, size, device=trainer.device)
+        micro_batches = MicroBatch.cut(
+            batch, size, device=trainer.device, noise_seeds=_noise_seeds(trainer, len(batch.tokens))
+        )
     report = train_step(
         micro_batches,
         model=trainer.model,
@@ -130,11 +139,16 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
     if len(trainer.shards.sources) == 1:
         record[f"data/{trainer.shards.sources[0]}/tokens"] = state.tokens
-    return record | router_metrics(report) if config.model.is_moe else record
+    if config.model.is_moe:
+        record |= router_metrics(report, first_layer=config.model.num_dense_layers)
+    return record
 
 
-def router_metrics(report: StepReport) -> dict[str, float]:
-    """Returns how the global batch's tokens were spread over the experts, layer by layer."""
+def router_metrics(report: StepReport, *, first_layer: int = 0) -> dict[str, float]:
+    """Returns how the global batch's tokens were spread over the experts, layer by layer.
+
+    Layers have the model's numbers: `first_layer` is the first one with a router.
+    """
     counts = report.expert_counts  # [layers, experts]
     mean = counts.mean(1)
     loads = counts / counts.sum(1, keepdim=True)
@@ -145,7 +159,7 @@ def router_metrics(report: StepReport) -> dict[str, float]:
         "router/entropy": report.entropy,
         "router/dead_experts": int((counts == 0).sum().item()),
     }
-    for layer, shares in enumerate(loads.tolist()):
+    for layer, shares in enumerate(loads.tolist(), start=first_layer):
         for expert, share in enumerate(shares):
             metrics[f"router/layer_{layer:02d}/expert_{expert:02d}/load"] = share
     return metrics
@@ -188,6 +202,15 @@ class Stopwatch:
         return self._waited / max(1, self._steps)
 
 
+def _noise_seeds(trainer: Trainer, num_sequences: int) -> list[int] | None:
+    """Returns a seed for each of this rank's sequences, a function of the global sample index."""
+    if not trainer.config.model.router.jitter_noise:
+        return None
+    first = trainer.state.samples + trainer.place.rank * num_sequences
+    samples = range(first, first + num_sequences)
+    return [random_stream(trainer.config.seed, "sample", sample) for sample in samples]
+
+
 def _learning_rate(trainer: Trainer, *, step: int | None = None) -> float:
     return learning_rate(
         trainer.state.step if step is None else step,
@@ -195,6 +218,11 @@ def _learning_rate(trainer: Trainer, *, step: int | None = None) -> float:
         num_steps=trainer.config.train.num_steps,
         settings=trainer.config.schedule,
     )
+
+
+def _warn(trainer: Trainer, reason: str) -> None:
+    trainer.event("warning", step=trainer.state.step, reason=reason)
+    trainer.control.publish("say", f"warning: {reason}")
 
 
 def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:

@@ -98,9 +98,10 @@ def demand_same_model(config: "Config", manifest: Manifest) -> None:
                 "order of samples hangs on it; some would come twice: use another run.name",
             )
     ours, theirs = as_plain(config)["model"], manifest.config.get("model", {})
-    for key in ModelSettings.__dataclass_fields__:
+    for key, field in ModelSettings.__dataclass_fields__.items():
         free = key in ("router", "experts", "max_seq_len", "loss_chunk_size")
-        if not free and ours[key] != theirs.get(key):
+        # A checkpoint from before there was the setting is of a model with its default.
+        if not free and ours[key] != theirs.get(key, field.default):
             raise ConfigError(
                 f"model.{key}",
                 ours[key],

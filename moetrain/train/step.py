@@ -21,13 +21,34 @@ class MicroBatch:
     targets: Tensor
     valid: Tensor
     """Bool: which targets count."""
+    noise_seeds: Sequence[int] | None = None
+    """One for each sequence, for the routers' jitter; None: no jitter."""
 
     @staticmethod
-    def cut(batch: Batch, size: int, *, device: torch.device) -> "list[MicroBatch]":
+    def cut(
+        batch: Batch,
+        size: int,
+        *,
+        device: torch.device,
+        noise_seeds: Sequence[int] | None = None,
+    ) -> "list[MicroBatch]":
         """Returns a rank's slice of a batch in pieces of `size` sequences, on the device."""
         arrays = (batch.tokens, batch.targets, batch.loss_mask)
         pieces = zip(*(torch.from_numpy(a).to(device).split(size) for a in arrays), strict=True)
-        return [MicroBatch(tokens=x, targets=y, valid=mask) for x, y, mask in pieces]
+        return [
+            MicroBatch(
+                tokens=x,
+                targets=y,
+                valid=mask,
+                noise_seeds=noise_seeds and noise_seeds[number * size : (number + 1) * size],
+            )
+            for number, (x, y, mask) in enumerate(pieces)
+        ]
+
+    def through(self, model: Transformer) -> LossSums:
+        """Returns what one forward pass of the model makes of it."""
+        sums: LossSums = model(self.tokens, self.targets, self.valid, self.noise_seeds)
+        return sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +59,13 @@ class StepReport:
     """What was minimised, a mean over valid tokens: cross-entropy, balance and z losses."""
     cross_entropy: float
     load_balance_loss: float
-    """Mean over the MoE layers of the global batch's balance loss; 1 when balanced."""
+    """Mean over the MoE layers of the balance loss, of the scope that is minimised; 1 when
+    balanced."""
     z_loss: float
     entropy: float
     """Mean entropy of the routers' distributions, in nats."""
     expert_counts: Tensor
-    """Token copies that each expert got, [layers, experts] float64."""
+    """Token copies that each expert got, [MoE layers, experts] float64."""
     grad_norm: float
     num_tokens: int
     skipped: bool
@@ -63,10 +85,10 @@ def train_step(
     counts = _expert_counts_ahead(micro_batches, model)
     sums = _Sums(model, device=num_tokens.device)
     for batch in micro_batches:
-        output = model(batch.tokens, batch.targets, batch.valid)
+        output = batch.through(model)
         loss = _objective(output, batch, model=model, num_tokens=num_tokens, counts=counts)
         loss.backward()
-        sums.add(loss, output)
+        sums.add(loss, output, batch, model=model)
     norm = gradients.clip()
     report = sums.report(model=model, num_tokens=num_tokens, grad_norm=norm)
     if not report.skipped:
@@ -90,7 +112,7 @@ def _expert_counts_ahead(batches: Sequence[MicroBatch], model: Transformer) -> T
     if not wanted or router.load_balance_scope != "global_batch" or len(batches) == 1:
         return None
     with torch.no_grad():
-        counts = [model(b.tokens, b.targets, b.valid).routing.counts for b in batches]
+        counts = [batch.through(model).routing.counts for batch in batches]
     return sum_over_ranks(torch.stack(counts).sum(0))
 
 
@@ -107,20 +129,37 @@ def _objective(
     loss = output.cross_entropy / num_tokens
     if not model.settings.is_moe:
         return loss
-    counted_tokens = num_tokens
-    if router.load_balance_scope == "micro_batch":
-        counts, counted_tokens = routing.counts, batch.valid.sum().clamp_min(1)
-    elif counts is None:
-        counts = sum_over_ranks(routing.counts)
-    balance = load_balance_loss(
-        counts,
-        routing.probability_sums,
-        top_k=model.settings.top_k,
-        counted_tokens=counted_tokens,
-        num_tokens=num_tokens,
-    )
-    loss = loss + router.load_balance_loss_weight * balance.sum()
+    if router.load_balance_loss_weight:
+        if router.load_balance_scope == "global_batch":
+            balance = load_balance_loss(
+                sum_over_ranks(routing.counts) if counts is None else counts,
+                routing.probability_sums,
+                top_k=model.settings.top_k,
+                counted_tokens=num_tokens,
+                num_tokens=num_tokens,
+            )
+        else:
+            balance = _local_balance_sums(output, batch, model=model) / num_tokens
+        loss = loss + router.load_balance_loss_weight * balance.sum()
     return loss + router.z_loss_weight * routing.z_sum.sum() / num_tokens
+
+
+def _local_balance_sums(output: LossSums, batch: MicroBatch, *, model: Transformer) -> Tensor:
+    """Returns each MoE layer's balance loss of the micro-batch, or of its sequences, [layers].
+
+    Each is multiplied by its tokens, so that sums over ranks and micro-batches divided by all
+    tokens are a mean. Zeros where the scope is the global batch, whose loss isn't a sum of such.
+    """
+    routing, scope = output.routing, model.settings.router.load_balance_scope
+    if scope == "micro_batch":
+        return load_balance_loss(
+            routing.counts,
+            routing.probability_sums,
+            top_k=model.settings.top_k,
+            counted_tokens=batch.valid.sum().clamp_min(1),
+            num_tokens=1,
+        )
+    return routing.sequence_balance_sum
 
 
 @torch.no_grad()
@@ -130,22 +169,29 @@ def _update_router_biases(model: Transformer, expert_counts: Tensor) -> None:
             layer.router.update_bias(counts.to(layer.router.bias.device), rate=rate)
 
 
+SCALARS = 5  # loss, cross-entropy, z, entropy, balance
+
+
 class _Sums:
     """Running sums of a step's figures on this rank, summed over ranks once at the end."""
 
     def __init__(self, model: Transformer, *, device: torch.device) -> None:
-        settings = model.settings
-        layers = settings.num_layers if settings.is_moe else 0
-        self._shape = (layers, settings.num_experts)
-        # loss, cross-entropy, z, entropy; then counts and probabilities of every expert.
+        self._shape = (model.settings.num_moe_layers, model.settings.num_experts)
+        # Scalars as below; then counts and probabilities of every expert.
         self._sums = torch.zeros(
-            4 + 2 * layers * settings.num_experts, dtype=torch.float64, device=device
+            SCALARS + 2 * math.prod(self._shape), dtype=torch.float64, device=device
         )
 
     @torch.no_grad()
-    def add(self, loss: Tensor, output: LossSums) -> None:
+    def add(self, loss: Tensor, output: LossSums, batch: MicroBatch, *, model: Transformer) -> None:
         routing = output.routing
-        scalars = (loss, output.cross_entropy, routing.z_sum.sum(), routing.entropy_sum.sum())
+        scalars = (
+            loss,
+            output.cross_entropy,
+            routing.z_sum.sum(),
+            routing.entropy_sum.sum(),
+            _local_balance_sums(output, batch, model=model).sum(),
+        )
         self._sums += torch.cat(
             (
                 torch.stack([s.double() for s in scalars]),
@@ -157,20 +203,21 @@ class _Sums:
     def report(self, *, model: Transformer, num_tokens: Tensor, grad_norm: float) -> StepReport:
         sums = sum_over_ranks(self._sums).cpu()
         tokens, (layers, experts) = int(num_tokens.item()), self._shape
-        loss, cross_entropy, z, entropy = sums[:4].tolist()
-        counts, probabilities = sums[4:].view(2, layers, experts)
-        balance = load_balance_loss(
-            counts,
-            probabilities,
-            top_k=model.settings.top_k,
-            counted_tokens=tokens,
-            num_tokens=tokens,
-        )
+        loss, cross_entropy, z, entropy, balance = sums[:SCALARS].tolist()
+        counts, probabilities = sums[SCALARS:].view(2, layers, experts)
+        if model.settings.router.load_balance_scope == "global_batch":
+            balance = tokens * load_balance_loss(
+                counts,
+                probabilities,
+                top_k=model.settings.top_k,
+                counted_tokens=tokens,
+                num_tokens=tokens,
+            ).sum().item()  # fmt: skip
         per_layer = 1 / (tokens * max(1, layers))
         return StepReport(
             loss=loss,
             cross_entropy=cross_entropy / tokens,
-            load_balance_loss=balance.mean().item() if layers else 0.0,
+            load_balance_loss=balance * per_layer,
             z_loss=z * per_layer,
             entropy=entropy * per_layer,
             expert_counts=counts,

@@ -15,6 +15,7 @@ from moetrain.model import (
     total_parameters,
     training_flops_per_token,
 )
+from tests.support.transformers_oracle import oracle_for
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
 
@@ -45,6 +46,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_seq_len": 65536, "rope_theta": 1000000.0, "norm_eps": 1e-5,
         "total": 140630071296, "active": 39161468928,
     },
+    # The paper's tables and the published config.json; total as of a meta-device OlmoeForCausalLM.
+    "olmoe-1b-7b": {
+        "dim": 2048, "num_layers": 16, "num_heads": 16, "num_kv_heads": 16, "head_dim": 128,
+        "ffn_hidden_dim": 1024, "num_experts": 64, "top_k": 8, "vocab_size": 50304,
+        "max_seq_len": 4096, "rope_theta": 10000.0, "norm_eps": 1e-5, "qk_norm": True,
+        "total": 6919161856, "active": 1282017280,
+    },
+    # arXiv 2401.06066, section 5.1.2, and the published config.json: 16.4 B, about 2.8 B active.
+    "deepseek-moe-16b": {
+        "dim": 2048, "num_layers": 28, "num_heads": 16, "num_kv_heads": 16, "head_dim": 128,
+        "ffn_hidden_dim": 1408, "num_experts": 64, "top_k": 6, "vocab_size": 102400,
+        "max_seq_len": 4096, "rope_theta": 10000.0, "norm_eps": 1e-6, "num_shared_experts": 2,
+        "num_dense_layers": 1, "dense_ffn_hidden_dim": 10944,
+        "total": 16375728128, "active": 2828650496,
+    },
 }  # fmt: skip
 
 
@@ -60,6 +76,13 @@ def test_presets_have_the_published_shape_and_parameter_counts(name: str) -> Non
     assert {
         f.name: getattr(settings, f.name) for f in fields(settings)
     }.items() >= published.items()
+
+
+@pytest.mark.parametrize("name", ["olmoe-1b-7b", "deepseek-moe-16b"])
+def test_totals_equal_transformers_on_the_meta_device(name: str) -> None:
+    with torch.device("meta"):
+        oracle = oracle_for(preset(name))
+    assert sum(p.numel() for p in oracle.parameters()) == PUBLISHED[name]["total"]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.yaml")))

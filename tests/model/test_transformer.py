@@ -1,4 +1,4 @@
-"""The decoder against transformers' Mixtral and Mistral, and its losses against plain torch."""
+"""The decoder against transformers' models, and its losses against plain torch."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from moetrain.model import (
     Transformer,
     chunked_cross_entropy,
     load_balance_loss,
+    total_parameters,
 )
 from tests.support.transformers_oracle import copy_weights, oracle_for
 
@@ -27,6 +28,21 @@ SHAPES = {
         SMALL, dim=64, head_dim=16, num_heads=4, num_experts=8, rope_theta=1e6, norm_eps=1e-6
     ),
     "one expert: mistral": dataclasses.replace(SMALL, num_experts=1, top_k=1),
+    "query and key norms, gates of the full softmax: olmoe": dataclasses.replace(
+        SMALL, dim=60, qk_norm=True, router=RouterSettings(normalize_gates=False)
+    ),
+    "sigmoid, bias, groups, shared experts, a dense layer: deepseek-v3": dataclasses.replace(
+        SMALL,
+        num_experts=8,
+        top_k=3,
+        ffn_hidden_dim=40,
+        num_shared_experts=2,
+        num_dense_layers=1,
+        dense_ffn_hidden_dim=72,
+        router=RouterSettings(
+            score_function="sigmoid", num_groups=4, top_groups=2, routed_scaling_factor=2.5
+        ),
+    ),
 }
 
 
@@ -46,6 +62,7 @@ def test_logits_loss_and_gradients_equal_transformers(name: str) -> None:
     torch.manual_seed(0)
     oracle, model = oracle_for(settings), Transformer(settings)
     copy_weights(oracle, model)
+    assert sum(p.numel() for p in oracle.parameters()) == total_parameters(settings)
     tokens = torch.randint(0, settings.vocab_size, (3, 37))
 
     expected = oracle(input_ids=tokens, labels=tokens, output_router_logits=False)
@@ -71,6 +88,7 @@ def test_logits_loss_and_gradients_equal_transformers(name: str) -> None:
         assert error < 4 * tolerance(settings), key  # the way back and the way there
 
 
+@pytest.mark.trap(12)
 def test_masked_tokens_count_in_no_loss_and_no_statistic() -> None:
     torch.manual_seed(0)
     model = _initialised(SMALL)
@@ -114,6 +132,7 @@ def test_balance_loss_is_one_when_balanced_and_rises_when_an_expert_takes_all() 
     torch.testing.assert_close(collapsed, torch.tensor([4.0]))
 
 
+@pytest.mark.trap(5)
 def test_router_learns_from_the_main_loss_alone() -> None:
     model = _initialised(
         dataclasses.replace(
@@ -136,6 +155,7 @@ def test_gates_without_normalisation_are_the_full_softmax() -> None:
     torch.testing.assert_close(routing.gates.squeeze(1), expected.values)
 
 
+@pytest.mark.trap(9)
 def test_routing_is_float32_in_a_bfloat16_model() -> None:
     settings = dataclasses.replace(SMALL, dim=64)
     torch.manual_seed(0)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.model import ModelSettings, RouterSettings, Transformer
+from moetrain.model import ModelSettings, RouterSettings, Transformer, initial_values
 from moetrain.optim import OptimSettings, build_optimizer
 from moetrain.parallel import (
+    ExchangeSettings,
     Gradients,
     ParallelSettings,
     build_meshes,
@@ -31,6 +32,17 @@ MODEL = ModelSettings(
     num_experts=4, top_k=2, vocab_size=64, max_seq_len=64, rope_theta=1e4,
     router=RouterSettings(load_balance_loss_weight=0.5, z_loss_weight=0.1, bias_update_rate=0.01),
 )  # fmt: skip
+# Everything that DeepSeek's models add, and jitter: a dense first layer, shared experts, sigmoid
+# scores with a bias and groups, the balance of each sequence.
+DEEPSEEK = dataclasses.replace(
+    MODEL, num_layers=3, num_experts=8, top_k=3, ffn_hidden_dim=24, num_shared_experts=2,
+    num_dense_layers=1, dense_ffn_hidden_dim=40, qk_norm=True,
+    router=RouterSettings(
+        score_function="sigmoid", num_groups=4, top_groups=2, routed_scaling_factor=2.5,
+        load_balance_loss_weight=0.5, load_balance_scope="sequence", z_loss_weight=0.1,
+        bias_update_rate=0.01, jitter_noise=0.1,
+    ),
+)  # fmt: skip
 SEQUENCES, SEQ_LEN, STEPS = 8, 16, 3
 MAX_NORM = 0.5  # below the norm of every step here, so that clipping takes part
 # A step's gradients are sums over 128 tokens and two layers; three SGD steps let rounding grow.
@@ -46,12 +58,23 @@ class Layout:
     replicate: int = 1
     micro_batch: int | None = None
     recompute: str = "none"
+    exchange: str = "once"
+    recompute_experts: bool = False
 
     def __str__(self) -> str:
         return (
             f"world{self.world}-expert{self.expert}-replicate{self.replicate}"
-            f"-micro{self.micro_batch}-recompute_{self.recompute}"
+            f"-micro{self.micro_batch}-recompute_{self.recompute}-{self.exchange.replace(' ', '_')}"
+            f"{'-recompute_experts' if self.recompute_experts else ''}"
         )
+
+
+EXCHANGES = {
+    "once": ExchangeSettings(),
+    "every copy": ExchangeSettings(send_once=False),
+    "three rounds": ExchangeSettings(num_rounds=3),
+    "bounded": ExchangeSettings(max_load=1.0),  # routing is never even: always some rounds
+}
 
 
 LAYOUTS = [
@@ -67,6 +90,11 @@ LAYOUTS = [
     Layout(1, recompute="full"),
     Layout(2, expert=2, recompute="full"),
     Layout(4, expert=2, recompute="full", micro_batch=1),
+    Layout(1, recompute_experts=True),
+    Layout(2, expert=2, exchange="every copy"),
+    Layout(2, expert=2, exchange="three rounds", recompute_experts=True),
+    Layout(4, expert=2, exchange="bounded"),
+    Layout(2, expert=2, exchange="bounded", recompute="full"),
 ]
 
 
@@ -77,7 +105,10 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
         expert_degree=layout.expert,
         data_replicate_degree=layout.replicate,
         recompute=layout.recompute,
+        exchange=EXCHANGES[layout.exchange],
     )
+    experts = dataclasses.replace(settings.experts, recompute=layout.recompute_experts)
+    settings = dataclasses.replace(settings, experts=experts)
     topology = resolve_topology(
         parallel,
         world_size=world,
@@ -101,7 +132,7 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
     optimizer.register_step_pre_hook(remember_gradients)
     generator = torch.Generator().manual_seed(5)
     reports = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         text = torch.randint(0, settings.vocab_size, (SEQUENCES, SEQ_LEN + 1), generator=generator)
         valid = torch.ones(SEQUENCES, SEQ_LEN, dtype=torch.bool)
         if mask:  # uneven between ranks, one sequence wholly masked
@@ -109,12 +140,14 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
             valid[3, 5:] = False
         share = slice(rank * SEQUENCES // world, (rank + 1) * SEQUENCES // world)
         size = layout.micro_batch or SEQUENCES // world
+        seeds = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)[share]
         micro_batches = [
-            MicroBatch(tokens=x, targets=y, valid=m)
-            for x, y, m in zip(
+            MicroBatch(tokens=x, targets=y, valid=m, noise_seeds=s.tolist())
+            for x, y, m, s in zip(
                 text[share, :-1].split(size),
                 text[share, 1:].split(size),
                 valid[share].split(size),
+                seeds.split(size),
                 strict=True,
             )
         ]
@@ -159,6 +192,7 @@ def reference(request: pytest.FixtureRequest) -> tuple[bool, dict[str, Any]]:
     return request.param, run_ranks(train_steps, 1, Layout(1), MODEL, request.param)[0]
 
 
+@pytest.mark.trap(1, 2, 3, 4, 14)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_loss_gradients_norm_and_sgd_trajectory_equal_one_rank(
     layout: Layout, reference: tuple[bool, dict[str, Any]]
@@ -189,24 +223,114 @@ def test_a_dense_model_trains_the_same_on_every_layout() -> None:
         assert_same(run_ranks(train_steps, layout.world, layout, settings, False)[0], expected)
 
 
-def test_the_first_report_equals_losses_written_out_by_hand() -> None:
-    """Value of each loss against a plain one-process computation of the definitions."""
-    from moetrain.model import initial_values
+@pytest.fixture(scope="module")
+def deepseek_reference() -> dict[str, Any]:
+    return run_ranks(train_steps, 1, Layout(1), DEEPSEEK, True)[0]
 
-    report = run_ranks(train_steps, 4, Layout(4, expert=2), MODEL, True)[0]["reports"][0]
-    model = Transformer(MODEL)
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2),
+        Layout(2, expert=2),
+        Layout(4, expert=2, replicate=2),
+        Layout(4, expert=4),
+        Layout(1, micro_batch=2, recompute="full"),
+        Layout(4, expert=2, micro_batch=1, recompute="full"),
+    ],
+    ids=str,
+)
+def test_deepseeks_router_shared_experts_and_dense_layer_train_the_same_on_every_layout(
+    layout: Layout, deepseek_reference: dict[str, Any]
+) -> None:
+    assert deepseek_reference["reports"][0]["expert_counts"].shape == (2, 8)
+    ours = run_ranks(train_steps, layout.world, layout, DEEPSEEK, True)[0]
+    assert_same(ours, deepseek_reference)
+
+
+def one_process_model(settings: ModelSettings) -> Transformer:
+    """Returns the model with the weights that every layout starts from."""
+    model = Transformer(settings)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim < 3:
                 weight.copy_(initial_values(
-                    name, tuple(weight.shape), settings=MODEL, seed=0, device=CPU
+                    name, tuple(weight.shape), settings=settings, seed=0, device=CPU
                 ))  # fmt: skip
                 continue
-            for expert in range(MODEL.num_experts):
+            for expert in range(settings.num_experts):
                 weight[expert] = initial_values(
-                    name, tuple(weight.shape[1:]), settings=MODEL, seed=0, device=CPU,
+                    name, tuple(weight.shape[1:]), settings=settings, seed=0, device=CPU,
                     expert=expert,
                 )  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.trap(4)
+def test_the_logged_balance_is_the_sequences_mean_by_tokens_over_the_moe_layers_alone(
+    score_function: str,
+) -> None:
+    """Under accumulation and recomputation, and what is added to the loss is that times weight."""
+    router = dataclasses.replace(
+        DEEPSEEK.router, jitter_noise=0.0, score_function=score_function, z_loss_weight=0.0
+    )
+    settings = dataclasses.replace(DEEPSEEK, router=router)
+    layout = Layout(2, expert=2, micro_batch=1, recompute="full")
+    report = run_ranks(train_steps, 2, layout, settings, True)[0]["reports"][0]
+    model = one_process_model(settings)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for moe in model.moe_layers():
+        moe.router.register_forward_hook(
+            lambda r, args, out: seen.append((args[0] @ r.weight.t(), out.experts))
+        )
+    text = torch.randint(
+        0, 64, (SEQUENCES, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5)
+    )
+    valid = torch.ones(SEQUENCES, SEQ_LEN, dtype=torch.bool)
+    valid[0], valid[3, 5:] = False, False
+    model(text[:, :-1], text[:, 1:], valid)
+    assert len(seen) == 2
+    layers = []
+    for logits, experts in seen:
+        scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)
+        shares = (scores / scores.sum(-1, keepdim=True)).view(SEQUENCES, SEQ_LEN, 8)
+        chosen = torch.nn.functional.one_hot(experts, 8).sum(1).view(SEQUENCES, SEQ_LEN, 8)
+        total = 0.0
+        for share, copies, mask in zip(shares, chosen, valid, strict=True):
+            if tokens := int(mask.sum()):
+                f = copies[mask].sum(0) * 8 / (3 * tokens)
+                total += tokens * (f * share[mask].mean(0)).sum().item()
+        layers.append(total / int(valid.sum()))
+    assert report["load_balance_loss"] == pytest.approx(np.mean(layers), rel=RTOL)
+    expected = report["cross_entropy"] + 0.5 * sum(layers)
+    assert report["loss"] == pytest.approx(expected, rel=RTOL)
+
+
+@pytest.mark.trap(3, 4)
+@pytest.mark.parametrize("scope", ["global_batch", "micro_batch", "sequence"])
+def test_what_is_logged_of_the_router_is_what_is_minimised(scope: str) -> None:
+    """In every scope, with padding, dense layers, accumulation and recomputation."""
+    settings = dataclasses.replace(
+        DEEPSEEK, router=dataclasses.replace(DEEPSEEK.router, load_balance_scope=scope)
+    )
+    seen = []
+    for layout in (Layout(2, expert=2, micro_batch=2, recompute="full"), Layout(1)):
+        report = run_ranks(train_steps, layout.world, layout, settings, True)[0]["reports"][0]
+        router_loss = 0.5 * 2 * report["load_balance_loss"] + 0.1 * 2 * report["z_loss"]
+        assert report["loss"] == pytest.approx(report["cross_entropy"] + router_loss, rel=RTOL)
+        seen.append(report["load_balance_loss"])
+    if scope == "micro_batch":  # depends on how the batch is cut, as its name says
+        assert seen[0] != pytest.approx(seen[1], rel=100 * RTOL)
+    else:
+        assert seen[0] == pytest.approx(seen[1], rel=RTOL)
+
+
+@pytest.mark.trap(3, 4)
+def test_the_first_report_equals_losses_written_out_by_hand() -> None:
+    """Value of each loss against a plain one-process computation of the definitions."""
+    report = run_ranks(train_steps, 4, Layout(4, expert=2), MODEL, True)[0]["reports"][0]
+    model = one_process_model(MODEL)
     text = torch.randint(
         0, 64, (SEQUENCES, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5)
     )

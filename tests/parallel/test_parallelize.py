@@ -48,6 +48,7 @@ def initial_weights(expert: int, seed: int) -> dict[str, Any]:
     return {n: p.full_tensor().detach().numpy() for n, p in model.named_parameters()}
 
 
+@pytest.mark.trap(14)
 def test_initial_weights_depend_on_the_seed_alone_and_no_two_experts_are_alike() -> None:
     reference = run_ranks(initial_weights, 1, 1, 0)[0]
     for world, expert in ((2, 2), (4, 2), (4, 4)):
@@ -94,6 +95,7 @@ def gradients_with_unstable_choice(recompute: str, expert: int) -> dict[str, Any
     return {"gradients": named, "choices": sum(made.values())}
 
 
+@pytest.mark.trap(8)
 @pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 2)])
 def test_recomputation_never_routes_again(world: int, expert: int) -> None:
     plain = run_ranks(gradients_with_unstable_choice, world, "none", expert)[0]
@@ -116,6 +118,7 @@ def tied_logits(recompute: str) -> dict[str, Any]:
     return {"counts": output.routing.counts.numpy(), "gradients": grads}
 
 
+@pytest.mark.trap(8)
 def test_tied_logits_under_full_recomputation_count_once_and_match() -> None:
     plain, again = (run_ranks(tied_logits, 2, how)[0] for how in ("none", "full"))
     assert (plain["counts"] == again["counts"]).all()
@@ -152,6 +155,7 @@ def train_in(dtype_name: str) -> dict[str, Any]:
     return {"losses": losses, "stored": stored, **seen}
 
 
+@pytest.mark.trap(9)
 def test_in_bfloat16_the_router_and_everything_stored_stay_float32() -> None:
     exact, rough = (run_ranks(train_in, 2, name)[0] for name in ("float32", "bfloat16"))
     assert rough["x"] == "torch.bfloat16", "the model around the router is in bfloat16"
@@ -177,6 +181,7 @@ def all_tokens_to_one_rank() -> dict[str, Any]:
     return {"by expert": gate.abs().sum((1, 2)).tolist()}
 
 
+@pytest.mark.trap(6)
 def test_a_rank_without_tokens_ends_with_zero_gradients_not_none() -> None:
     sums = run_ranks(all_tokens_to_one_rank, 2)[0]["by expert"]
     assert sums[:2] == [0.0, 0.0]

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from moetrain.checkpoint import candidates, read_manifest
+from moetrain.checks import ConfigError
+from moetrain.train.prepare import demand_same_model
 from tests.support.ranks import run_ranks
 from tests.support.runs import (
     events_of,
@@ -65,6 +67,62 @@ def test_stopped_and_gone_on_equals_never_stopped_bit_for_bit(
     assert_same_tensors(parts, whole)
 
 
+DEEPSEEK = {
+    "model__num_layers": 3, "model__num_dense_layers": 1, "model__dense_ffn_hidden_dim": 48,
+    "model__num_shared_experts": 1, "model__router__score_function": "sigmoid",
+    "model__router__num_groups": 2, "model__router__load_balance_scope": "sequence",
+    "model__router__jitter_noise": 0.2,
+}  # fmt: skip
+
+
+def test_jitter_resumes_bit_for_bit_and_is_the_same_in_every_layout(
+    tmp_path: Path, shards: Path
+) -> None:
+    whole, parts, moved = (tmp_path / name for name in ("whole", "parts", "moved"))
+    sgd = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
+    run(whole, shards, **DEEPSEEK, **sgd)
+    run(parts, shards, stop_at=5, **DEEPSEEK, **sgd)
+    assert run(parts, shards, attempt=2, **DEEPSEEK, **sgd).finished
+    assert metrics_of(parts) == metrics_of(whole)
+    assert_same_tensors(parts, whole)
+    first = metrics_of(whole)[0]
+    assert [k for k in first if k.endswith("expert_00/load")] == [
+        "router/layer_01/expert_00/load", "router/layer_02/expert_00/load",
+    ]  # fmt: skip
+
+    other = {"parallel__expert_degree": 2, "parallel__recompute": "full"}
+    run(moved, shards, world=4, train__micro_batch_size=1, **DEEPSEEK, **sgd, **other)
+    for ours, expected in zip(metrics_of(moved), metrics_of(whole), strict=True):
+        assert ours["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+        assert ours["router/load_balance_loss"] == pytest.approx(
+            expected["router/load_balance_loss"], rel=1e-5
+        )
+
+    still = tmp_path / "still"
+    run(still, shards, **DEEPSEEK | {"model__router__jitter_noise": 0.0}, **sgd)
+    pairs = zip(metrics_of(still), metrics_of(whole), strict=True)
+    assert any(a["train/loss"] != b["train/loss"] for a, b in pairs), "the noise had an effect"
+
+
+def test_forced_balance_is_even_and_leaves_a_warning(tmp_path: Path, shards: Path) -> None:
+    run(tmp_path, shards, world=1, train__num_steps=2, model__router__force_balance=True)
+    assert [r["router/max_violation"] for r in metrics_of(tmp_path)] == [0.0, 0.0]
+    (warning,) = [e for e in events_of(tmp_path) if e["event"] == "warning"]
+    assert "force_balance" in warning["reason"]
+
+
+def test_a_checkpoint_from_before_a_setting_was_there_is_of_a_model_with_its_default(
+    tmp_path: Path, shards: Path
+) -> None:
+    run(tmp_path, shards, world=1, train__num_steps=2)
+    manifest = read_manifest(candidates(tmp_path / "runs/tiny/checkpoints")[0])
+    del manifest.config["model"]["num_shared_experts"]
+    demand_same_model(tiny_config(tmp_path, shards=shards), manifest)
+    changed = tiny_config(tmp_path, shards=shards, model__num_shared_experts=1)
+    with pytest.raises(ConfigError, match=r"model\.num_shared_experts=1"):
+        demand_same_model(changed, manifest)
+
+
 def test_a_finished_run_trains_on_as_if_it_had_not_finished(tmp_path: Path, shards: Path) -> None:
     """Between the two stands a validation, whose forward pass has no backward one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -90,6 +148,7 @@ def test_killed_between_checkpoints_metrics_are_rewound(tmp_path: Path, shards: 
     assert_same_tensors(killed, whole)
 
 
+@pytest.mark.trap(11)
 @pytest.mark.parametrize(
     ("world", "degrees"),
     [
@@ -130,6 +189,7 @@ def load_as_rank(config: Any) -> dict[str, np.ndarray]:
     return restored
 
 
+@pytest.mark.trap(11)
 def test_weights_and_optimizer_state_are_equal_in_every_layout(
     tmp_path: Path, shards: Path
 ) -> None:

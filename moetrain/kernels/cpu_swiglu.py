@@ -1,0 +1,138 @@
+"""The experts on a CPU: one autograd function, an expert at a time while it is in the cache.
+
+Autograd over `weights[e]` would allocate a zero gradient of the whole stack for every expert, and
+keep every intermediate. Here each expert's gradient is written once into its place, the gates
+touch only what is `dim` wide, and the backward pass needs the input and two products again.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moetrain.kernels.copies import Copies, add_up, row_dots
+
+
+def cpu_swiglu(
+    x: Float[Tensor, "rows dim"],
+    gates: Float[Tensor, " copies"],
+    copies: Copies,
+    gate: Float[Tensor, "experts hidden dim"],
+    up: Float[Tensor, "experts hidden dim"],
+    down: Float[Tensor, "experts hidden dim"],
+    *,
+    recompute: bool,
+) -> Float[Tensor, "rows dim"]:
+    """Does what `expert_swiglu` does, by dense products on slices, on a CPU."""
+    sizes = copies.counts.tolist()
+    if sum(sizes) != copies.row.numel():
+        raise ValueError(
+            f"counts add up to {sum(sizes)}, but there are {copies.row.numel()} copies"
+        )
+    keep = torch.is_grad_enabled() and not recompute
+    return _CpuSwiGLU.apply(x, gates, gate, up, down, copies, sizes, keep)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _CpuSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        copies: Copies,
+        sizes: list[int],
+        keep: bool,
+    ) -> Tensor:
+        ctx.copies, ctx.sizes, ctx.keeps = copies, sizes, keep
+        products = []  # of the gate and up matrices, expert by expert
+        y = x.new_empty(copies.row.numel(), x.shape[1])
+        for expert, part in _parts(sizes):
+            rows = _take(x, copies.row[part])
+            g, u = matmul(rows, gate[expert].t()), matmul(rows, up[expert].t())
+            if keep:
+                products += [g, u]
+            h = F.silu(g).mul_(u)
+            y[part].copy_(matmul(h, down[expert])[: part.stop - part.start])
+        # As saved tensors, so that activation checkpointing can let them go.
+        ctx.save_for_backward(x, gates, gate, up, down, *products)
+        return add_up(y, copies, gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gates, gate, up, down, *products = ctx.saved_tensors
+        copies: Copies = ctx.copies
+        grad_rows = x.new_empty(copies.row.numel(), x.shape[1])
+        grad_gates = torch.empty_like(gates)
+        grad_gate, grad_up, grad_down = map(torch.empty_like, (gate, up, down))
+        for expert, size in enumerate(ctx.sizes):
+            if size == 0:
+                for weight in (grad_gate, grad_up, grad_down):
+                    weight[expert].zero_()
+        for expert, part in _parts(ctx.sizes):
+            size, weights = part.stop - part.start, gates[part].unsqueeze(1).to(x.dtype)
+            rows, grads = _take(x, copies.row[part]), _take(grad, copies.row[part])
+            if ctx.keeps:
+                g, u, *products = products
+            else:
+                g, u = matmul(rows, gate[expert].t()), matmul(rows, up[expert].t())
+            # All but what the gates' own gradient needs is linear in the gate: it scales rows of
+            # width dim, before or after the products, and nothing of width hidden.
+            grad_h = matmul(grads, down[expert].t())
+            a = F.silu(g)
+            h = a * u
+            grad_gates[part] = row_dots(grad_h[:size], h[:size])
+            rows[:size] *= weights
+            grads[:size] *= weights
+            matmul(h.t(), grads, out=grad_down[expert])
+            grad_u = torch.mul(grad_h, a, out=a)
+            grad_g = torch.ops.aten.silu_backward(grad_h.mul_(u), g)
+            matmul(grad_g.t(), rows, out=grad_gate[expert])
+            matmul(grad_u.t(), rows, out=grad_up[expert])
+            both = matmul(grad_g, gate[expert]).add_(matmul(grad_u, up[expert]))
+            grad_rows[part].copy_(both[:size])
+        grad_x = add_up(grad_rows, copies, gates)
+        return grad_x, grad_gates, grad_gate, grad_up, grad_down, None, None, None
+
+
+def _parts(sizes: list[int]) -> list[tuple[int, slice]]:
+    """Returns the experts that have copies, with the slice of copies of each."""
+    parts, start = [], 0
+    for expert, size in enumerate(sizes):
+        if size:
+            parts.append((expert, slice(start, start + size)))
+        start += size
+    return parts
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns the rows, and rows of zeros up to the next of few sizes.
+
+    oneDNN generates code for every new shape, which costs as much as a small product; the sizes
+    of experts change with every step. Zero rows add nothing anywhere.
+    """
+    size = rows.numel()
+    step = max(8, 2 ** ((size - 1).bit_length() - 4))  # at most an eighth more
+    out = x.new_empty(-(-size // step) * step, x.shape[1])
+    torch.index_select(x, 0, rows, out=out[:size])
+    out[size:].zero_()
+    return out
+
+
+def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Returns `a @ b`, by oneDNN where torch has it.
+
+    torch.mm takes MKL for float32, which leaves half of an AMD processor's speed (it runs AVX2
+    where oneDNN runs AVX-512); on others the two are about equal. Measured by
+    `python -m benchmarks.moe_layer`, whose limit is timed with both.
+    """
+    if a.is_cpu and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)

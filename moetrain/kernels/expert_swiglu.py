@@ -1,0 +1,125 @@
+"""The arithmetic of the experts: SwiGLU, each copy of a row with its own expert's matrices.
+
+Owns the choice of backend. The backends agree to rounding on every routing, experts without a
+copy included; a copy is never dropped.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.kernels.autotune import Backend, choose_backend
+from moetrain.kernels.copies import Copies, gather_copies, sum_copies
+from moetrain.kernels.cpu_swiglu import cpu_swiglu
+from moetrain.kernels.megablocks_ops import megablocks_refuses, megablocks_swiglu
+
+BACKENDS = ("auto", "megablocks", "grouped_mm", "cpu")
+
+
+def expert_swiglu(
+    x: Float[Tensor, "rows dim"],
+    gates: Float[Tensor, " copies"],
+    copies: Copies,
+    gate: Float[Tensor, "experts hidden dim"],
+    up: Float[Tensor, "experts hidden dim"],
+    down: Float[Tensor, "experts hidden dim"],
+    *,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> Float[Tensor, "rows dim"]:
+    """Returns for each row the sum over its copies c, of expert e, of
+
+    `gates[c] * (silu(row @ gate[e].T) * (row @ up[e].T)) @ down[e]` (arXiv 2002.05202).
+
+    `gates` stand in the order of `copies.row`. With `recompute` the backward pass keeps the rows
+    alone, and computes what is `hidden` wide again. Raises ValueError where a backend can't serve
+    the shape, the device or this machine.
+    """
+    dtypes = {tensor.dtype for tensor in (x, gate, up, down)}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(f"rows and weights must be of one dtype, not {names}: cast them")
+    if backend == "auto":
+        backend = _fastest(x, gates, copies, gate, up, down)
+    if backend == "cpu":
+        return cpu_swiglu(x, gates, copies, gate, up, down, recompute=recompute)
+    if backend not in GROUPED:
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    compute = GROUPED[backend]
+    if recompute and torch.is_grad_enabled():
+        result: Tensor = checkpoint(
+            compute, x, gates, copies, gate, up, down, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
+    return compute(x, gates, copies, gate, up, down)
+
+
+def _fastest(
+    x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+) -> str:
+    if x.device.type == "cpu":
+        return "cpu"
+    refusals = {
+        "megablocks": megablocks_refuses(x, copies, gate, up, down),
+        "grouped_mm": grouped_mm_refuses(x, gate),
+    }
+    able = {name: GROUPED[name] for name, reason in refusals.items() if reason is None}
+    if not able:
+        return "cpu"  # slow on a GPU, and takes any shape
+    if len(able) == 1:
+        return next(iter(able))
+    try:
+        return choose_backend(x, gates, copies, gate, up, down, candidates=able)
+    except torch.OutOfMemoryError:
+        return "grouped_mm"  # this once: it needs no memory for padding
+
+
+def grouped_mm_refuses(x: Tensor, gate: Tensor) -> str | None:
+    """Returns why torch's grouped product can't serve a shape, with the way out; None if it can."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"backend='grouped_mm' has no products of {x.dtype}: cast, or use backend='cpu'"
+    dim, hidden = gate.shape[2], gate.shape[1]
+    if (dim * x.element_size()) % 16 or (hidden * x.element_size()) % 16:
+        return (
+            f"backend='grouped_mm' needs rows of whole 16 bytes; dim={dim} and hidden={hidden} of "
+            f"{x.dtype} are not: choose multiples of {16 // x.element_size()}, or backend='cpu'"
+        )
+    return None
+
+
+def _grouped_mm_swiglu(
+    x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    if reason := grouped_mm_refuses(x, gate):
+        raise ValueError(reason)
+    ends = copies.counts.cumsum(0, dtype=torch.int32)
+    rows = gather_copies(x, copies)
+    g = _grouped_mm(rows, gate.transpose(1, 2), ends)
+    u = _grouped_mm(rows, up.transpose(1, 2), ends)
+    return sum_copies(_grouped_mm(_SwiGLU.apply(g, u), down, ends), copies, gates)  # type: ignore[no-untyped-call]
+
+
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights, offs=ends)
+
+
+GROUPED: Mapping[str, Backend] = {"megablocks": megablocks_swiglu, "grouped_mm": _grouped_mm_swiglu}
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(g) * u, keeping no more than g and u for its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(g, u)
+        return F.silu(g).mul_(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        g, u = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * u, g), F.silu(g).mul_(grad)

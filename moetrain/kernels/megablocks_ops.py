@@ -1,0 +1,257 @@
+"""The experts' SwiGLU by the kernels of MegaBlocks (arXiv 2211.15841) and its sparse toolkit stk.
+
+Owns every import of `megablocks`, `stk` and `triton`, all of them late: the package works without
+them, and `unavailable_because` says what is missing. Leaves the choice of backend to others.
+
+Copies are padded to whole blocks of 128 for each expert. The intermediate is then a block-sparse
+matrix [padded rows, experts * hidden], in which a row has the blocks of its expert, and each of
+the three products is one kernel over all experts.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from moetrain.kernels import megablocks_ops_in_torch
+from moetrain.kernels.copies import Copies, gather_copies, sum_copies
+
+BLOCK = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKAGES = {"triton": "triton", "stk": "stanford-stk", "megablocks": "megablocks"}
+INSTALL = "`make kernels` installs what is needed (the pip line is in docs/kernels.md)"
+
+
+class _Libraries(NamedTuple):
+    ops: Any
+    stk: Any
+    interpreted: bool
+    """Whether Triton made the kernels for its interpreter, which runs them on CPU tensors."""
+
+
+@functools.cache
+def _libraries() -> _Libraries:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of optional parts that are missing
+        try:
+            import megablocks_ops  # noqa: F401
+        except ImportError:
+            sys.modules["megablocks_ops"] = megablocks_ops_in_torch
+        import megablocks.backend.kernels as kernels
+        import megablocks.ops as ops
+        import stk
+        import stk.ops
+        from triton.runtime.interpreter import InterpretedFunction
+    copying = [kernels._padded_copy, kernels._padded_copy_wgrad]
+    interpreted = isinstance(copying[0].fn, InterpretedFunction)
+    if interpreted:  # it has no device to time several configurations on
+        for kernel in copying:
+            kernel.configs = kernel.configs[-1:]
+    return _Libraries(ops, stk, interpreted)
+
+
+@functools.cache
+def _missing_packages() -> list[str]:  # asked in every forward pass
+    return [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
+
+
+def unavailable_because(device: torch.device | str | None = None) -> str | None:
+    """Returns why the backend can't run on a device, with the way out; None where it can.
+
+    Without a device: on CUDA where there is one, else on the CPU.
+    """
+    if missing := _missing_packages():
+        return f"{', '.join(missing)} not installed: {INSTALL}"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device: use backend='cpu'"
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "the kernels are for CUDA, and on a CPU run only in Triton's interpreter, which is for "
+            "tests: set TRITON_INTERPRET=1 before Python starts, or use backend='cpu'"
+        )
+    if kind not in ("cpu", "cuda"):
+        return f"the kernels run on CUDA, not on {kind}"
+    try:
+        interpreted = _libraries().interpreted
+    except Exception as error:  # whatever a library of another version raises
+        return f"importing megablocks failed ({type(error).__name__}: {error}): {INSTALL}"
+    if interpreted and kind == "cuda":
+        return "TRITON_INTERPRET=1 is set, so the kernels would run on the CPU: unset it"
+    if not interpreted and kind == "cpu":
+        return "TRITON_INTERPRET=1 was set after triton was imported: set it before Python starts"
+    return None
+
+
+def megablocks_swiglu(
+    x: Float[Tensor, "rows dim"],
+    gates: Float[Tensor, " copies"],
+    copies: Copies,
+    gate: Float[Tensor, "experts hidden dim"],
+    up: Float[Tensor, "experts hidden dim"],
+    down: Float[Tensor, "experts hidden dim"],
+) -> Float[Tensor, "rows dim"]:
+    """Returns for each row the gated sum of its experts' outputs, zero for a row without copies.
+
+    Copy `c` of row `x` at expert `e` adds `gates[c] * (silu(x @ gate[e].T) * (x @ up[e].T)) @
+    down[e]`. `gates` are in the order of `copies.row` and stay float32; their gradient is
+    rounded to `x`'s dtype once. Any `dim` and `hidden` are served exactly: what isn't a multiple
+    of 128 is padded with zeros, which copies the weights (as does a non-contiguous weight).
+    Float32 products are TF32 on CUDA, unless TRITON_F32_DEFAULT=ieee is set.
+    Waits for the device once, because the number of padded rows decides shapes.
+
+    Raises ValueError, with the reason and the way out, where the backend can't run (see
+    `unavailable_because`), for dtypes that the kernels don't multiply, and for sizes past their
+    32-bit offsets: padded rows * dim, padded rows * hidden and experts * hidden * dim.
+    """
+    if reason := megablocks_refuses(x, copies, gate, up, down):
+        raise ValueError(reason)
+    if not copies.row.numel():
+        return _without_copies(x, gates, copies, gate, up, down)
+    ops, stk, _ = _libraries()
+    experts, hidden, dim = gate.shape
+    width = _rounded_up(hidden)
+    gate, up, down = (_stacked(weight, hidden=width) for weight in (gate, up, down))
+    with torch.no_grad():
+        bins = copies.counts.cumsum(0)
+        padded_bins = _rounded_up(copies.counts).cumsum(0)
+        position = torch.arange(copies.row.numel(), device=x.device)
+        bin_ids = torch.searchsorted(bins, position, right=True)
+        # MegaBlocks numbers copies by token: copy j of row r is r * top_k + j.
+        order = position if copies.per_row is None else copies.slot
+        places = [t.int() for t in (order, bin_ids, bins, padded_bins)]
+    if copies.per_row is None:
+        top_k, weights = 1, gates.contiguous()
+        rows = gather_copies(x, copies)
+    else:
+        # by_row is a permutation: the backward adds one value to each place, in whatever order.
+        top_k, weights = copies.per_row, gates.index_select(0, copies.by_row)
+        rows = x.contiguous()
+
+    gathered = ops.padded_gather(_padded(rows, (0, -dim % BLOCK)), *places, top_k)
+    with torch.no_grad():
+        blocks = _block_indices(
+            padded_bins // BLOCK, height=gathered.shape[0] // BLOCK, width=width // BLOCK
+        )
+    shape = (gathered.shape[0], experts * width)
+    unset = torch.empty(blocks[0].numel(), BLOCK, BLOCK, dtype=x.dtype, device="meta")
+    topology = stk.Matrix(shape, unset, *blocks)
+    opened = stk.ops.sdd(gathered, gate.t(), topology).data  # [blocks, 128, 128]
+    passed = stk.ops.sdd(gathered, up.t(), topology).data
+    inner = stk.Matrix(shape, F.silu(opened) * passed, *blocks)
+    outputs = stk.ops.dsd(inner, down)  # [padded rows, dim]
+    out = ops.padded_scatter(outputs, *places[:2], weights, *places[2:], top_k)[:, :dim]
+    if copies.per_row is None:
+        out = sum_copies(out, copies)
+    return out  # type: ignore[no-any-return]
+
+
+def megablocks_refuses(
+    x: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+) -> str | None:
+    """Returns why the kernels can't serve these, with the way out; None if they can."""
+    reason = unavailable_because(x.device)
+    if reason:
+        return f"backend='megablocks' can't run here: {reason}"
+    if not gate.shape == up.shape == down.shape:
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in (gate, up, down))
+        return f"gate, up and down must be of one shape, not {shapes}"
+    dtypes = {tensor.dtype for tensor in (x, gate, up, down)}
+    if len(dtypes) > 1 or x.dtype not in DTYPES:
+        return (
+            f"backend='megablocks' needs rows and weights of one dtype among {_names(DTYPES)}, "
+            f"not {_names(dtypes)}: cast them, or use backend='cpu'"
+        )
+    if x.dtype == torch.bfloat16 and _libraries().interpreted:
+        return "Triton's interpreter computes wrong products of bfloat16: use float32 or float16"
+    experts, hidden, dim = (gate.shape[0], *map(_rounded_up, gate.shape[1:]))
+    num_copies = copies.row.numel()
+    # Each expert with copies pads at most 127 rows; how many it really pads only the device knows.
+    padded = num_copies + min(num_copies, experts) * (BLOCK - 1)
+    for what, elements in {
+        f"{padded} padded rows * dim {dim}": padded * dim,
+        f"{padded} padded rows * hidden {hidden}": padded * hidden,
+        f"{experts} experts * hidden {hidden} * dim {dim}": experts * hidden * dim,
+    }.items():
+        if elements >= 2**31:
+            return (
+                f"{what} = {elements} is past the 32-bit offsets (2**31) of MegaBlocks' kernels: "
+                "use fewer tokens or experts on a rank, or backend='grouped_mm'"
+            )
+    return None
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _rounded_up(size: Any) -> Any:
+    """Returns a size, or a tensor of sizes, as whole blocks."""
+    return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _without_copies(
+    x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """Returns zeros, through products without rows: every argument gets a zero gradient.
+
+    The kernels would be launched on empty grids, and Triton would choose configurations by timing
+    nothing.
+    """
+    rows = x[copies.row]  # [0, dim]
+    outputs = (F.silu(rows @ gate[0].t()) * (rows @ up[0].t())) @ down[0]
+    return torch.zeros_like(x).index_add(0, copies.row, outputs * gates.to(x.dtype)[:, None])
+
+
+def _stacked(weight: Tensor, *, hidden: int) -> Tensor:
+    """Returns all experts' weights as one dense [experts * hidden, dim], padded to whole blocks.
+
+    stk tells a transposed operand by its strides, and takes other strides for a plain one.
+    """
+    missing = (0, -weight.shape[2] % BLOCK, 0, hidden - weight.shape[1])
+    return _padded(weight, missing).flatten(0, 1).contiguous()
+
+
+def _padded(tensor: Tensor, missing: tuple[int, ...]) -> Tensor:
+    """Returns a tensor with zeros added; itself where none are missing: `F.pad` would copy it."""
+    return F.pad(tensor, missing) if any(missing) else tensor
+
+
+def _block_indices(ends: Tensor, *, height: int, width: int) -> list[Tensor]:
+    """Returns where the blocks of the intermediate stand, in the order that `stk.Matrix` takes.
+
+    `ends` [experts] counts the block rows up to and with each expert; of all `height` rows of
+    blocks each has its expert's `width` columns. All indices are int32: those of MegaBlocks
+    are int16, which overflows from 32,768 columns on, and in products of theirs from 256.
+
+    An expert's blocks are a dense rectangle, and so their order by column follows from its corner
+    and its height, without a sort.
+    """
+    starts = F.pad(ends, (1, 0))[:-1]
+    row = torch.arange(height, device=ends.device)
+    column = torch.arange(width, device=ends.device)
+    expert = torch.searchsorted(ends, row, right=True)[:, None]  # [height, 1]
+    first, tall = starts[expert], (ends - starts)[expert]
+    # The blocks in order of column fill the expert's part of the list anew, column by column.
+    within = (row[:, None] - first) * width + column  # [height, width]
+    row_t = first + within % tall
+    offsets_t = starts[:, None] * width + (ends - starts)[:, None] * column  # [experts, width]
+    indices = (
+        row[:, None].expand(height, width),
+        expert * width + column,
+        torch.arange(height + 1, device=ends.device) * width,
+        row_t,
+        F.pad(offsets_t.flatten(), (0, 1), value=height * width),
+        row_t * width + within // tall,
+    )
+    return [index.int().flatten() for index in indices]

@@ -1,0 +1,1 @@
+"""`python -m moetrain.verify`: the same batches under several layouts, shown to train the same."""

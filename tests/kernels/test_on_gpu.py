@@ -1,0 +1,58 @@
+"""The backends on a CUDA device: against float64 on the CPU, and the choice between them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.kernels import expert_swiglu, unavailable_because
+from tests.kernels.test_expert_swiglu import choices, dense_loop, problem
+
+pytestmark = pytest.mark.gpu
+
+CASES = ["random", "no rows", "one row", "all rows on one expert", "300 experts"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["megablocks", "grouped_mm", "cpu"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_float64(case: str, backend: str, recompute: bool, dtype: torch.dtype) -> None:
+    if backend == "megablocks" and (reason := unavailable_because("cuda")):
+        pytest.skip(reason)
+    copies, tensors = problem(*choices(case), dim=128, hidden=256)
+    low = [t.detach().to(dtype) for t in tensors]
+    low[1] = tensors[1].detach()  # gates are float32
+    exact = [t.double().requires_grad_() for t in low]
+    expected = dense_loop(copies, *exact)
+    grad = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, exact, grad)
+
+    here = copies._replace(
+        **{k: v.cuda() for k, v in copies._asdict().items() if isinstance(v, torch.Tensor)}
+    )
+    mine = [t.cuda().requires_grad_() for t in low]
+    out = expert_swiglu(*mine[:2], here, *mine[2:], backend=backend, recompute=recompute)
+    ours = torch.autograd.grad(out, mine, grad.to("cuda", dtype))
+    # At most six roundings on the way to a gradient; float32 products may be TF32, of 10 bits.
+    eps = 6 * (2**-8 if dtype == torch.bfloat16 else 2**-10)
+    for got, truth in zip((out, *ours), (expected, *theirs), strict=True):
+        error = (got.detach().cpu().double() - truth).norm()
+        assert error <= eps * truth.norm() + 1e-30
+
+
+def test_auto_measures_once_and_keeps_its_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := unavailable_because("cuda"):
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    copies, tensors = problem(*choices("random"), dim=128, hidden=256)
+    here = copies._replace(
+        **{k: v.cuda() for k, v in copies._asdict().items() if isinstance(v, torch.Tensor)}
+    )
+    x, gates, gate, up, down = (t.detach().cuda() for t in tensors)
+    expert_swiglu(x, gates, here, gate, up, down, backend="auto")
+    (choice,) = json.loads((tmp_path / "moetrain" / "backends.json").read_text()).values()
+    assert choice["fastest"] in ("megablocks", "grouped_mm")
