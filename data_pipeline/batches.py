@@ -16,15 +16,25 @@ from data_pipeline.settings import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences to train or validate on: three arrays of one shape [sequences, seq_len].
+    """Sequences to train or validate on: four arrays of one shape [sequences, seq_len].
 
     `targets` holds the token after each of `tokens`; a place where `loss_mask` is False is
-    padding, which counts neither in a loss nor in a load.
+    padding, which counts neither in a loss nor in a load. `document_starts` is True where a
+    document, what is left of one, or padding begins, and so at the first place of a sequence.
+    `sources` [sequences] numbers the source of each, in the folder's order.
     """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
     loss_mask: NDArray[np.bool_]
+    document_starts: NDArray[np.bool_]
+    sources: NDArray[np.int64]
+
+    @property
+    def cu_seqlens(self) -> NDArray[np.int32]:
+        """Where documents begin in the flattened batch, and its length: int32 [documents + 1]."""
+        starts = np.flatnonzero(self.document_starts)
+        return np.append(starts, self.document_starts.size).astype(np.int32)
 
 
 class GlobalBatches:
@@ -138,8 +148,14 @@ def _batch(
         if filled <= seq_len:
             row[filled:] = padding
             mask[max(filled - 1, 0) :] = False
+    tokens = np.ascontiguousarray(rows[:, :-1])
+    # A document's first token is the target of the end of the one before it.
+    document_starts = tokens == padding
+    document_starts[:, 0] = True
     return Batch(
-        tokens=np.ascontiguousarray(rows[:, :-1]),
+        tokens=tokens,
         targets=np.ascontiguousarray(rows[:, 1:]),
         loss_mask=loss_mask,
+        document_starts=document_starts,
+        sources=np.zeros(len(positions), dtype=np.int64),
     )

@@ -31,6 +31,7 @@ from data_pipeline.settings import (
     BuildSettings,
     DataError,
     DataSettings,
+    SourceSettings,
     resolved_dir,
     source_name,
 )
@@ -64,7 +65,7 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
         return existing
     name = _checked_name(settings)
     tokenizer = tokenizer_named(settings.tokenizer)
-    corpus = open_corpus(settings.corpus)
+    corpus = open_corpus(settings.corpus or "")
     folder = Path(settings.to).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.building-{secrets.token_hex(4)}")
@@ -184,19 +185,22 @@ def _index(source: SourceEntry, tokenizer: Tokenizer, settings: BuildSettings) -
 
 def _build_entry(settings: BuildSettings) -> BuildEntry:
     return BuildEntry(
-        corpus=settings.corpus,
+        sources={
+            _checked_name(settings): SourceSettings(
+                corpus=settings.corpus or "", language=settings.language, licence=settings.licence
+            )
+        },
         tokenizer=settings.tokenizer,
+        end_of_document=settings.end_of_document,
         validation_fraction=settings.validation_fraction,
         shard_tokens=settings.shard_tokens,
-        name=settings.name,
-        language=settings.language,
-        licence=settings.licence,
+        on_corrupt=settings.on_corrupt,
     )
 
 
 def _checked_name(settings: BuildSettings) -> str:
     if settings.name is None:
-        return source_name(settings.corpus)
+        return source_name(settings.corpus or "")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", settings.name):
         raise DataError(
             f"name={settings.name!r} goes into file names and metric names: give up to 40 letters, "

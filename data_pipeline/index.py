@@ -12,10 +12,10 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.settings import DataError
+from data_pipeline.settings import DataError, OnCorrupt, SourceSettings
 from data_pipeline.tokenizers import token_dtype
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SPLITS = ("train", "validation")
 
@@ -24,20 +24,26 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TokenizerEntry:
-    """The tokenizer that made the tokens; `fingerprint` is a SHA-256 in hex."""
+    """The tokenizer that made the tokens; `fingerprint` is a SHA-256 in hex.
+
+    `file` is the `tokenizer.json` in the folder, None where the name says all.
+    """
 
     name: str
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ShardEntry:
     """One tar of documents, and the table that says where in it each document's tokens are.
 
-    `documents` names a `.npy` of int64 [num_documents, 2]: the byte offset of a document's tokens
-    in the tar, and their number, the end of the document included.
+    `documents` names a `.npy` of int64 [num_documents, 3]: the byte offset of a document's tokens
+    in the tar, their number (the end of the document included), and the CRC-32 of their bytes.
+    In a folder of text it is the same of the UTF-8 text and its bytes, and `num_tokens` is 0.
+    `num_bytes` counts UTF-8 text.
     """
 
     file: str
@@ -45,6 +51,7 @@ class ShardEntry:
     sha256: str
     num_documents: int
     num_tokens: int
+    num_bytes: int
     documents: str
     documents_sha256: str
 
@@ -84,23 +91,25 @@ class SourceEntry:
 class BuildEntry:
     """The settings that decide what a folder holds; the number of processes isn't one."""
 
-    corpus: str
+    sources: dict[str, SourceSettings]
     tokenizer: str
+    end_of_document: str | None
     validation_fraction: float
     shard_tokens: int
-    name: str | None
-    language: str | None
-    licence: str | None
+    on_corrupt: OnCorrupt
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Index:
-    """All of `index.json`; `dtype` is numpy's name of the tokens' little-endian type."""
+    """All of `index.json`; `dtype` is numpy's name of the tokens' little-endian type.
+
+    Both it and `tokenizer` are None in a folder of text.
+    """
 
     format_version: int
     build: BuildEntry
-    tokenizer: TokenizerEntry
-    dtype: str
+    tokenizer: TokenizerEntry | None
+    dtype: str | None
     sources: tuple[SourceEntry, ...]
 
 
@@ -151,11 +160,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_sense(index: Index, path: Path) -> None:
-    dtype = token_dtype(index.tokenizer.vocab_size).name
+    dtype = index.tokenizer and token_dtype(index.tokenizer.vocab_size).name
     if index.dtype != dtype:
         raise DataError(
-            f"{path} is damaged: dtype {index.dtype!r}, where a vocabulary of "
-            f"{index.tokenizer.vocab_size} is stored as {dtype!r}; build it again"
+            f"{path} is damaged: dtype {index.dtype!r}, where "
+            f"{index.tokenizer and index.tokenizer.name} is stored as {dtype!r}; build it again"
         )
     if not index.sources:
         raise DataError(f"{path} is damaged: it has no sources; build it again")

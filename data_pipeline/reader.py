@@ -42,8 +42,8 @@ class ShardFolder:
         folder = cls(Path(path).absolute(), read_index(Path(path)))
         for shard in folder._shards():
             _check_size(folder.path / shard.file, shard.size)
-            # A .npy of format 1.0 has a header of 128 bytes, then two int64 a document.
-            _check_size(folder.path / shard.documents, 128 + 16 * shard.num_documents)
+            # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
+            _check_size(folder.path / shard.documents, 128 + 24 * shard.num_documents)
         return folder
 
     @property
@@ -55,6 +55,7 @@ class ShardFolder:
     @property
     def tokenizer(self) -> TokenizerEntry:
         """Name, vocabulary size, end of document and fingerprint of what made the tokens."""
+        assert self.index.tokenizer is not None  # text: see text mode
         return self.index.tokenizer
 
     @property
@@ -196,13 +197,13 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def _table(folder: Path, shard: ShardEntry, *, itemsize: int) -> NDArray[np.int64]:
-    """The table of a shard's documents [num_documents, 2], checked against hash and index."""
+    """The table of a shard's documents [num_documents, 3], checked against hash and index."""
     path = folder / shard.documents
     if sha256_of(path) != shard.documents_sha256:
         raise DataError(f"{path} is not what was written; restore it, or build the folder again")
     table: NDArray[np.int64] = np.load(path, allow_pickle=False)
     fits = (
-        table.shape == (shard.num_documents, 2)
+        table.shape == (shard.num_documents, 3)
         and int(table[:, 1].sum()) == shard.num_tokens
         and bool((table[:, 1] > 0).all())
         and bool((table[:, 0] >= 0).all())

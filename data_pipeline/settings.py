@@ -6,6 +6,8 @@ them, and the reading of command lines to `command`. The types are those that
 """
 
 import re
+from dataclasses import field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,47 +16,121 @@ from pydantic.dataclasses import dataclass
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0.0)]
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataError(ValueError):
     """Data, or a setting about data, that can't be used; the message names it and a way out."""
 
 
+class OnCorrupt(StrEnum):
+    """What to do with data that isn't what it should be: end, or count it and go on without."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class Packing(StrEnum):
+    """How documents become sequences: cut from one long stream, or packed with few cuts."""
+
+    stream = "stream"
+    best_fit = "best_fit"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class StageSettings:
+    """Other weights from a step on, as for annealing on better text at the end of a run."""
+
+    from_step: Count
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CacheSettings:
+    """How shards come from a remote folder, and where they are kept meanwhile.
+
+    `dir` is a folder on a local disk; none given: `~/.cache/moetrain/shards`. It is kept under
+    `max_gib`. A request that fails, or brings nothing for `timeout_seconds`, is tried again
+    `num_retries` times, after pauses that double.
+    """
+
+    dir: str | None = None
+    max_gib: Positive = 50.0
+    timeout_seconds: Positive = 60.0
+    num_retries: Annotated[int, Field(ge=0)] = 5
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataSettings:
     """The `data.*` part of the training configuration.
 
-    `dir` is a folder of shards that exists. Without it the shards of `corpus` and `tokenizer` are
-    taken from `data/` in the working directory, and built there when missing.
+    `dir` is a folder of shards that exists, here or at a URL. Without it the shards of `corpus`
+    and `tokenizer` are taken from `data/` in the working directory, and built there when missing.
+    Shards of text are tokenised while training, with `tokenizer`.
+
+    Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
+    1 / `temperature` (1: in proportion; larger: more even); `stages` change the weights later.
+    A source that would be read more than `max_epochs` times ends the command before it starts.
+
+    `mask_documents` keeps attention inside a document. `shuffle_window` counts shards among which
+    sequences are mixed at a time; none given: a whole epoch. `num_workers` threads (processes
+    for text) read `prefetch_batches` global batches ahead.
     """
 
     dir: str | None = None
     corpus: str = "stdlib"
     tokenizer: str = "bytes"
+    weights: dict[str, float] | None = None
+    epochs: dict[str, float] | None = None
+    temperature: Positive = 1.0
+    stages: list[StageSettings] = field(default_factory=list)
+    max_epochs: Positive | None = None
+    packing: Packing = Packing.stream
+    mask_documents: bool = False
+    shuffle_window: Count | None = None
+    on_corrupt: OnCorrupt = OnCorrupt.fail
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    prefetch_batches: Count = 2
+    cache: CacheSettings = field(default_factory=CacheSettings)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SourceSettings:
+    """One source of a build: where its text is, and what the index says of it."""
+
+    corpus: str
+    language: str | None = None
+    licence: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BuildSettings:
     """The settings of `python -m data_pipeline.build`.
 
-    `corpus` is `stdlib`, a folder of text files, a text file, or a `.jsonl`/`.jsonl.gz` file.
-    `to` is the folder to make. `validation_fraction` is the share of documents held out,
-    `shard_tokens` the number of tokens at which a shard is full. `num_processes` tokenise; none
-    given: as many as there are cores, where the tokenizer is slow enough to need them. `name`,
-    `language` and `licence` describe the source in the index.
+    Either `corpus` is the only source, described by `name`, `language` and `licence`, or
+    `sources` has several by name. `to` is the folder to make. `tokenizer` is a name, the path of
+    a `tokenizer.json`, `bpe:N` (N ids, trained on the text itself), or `none` (the text is kept
+    as text); `end_of_document` names the token of a `tokenizer.json` that ends a document.
+    `validation_fraction` is the share of documents held out, `shard_tokens` the number of tokens
+    (of bytes, for text) at which a shard is full. `num_processes` tokenise; none given: as many
+    as there are cores, where the tokenizer is slow enough to need them. `on_corrupt` says what
+    becomes of input that can't be read.
     """
 
-    corpus: str
-    tokenizer: str
     to: str
-    validation_fraction: Fraction = 0.05
-    shard_tokens: Count = 2**24
-    num_processes: Count | None = None
+    tokenizer: str
+    corpus: str | None = None
     name: str | None = None
     language: str | None = None
     licence: str | None = None
+    sources: dict[str, SourceSettings] = field(default_factory=dict)
+    end_of_document: str | None = None
+    validation_fraction: Fraction = 0.05
+    shard_tokens: Count = 2**24
+    num_processes: Count | None = None
+    on_corrupt: OnCorrupt = OnCorrupt.fail
 
 
 def resolved_dir(settings: DataSettings) -> Path:

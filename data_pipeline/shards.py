@@ -5,6 +5,7 @@ to `builder` which documents come, and to `reader` the way back.
 """
 
 import io
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,12 @@ class _OpenShard:
     file: BinaryIO
     tar: Any  # webdataset has no types
     size: int = 0
-    documents: list[tuple[int, int]]
+    num_bytes: int = 0
+    documents: list[tuple[int, int, int]]
 
     @property
     def num_tokens(self) -> int:
-        return sum(num_tokens for _, num_tokens in self.documents)
+        return sum(num_tokens for _, num_tokens, _ in self.documents)
 
 
 class SplitWriter:
@@ -49,7 +51,6 @@ class SplitWriter:
         self._shard_tokens = shard_tokens
         self._open: _OpenShard | None = None
         self._num_tokens_open = 0
-        self._num_bytes = 0
         self._closed: list[ShardEntry] = []
 
     def __enter__(self) -> Self:
@@ -79,10 +80,10 @@ class SplitWriter:
         shard.tar.write({"__key__": key, "npy": member})
         # One header block stands before a member; its tokens follow the .npy file's own header.
         offset = shard.size + _TAR_BLOCK + len(member) - tokens.nbytes
-        shard.documents.append((offset, len(tokens)))
+        shard.documents.append((offset, len(tokens), zlib.crc32(tokens.tobytes())))
         shard.size += _TAR_BLOCK + -(-len(member) // _TAR_BLOCK) * _TAR_BLOCK
         self._num_tokens_open += len(tokens)
-        self._num_bytes += num_bytes
+        shard.num_bytes += num_bytes
 
     def entry(self) -> SplitEntry:
         """What was written, for the index."""
@@ -90,7 +91,7 @@ class SplitWriter:
         return SplitEntry(
             num_documents=sum(shard.num_documents for shard in self._closed),
             num_tokens=sum(shard.num_tokens for shard in self._closed),
-            num_bytes=self._num_bytes,
+            num_bytes=sum(shard.num_bytes for shard in self._closed),
             shards=tuple(self._closed),
         )
 
@@ -119,6 +120,7 @@ class SplitWriter:
                 sha256=sha256_of(tar),
                 num_documents=len(shard.documents),
                 num_tokens=shard.num_tokens,
+                num_bytes=shard.num_bytes,
                 documents=table.name,
                 documents_sha256=sha256_of(table),
             )

@@ -68,6 +68,8 @@ def _padded(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> Batch:
         tokens=np.ascontiguousarray(tokens),
         targets=np.ascontiguousarray(targets),
         loss_mask=mask,
+        document_starts=np.arange(seq_len) == np.zeros((sequences, 1), np.int64),
+        sources=np.zeros(sequences, np.int64),
     )
 
 
