@@ -36,7 +36,7 @@ class JsonTokenizer:
 
     def __init__(self, name: str, definition: str, *, end_of_document: int) -> None:
         self.name = name
-        self.definition = definition
+        self.definition: str | None = definition
         self.end_of_document = end_of_document
         content = _content(definition, where=name)
         # In one spelling, so that the fingerprint is that of the tokenizer, not of the file.

@@ -44,7 +44,7 @@ class MixtralTokenizer:
     """
 
     needs_processes = True
-    definition = None
+    definition: str | None = None
 
     def __init__(self, name: str) -> None:
         model = (files("mistral_common") / "data" / _FILES[name]).read_bytes()

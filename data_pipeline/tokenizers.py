@@ -84,9 +84,7 @@ def tokenizer_from(entry: "TokenizerEntry", *, definition: bytes | None) -> Toke
             f"the index names the tokenizer {entry.name!r} and no file that defines it; "
             "build the folder again"
         )
-    tokenizer = tokenizer_again(
-        entry.name, definition=text, end_of_document=entry.end_of_document
-    )
+    tokenizer = tokenizer_again(entry.name, definition=text, end_of_document=entry.end_of_document)
     if tokenizer.fingerprint != entry.fingerprint:
         where = "that name means here" if entry.file is None else f"{entry.file} defines"
         raise DataError(
@@ -126,7 +124,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
     fingerprint = hashlib.sha256(b"utf-8 bytes, end of document 256").hexdigest()
-    definition = None
+    definition: str | None = None
     needs_processes = False
 
     def encode(self, text: str) -> NDArray[np.integer]:
