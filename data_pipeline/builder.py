@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipeline.baselines import BaselineCounter
 from data_pipeline.corpora import Corpus, LeftOut, kept_documents, open_corpus
-from data_pipeline.encoding import encoded_documents, num_encoding_processes
+from data_pipeline.encoding import Encoder, num_encoding_processes
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -133,8 +133,8 @@ def _write_source(
     left_out, baselines = LeftOut(), BaselineCounter()
     documents = kept_documents(corpus.raw_documents(), left_out=left_out)
     num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
-    encoded = encoded_documents(documents, tokenizer=tokenizer, num_processes=num_processes)
     with ExitStack() as open_files:
+        encoder = open_files.enter_context(Encoder(tokenizer, num_processes=num_processes))
         writers = {
             split: open_files.enter_context(
                 SplitWriter(folder, prefix=f"{name}-{split}", shard_tokens=settings.shard_tokens)
@@ -144,7 +144,9 @@ def _write_source(
         counter = open_files.enter_context(
             byte_progress(f"tokenising {name}", num_bytes=corpus.num_bytes, shown=progress)
         )
+        encoded = encoder.encoded((document, document.content) for document in documents)
         for number, (document, tokens) in enumerate(encoded):
+            assert tokens is not None
             split = split_of(document.digest, validation_fraction=settings.validation_fraction)
             writers[split].write(tokens, key=f"{number:09d}", num_bytes=len(document.content))
             baselines.add(document.content, split=split)
