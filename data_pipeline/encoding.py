@@ -36,15 +36,16 @@ class Encoder:
     """Encodes documents with one tokenizer, in processes that serve any number of sources.
 
     The processes start at once, so that what the caller does meanwhile costs no time. Use as a
-    context manager. With more than one process a script that does must guard its own start with
-    `if __name__ == "__main__"`, as `multiprocessing` asks.
+    context manager, or end with `close()`. With no processes the caller encodes; with any, a
+    script that does must guard its own start with `if __name__ == "__main__"`, as
+    `multiprocessing` asks.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, num_processes: int) -> None:
         self._tokenizer = tokenizer
         self._num_ahead = num_processes * _BATCHES_AHEAD
         self._pool: ProcessPoolExecutor | None = None
-        if num_processes > 1:
+        if num_processes:
             self._pool = ProcessPoolExecutor(
                 num_processes,
                 # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
@@ -63,6 +64,10 @@ class Encoder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -90,11 +95,11 @@ class Encoder:
 
 
 def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
-    """How many processes tokenise: as many as asked for, else what the tokenizer needs."""
+    """How many processes beside the caller's tokenise: as asked for, else what is needed."""
     if asked is not None:
-        return asked
+        return asked if asked > 1 else 0
     if not tokenizer.needs_processes:
-        return 1
+        return 0
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that a container or a job left us
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -27,7 +27,7 @@ from data_pipeline.index import (
     sha256_of,
 )
 from data_pipeline.settings import DataError, OnCorrupt
-from data_pipeline.tokenizers import token_dtype
+from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
 
 
 class Files(Protocol):
@@ -69,26 +69,48 @@ class LocalFiles:
 class ShardFolder:
     """A complete folder of shards, opened by `ShardFolder.open`.
 
-    `damaged` says of each shard that was found missing or cut short what is wrong with it.
+    `damaged` says of each shard that was found missing or cut short what is wrong with it,
+    `text_tokenizer` is what the text of a folder of text is tokenised with, None in one of tokens.
     """
 
     def __init__(
-        self, path: Path, index: Index, files: Files, *, damaged: Mapping[str, str]
+        self,
+        path: Path,
+        index: Index,
+        files: Files,
+        *,
+        damaged: Mapping[str, str],
+        text_tokenizer: Tokenizer | None = None,
     ) -> None:
         self.path = path
+        self.text_tokenizer = text_tokenizer
         self.index = index
         self.damaged = damaged
         self._files = files
 
     @classmethod
-    def open(cls, path: str | Path, *, on_corrupt: OnCorrupt = OnCorrupt.fail) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        on_corrupt: OnCorrupt = OnCorrupt.fail,
+        tokenizer: str | None = None,
+    ) -> Self:
         """Opens a folder: reads its index and looks that each file is there in its full size.
 
         Raises DataError naming the folder or file that isn't as it should be; to skip, shards
-        that aren't are noted in `damaged` instead.
+        that aren't are noted in `damaged` instead. `tokenizer` names what a folder of text is to
+        be tokenised with; a folder of tokens has its own.
         """
         files, damaged = LocalFiles(Path(path).absolute()), dict[str, str]()
-        folder = cls(Path(path).absolute(), read_index(Path(path)), files, damaged=damaged)
+        index = read_index(Path(path))
+        folder = cls(
+            Path(path).absolute(),
+            index,
+            files,
+            damaged=damaged,
+            text_tokenizer=tokenizer_named(tokenizer) if tokenizer and not index.dtype else None,
+        )
         for shard in folder._shards():
             files.check(shard.documents, size=_table_size(shard))
             try:
@@ -108,8 +130,18 @@ class ShardFolder:
     @property
     def tokenizer(self) -> TokenizerEntry:
         """Name, vocabulary size, end of document and fingerprint of what made the tokens."""
-        assert self.index.tokenizer is not None  # text: see text mode
-        return self.index.tokenizer
+        if self.index.tokenizer is not None:
+            return self.index.tokenizer
+        if self.text_tokenizer is None:
+            raise DataError(
+                f"{self.path} holds text: say what to tokenise it with, by data.tokenizer"
+            )
+        return TokenizerEntry(
+            name=self.text_tokenizer.name,
+            vocab_size=self.text_tokenizer.vocab_size,
+            end_of_document=self.text_tokenizer.end_of_document,
+            fingerprint=self.text_tokenizer.fingerprint,
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -1,0 +1,214 @@
+"""Text that is tokenised while training: its sequences, wherever reading begins.
+
+Owns the way from documents of text, in the order of the seed, to sequences of tokens. Leaves the
+order to `order`, tokenising to `encoding`, and arrays of batches to `batches`.
+
+How many tokens a document has is only known when it is tokenised. So the place of a sequence
+follows from all documents before it, or from a place that was known: a checkpoint holds one for
+each source, as three integers. Every rank tokenises all documents, and so knows the same places.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.order import Order
+from data_pipeline.packing import Pieces
+from data_pipeline.reader import Documents
+
+_Integers = NDArray[np.int64]
+_Texts = Iterable[tuple[None, bytes | None]]
+Encoded = Callable[[_Texts], Iterator[tuple[None, NDArray[np.integer] | None]]]
+
+_DOCUMENTS_AT_ONCE = 1024  # whose places in the order are asked for together
+_PLACES_KEPT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sequence begins: at token `offset` of the `document`-th document in the order."""
+
+    sequence: int = 0
+    document: int = 0
+    offset: int = 0
+
+
+class EncodedDocuments:
+    """Tokenised documents in memory, each with its end; None for one that isn't what was written.
+
+    Read as `reader.Documents` are.
+    """
+
+    def __init__(
+        self, tokens: Sequence[NDArray[np.integer] | None], *, end_of_document: int
+    ) -> None:
+        self._whole = np.array([found is not None for found in tokens], dtype=np.bool_)
+        self._tokens = [np.array([end_of_document]) if found is None else found for found in tokens]
+        lengths = [len(found) for found in self._tokens]
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        self.dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint32)  # holds any tokenizer's ids
+
+    def whole(self, documents: _Integers) -> NDArray[np.bool_]:
+        """Which of the documents [n] are what was written."""
+        whole: NDArray[np.bool_] = self._whole[documents]
+        return whole
+
+    def read(
+        self,
+        documents: _Integers,
+        offsets: _Integers,
+        lengths: _Integers,
+        *,
+        out: NDArray[np.unsignedinteger],
+        places: _Integers,
+    ) -> _Integers:
+        """Copies pieces [n] to `places` of the one-dimensional `out`.
+
+        Returns the token before each piece [n], of no meaning where an offset is 0.
+        """
+        before = np.zeros(len(documents), np.int64)
+        pieces = zip(documents.tolist(), offsets.tolist(), lengths.tolist(), strict=True)
+        for number, (document, offset, length) in enumerate(pieces):
+            tokens = self._tokens[document]
+            out[places[number] : places[number] + length] = tokens[offset : offset + length]
+            before[number] = tokens[offset - 1]
+        return before
+
+
+class TextSequences:
+    """The sequences of a source of text, of `seq_len` tokens each, without end.
+
+    Sequences are cut from one stream of all documents, epoch after epoch. Reading on is cheapest;
+    going back or far ahead tokenises what is between the place and the nearest known one before
+    it. Safe to use from several threads, which wait for each other.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        order: Order,
+        encoded: Encoded,
+        end_of_document: int,
+        seq_len: int,
+        start: Place,
+    ) -> None:
+        self._documents = documents
+        self._order = order
+        self._encoded = encoded
+        self._end_of_document = end_of_document
+        self._seq_len = seq_len
+        self._places = {start.sequence: start}
+        self._here = start
+        self._tokens: Iterator[NDArray[np.integer] | None] | None = None  # as yet unread
+        self._current: NDArray[np.integer] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, numbers: _Integers, *, first: int, last: int) -> tuple[EncodedDocuments, Pieces]:
+        """What stands in the sequences `numbers` [rows], which are among first … last - 1.
+
+        Raises ValueError for a sequence before the start, DataError for a document that isn't what
+        was written, unless such are skipped: then the sequence where it would begin is lost.
+        """
+        with self._lock:
+            self._go_to(first)
+            wanted = {number: row for row, number in enumerate(numbers.tolist())}
+            found, pieces = list[NDArray[np.integer] | None](), list[tuple[int, ...]]()
+            newest = -1
+            for sequence, slot, document, offset, length in self._walk(last):
+                if sequence not in wanted:
+                    continue
+                if document != newest:
+                    newest = document
+                    found.append(self._current)
+                pieces.append((wanted[sequence], slot, len(found) - 1, offset, length))
+            self._remember()
+        table = np.array(pieces, np.int64).reshape(-1, 5).T
+        documents = EncodedDocuments(found, end_of_document=self._end_of_document)
+        rows, slots, which, offsets, lengths = table
+        return documents, Pieces(
+            rows=rows, slots=slots, documents=which, offsets=offsets, lengths=lengths
+        )
+
+    def place(self, number: int) -> Place:
+        """Where sequence `number` begins."""
+        with self._lock:
+            if number not in self._places:
+                self._go_to(number)
+            return self._places[number]
+
+    def _go_to(self, number: int) -> None:
+        if number != self._here.sequence or self._tokens is None:
+            known = [place for place in self._places if place <= number]
+            if not known:
+                raise ValueError(
+                    f"sequence {number} is before {min(self._places)}, from where on this text "
+                    "is known"
+                )
+            nearest = self._places[max(known)]
+            if self._tokens is None or not nearest.sequence <= self._here.sequence <= number:
+                self._here, tokens = nearest, self._encoded_from(nearest.document)
+                self._current = next(tokens)
+                self._tokens = tokens
+            for _ in self._walk(number):
+                pass
+        self._remember()
+
+    def _remember(self) -> None:
+        self._places[self._here.sequence] = self._here
+        if len(self._places) > _PLACES_KEPT:
+            del self._places[next(iter(list(self._places)[1:]))]  # the start is always kept
+
+    def _walk(self, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """Goes on to sequence `end`; yields (sequence, slot, document, offset, length) of pieces.
+
+        `_current` has the document of the piece that was yielded last.
+        """
+        assert self._tokens is not None
+        tokens, here, slot = self._tokens, self._here, 0
+        self._tokens = None  # until the walk has come to its end: what fails on it begins anew
+        while here.sequence < end:
+            num_tokens = 1 if self._current is None else len(self._current)
+            length = min(num_tokens - here.offset, self._seq_len - slot)
+            yield here.sequence, slot, here.document, here.offset, length
+            slot += length
+            document, offset = here.document, here.offset + length
+            if offset == num_tokens:
+                document, offset = document + 1, 0
+                self._current = next(tokens)
+            full, slot = divmod(slot, self._seq_len)
+            here = Place(sequence=here.sequence + full, document=document, offset=offset)
+        self._here, self._tokens = here, tokens
+
+    def _encoded_from(self, document: int) -> Iterator[NDArray[np.integer] | None]:
+        """The tokens of the documents in the order, from number `document` on."""
+        return (tokens for _, tokens in self._encoded(self._texts_from(document)))
+
+    def _texts_from(self, document: int) -> Iterator[tuple[None, bytes | None]]:
+        for first in count(document, _DOCUMENTS_AT_ONCE):
+            _, positions = self._order.at(np.arange(first, first + _DOCUMENTS_AT_ONCE))
+            for position in positions.tolist():
+                whole = self._documents.whole(np.array([position]))[0]
+                yield None, self._documents.tokens(position).tobytes() if whole else None
+
+
+def encoded_documents(
+    documents: Documents, *, encoded: Encoded, end_of_document: int, num_tokens: int | None
+) -> EncodedDocuments:
+    """The documents in stored order, tokenised: all, or the first ones that have `num_tokens`."""
+    found, so_far = list[NDArray[np.integer] | None](), 0
+    texts = (
+        (None, documents.tokens(number).tobytes() if whole else None)
+        for number in range(documents.num_documents)
+        for whole in documents.whole(np.array([number]))
+    )
+    for _, tokens in encoded(texts):
+        found.append(tokens)
+        so_far += 1 if tokens is None else len(tokens)
+        if num_tokens is not None and so_far >= num_tokens:
+            break
+    return EncodedDocuments(found, end_of_document=end_of_document)
