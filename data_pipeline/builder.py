@@ -1,42 +1,69 @@
-"""Building a shard folder: corpus → documents → tokens → split → shards → index, in that order.
+"""Building a shard folder: corpora → documents → split → tokens → shards → index, in that order.
 
-Owns the line from text to a complete folder and the rule that a folder appears whole or not at
-all. Leaves each step to the file that is named for it.
+Owns the line from text to a complete folder, and what a later start need not do again. Leaves
+each step to the file that is named for it.
 """
 
-import os
+import hashlib
 import re
-import secrets
-import shutil
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.baselines import BaselineCounter
-from data_pipeline.corpora import Corpus, LeftOut, kept_documents, open_corpus
-from data_pipeline.encoding import encoded_documents, num_encoding_processes
+from data_pipeline.corpora import Corpus, Document, LeftOut, kept_documents, open_corpus
+from data_pipeline.encoding import encoded, num_encoding_processes
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX_NAME,
     SPLITS,
+    TOKENIZER_NAME,
+    Baselines,
     BuildEntry,
     Index,
     SourceEntry,
+    SplitEntry,
     TokenizerEntry,
     write_index,
 )
-from data_pipeline.progress import byte_progress
+from data_pipeline.progress import ByteCounter, byte_progress, tell
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
     BuildSettings,
     DataError,
     DataSettings,
-    SourceSettings,
     resolved_dir,
-    source_name,
+    sources_of,
 )
 from data_pipeline.shards import SplitWriter
-from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
+from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_again, tokenizer_named
+from data_pipeline.unfinished import (
+    FinishedDocuments,
+    TextChanged,
+    UnfinishedBuild,
+    unfinished_build,
+)
+
+# A tokenizer is trained on the beginning of each source's training split, up to this many bytes.
+TRAINING_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """A document on its way: of which source, the how-manieth there, and whether it is done."""
+
+    source: str
+    number: int
+    split: str
+    document: Document
+    is_finished: bool
 
 
 def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFolder:
@@ -47,36 +74,64 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
     folder = resolved_dir(settings)
     if settings.dir is not None:
         return ShardFolder.open(folder)
-    build = BuildSettings(corpus=settings.corpus, tokenizer=settings.tokenizer, to=str(folder))
+    build = BuildSettings(
+        corpus=settings.corpus,
+        tokenizer=settings.tokenizer,
+        to=str(folder),
+        on_corrupt=settings.on_corrupt,
+    )
     return build_shards(build, progress=progress)
 
 
 def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFolder:
     """Makes the shard folder `settings.to`, or opens it where it is there and the same.
 
-    The same text and settings give the same bytes in every file, whatever the number of
-    processes. The folder is written under another name beside its place and renamed when complete.
+    The same text and settings give the same bytes in every file, whatever the number of processes
+    and however often the build was stopped and started again. The folder is built in a hidden one
+    beside its place and renamed when complete.
 
-    Raises DataError for a corpus or tokenizer there is none of, a corpus without documents to
+    Raises DataError for a corpus or tokenizer there is none of, a source without documents to
     train on, and a place that holds something else.
     """
+    say = partial(tell, shown=progress)
     existing = existing_shards(settings)
     if existing is not None:
         return existing
-    name = _checked_name(settings)
-    tokenizer = tokenizer_named(settings.tokenizer)
-    corpus = open_corpus(settings.corpus or "")
+    corpora = {
+        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt)
+        for name, source in sources_of(settings).items()
+    }
+    tokenizer = _tokenizer_given(settings)
+    demands = _demands(settings, tokenizer)
     folder = Path(settings.to).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.building-{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        source = _write_source(partial, name, corpus, tokenizer, settings, progress=progress)
-        write_index(_index(source, tokenizer, settings), partial)
-        _flush_to_disk(partial)
-        _take_place(partial, folder, settings)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is left there after a success
+    with unfinished_build(folder, tell=say) as unfinished:
+        existing = existing_shards(settings)  # by another process, while this one waited
+        if existing is not None:
+            return existing
+        other = unfinished.claim(demands)
+        if other is not None:
+            say(f"{unfinished.path} was of a build with {other}; beginning anew")
+        if unfinished.num_finished():
+            say(f"going on in {unfinished.path}: {unfinished.num_finished()} shards are finished")
+        try:
+            _write(unfinished, corpora, tokenizer, settings, progress=progress)
+        except TextChanged:
+            say("the text isn't what the finished shards were made of; beginning anew")
+            unfinished.discard()
+            _write(unfinished, corpora, tokenizer, settings, progress=progress)
+        except DataError as error:
+            if not unfinished.num_finished():
+                raise
+            raise DataError(
+                f"{error}; {unfinished.num_finished()} finished shards are kept in "
+                f"{unfinished.path}, and the same command goes on from there"
+            ) from error
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # A disk that is full while a file is written to names no file.
+            raise OSError(error.errno, error.strerror, str(unfinished.path)) from error
+        unfinished.complete(folder)
     return ShardFolder.open(folder)
 
 
@@ -93,14 +148,19 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
             f"to={settings.to!r} is there and is no shard folder; give a folder that doesn't exist"
         )
     shards = ShardFolder.open(folder)
-    wanted, found = asdict(_build_entry(settings)), asdict(shards.index.build)
+    index = shards.index
+    wanted, found = asdict(_build_entry(settings)), asdict(index.build)
+    if not any(source.num_left_out.get("corrupt") for source in index.sources):
+        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
     for key, value in wanted.items():
-        if found[key] != value:
+        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
+        if repr(found[key]) != repr(value):
             raise DataError(
                 f"to={settings.to!r} holds shards built with {key}={found[key]!r}, not "
                 f"{key}={value!r}; give another folder, or remove that one"
             )
-    if tokenizer_named(settings.tokenizer).fingerprint != shards.tokenizer.fingerprint:
+    tokenizer = _tokenizer_given(settings)
+    if tokenizer and index.tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
         raise DataError(
             f"to={settings.to!r} holds shards of another version of tokenizer="
             f"{settings.tokenizer!r}; give another folder, or remove that one"
@@ -121,75 +181,218 @@ def split_of(digest: bytes, *, validation_fraction: float) -> str:
     return "validation" if share < validation_fraction else "train"
 
 
-def _write_source(
-    folder: Path,
-    name: str,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+def _write(
+    unfinished: UnfinishedBuild,
+    corpora: dict[str, Corpus],
+    tokenizer: Tokenizer | None,
     settings: BuildSettings,
     *,
     progress: bool,
-) -> SourceEntry:
-    left_out, baselines = LeftOut(), BaselineCounter()
-    documents = kept_documents(corpus.raw_documents(), left_out=left_out)
-    num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
-    encoded = encoded_documents(documents, tokenizer=tokenizer, num_processes=num_processes)
-    with ExitStack() as open_files:
-        writers = {
-            split: open_files.enter_context(
-                SplitWriter(folder, prefix=f"{name}-{split}", shard_tokens=settings.shard_tokens)
+) -> None:
+    """Writes all that isn't finished yet; raises TextChanged where what is no longer fits."""
+    if _bpe_size(settings):
+        tokenizer = _trained(unfinished, corpora, settings, progress=progress)
+    left_out = {name: LeftOut() for name in corpora}
+    items = _items(unfinished, corpora, settings, left_out=left_out)
+    num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
+    written: dict[str, tuple[dict[str, SplitEntry], Baselines]] = {}
+    with (
+        closing(_with_tokens(items, tokenizer, settings)) as documents,
+        byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
+    ):
+        for name, group in groupby(documents, key=lambda pair: pair[0].source):
+            written[name] = _write_source(unfinished, name, group, settings, counter=counter)
+    for name in corpora:
+        splits = written[name][0] if name in written else None
+        if splits is None or splits["train"].num_documents == 0:
+            unfinished.discard()
+            num_validation = splits["validation"].num_documents if splits else 0
+            counts = ", ".join(
+                f"{number} {reason.replace('_', ' ')}"
+                for reason, number in asdict(left_out[name]).items()
             )
-            for split in SPLITS
+            raise DataError(
+                f"source {name} (corpus={sources_of(settings)[name].corpus!r}) has no document to "
+                f"train on: {num_validation} for validation, left out {counts}; give a folder or "
+                "file with more text, or a smaller validation_fraction"
+            )
+    if tokenizer and tokenizer.definition is not None:
+        (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
+    index = Index(
+        format_version=FORMAT_VERSION,
+        build=_build_entry(settings),
+        tokenizer=tokenizer and _tokenizer_entry(tokenizer),
+        dtype=tokenizer and token_dtype(tokenizer.vocab_size).name,
+        sources=tuple(
+            SourceEntry(
+                name=name,
+                description=corpora[name].description,
+                language=source.language,
+                licence=source.licence,
+                num_left_out=asdict(left_out[name]),
+                splits=written[name][0],
+                baselines=written[name][1],
+            )
+            for name, source in sources_of(settings).items()
+        ),
+    )
+    write_index(index, unfinished.shards)
+
+
+def _items(
+    unfinished: UnfinishedBuild,
+    corpora: dict[str, Corpus],
+    settings: BuildSettings,
+    *,
+    left_out: dict[str, LeftOut],
+) -> Iterator[_Item]:
+    """The documents of all sources in turn; raises TextChanged where finished ones have changed."""
+    seen: set[bytes] = set()
+    for name, corpus in corpora.items():
+        finished = {
+            split: FinishedDocuments(unfinished.finished(f"{name}-{split}")) for split in SPLITS
         }
-        counter = open_files.enter_context(
-            byte_progress(f"tokenising {name}", num_bytes=corpus.num_bytes, shown=progress)
-        )
-        for number, (document, tokens) in enumerate(encoded):
+        documents = kept_documents(corpus.raw_documents(), left_out=left_out[name], seen=seen)
+        for number, document in enumerate(documents):
             split = split_of(document.digest, validation_fraction=settings.validation_fraction)
-            writers[split].write(tokens, key=f"{number:09d}", num_bytes=len(document.content))
-            baselines.add(document.content, split=split)
-            counter.advance(len(document.content))
-    entries = {split: writer.entry() for split, writer in writers.items()}
-    if entries["train"].num_documents == 0:
-        raise DataError(
-            f"corpus={settings.corpus!r} has no document to train on: "
-            f"{entries['validation'].num_documents} for validation, left out "
-            f"{left_out.not_utf8} not UTF-8, {left_out.empty} empty, "
-            f"{left_out.duplicate} duplicate; give a folder or file with more text"
-        )
-    return SourceEntry(
-        name=name,
-        description=corpus.description,
-        language=settings.language,
-        licence=settings.licence,
-        num_left_out=asdict(left_out),
-        splits=entries,
-        baselines=baselines.baselines(),
+            yield _Item(
+                source=name,
+                number=number,
+                split=split,
+                document=document,
+                is_finished=finished[split].take(number, document.digest),
+            )
+        for each in finished.values():
+            each.end()
+
+
+def _with_tokens(
+    items: Iterator[_Item], tokenizer: Tokenizer | None, settings: BuildSettings
+) -> Iterator[tuple[_Item, NDArray[np.integer] | None]]:
+    """Each item with its tokens; with None where it is finished or stays text."""
+    if tokenizer is None:
+        return ((item, None) for item in items)
+    return encoded(
+        ((item, None if item.is_finished else item.document.text) for item in items),
+        tokenizer=tokenizer,
+        num_processes=num_encoding_processes(tokenizer, asked=settings.num_processes),
     )
 
 
-def _index(source: SourceEntry, tokenizer: Tokenizer, settings: BuildSettings) -> Index:
-    return Index(
-        format_version=FORMAT_VERSION,
-        build=_build_entry(settings),
-        tokenizer=TokenizerEntry(
-            name=tokenizer.name,
-            vocab_size=tokenizer.vocab_size,
-            end_of_document=tokenizer.end_of_document,
-            fingerprint=tokenizer.fingerprint,
-        ),
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        sources=(source,),
+def _write_source(
+    unfinished: UnfinishedBuild,
+    name: str,
+    documents: Iterable[tuple[_Item, NDArray[np.integer] | None]],
+    settings: BuildSettings,
+    *,
+    counter: ByteCounter,
+) -> tuple[dict[str, SplitEntry], Baselines]:
+    baselines = BaselineCounter()
+    with ExitStack() as open_files:
+        writers = {
+            split: open_files.enter_context(
+                SplitWriter(
+                    unfinished.shards,
+                    source=name,
+                    split=split,
+                    shard_tokens=settings.shard_tokens,
+                    finished=unfinished.finished(f"{name}-{split}"),
+                    keep=unfinished.keep,
+                )
+            )
+            for split in SPLITS
+        }
+        for item, tokens in documents:
+            document = item.document
+            if not item.is_finished:
+                writers[item.split].write(
+                    tokens, content=document.content, number=item.number, digest=document.digest
+                )
+            baselines.add(document.content, split=item.split)
+            counter.advance(len(document.content))
+    return {split: writer.entry() for split, writer in writers.items()}, baselines.baselines()
+
+
+def _trained(
+    unfinished: UnfinishedBuild,
+    corpora: dict[str, Corpus],
+    settings: BuildSettings,
+    *,
+    progress: bool,
+) -> Tokenizer:
+    """The tokenizer of `bpe:N`; raises TextChanged where it was trained on other text before."""
+    # Imported here: only a build that trains needs it.
+    from data_pipeline.json_tokenizer import train_bpe
+
+    texts_hash = hashlib.sha256()
+    num_bytes = sum(min(corpus.num_bytes, TRAINING_BYTES) for corpus in corpora.values())
+    with byte_progress("training the tokenizer", num_bytes=num_bytes, shown=progress) as counter:
+        texts = _training_texts(corpora, settings, texts_hash=texts_hash, counter=counter)
+        definition = unfinished.trained()
+        if definition is None:
+            definition = train_bpe(texts, vocab_size=_bpe_size(settings))
+            unfinished.keep_trained(definition, texts_hash=texts_hash.hexdigest())
+        else:
+            for _ in texts:
+                pass
+            unfinished.check_trained(texts_hash=texts_hash.hexdigest())
+    # The end of a document is the first id that is given out.
+    return tokenizer_again(settings.tokenizer, definition=definition, end_of_document=0)
+
+
+def _training_texts(
+    corpora: dict[str, Corpus],
+    settings: BuildSettings,
+    *,
+    texts_hash: "hashlib._Hash",
+    counter: ByteCounter,
+) -> Iterator[str]:
+    """The beginning of each source's training split; adds the documents to `texts_hash`."""
+    seen: set[bytes] = set()
+    for corpus in corpora.values():
+        num_bytes = 0
+        for document in kept_documents(corpus.raw_documents(), left_out=LeftOut(), seen=seen):
+            counter.advance(len(document.content))
+            fraction = settings.validation_fraction
+            if split_of(document.digest, validation_fraction=fraction) == "train":
+                texts_hash.update(document.digest)
+                yield document.text
+                num_bytes += len(document.content)
+                if num_bytes >= TRAINING_BYTES:
+                    break
+
+
+def _bpe_size(settings: BuildSettings) -> int:
+    """N of `tokenizer=bpe:N`; 0 for any other tokenizer."""
+    bpe = re.fullmatch(r"bpe:(\d{1,9})", settings.tokenizer)
+    return int(bpe[1]) if bpe else 0
+
+
+def _tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
+    """The tokenizer that the settings name; None where it is to be trained, and for text."""
+    if _bpe_size(settings) or settings.tokenizer == "none":
+        if settings.end_of_document is not None:
+            raise DataError(
+                f"end_of_document={settings.end_of_document!r} is for a tokenizer.json, not for "
+                f"tokenizer={settings.tokenizer!r}; leave it out"
+            )
+        return None
+    return tokenizer_named(settings.tokenizer, end_of_document=settings.end_of_document)
+
+
+def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    return TokenizerEntry(
+        name=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        end_of_document=tokenizer.end_of_document,
+        fingerprint=tokenizer.fingerprint,
+        file=None if tokenizer.definition is None else TOKENIZER_NAME,
     )
 
 
 def _build_entry(settings: BuildSettings) -> BuildEntry:
     return BuildEntry(
-        sources={
-            _checked_name(settings): SourceSettings(
-                corpus=settings.corpus or "", language=settings.language, licence=settings.licence
-            )
-        },
+        sources=sources_of(settings),
         tokenizer=settings.tokenizer,
         end_of_document=settings.end_of_document,
         validation_fraction=settings.validation_fraction,
@@ -198,31 +401,9 @@ def _build_entry(settings: BuildSettings) -> BuildEntry:
     )
 
 
-def _checked_name(settings: BuildSettings) -> str:
-    if settings.name is None:
-        return source_name(settings.corpus or "")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", settings.name):
-        raise DataError(
-            f"name={settings.name!r} goes into file names and metric names: give up to 40 letters, "
-            "digits, '-' and '_'"
-        )
-    return settings.name
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Makes sure that a rename can't outlive the bytes it makes visible."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _take_place(partial: Path, folder: Path, settings: BuildSettings) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        # Another process may have built the same folder meanwhile; then its work is as good.
-        if existing_shards(settings) is None:
-            raise
+def _demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What decides the bytes of a shard, and so whether a build can be gone on with."""
+    entry = asdict(_build_entry(settings))
+    del entry["on_corrupt"]  # it decides whether a build ends, not what is in its shards
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    return {"format_version": FORMAT_VERSION, **entry, "fingerprint": fingerprint}
