@@ -6,30 +6,25 @@ each step to the file that is named for it.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_pipeline.baselines import BaselineCounter
 from data_pipeline.corpora import Corpus, Document, LeftOut, kept_documents, open_corpus
-from data_pipeline.encoding import encoded, num_encoding_processes
+from data_pipeline.encoding import Encoder, num_encoding_processes
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX_NAME,
     SPLITS,
     TOKENIZER_NAME,
-    Baselines,
     BuildEntry,
     Index,
     SourceEntry,
-    SplitEntry,
     TokenizerEntry,
     write_index,
 )
@@ -46,6 +41,7 @@ from data_pipeline.shards import SplitWriter
 from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_again, tokenizer_named
 from data_pipeline.unfinished import (
     FinishedDocuments,
+    FinishedShard,
     TextChanged,
     UnfinishedBuild,
     unfinished_build,
@@ -57,9 +53,8 @@ TRAINING_BYTES = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
-    """A document on its way: of which source, the how-manieth there, and whether it is done."""
+    """A document on its way: its number in its source, its split, and whether it is done."""
 
-    source: str
     number: int
     split: str
     document: Document
@@ -192,102 +187,55 @@ def _write(
     """Writes all that isn't finished yet; raises TextChanged where what is no longer fits."""
     if _bpe_size(settings):
         tokenizer = _trained(unfinished, corpora, settings, progress=progress)
-    left_out = {name: LeftOut() for name in corpora}
-    items = _items(unfinished, corpora, settings, left_out=left_out)
     num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
-    written: dict[str, tuple[dict[str, SplitEntry], Baselines]] = {}
+    seen: set[bytes] = set()
     with (
-        closing(_with_tokens(items, tokenizer, settings)) as documents,
+        _encoder(tokenizer, settings) as encoder,
         byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
     ):
-        for name, group in groupby(documents, key=lambda pair: pair[0].source):
-            written[name] = _write_source(unfinished, name, group, settings, counter=counter)
-    for name in corpora:
-        splits = written[name][0] if name in written else None
-        if splits is None or splits["train"].num_documents == 0:
-            unfinished.discard()
-            num_validation = splits["validation"].num_documents if splits else 0
-            counts = ", ".join(
-                f"{number} {reason.replace('_', ' ')}"
-                for reason, number in asdict(left_out[name]).items()
+        sources = tuple(
+            _write_source(
+                unfinished, name, corpus, encoder, settings, seen=seen, counter=counter
             )
-            raise DataError(
-                f"source {name} (corpus={sources_of(settings)[name].corpus!r}) has no document to "
-                f"train on: {num_validation} for validation, left out {counts}; give a folder or "
-                "file with more text, or a smaller validation_fraction"
-            )
-    if tokenizer and tokenizer.definition is not None:
+            for name, corpus in corpora.items()
+        )
+    if tokenizer is not None and tokenizer.definition is not None:
         (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
     index = Index(
         format_version=FORMAT_VERSION,
         build=_build_entry(settings),
-        tokenizer=tokenizer and _tokenizer_entry(tokenizer),
-        dtype=tokenizer and token_dtype(tokenizer.vocab_size).name,
-        sources=tuple(
-            SourceEntry(
-                name=name,
-                description=corpora[name].description,
-                language=source.language,
-                licence=source.licence,
-                num_left_out=asdict(left_out[name]),
-                splits=written[name][0],
-                baselines=written[name][1],
-            )
-            for name, source in sources_of(settings).items()
-        ),
+        tokenizer=None if tokenizer is None else _tokenizer_entry(tokenizer),
+        dtype=None if tokenizer is None else token_dtype(tokenizer.vocab_size).name,
+        sources=sources,
     )
     write_index(index, unfinished.shards)
 
 
-def _items(
-    unfinished: UnfinishedBuild,
-    corpora: dict[str, Corpus],
-    settings: BuildSettings,
-    *,
-    left_out: dict[str, LeftOut],
-) -> Iterator[_Item]:
-    """The documents of all sources in turn; raises TextChanged where finished ones have changed."""
-    seen: set[bytes] = set()
-    for name, corpus in corpora.items():
-        finished = {
-            split: FinishedDocuments(unfinished.finished(f"{name}-{split}")) for split in SPLITS
-        }
-        documents = kept_documents(corpus.raw_documents(), left_out=left_out[name], seen=seen)
-        for number, document in enumerate(documents):
-            split = split_of(document.digest, validation_fraction=settings.validation_fraction)
-            yield _Item(
-                source=name,
-                number=number,
-                split=split,
-                document=document,
-                is_finished=finished[split].take(number, document.digest),
-            )
-        for each in finished.values():
-            each.end()
-
-
-def _with_tokens(
-    items: Iterator[_Item], tokenizer: Tokenizer | None, settings: BuildSettings
-) -> Iterator[tuple[_Item, NDArray[np.integer] | None]]:
-    """Each item with its tokens; with None where it is finished or stays text."""
+def _encoder(
+    tokenizer: Tokenizer | None, settings: BuildSettings
+) -> AbstractContextManager[Encoder | None]:
     if tokenizer is None:
-        return ((item, None) for item in items)
-    return encoded(
-        ((item, None if item.is_finished else item.document.text) for item in items),
-        tokenizer=tokenizer,
-        num_processes=num_encoding_processes(tokenizer, asked=settings.num_processes),
-    )
+        return nullcontext()
+    num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
+    return Encoder(tokenizer, num_processes=num_processes)
 
 
 def _write_source(
     unfinished: UnfinishedBuild,
     name: str,
-    documents: Iterable[tuple[_Item, NDArray[np.integer] | None]],
+    corpus: Corpus,
+    encoder: Encoder | None,
     settings: BuildSettings,
     *,
+    seen: set[bytes],
     counter: ByteCounter,
-) -> tuple[dict[str, SplitEntry], Baselines]:
-    baselines = BaselineCounter()
+) -> SourceEntry:
+    """Writes the shards of one source, after those finished; text where there is no encoder."""
+    finished = {split: unfinished.finished(f"{name}-{split}") for split in SPLITS}
+    left_out, baselines = LeftOut(), BaselineCounter()
+    documents = kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen)
+    items = _items(documents, finished, validation_fraction=settings.validation_fraction)
+    to_encode = ((item, None if item.is_finished else item.document.content) for item in items)
     with ExitStack() as open_files:
         writers = {
             split: open_files.enter_context(
@@ -296,21 +244,60 @@ def _write_source(
                     source=name,
                     split=split,
                     shard_tokens=settings.shard_tokens,
-                    finished=unfinished.finished(f"{name}-{split}"),
+                    finished=finished[split],
                     keep=unfinished.keep,
                 )
             )
             for split in SPLITS
         }
-        for item, tokens in documents:
-            document = item.document
+        for item, tokens in encoder.encoded(to_encode) if encoder else zip(items, repeat(None)):
+            content = item.document.content
             if not item.is_finished:
                 writers[item.split].write(
-                    tokens, content=document.content, number=item.number, digest=document.digest
+                    tokens, content=content, number=item.number, digest=item.document.digest
                 )
-            baselines.add(document.content, split=item.split)
-            counter.advance(len(document.content))
-    return {split: writer.entry() for split, writer in writers.items()}, baselines.baselines()
+            baselines.add(content, split=item.split)
+            counter.advance(len(content))
+    source = SourceEntry(
+        name=name,
+        description=corpus.description,
+        language=sources_of(settings)[name].language,
+        licence=sources_of(settings)[name].licence,
+        num_left_out=asdict(left_out),
+        splits={split: writer.entry() for split, writer in writers.items()},
+        baselines=baselines.baselines(),
+    )
+    if source.splits["train"].num_documents == 0:
+        unfinished.discard()
+        raise DataError(_nothing_to_train_on(source, settings))
+    return source
+
+
+def _items(
+    documents: Iterator[Document],
+    finished: dict[str, tuple[FinishedShard, ...]],
+    *,
+    validation_fraction: float,
+) -> Iterator[_Item]:
+    """The documents of a source; raises TextChanged where those in finished shards have changed."""
+    done = {split: FinishedDocuments(shards) for split, shards in finished.items()}
+    for number, document in enumerate(documents):
+        split = split_of(document.digest, validation_fraction=validation_fraction)
+        is_finished = done[split].take(number, document.digest)
+        yield _Item(number=number, split=split, document=document, is_finished=is_finished)
+    for split in done.values():
+        split.end()
+
+
+def _nothing_to_train_on(source: SourceEntry, settings: BuildSettings) -> str:
+    left_out = ", ".join(
+        f"{number} {reason.replace('_', ' ')}" for reason, number in source.num_left_out.items()
+    )
+    return (
+        f"source {source.name} (corpus={sources_of(settings)[source.name].corpus!r}) has no "
+        f"document to train on: {source.splits['validation'].num_documents} for validation, left "
+        f"out {left_out}; give a folder or file with more text, or a smaller validation_fraction"
+    )
 
 
 def _trained(

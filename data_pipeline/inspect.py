@@ -16,7 +16,6 @@ from data_pipeline.index import Index, SourceEntry, read_index
 from data_pipeline.progress import byte_progress
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import Count, DataError, Natural
-from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.verification import damaged_files, shards_of, tokenizer_of
 
 # No character of UTF-8 is longer.
@@ -121,7 +120,7 @@ def _samples(
     total = int(ends[-1])
     random = np.random.default_rng([settings.seed, number])
     drawn = random.choice(total, size=min(settings.num_samples, total), replace=False)
-    tokenizer = index.tokenizer and tokenizer_of(folder, index.tokenizer)
+    tokenizer = None if index.tokenizer is None else tokenizer_of(folder, index.tokenizer)
     samples = []
     for document in sorted(drawn.tolist()):
         place = int(ends.searchsorted(document, side="right"))

@@ -113,7 +113,7 @@ def _payload(content: bytes, index: Index, *, name: str) -> tuple[bytes, int]:
         content.decode("utf-8")  # a UnicodeDecodeError is a ValueError
         return content, len(content)
     file = io.BytesIO(content)
-    tokens = np.lib.format.read_array(file, allow_pickle=False)
+    tokens: NDArray[np.integer] = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]
     if tokens.ndim != 1 or tokens.dtype != np.dtype(index.dtype) or file.tell() != len(content):
         raise ValueError(
             f"{name} is {tokens.dtype}{list(tokens.shape)}, not {index.dtype} [tokens]"
