@@ -65,7 +65,7 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
         return existing
     name = _checked_name(settings)
     tokenizer = tokenizer_named(settings.tokenizer)
-    corpus = open_corpus(settings.corpus or "")
+    corpus = open_corpus(settings.corpus or "", on_corrupt=settings.on_corrupt)
     folder = Path(settings.to).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.building-{secrets.token_hex(4)}")
