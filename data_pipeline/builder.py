@@ -4,8 +4,6 @@ Owns the line from text to a complete folder, and what a later start need not do
 each step to the file that is named for it.
 """
 
-import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.baselines import BaselineCounter
+from data_pipeline.bpe_training import bpe_size, trained_tokenizer
 from data_pipeline.corpora import Corpus, Document, LeftOut, kept_documents, open_corpus
 from data_pipeline.encoding import Encoder, num_encoding_processes
 from data_pipeline.index import (
@@ -38,17 +37,16 @@ from data_pipeline.settings import (
     sources_of,
 )
 from data_pipeline.shards import SplitWriter
-from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_again, tokenizer_named
+from data_pipeline.splits import split_of
+from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
 from data_pipeline.unfinished import (
     FinishedDocuments,
     FinishedShard,
     TextChanged,
     UnfinishedBuild,
+    hidden_folder,
     unfinished_build,
 )
-
-# A tokenizer is trained on the beginning of each source's training split, up to this many bytes.
-TRAINING_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +87,20 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
     train on, and a place that holds something else.
     """
     say = partial(tell, shown=progress)
+    folder = Path(settings.to).absolute()
     existing = existing_shards(settings)
-    if existing is not None:
+    if existing is not None and not hidden_folder(folder).exists():
         return existing
     corpora = {
         name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt)
         for name, source in sources_of(settings).items()
     }
     tokenizer = _tokenizer_given(settings)
-    demands = _demands(settings, tokenizer)
-    folder = Path(settings.to).absolute()
     with unfinished_build(folder, tell=say) as unfinished:
-        existing = existing_shards(settings)  # by another process, while this one waited
+        existing = existing_shards(settings)  # by a process that was waited for, or killed then
         if existing is not None:
             return existing
-        other = unfinished.claim(demands)
+        other = unfinished.claim(_demands(settings, tokenizer))
         if other is not None:
             say(f"{unfinished.path} was of a build with {other}; beginning anew")
         if unfinished.num_finished():
@@ -116,6 +113,7 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
             _write(unfinished, corpora, tokenizer, settings, progress=progress)
         except DataError as error:
             if not unfinished.num_finished():
+                unfinished.discard()
                 raise
             raise DataError(
                 f"{error}; {unfinished.num_finished()} finished shards are kept in "
@@ -163,19 +161,6 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
     return shards
 
 
-def split_of(digest: bytes, *, validation_fraction: float) -> str:
-    """The split of a document, from the SHA-256 of its content alone.
-
-    Whole percents decide first (`first four bytes, big-endian, mod 100`), so that anybody can
-    check a split with sha256sum; what remains of the number refines them. Of the rules tried on
-    the standard library this one was kept because its held-out text is as compressible as the
-    text that the toy's target was set on (docs/architecture.md has the figures).
-    """
-    rest, percent = divmod(int.from_bytes(digest[:4], "big"), 100)
-    share = (percent + rest * 100 / 2**32) / 100
-    return "validation" if share < validation_fraction else "train"
-
-
 def _write(
     unfinished: UnfinishedBuild,
     corpora: dict[str, Corpus],
@@ -185,8 +170,8 @@ def _write(
     progress: bool,
 ) -> None:
     """Writes all that isn't finished yet; raises TextChanged where what is no longer fits."""
-    if _bpe_size(settings):
-        tokenizer = _trained(unfinished, corpora, settings, progress=progress)
+    if bpe_size(settings):
+        tokenizer = trained_tokenizer(unfinished, corpora, settings, progress=progress)
     num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
     seen: set[bytes] = set()
     with (
@@ -194,9 +179,7 @@ def _write(
         byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
     ):
         sources = tuple(
-            _write_source(
-                unfinished, name, corpus, encoder, settings, seen=seen, counter=counter
-            )
+            _write_source(unfinished, name, corpus, encoder, settings, seen=seen, counter=counter)
             for name, corpus in corpora.items()
         )
     if tokenizer is not None and tokenizer.definition is not None:
@@ -285,8 +268,8 @@ def _items(
         split = split_of(document.digest, validation_fraction=validation_fraction)
         is_finished = done[split].take(number, document.digest)
         yield _Item(number=number, split=split, document=document, is_finished=is_finished)
-    for split in done.values():
-        split.end()
+    for each in done.values():
+        each.end()
 
 
 def _nothing_to_train_on(source: SourceEntry, settings: BuildSettings) -> str:
@@ -300,64 +283,9 @@ def _nothing_to_train_on(source: SourceEntry, settings: BuildSettings) -> str:
     )
 
 
-def _trained(
-    unfinished: UnfinishedBuild,
-    corpora: dict[str, Corpus],
-    settings: BuildSettings,
-    *,
-    progress: bool,
-) -> Tokenizer:
-    """The tokenizer of `bpe:N`; raises TextChanged where it was trained on other text before."""
-    # Imported here: only a build that trains needs it.
-    from data_pipeline.json_tokenizer import train_bpe
-
-    texts_hash = hashlib.sha256()
-    num_bytes = sum(min(corpus.num_bytes, TRAINING_BYTES) for corpus in corpora.values())
-    with byte_progress("training the tokenizer", num_bytes=num_bytes, shown=progress) as counter:
-        texts = _training_texts(corpora, settings, texts_hash=texts_hash, counter=counter)
-        definition = unfinished.trained()
-        if definition is None:
-            definition = train_bpe(texts, vocab_size=_bpe_size(settings))
-            unfinished.keep_trained(definition, texts_hash=texts_hash.hexdigest())
-        else:
-            for _ in texts:
-                pass
-            unfinished.check_trained(texts_hash=texts_hash.hexdigest())
-    # The end of a document is the first id that is given out.
-    return tokenizer_again(settings.tokenizer, definition=definition, end_of_document=0)
-
-
-def _training_texts(
-    corpora: dict[str, Corpus],
-    settings: BuildSettings,
-    *,
-    texts_hash: "hashlib._Hash",
-    counter: ByteCounter,
-) -> Iterator[str]:
-    """The beginning of each source's training split; adds the documents to `texts_hash`."""
-    seen: set[bytes] = set()
-    for corpus in corpora.values():
-        num_bytes = 0
-        for document in kept_documents(corpus.raw_documents(), left_out=LeftOut(), seen=seen):
-            counter.advance(len(document.content))
-            fraction = settings.validation_fraction
-            if split_of(document.digest, validation_fraction=fraction) == "train":
-                texts_hash.update(document.digest)
-                yield document.text
-                num_bytes += len(document.content)
-                if num_bytes >= TRAINING_BYTES:
-                    break
-
-
-def _bpe_size(settings: BuildSettings) -> int:
-    """N of `tokenizer=bpe:N`; 0 for any other tokenizer."""
-    bpe = re.fullmatch(r"bpe:(\d{1,9})", settings.tokenizer)
-    return int(bpe[1]) if bpe else 0
-
-
 def _tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
     """The tokenizer that the settings name; None where it is to be trained, and for text."""
-    if _bpe_size(settings) or settings.tokenizer == "none":
+    if bpe_size(settings) or settings.tokenizer == "none":
         if settings.end_of_document is not None:
             raise DataError(
                 f"end_of_document={settings.end_of_document!r} is for a tokenizer.json, not for "
@@ -390,7 +318,11 @@ def _build_entry(settings: BuildSettings) -> BuildEntry:
 
 def _demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What decides the bytes of a shard, and so whether a build can be gone on with."""
-    entry = asdict(_build_entry(settings))
-    del entry["on_corrupt"]  # it decides whether a build ends, not what is in its shards
-    fingerprint = tokenizer.fingerprint if tokenizer else None
-    return {"format_version": FORMAT_VERSION, **entry, "fingerprint": fingerprint}
+    return {
+        "format_version": FORMAT_VERSION,
+        "sources": {name: source.corpus for name, source in sources_of(settings).items()},
+        "tokenizer": settings.tokenizer,
+        "fingerprint": None if tokenizer is None else tokenizer.fingerprint,
+        "validation_fraction": settings.validation_fraction,
+        "shard_tokens": settings.shard_tokens,
+    }

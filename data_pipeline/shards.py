@@ -94,6 +94,7 @@ class SplitWriter:
         payload = content if tokens is None else tokens.tobytes()
         num_items = len(content) if tokens is None else len(tokens)
         if self._open is not None and self._num_items_open + num_items > self._shard_tokens:
+            self._open.hash.add(number, digest)
             self._close_shard()
         shard = self._open or self._open_shard()
         kind, member = ("bin", content) if tokens is None else ("npy", _npy(tokens))

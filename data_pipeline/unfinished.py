@@ -12,6 +12,7 @@ what a shard holds to `shards`, and which documents are in it to `builder`.
       shards/           what becomes NAME
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,14 +35,18 @@ class TextChanged(Exception):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FinishedShard:
-    """A shard that is whole and on disk, and the `DocumentHash` of its documents in hex."""
+    """A shard that is whole and on disk.
+
+    `documents_hash` is the `DocumentHash` of its documents and of the one that it was closed for,
+    if any: on that one it depends where a shard ends.
+    """
 
     entry: ShardEntry
     documents_hash: str
 
 
 class DocumentHash:
-    """A running SHA-256 over the documents of a shard: their numbers and their digests."""
+    """A running SHA-256 over documents: their numbers and their digests."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -58,7 +63,7 @@ class DocumentHash:
 class FinishedDocuments:
     """Tells which documents of a split are in finished shards, and checks that they are the same.
 
-    Both raise TextChanged where they aren't.
+    Both methods raise TextChanged where they aren't.
     """
 
     def __init__(self, shards: tuple[FinishedShard, ...]) -> None:
@@ -70,15 +75,18 @@ class FinishedDocuments:
         if self._shard is None:
             return False
         self._hash.add(number, digest)
-        self._num_left -= 1
-        if self._num_left == 0:
-            if self._hash.hexdigest() != self._shard.documents_hash:
-                raise TextChanged
+        if self._num_left == 0:  # the document that the shard was closed for
+            self._check()
             self._next_shard()
+            return self.take(number, digest)
+        self._num_left -= 1
         return True
 
     def end(self) -> None:
         """To be called after the last document of the split."""
+        if self._shard is not None:
+            self._check()
+            self._next_shard()
         if self._shard is not None:
             raise TextChanged
 
@@ -86,6 +94,11 @@ class FinishedDocuments:
         self._shard = next(self._shards, None)
         self._hash = DocumentHash()
         self._num_left = self._shard.entry.num_documents if self._shard else 0
+
+    def _check(self) -> None:
+        assert self._shard is not None
+        if self._num_left or self._hash.hexdigest() != self._shard.documents_hash:
+            raise TextChanged
 
 
 class UnfinishedBuild:
@@ -245,6 +258,10 @@ def _wait_for(file: IO[str], *, tell: Callable[[], None]) -> None:
     except BlockingIOError:
         tell()
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        # A file system without locks, as some of clusters are: then one builder is up to the user.
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
