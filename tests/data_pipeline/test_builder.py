@@ -147,7 +147,7 @@ def test_left_out_documents_stand_in_the_index(corpus: Path, tmp_path: Path) -> 
     (corpus / "latin.txt").write_bytes(b"\xe9t\xe9")
     folder = build(corpus, tmp_path / "to")
     left_out = folder.source("corpus").num_left_out
-    assert left_out == {"not_utf8": 1, "empty": 0, "duplicate": 1}
+    assert left_out == {"not_utf8": 1, "empty": 0, "duplicate": 1, "corrupt": 0}
 
 
 def test_unsafe_source_name_is_refused(corpus: Path, tmp_path: Path) -> None:
