@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.encoding import Encoder
-from data_pipeline.mixture import Mixture, planned_stages, position_from, used_sources
+from data_pipeline.mixture import (
+    Mixture,
+    MixturePosition,
+    planned_stages,
+    position_from,
+    used_sources,
+)
 from data_pipeline.packing import PackingReport, Pieces, packed
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import DataError, DataSettings, OnCorrupt, Packing
@@ -195,7 +201,7 @@ class GlobalBatches:
                     "fewer steps, or give it more text"
                 )
 
-    def _checked(self, record: Mapping[str, Any]) -> Any:
+    def _checked(self, record: Mapping[str, Any]) -> MixturePosition:
         """The mixture's part of a position whose order of samples is this one."""
         theirs = record.get("order", {})
         for key, value in self._order.items():
