@@ -145,8 +145,9 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    stem = re.sub(r"(\.jsonl)?(\.gz)?$", "", Path(corpus).absolute().name)
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem.removesuffix(".txt")).strip("-")
+    suffixes = r"(\.(txt|jsonl|ndjson|parquet|html?|xhtml|tar))?(\.(gz|zst))?$"
+    stem = re.sub(suffixes, "", Path(corpus).absolute().name)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")
     if not name:
         raise DataError(f"corpus={corpus!r} gives no name for its source; give one with name=NAME")
     return name
