@@ -41,7 +41,7 @@ def table_texts(path: Path) -> Iterator[str | UnicodeDecodeError | DataError]:
                     yield _decoded(value)
     except _NoTextError as error:
         yield DataError(f"{path} has no column 'text' of strings, but {error}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error, not the file's
         yield DataError(f"{path} is damaged after row {number}: {error}")
@@ -56,8 +56,13 @@ def _parquet(path: Path, pyarrow: Any) -> Iterator[Any]:
         path, buffer_size=_BYTES_AT_ONCE, page_checksum_verification=True
     ) as file:
         _check_column(file.schema_arrow, pyarrow)
+        missing = file.metadata.num_rows
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["text"], use_threads=False):
             yield batch.column("text")
+            missing -= batch.num_rows
+        # pyarrow reads what the parts of a file say that they hold, whatever the whole says.
+        if missing:
+            raise pyarrow.ArrowInvalid(f"{missing} rows are missing")
 
 
 def _arrow_stream(path: Path, pyarrow: Any) -> Iterator[Any]:
@@ -82,10 +87,21 @@ def _check_column(schema: Any, pyarrow: Any) -> None:
 
 
 def _binary(column: Any, pyarrow: Any) -> Any:
-    """The same column as bytes: pyarrow would raise for a whole batch where one isn't UTF-8."""
+    """The same column as bytes: pyarrow would raise for a whole batch where one isn't UTF-8.
+
+    Raises ArrowInvalid where its offsets lead out of it: pyarrow would follow them.
+    """
     if pyarrow.types.is_dictionary(column.type):
+        column.validate(full=True)
         column = column.dictionary_decode()
-    return column.cast(pyarrow.large_binary())
+    kinds = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    column = column.view(kinds[column.type])
+    column.validate(full=True)
+    return column
 
 
 def _decoded(value: bytes) -> str | UnicodeDecodeError:
