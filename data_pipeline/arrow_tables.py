@@ -52,8 +52,9 @@ class _NoTextError(Exception):
 
 
 def _parquet(path: Path, pyarrow: Any) -> Iterator[Any]:
+    # pre_buffer would read all rows of a group at once, which may be all of the file.
     with pyarrow.parquet.ParquetFile(
-        path, buffer_size=_BYTES_AT_ONCE, page_checksum_verification=True
+        path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False, page_checksum_verification=True
     ) as file:
         _check_column(file.schema_arrow, pyarrow)
         missing = file.metadata.num_rows
@@ -66,14 +67,15 @@ def _parquet(path: Path, pyarrow: Any) -> Iterator[Any]:
 
 
 def _arrow_stream(path: Path, pyarrow: Any) -> Iterator[Any]:
-    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
-        _check_column(batches.schema, pyarrow)
-        for batch in batches:
-            yield batch.column("text")
-    with path.open("rb") as end:
-        end.seek(-len(_END_OF_STREAM), 2)
-        if end.read() != _END_OF_STREAM:
-            raise pyarrow.ArrowInvalid("the end of the stream is missing")
+    with pyarrow.OSFile(str(path)) as file:
+        with pyarrow.ipc.open_stream(file) as batches:
+            _check_column(batches.schema, pyarrow)
+            for batch in batches:
+                yield batch.column("text")
+            end = file.tell()
+        file.seek(max(file.size() - len(_END_OF_STREAM), 0))
+        if file.read() != _END_OF_STREAM or end != file.size():
+            raise pyarrow.ArrowInvalid("the stream doesn't end where the file does")
 
 
 def _check_column(schema: Any, pyarrow: Any) -> None:

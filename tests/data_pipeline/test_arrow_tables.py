@@ -84,6 +84,26 @@ def test_stream_cut_between_its_batches_ends_with_an_error(tmp_path: Path) -> No
     assert isinstance(error, DataError)
 
 
+def test_stream_that_ends_before_its_file_does_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    write_table(path, {"text": TEXTS})
+    path.write_bytes(path.read_bytes() * 2)
+    *texts, error = table_texts(path)
+    assert texts == TEXTS
+    assert isinstance(error, DataError)
+
+
+def test_offsets_that_lead_out_of_a_stream_are_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    write_table(path, {"text": ["one", "two", "three"]})
+    content = path.read_bytes()
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 3, 6, 11))
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f" * 2))
+    (error,) = table_texts(path)
+    assert isinstance(error, DataError)
+
+
 def test_flipped_byte_of_a_parquet_page_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     write_table(path, {"text": TEXTS})
@@ -93,6 +113,18 @@ def test_flipped_byte_of_a_parquet_page_is_seen(tmp_path: Path) -> None:
     *texts, error = table_texts(path)
     assert texts == TEXTS[: len(texts)]
     assert isinstance(error, DataError)
+
+
+def test_missing_rows_of_a_parquet_file_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write_table(path, {"text": TEXTS})
+    content = path.read_bytes()
+    num_rows = b"\x16\xd0\x0f"  # 1000 in the footer, as Thrift writes it: field, zigzag varint
+    assert content.count(num_rows) == 1
+    path.write_bytes(content.replace(num_rows, b"\x16\xd2\x0f"))
+    *texts, error = table_texts(path)
+    assert texts == TEXTS
+    assert "1 rows are missing" in str(error)
 
 
 def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
