@@ -187,7 +187,7 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    endings = r"(\.(jsonl|json|txt|md|html?|parquet|tar|gz|zst))+$"
+    endings = r"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|tar|tgz|gz|zst))+$"
     stem = re.sub(endings, "", Path(corpus).absolute().name)
     name = _plain_name(stem)[:40]
     if not name:
