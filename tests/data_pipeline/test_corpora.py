@@ -149,6 +149,8 @@ def test_saved_dataset_in_splits_is_read_split_by_split(tmp_path: Path) -> None:
 
 def test_saved_dataset_in_a_folder_of_text_is_one_of_its_documents(tmp_path: Path) -> None:
     save_dataset(tmp_path / "b", [["from the data set"]])
+    (tmp_path / "b" / "cache").mkdir()
+    (tmp_path / "b" / "cache" / "x.txt").write_text("not of the data set")
     (tmp_path / "a.txt").write_text("before")
     (tmp_path / "c.txt").write_text("after")
     assert texts_of(tmp_path)[0] == ["before", "from the data set", "after"]

@@ -169,6 +169,7 @@ def test_text_members_of_a_webdataset_are_documents(tmp_path: Path) -> None:
         "a/004.MD": b"# md",
         "a/005.cls": b"7",
         "a/006.tar": b"",
+        "a/007.txt.gz": gzip.compress(b"packed once more"),
         "__" + "long name " * 30 + ".txt": b"long",
     }
     path = tmp_path / "x.tar"
@@ -242,6 +243,18 @@ def test_member_that_lies_about_its_size_takes_no_memory(tmp_path: Path) -> None
     texts, (error,) = texts_and_errors(path)
     assert texts == []
     assert f"{path} is damaged or not whole" in error
+
+
+def test_member_of_a_negative_size_does_not_lead_back(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("2.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_of({"1.txt": b"one"})[:1024] + header + bytes(1024))
+    texts, (error,) = texts_and_errors(path)
+    assert texts == ["one"]
+    assert f"{path} is damaged or not whole: a member's size leads back" in error
 
 
 def test_compressed_table_is_refused_with_a_way_out(tmp_path: Path) -> None:
