@@ -68,7 +68,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "none", "bpe:300"])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
-    sources = write_sources(tmp_path, num_documents=150)
+    sources = write_sources(tmp_path, num_documents=100)
     settings = {"tokenizer": tokenizer, "shard_tokens": 2000, "num_processes": 1}
     started = time.monotonic()
     undisturbed = contents(build(sources, tmp_path / "undisturbed", **settings).path)
