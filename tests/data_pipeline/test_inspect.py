@@ -75,7 +75,10 @@ def link(members: list[Member]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (change_tokens(lambda tokens: tokens + (np.arange(len(tokens)) == 5).astype("<u2")), "isn't where and what"),
+        (
+            change_tokens(lambda tokens: tokens + (np.arange(len(tokens)) == 5).astype("<u2")),
+            "isn't where and what",
+        ),
         (change_tokens(lambda tokens: tokens[1:]), "isn't where and what"),
         (change_tokens(lambda tokens: tokens[:-1]), "doesn't end its document"),
         (change_tokens(lambda tokens: tokens + np.uint16(9000)), "doesn't end its document"),
