@@ -142,13 +142,13 @@ def _content(definition: str, *, where: str) -> dict[str, Any]:
 def _tokenizer(
     content: dict[str, Any], *, where: str, end_of_document: int | None = None
 ) -> Tokenizer:
-    # What ends a document must never come from text, so it counts as special whatever the file
-    # says; special tokens are not looked for in text.
-    added = [
-        token | {"special": True} if token.get("id") == end_of_document else token
-        for token in content.get("added_tokens") or []
-    ]
     try:
+        # What ends a document must never come from text, so it counts as special whatever the
+        # file says; special tokens are not looked for in text.
+        added = [
+            token | {"special": True} if token["id"] == end_of_document else token
+            for token in content.get("added_tokens") or []
+        ]
         tokenizer = Tokenizer.from_str(json.dumps(content | {"added_tokens": added}))
     except Exception as error:  # the package has no other type
         raise DataError(f"{where} is no tokenizer.json that can be read: {error}") from error
@@ -157,22 +157,22 @@ def _tokenizer(
 
 
 def _end_of_document(path: Path, vocabulary: dict[str, int], *, asked: str | None) -> str:
+    way_out = f"say which token of {path} ends a document with end_of_document=TOKEN"
     beside = path.with_name("tokenizer_config.json")
-    if asked is not None:
-        source, candidates = f"end_of_document={asked!r}", [asked]
-    elif (configured := _eos_token(beside)) is not None:
-        source, candidates = f"eos_token {configured!r} of {beside}", [configured]
-    else:
-        source, candidates = f"none of {', '.join(_USUAL_ENDS)}", list(_USUAL_ENDS)
-    for token in candidates:
-        if token in vocabulary:
-            return token
-    raise DataError(
-        f"nothing ends a document: {source} is a token of {path}; name one of its tokens with "
-        "end_of_document=TOKEN"
-        if len(candidates) > 1
-        else f"{source} is no token of {path}; name one that is with end_of_document=TOKEN"
-    )
+    token, said_by = asked, f"end_of_document={asked!r}"
+    if token is None:
+        token = _eos_token(beside)
+        said_by = f"{beside} has eos_token={token!r}, which"
+    if token is None:
+        token = next((usual for usual in _USUAL_ENDS if usual in vocabulary), None)
+    if token is None:
+        raise DataError(
+            f"{path} has none of {', '.join(_USUAL_ENDS)}, and no tokenizer_config.json beside it "
+            f"names its eos_token; {way_out}"
+        )
+    if token not in vocabulary:
+        raise DataError(f"{said_by} is not in the vocabulary; {way_out}")
+    return token
 
 
 def _eos_token(path: Path) -> str | None:
