@@ -133,12 +133,7 @@ def write_index(index: Index, folder: Path) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a shard folder.
-
-    Raises DataError where there is none, where it is of another format version, where it is not
-    well formed, where its figures contradict each other, and where it names a file that is none
-    of its folder's.
-    """
+    """The index of a shard folder; raises DataError where there is none, or it can't be true."""
     path = folder / INDEX_NAME
     try:
         text = path.read_bytes()
@@ -147,11 +142,20 @@ def read_index(folder: Path) -> Index:
             f"{folder} is not a shard folder: it has no {INDEX_NAME}; make one with "
             f"'python -m data_pipeline.build corpus=stdlib tokenizer=bytes to={folder}'"
         ) from None
+    return parsed_index(text, where=str(path))
+
+
+def parsed_index(text: bytes, *, where: str) -> Index:
+    """The index that stands in the bytes of an `index.json`.
+
+    Raises DataError where it is of another format version, where it is not well formed, where its
+    figures contradict each other, and where it names a file that is none of its folder's.
+    """
     try:
         version = json.loads(text)["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format version {version!r}, and this program reads "
+                f"{where} has format version {version!r}, and this program reads "
                 f"{FORMAT_VERSION}; build the folder again"
             )
         # Strict: a number that stands there as a string was not written by this program.
@@ -160,13 +164,13 @@ def read_index(folder: Path) -> Index:
         raise
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path} is damaged: {where}: {first['msg']}; build it again") from error
+        field = ".".join(map(str, first["loc"]))
+        raise DataError(f"{where} is damaged: {field}: {first['msg']}; build it again") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error!r}; build it again") from error
+        raise DataError(f"{where} is damaged: {error!r}; build it again") from error
     contradiction = _contradiction(index)
     if contradiction is not None:
-        raise DataError(f"{path} is damaged: {contradiction}; build it again")
+        raise DataError(f"{where} is damaged: {contradiction}; build it again")
     return index
 
 

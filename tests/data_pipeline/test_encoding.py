@@ -44,19 +44,19 @@ def test_every_document_comes_back_in_order(tokenizer: Tokenizer, num_processes:
                 assert np.array_equal(tokens, [*ids, tokenizer.end_of_document])
 
 
-def test_documents_are_read_only_some_way_ahead() -> None:
+@pytest.mark.parametrize(("content", "limit"), [(b"word " * 20_000, 50), (None, 50_000)])
+def test_documents_are_read_only_some_way_ahead(content: bytes | None, limit: int) -> None:
     num_read = 0
 
-    def endless() -> Iterator[Item]:
+    def many() -> Iterator[Item]:
         nonlocal num_read
-        while True:
-            num_read += 1
-            yield num_read, b"word " * 20_000
+        for num_read in range(1, 4 * limit):
+            yield num_read, content
 
     with Encoder(tokenizer_named("bytes"), num_processes=2) as encoder:
-        encoded = encoder.encoded(endless())
+        encoded = encoder.encoded(many())
         assert [next(encoded)[0] for _ in range(5)] == [1, 2, 3, 4, 5]
-        assert num_read < 50
+        assert num_read < limit
 
 
 def test_an_error_in_a_process_is_told_here() -> None:

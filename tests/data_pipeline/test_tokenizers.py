@@ -46,7 +46,7 @@ HARDER_TEXTS = [
     "class A(B):\n    '''Doc.'''\n\n    def __init__(self, x=0x1F) -> None:\n\tself.x = f'{x!r}'",
     "a" * 5000 + " " * 3000 + "=" * 3000 + "\n" * 3000,
     "word, " * 30_000,  # several times as much as is cut into words at once
-    "x" * 70_000 + " y",
+    "wordplay" * 9000 + " y",
 ]
 ATOMS = [
     *[
@@ -152,6 +152,20 @@ def test_pieces_that_span_words_are_found_in_text() -> None:
     assert spanning is not None
     found = [bool(spanning.search(text)) for text in ("a.b", "x y", "x▁y", "112", "a b", "xy", "1")]
     assert found == [True, True, True, True, False, False, False]
+
+
+def test_few_texts_are_encoded_as_a_whole_which_is_slow(mixtral: tuple[Tokenizer, Any]) -> None:
+    ours, reference = mixtral
+    controls = {"<unk>", *(f"<0x{byte:02X}>" for byte in range(256))}
+    spanning = spanning_pieces(
+        [p for p in reference.vocab() if p not in controls and not reference.is_special(p)]
+    )
+    if ours.name == "mixtral-v1":
+        assert spanning is None
+    else:
+        assert spanning is not None
+        assert spanning.search("[REFERENCE_DOC_7]")
+        assert not any(spanning.search(text.replace("[REFERENCE", "")) for text in HARDER_TEXTS)
 
 
 def test_fingerprints_differ_and_stay() -> None:
@@ -339,6 +353,7 @@ def test_text_that_spells_the_end_of_a_document_is_text(tmp_path: Path, special:
 def test_an_end_that_is_a_word_like_others_is_refused_in_text(tmp_path: Path) -> None:
     tokenizer = tokenizer_named(written(tmp_path, tokenizer_json()), end_of_document="c")
     assert tokenizer.encode("a b").tolist() == [1, 2]
+    assert tokenizer.decode([1, 2, 3]) == "a b"
     with pytest.raises(DataError, match=r"spells 'c'.*end_of_document=TOKEN"):
         tokenizer.encode("a b c")
 
