@@ -57,9 +57,7 @@ def whole(batches: GlobalBatches, step: int) -> Batch:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "mixtral-v1"])
-def test_an_epoch_has_each_document_once_whole(
-    tmp_path: Path, text: Path, tokenizer: str
-) -> None:
+def test_an_epoch_has_each_document_once_whole(tmp_path: Path, text: Path, tokenizer: str) -> None:
     tokens = build(tmp_path / "corpus", tmp_path / "tokens", tokenizer=tokenizer)
     documents = tokens.documents("train", source="corpus")
     expected = sorted(documents.tokens(n).tolist() for n in range(documents.num_documents))
