@@ -41,7 +41,7 @@ def table_texts(path: Path) -> Iterator[str | UnicodeDecodeError | DataError]:
                     yield _decoded(value)
     except _NoTextError as error:
         yield DataError(f"{path} has no column 'text' of strings, but {error}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error, not the file's
         yield DataError(f"{path} is damaged after row {number}: {error}")
@@ -52,23 +52,30 @@ class _NoTextError(Exception):
 
 
 def _parquet(path: Path, pyarrow: Any) -> Iterator[Any]:
+    # pre_buffer would read all rows of a group at once, which may be all of the file.
     with pyarrow.parquet.ParquetFile(
-        path, buffer_size=_BYTES_AT_ONCE, page_checksum_verification=True
+        path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False, page_checksum_verification=True
     ) as file:
         _check_column(file.schema_arrow, pyarrow)
+        missing = file.metadata.num_rows
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["text"], use_threads=False):
             yield batch.column("text")
+            missing -= batch.num_rows
+        # pyarrow reads what the parts of a file say that they hold, whatever the whole says.
+        if missing:
+            raise pyarrow.ArrowInvalid(f"{missing} rows are missing")
 
 
 def _arrow_stream(path: Path, pyarrow: Any) -> Iterator[Any]:
-    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
-        _check_column(batches.schema, pyarrow)
-        for batch in batches:
-            yield batch.column("text")
-    with path.open("rb") as end:
-        end.seek(-len(_END_OF_STREAM), 2)
-        if end.read() != _END_OF_STREAM:
-            raise pyarrow.ArrowInvalid("the end of the stream is missing")
+    with pyarrow.OSFile(str(path)) as file:
+        with pyarrow.ipc.open_stream(file) as batches:
+            _check_column(batches.schema, pyarrow)
+            for batch in batches:
+                yield batch.column("text")
+            end = file.tell()
+        file.seek(max(file.size() - len(_END_OF_STREAM), 0))
+        if file.read() != _END_OF_STREAM or end != file.size():
+            raise pyarrow.ArrowInvalid("the stream doesn't end where the file does")
 
 
 def _check_column(schema: Any, pyarrow: Any) -> None:
@@ -82,10 +89,21 @@ def _check_column(schema: Any, pyarrow: Any) -> None:
 
 
 def _binary(column: Any, pyarrow: Any) -> Any:
-    """The same column as bytes: pyarrow would raise for a whole batch where one isn't UTF-8."""
+    """The same column as bytes: pyarrow would raise for a whole batch where one isn't UTF-8.
+
+    Raises ArrowInvalid where its offsets lead out of it: pyarrow would follow them.
+    """
     if pyarrow.types.is_dictionary(column.type):
+        column.validate(full=True)
         column = column.dictionary_decode()
-    return column.cast(pyarrow.large_binary())
+    kinds = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    column = column.view(kinds[column.type])
+    column.validate(full=True)
+    return column
 
 
 def _decoded(value: bytes) -> str | UnicodeDecodeError:

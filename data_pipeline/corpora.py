@@ -198,19 +198,26 @@ def _dataset_files(folder: Path) -> list[str] | None:
     Paths are relative to the folder. Raises DataError where they can't be read or aren't there.
     """
     if (folder / _DATASET_SPLITS).is_file():
-        splits = _saved_names(folder / _DATASET_SPLITS, lambda saved: saved["splits"])
-        return [
-            f"{split}/{name}" for split in splits for name in _dataset_files(folder / split) or ()
-        ]
+        files = []
+        for split in _saved_names(folder / _DATASET_SPLITS, lambda saved: saved["splits"]):
+            names = _dataset_files(folder / split)
+            if names is None:
+                raise DataError(f"{folder / split} is no data set, as {_DATASET_SPLITS} says it is")
+            files += [f"{split}/{name}" for name in names]
+        return files
     if not ((folder / _DATASET_STATE).is_file() and (folder / _DATASET_INFO).is_file()):
         return None
     state = folder / _DATASET_STATE
-    if _saved_names(state, lambda saved: saved.get("_indices_data_files") or ()):
+    if _saved_names(state, lambda saved: _filenames(saved.get("_indices_data_files") or ())):
         raise DataError(
             f"{state} was written by an old version of `datasets`, which kept the order of rows in "
             "a file of its own: load it with that library and save it again"
         )
-    return _saved_names(state, lambda saved: [entry["filename"] for entry in saved["_data_files"]])
+    return _saved_names(state, lambda saved: _filenames(saved["_data_files"]))
+
+
+def _filenames(entries: Iterable[Any]) -> list[Any]:
+    return [entry["filename"] for entry in entries]
 
 
 def _saved_names(path: Path, names_in: Callable[[Any], Iterable[Any]]) -> list[str]:

@@ -187,8 +187,8 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    endings = r"(\.(jsonl|json|txt|md|html?|parquet|tar|gz|zst))+$"
-    stem = re.sub(endings, "", Path(corpus).absolute().name)
+    suffixes = r"(\.(txt|jsonl|ndjson|parquet|html?|xhtml|tar))?(\.(gz|zst))?$"
+    stem = re.sub(suffixes, "", Path(corpus).absolute().name)
     name = _plain_name(stem)[:40]
     if not name:
         raise DataError(f"corpus={corpus!r} gives no name for its source; give one with name=NAME")

@@ -11,7 +11,8 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import splitext
 from typing import BinaryIO
 
 from data_pipeline.arrow_tables import table_texts
@@ -75,12 +76,12 @@ _DAMAGE = (_DamagedError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarErr
 
 def _suffixes(name: str) -> tuple[str, str]:
     """The suffixes that name a file's format and its compression: .jsonl, .gz."""
-    path = PurePosixPath(name.lower())
-    if path.suffix == ".tgz":
+    stem, suffix = splitext(name.lower())
+    if suffix == ".tgz":
         return ".tar", ".gz"
-    if path.suffix in _COMPRESSIONS:
-        return PurePosixPath(path.stem).suffix, path.suffix
-    return path.suffix, ""
+    if suffix in _COMPRESSIONS:
+        return splitext(stem)[1], suffix
+    return suffix, ""
 
 
 def _uncompressed(file: BinaryIO, compression: str, path: Path) -> BinaryIO:
@@ -198,7 +199,7 @@ def _tar(file: BinaryIO, where: str) -> Iterator[RawDocument]:
 def _member_documents(
     tar: tarfile.TarFile, member: tarfile.TarInfo, where: str
 ) -> Iterator[RawDocument]:
-    suffix, _ = _suffixes(member.name)
+    suffix, compression = _suffixes(member.name)
     if member.name.startswith("/") or ".." in member.name.split("/"):
         yield DataError(f"{where} is refused: its name leads out of the tar")
     elif member.isdir():
@@ -209,7 +210,7 @@ def _member_documents(
         yield DataError(
             f"{where} is refused: a pickle can run code; give the text as .txt or .json"
         )
-    elif (reader := _MEMBER_READERS.get(PurePosixPath(member.name.lower()).suffix)) is not None:
+    elif not compression and (reader := _MEMBER_READERS.get(suffix)) is not None:
         content = tar.extractfile(member)
         assert content is not None, "a regular member has content"
         yield from reader(io.BytesIO(content.read()), where)
