@@ -11,6 +11,7 @@ the environment: `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the 
 
 import hashlib
 import logging
+import os
 import random
 import re
 import time
@@ -130,7 +131,7 @@ class RemoteFiles:
         self._settings = cache
         directory = Path(cache.dir or _DEFAULT_CACHE).expanduser().absolute()
         self._cache = FileCache(directory, max_bytes=int(cache.max_gib * 2**30))
-        self._filesystem()  # a library that is missing is said now
+        self._filesystems = {os.getpid(): self._new_filesystem()}
 
     @property
     def location(self) -> str:
@@ -180,7 +181,6 @@ class RemoteFiles:
 
         Raises what the library for the protocol raises, and TimeoutError where nothing comes.
         """
-        import aiohttp
         from fsspec.asyn import sync
 
         filesystem, seconds = self._filesystem(), self._settings.timeout_seconds
@@ -189,6 +189,8 @@ class RemoteFiles:
             return sync(filesystem.loop, function, *args, timeout=seconds, **options)
 
         if self._protocol in ("http", "https"):
+            import aiohttp
+
             # One stream, since many servers know no ranges. By itself aiohttp would end it after
             # five minutes, however well it goes; here each read has its own time.
             no_limit = aiohttp.ClientTimeout(total=None)
@@ -258,9 +260,24 @@ class RemoteFiles:
         return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
 
     def _filesystem(self) -> Any:
-        """A filesystem of fsspec for one file: nothing of it lives when this process forks."""
+        """fsspec's filesystem; a forked process has one of its own, for it has no parent's threads.
+
+        The parent's is kept there unused: if it were closed, it would take the parent's
+        connections out of the event loop that both still share.
+        """
+        process = os.getpid()
+        if process not in self._filesystems:
+            self._filesystems[process] = self._new_filesystem()
+        return self._filesystems[process]
+
+    def _new_filesystem(self) -> Any:
         try:
-            import aiohttp  # noqa: F401  # for gs:// and s3:// too
+            if self._protocol == "gs":
+                # The class that fsspec would take asks by gRPC for each bucket's kind first, with
+                # threads that a fork breaks. Zonal buckets need it; they aren't read here.
+                from gcsfs.core import GCSFileSystem
+
+                return GCSFileSystem(skip_instance_cache=True)
             import fsspec
 
             return fsspec.filesystem(self._protocol, skip_instance_cache=True)

@@ -44,6 +44,7 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("wandb", {"moetrain/observe/wandb_sink.py"}),
         ("webdataset", {"data_pipeline/shards.py"}),
         ("fsspec", {"data_pipeline/storage.py"}),
+        ("gcsfs", {"data_pipeline/storage.py"}),
         ("aiohttp", {"data_pipeline/storage.py"}),
         # Each of the two packages that have commands has one entry of its own.
         ("hydra", {"moetrain/command.py", "data_pipeline/command.py"}),

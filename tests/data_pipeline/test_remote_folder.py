@@ -14,7 +14,7 @@ import pytest
 from data_pipeline import DataError
 from data_pipeline.settings import CacheSettings
 from data_pipeline.storage import RemoteFiles, open_files
-from tests.support.servers import file_server
+from tests.support.servers import Fault, file_server
 
 # More than one of the pieces that are asked for at a time, and no multiple of them.
 _BODY = os.urandom(1000) * 9001
@@ -29,8 +29,13 @@ assert files.read_bytes("index.json") == b"{{}}"
 """
 
 
-def remote(folder: str, tmp_path: Path) -> RemoteFiles:
-    cache = CacheSettings(dir=str(tmp_path / "cache"), num_retries=1, pause_seconds=0.01)
+def remote(folder: str, tmp_path: Path, *, timeout_seconds: float = 60.0) -> RemoteFiles:
+    cache = CacheSettings(
+        dir=str(tmp_path / "cache"),
+        timeout_seconds=timeout_seconds,
+        num_retries=1,
+        pause_seconds=0.01,
+    )
     files = open_files(folder, cache=cache)
     assert isinstance(files, RemoteFiles)
     return files
@@ -129,6 +134,33 @@ def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_gs_folder_is_read_from_an_emulator_of_google_storage(gs: str, tmp_path: Path) -> None:
     check_folder(gs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "query"),
+    [
+        ("s3://corpus/text", "/corpus/text/a.tar", ""),
+        ("gs://corpus/text", "/download/storage/v1/b/corpus/o/text%2Fa.tar", "?alt=media"),
+    ],
+)
+def test_object_store_that_stalls_is_asked_again_and_then_named(
+    folder: str, path: str, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs", reason="needs the packages of moetrain[remote]")
+    config = pytest.importorskip("fsspec.config")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setitem(config.conf, "gs", {"token": "anon"})
+    with file_server() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.address}")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{server.address}")
+        # It knows no ranges: the whole file is one piece.
+        body, files = _BODY[:1000], remote(folder, tmp_path, timeout_seconds=2.0)
+        server.files[path] = body
+        server.faults[path + query] = [Fault.SILENT, Fault.STOPS_MIDWAY]
+        with pytest.raises(DataError, match=f"{folder}/a.tar .*tried 2 times: nothing came for 2"):
+            read(files, "a.tar", body)
+        assert read(files, "a.tar", body) == body
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ class Fault(Enum):
 class FileServer:
     """Serves `files` by path over HTTP, or HTTPS with a `context`; knows no ranges.
 
-    `faults[path]` are used up one a request, an int being an HTTP status. `requests` counts.
+    `faults` of a path are used up one a request, an int being an HTTP status; `requests` counts.
+    Both are by path and query as sent, `files` by path alone.
     """
 
     def __init__(self, context: SSLContext | None = None) -> None:
@@ -37,7 +38,9 @@ class FileServer:
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         if context is not None:
-            self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
+            self._http.socket = context.wrap_socket(
+                self._http.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.address = f"127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
         self._thread.start()
