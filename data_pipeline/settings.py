@@ -58,14 +58,16 @@ class CacheSettings:
     """How shards come from a remote folder, and where they are kept meanwhile.
 
     `dir` is a folder on a local disk; none given: `~/.cache/moetrain/shards`. It is kept under
-    `max_gib`. A request that fails, or brings nothing for `timeout_seconds`, is tried again
-    `num_retries` times, after pauses that double.
+    `max_gib`. A file that can't be downloaded, or of which nothing comes for `timeout_seconds`, is
+    tried again `num_retries` times, after random pauses of at most `pause_seconds`, then twice as
+    long each time, up to a minute.
     """
 
     dir: str | None = None
     max_gib: Positive = 50.0
     timeout_seconds: Positive = 60.0
     num_retries: Natural = 5
+    pause_seconds: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
