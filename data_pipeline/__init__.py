@@ -6,8 +6,18 @@ Knows no model and no process group: ranks are two integers, batches are numpy a
 from data_pipeline.batches import Batch, GlobalBatches, ValidationBatches
 from data_pipeline.builder import build_shards, open_or_build
 from data_pipeline.index import Baselines, TokenizerEntry
+from data_pipeline.mixture import Stage
+from data_pipeline.packing import PackingReport
+from data_pipeline.prefetch import Prefetcher
 from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import BuildSettings, DataError, DataSettings, resolved_dir
+from data_pipeline.settings import (
+    BuildSettings,
+    DataError,
+    DataSettings,
+    OnCorrupt,
+    Packing,
+    resolved_dir,
+)
 from data_pipeline.tokenizers import Tokenizer, tokenizer_named
 
 __all__ = [
@@ -17,7 +27,12 @@ __all__ = [
     "DataError",
     "DataSettings",
     "GlobalBatches",
+    "OnCorrupt",
+    "Packing",
+    "PackingReport",
+    "Prefetcher",
     "ShardFolder",
+    "Stage",
     "Tokenizer",
     "TokenizerEntry",
     "ValidationBatches",

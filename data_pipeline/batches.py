@@ -1,17 +1,23 @@
 """Batches: a rank's slice of a global batch, as a pure function of a sample index.
 
-Owns what a batch is and which sequences stand in it. Leaves tokens to `reader`, the order of
-samples to `order`, and knows ranks only as two integers.
+Owns what a batch is and which sequences stand in it. Leaves sources to `mixture`, the order of a
+source's sequences to `order`, what stands in them to `packing`, and tokens to `reader`; knows
+ranks only as two integers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import floor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.order import sample_indices
-from data_pipeline.reader import ShardFolder, TokenStream
-from data_pipeline.settings import DataError
+from data_pipeline.mixture import Mixture, planned_stages, position_from, used_sources
+from data_pipeline.order import Order
+from data_pipeline.packing import PackedDocuments, PackingReport, Pieces, packed
+from data_pipeline.reader import Documents, ShardFolder
+from data_pipeline.settings import DataError, DataSettings, OnCorrupt, Packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,8 @@ class Batch:
     `targets` holds the token after each of `tokens`; a place where `loss_mask` is False is
     padding, which counts neither in a loss nor in a load. `document_starts` is True where a
     document, what is left of one, or padding begins, and so at the first place of a sequence.
-    `sources` [sequences] numbers the source of each, in the folder's order.
+    `sources` [sequences] numbers the source of each, in the folder's order. `num_corrupt` of the
+    sequences are all padding because a document of theirs isn't what was written.
     """
 
     tokens: NDArray[np.int64]
@@ -29,6 +36,7 @@ class Batch:
     loss_mask: NDArray[np.bool_]
     document_starts: NDArray[np.bool_]
     sources: NDArray[np.int64]
+    num_corrupt: int = 0
 
     @property
     def cu_seqlens(self) -> NDArray[np.int32]:
@@ -37,54 +45,137 @@ class Batch:
         return np.append(starts, self.document_starts.size).astype(np.int32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    number: int  # in the folder's order
+    documents: Documents
+    sequences: PackedDocuments
+    order: Order
+
+
 class GlobalBatches:
-    """The global batches of training, in an order that only the seed decides.
+    """The global batches of training, in an order that only the seed and the settings decide.
 
-    An epoch has `num_samples` sequences, in which each token of the split is a target exactly
-    once; where `seq_len` doesn't divide the tokens, one sequence of an epoch ends in padding.
-    A checkpoint needs to hold one integer, the index of the next sample.
+    In an epoch of a source each of its tokens is a target exactly once. `position`, as made by
+    `position()` and kept in a checkpoint, tells what was drawn before: without it all sources
+    begin at their first sample. `stages` are the shares of the sources, as drawn. Safe to use from
+    several threads.
 
-    Raises DataError where the split has fewer tokens than one sequence needs.
+    Raises DataError for settings that can't be, where a source has fewer tokens than one sequence
+    needs, and where the position is of another order of samples.
     """
 
     def __init__(
         self,
         folder: ShardFolder,
         *,
-        split: str,
         seq_len: int,
         global_batch_size: int,
         seed: int,
+        data: DataSettings,
+        position: Mapping[str, Any] | None = None,
     ) -> None:
         if seq_len < 1 or global_batch_size < 1:
             raise ValueError(f"{seq_len=} and {global_batch_size=} must be at least 1")
-        self._stream = folder.stream(split)
+        self.global_batch_size = global_batch_size
         self._end_of_document = folder.tokenizer.end_of_document
         self._seq_len = seq_len
-        self._global_batch_size = global_batch_size
-        self._seed = seed
-        if self._stream.num_tokens < seq_len:
-            raise DataError(
-                f"the {split} split of {folder.path} has {self._stream.num_tokens} tokens, fewer "
-                f"than one sequence of seq_len={seq_len}; use more text or shorter sequences"
-            )
-        self.num_samples = -(-self._stream.num_tokens // seq_len)
+        self._max_epochs = data.max_epochs
+        self._order = {
+            "seed": seed,
+            "train.seq_len": seq_len,
+            "data.packing": data.packing.value,
+            "data.shuffle_window": data.shuffle_window,
+        }
+        used = used_sources(data, sources=folder.sources)
+        self._sources = {
+            name: _opened(folder, name, seq_len=seq_len, seed=seed, data=data) for name in used
+        }
+        sizes = {name: source.sequences.num_sequences for name, source in self._sources.items()}
+        self.stages = planned_stages(data, sizes=sizes)
+        self._mixture = Mixture(
+            folder.sources,
+            stages=self.stages,
+            samples_per_step=global_batch_size,
+            position=None if position is None else self._checked(position),
+        )
+
+    @property
+    def num_sequences(self) -> dict[str, int]:
+        """The sequences in an epoch of each source that is drawn from."""
+        return {name: source.sequences.num_sequences for name, source in self._sources.items()}
+
+    def report(self) -> dict[str, PackingReport]:
+        """What packing came to, for each source that is drawn from."""
+        return {name: source.sequences.report() for name, source in self._sources.items()}
 
     def read(self, first_sample: int, *, rank: int, num_ranks: int) -> Batch:
         """Rank's contiguous slice of the global batch that starts at global sample index.
 
         Arrays have global_batch_size / num_ranks sequences. Raises ValueError where that isn't
-        whole, and for a rank outside range(num_ranks).
+        whole, for a rank outside range(num_ranks), and for a sample before the position's; and
+        DataError for a document that isn't what was written, unless such are skipped.
         """
-        slots = _slots(self._global_batch_size, rank=rank, num_ranks=num_ranks)
+        slots = _slots(self.global_batch_size, rank=rank, num_ranks=num_ranks)
         indices = np.arange(first_sample + slots.start, first_sample + slots.stop, dtype=np.int64)
-        _, positions = sample_indices(indices, num_samples=self.num_samples, seed=self._seed)
+        of, numbers = self._mixture.assigned(indices)
+        parts = []
+        for source in self._sources.values():
+            rows = np.flatnonzero(of == source.number)
+            if len(rows):
+                _, positions = source.order.at(numbers[rows])
+                parts.append((rows, source.documents, source.sequences.pieces(positions)))
         return _batch(
-            self._stream,
-            positions.tolist(),
+            parts,
+            sources=of.astype(np.int64),
             seq_len=self._seq_len,
             padding=self._end_of_document,
         )
+
+    def drawn(self, next_sample: int) -> dict[str, int]:
+        """How many of the samples before `next_sample` are of each source of the folder."""
+        return self._mixture.drawn(next_sample)
+
+    def position(self, next_sample: int) -> dict[str, Any]:
+        """What a checkpoint must hold when the next step begins at `next_sample`; plain JSON.
+
+        Raises ValueError where no step begins there.
+        """
+        return {**asdict(self._mixture.position(next_sample)), "order": self._order}
+
+    def check_enough(self, num_samples: int) -> None:
+        """Raises DataError where a source is over before that many global samples are drawn.
+
+        It is over when it was read `data.max_epochs` times; without that setting it never is.
+        """
+        if self._max_epochs is None:
+            return
+        for name, source in self._sources.items():
+            num_sequences = source.sequences.num_sequences
+            sample = self._mixture.first_after(
+                name, number=floor(self._max_epochs * num_sequences), end=num_samples
+            )
+            if sample is not None:
+                epochs = self.drawn(num_samples)[name] / num_sequences
+                raise DataError(
+                    f"source {name!r} has {num_sequences:,} sequences of {self._seq_len} tokens "
+                    f"and is over at step {self._mixture.step_at(sample)} (sample {sample:,} of "
+                    f"{num_samples:,}), because data.max_epochs={self._max_epochs:g}; the run "
+                    f"would read it {epochs:.2f} times: allow that, lower its weight, train for "
+                    "fewer steps, or give it more text"
+                )
+
+    def _checked(self, record: Mapping[str, Any]) -> Any:
+        """The mixture's part of a position whose order of samples is this one."""
+        theirs = record.get("order", {})
+        for key, value in self._order.items():
+            if theirs.get(key) != value:
+                raise DataError(
+                    f"{key}={value} isn't the {theirs.get(key)} that this run was trained with: "
+                    "the order of samples hangs on it, and some would come twice; go back to that, "
+                    "or use another run.name"
+                )
+        return position_from({key: value for key, value in record.items() if key != "order"})
 
 
 class ValidationBatches:
@@ -103,14 +194,17 @@ class ValidationBatches:
         seq_len: int,
         batch_size: int,
         max_sequences: int | None = None,
+        on_corrupt: OnCorrupt = OnCorrupt.fail,
     ) -> None:
         if seq_len < 1 or batch_size < 1:
             raise ValueError(f"{seq_len=} and {batch_size=} must be at least 1")
-        self._stream = folder.stream("validation", source=source)
+        self._documents = folder.documents("validation", source=source, on_corrupt=on_corrupt)
+        self._sequences = packed(self._documents.starts, seq_len=seq_len, packing=Packing.stream)
+        self._source = folder.sources.index(source)
         self._end_of_document = folder.tokenizer.end_of_document
         self._seq_len = seq_len
         self._batch_size = batch_size
-        num_sequences = -(-self._stream.num_tokens // seq_len)
+        num_sequences = self._sequences.num_sequences
         if max_sequences is not None:
             num_sequences = min(num_sequences, max_sequences)
         self.num_sequences = num_sequences
@@ -120,12 +214,42 @@ class ValidationBatches:
         """Rank's contiguous slice of a batch; slots past the last sequence are all padding.
 
         Arrays have batch_size / num_ranks sequences. Raises ValueError where that isn't whole,
-        and for a rank outside range(num_ranks).
+        and for a rank outside range(num_ranks); and DataError for a document that isn't what was
+        written, unless such are skipped.
         """
         slots = _slots(self._batch_size, rank=rank, num_ranks=num_ranks)
-        first = batch_number * self._batch_size
-        positions = [first + slot if first + slot < self.num_sequences else None for slot in slots]
-        return _batch(self._stream, positions, seq_len=self._seq_len, padding=self._end_of_document)
+        first = batch_number * self._batch_size + slots.start
+        positions = np.arange(first, min(first + len(slots), self.num_sequences))
+        return _batch(
+            [(np.arange(len(positions)), self._documents, self._sequences.pieces(positions))],
+            sources=np.full(len(slots), self._source, dtype=np.int64),
+            seq_len=self._seq_len,
+            padding=self._end_of_document,
+        )
+
+
+def _opened(
+    folder: ShardFolder, name: str, *, seq_len: int, seed: int, data: DataSettings
+) -> _Source:
+    documents = folder.documents("train", source=name, on_corrupt=data.on_corrupt)
+    if documents.num_tokens < seq_len:
+        others = "; or leave the source out, by naming the others in data.weights"
+        raise DataError(
+            f"the train split of {name!r} in {folder.path} has {documents.num_tokens} tokens, "
+            f"fewer than one sequence of seq_len={seq_len}; use more text or shorter sequences"
+            f"{others if len(folder.sources) > 1 else ''}"
+        )
+    sequences = packed(documents.starts, seq_len=seq_len, packing=data.packing)
+    order = Order(
+        num_samples=sequences.num_sequences,
+        seed=seed,
+        source=name,
+        block_size=-(-sequences.num_sequences // documents.num_shards),
+        window=data.shuffle_window,
+    )
+    return _Source(
+        number=folder.sources.index(name), documents=documents, sequences=sequences, order=order
+    )
 
 
 def _slots(batch_size: int, *, rank: int, num_ranks: int) -> range:
@@ -138,24 +262,48 @@ def _slots(batch_size: int, *, rank: int, num_ranks: int) -> range:
 
 
 def _batch(
-    stream: TokenStream, positions: list[int | None] | list[int], *, seq_len: int, padding: int
+    parts: Sequence[tuple[NDArray[np.int64], Documents, Pieces]],
+    *,
+    sources: NDArray[np.int64],
+    seq_len: int,
+    padding: int,
 ) -> Batch:
-    """The sequences at `positions` of the stored order, None for one that is all padding."""
-    rows = np.empty((len(positions), seq_len + 1), dtype=np.int64)
-    loss_mask = np.ones((len(positions), seq_len), dtype=np.bool_)
-    for row, mask, position in zip(rows, loss_mask, positions, strict=True):
-        filled = 0 if position is None else stream.read(position * seq_len, row)
-        if filled <= seq_len:
-            row[filled:] = padding
-            mask[max(filled - 1, 0) :] = False
-    tokens = np.ascontiguousarray(rows[:, :-1])
-    # A document's first token is the target of the end of the one before it.
-    document_starts = tokens == padding
-    document_starts[:, 0] = True
+    """A batch of len(sources) sequences, of which each part fills the rows that it names."""
+    shape = (len(sources), seq_len)
+    dtype = parts[0][1].dtype
+    stored = np.full(len(sources) * seq_len, padding, dtype=dtype)
+    filled = np.zeros(len(sources), dtype=np.int64)
+    corrupt = np.zeros(len(sources), dtype=np.bool_)
+    firsts, befores = [], []  # where pieces begin, and the token before each
+    for rows_of_part, documents, pieces in parts:
+        rows = rows_of_part[pieces.rows]
+        corrupt[rows[~documents.whole(pieces.documents)]] = True
+        kept = np.flatnonzero(~corrupt[rows])
+        rows, lengths, offsets = rows[kept], pieces.lengths[kept], pieces.offsets[kept]
+        places = rows * seq_len + pieces.slots[kept]
+        before = documents.read(pieces.documents[kept], offsets, lengths, out=stored, places=places)
+        before[offsets == 0] = padding
+        np.add.at(filled, rows, lengths)
+        firsts.append(places)
+        befores.append(before)
+    short = np.flatnonzero(filled < seq_len)
+    firsts.append(short * seq_len + filled[short])
+    befores.append(np.full(len(short), padding))
+    first = np.concatenate(firsts)
+
+    targets = stored.astype(np.int64).reshape(shape)
+    tokens = np.empty(shape, dtype=np.int64)
+    tokens[:, 1:] = targets[:, :-1]
+    tokens.reshape(-1)[first] = np.concatenate(befores)
+    loss_mask = np.ones(shape, dtype=np.bool_)
+    loss_mask[short] = np.arange(seq_len) < filled[short, None]
+    document_starts = np.zeros(shape, dtype=np.bool_)
+    document_starts.reshape(-1)[first] = True
     return Batch(
         tokens=tokens,
-        targets=np.ascontiguousarray(rows[:, 1:]),
+        targets=targets,
         loss_mask=loss_mask,
         document_starts=document_starts,
-        sources=np.zeros(len(positions), dtype=np.int64),
+        sources=sources,
+        num_corrupt=int(corrupt.sum()),
     )

@@ -46,7 +46,7 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
     """
     folder = resolved_dir(settings)
     if settings.dir is not None:
-        return ShardFolder.open(folder)
+        return ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     build = BuildSettings(corpus=settings.corpus, tokenizer=settings.tokenizer, to=str(folder))
     return build_shards(build, progress=progress)
 

@@ -1,6 +1,5 @@
 """The command `python -m data_pipeline.inspect`: what a shard folder holds, verified."""
 
-import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -48,11 +47,13 @@ def inspect(settings: InspectSettings) -> None:
 
 
 def _print_sample(folder: ShardFolder, *, num_tokens: int) -> None:
-    tokens = np.empty(num_tokens + 1, dtype=np.int64)
-    filled = folder.stream("train").read(0, tokens)
-    # The first token is the end of document that stands before the stream.
-    text = tokenizer_named(folder.tokenizer.name).decode(tokens[1:filled])
-    print(f"the first {filled - 1} training tokens:\n{text}")
+    tokenizer = tokenizer_named(folder.tokenizer.name)
+    for source in folder.sources:
+        documents = folder.documents("train", source=source)
+        if not documents.num_documents:
+            continue
+        tokens = documents.tokens(0)[:num_tokens]
+        print(f"the first {len(tokens)} training tokens of {source}:\n{tokenizer.decode(tokens)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The order of samples: a pure function of (seed, global sample index), with nothing to remember.
+"""The order of samples: a pure function of (seed, source, global sample index), with no state.
 
 Each epoch is a pseudo-random permutation of the samples, computed one position at a time by a
 keyed Feistel network over a domain a little larger than the epoch, walked until it falls inside
 (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, methods 2 and 3).
-Seeking costs the same anywhere: there is no list to shuffle and no state to save.
+Seeking costs the same anywhere: there is no list to shuffle and nothing to save.
 """
 
 import hashlib
-from math import isqrt
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,57 +16,101 @@ from numpy.typing import NDArray
 # as those of a toy corpus, need some more.
 _NUM_ROUNDS = 6
 
-
-def sample_index(index: int, *, num_samples: int, seed: int) -> tuple[int, int]:
-    """The (epoch, position in the stored order) of a global sample index."""
-    epochs, positions = sample_indices(
-        np.array([index], dtype=np.int64), num_samples=num_samples, seed=seed
-    )
-    return int(epochs[0]), int(positions[0])
+_Keys = NDArray[np.uint64]  # [_NUM_ROUNDS, places]: each place may have keys of its own
 
 
-def sample_indices(
-    indices: NDArray[np.int64], *, num_samples: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The epochs [n] and stored positions [n] of global sample indices [n].
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order in which the `num_samples` samples of a source come, epoch after epoch.
 
-    Raises ValueError for a negative index, or an epoch with no samples.
+    None for `window`: the samples of an epoch come in any order. Else the stored order is cut
+    into blocks of `block_size` samples, the blocks are put in a random order, and samples are
+    mixed among `window` blocks at a time, so that only those need to be at hand. Where the last
+    block is shorter than the others, the window that holds it has a few samples (fewer than a
+    block) of the last window's blocks too.
+
+    Raises ValueError for a number below one.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: an epoch has at least one sample")
-    if indices.size and indices.min() < 0:
-        raise ValueError(f"global sample index {indices.min()} is negative")
-    epochs, ranks = np.divmod(indices, num_samples)
-    positions = np.empty_like(ranks)
-    for epoch in np.unique(epochs):
-        inside = epochs == epoch
-        positions[inside] = permuted(
-            ranks[inside], num_samples=num_samples, seed=seed, epoch=int(epoch)
+
+    num_samples: int
+    seed: int
+    source: str
+    block_size: int = 1
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "block_size", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+
+    def at(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epochs [n] and stored positions [n] of this source's sample indices [n].
+
+        Raises ValueError for a negative index.
+        """
+        if indices.size and indices.min() < 0:
+            raise ValueError(f"sample index {indices.min()} is negative")
+        epochs, places = np.divmod(indices, self.num_samples)
+        distinct, which = np.unique(epochs, return_inverse=True)
+        inside, between = (
+            self._keys(part, distinct)[:, which] for part in ("inside windows", "between windows")
         )
-    return epochs, positions
+        walked = self._permuted(places.astype(np.uint64), inside, between)
+        size = np.uint64(self.num_samples)
+        # The blocks' permutation has a domain of whole blocks: what falls past the last sample
+        # goes through once more.
+        while (outside := np.flatnonzero(walked >= size)).size:
+            walked[outside] = self._permuted(
+                walked[outside], inside[:, outside], between[:, outside]
+            )
+        return epochs, walked.astype(np.int64)
+
+    def _permuted(
+        self, places: NDArray[np.uint64], inside: _Keys, between: _Keys
+    ) -> NDArray[np.uint64]:
+        if self.window is None:
+            return _permuted(places, np.uint64(self.num_samples), inside)
+        num_blocks = -(-self.num_samples // self.block_size)
+        block_size, width = np.uint64(self.block_size), np.uint64(self.window * self.block_size)
+        windows, places = np.divmod(places, width)
+        widths = np.minimum(width, np.uint64(num_blocks * self.block_size) - windows * width)
+        places = _permuted(places, widths, _mixed(inside ^ _mixed(windows + np.uint64(1))))
+        slots, samples = np.divmod(places, block_size)
+        slots += windows * np.uint64(self.window)
+        walked: NDArray[np.uint64] = _permuted(slots, np.uint64(num_blocks), between) * block_size
+        return walked + samples
+
+    def _keys(self, part: str, epochs: NDArray[np.int64]) -> _Keys:
+        digests = [
+            hashlib.blake2b(
+                f"{self.seed}:{epoch}:{part}:{self.source}".encode(), digest_size=8 * _NUM_ROUNDS
+            ).digest()
+            for epoch in epochs.tolist()
+        ]
+        return np.frombuffer(b"".join(digests), "<u8").reshape(-1, _NUM_ROUNDS).T
 
 
-def permuted(
-    places: NDArray[np.int64], *, num_samples: int, seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """Where the permutation of range(num_samples) for (seed, epoch) sends each place [n]."""
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * _NUM_ROUNDS).digest()
-    keys = np.frombuffer(digest, "<u8")
-    side = np.uint64(isqrt(num_samples - 1) + 1)  # side² ≥ num_samples, by less than 2·side + 1
-    size = np.uint64(num_samples)
-    walked = _feistel(places.astype(np.uint64), side=side, keys=keys)
-    while (outside := walked >= size).any():
-        walked[outside] = _feistel(walked[outside], side=side, keys=keys)
-    return walked.astype(np.int64)
+def _permuted(
+    places: NDArray[np.uint64], size: np.uint64 | NDArray[np.uint64], keys: _Keys
+) -> NDArray[np.uint64]:
+    """Where the permutation of range(size) by `keys` sends each place [n]."""
+    sizes = np.broadcast_to(size, places.shape)
+    sides = np.ceil(np.sqrt(sizes)).astype(np.uint64)  # sides² ≥ sizes, by less than 2·sides + 1
+    sides += sides * sides < sizes  # the square root of a large integer may be rounded down
+    walked = _feistel(places, sides, keys)
+    while (outside := np.flatnonzero(walked >= sizes)).size:
+        walked[outside] = _feistel(walked[outside], sides[outside], keys[:, outside])
+    return walked
 
 
 def _feistel(
-    places: NDArray[np.uint64], *, side: np.uint64, keys: NDArray[np.uint64]
+    places: NDArray[np.uint64], sides: NDArray[np.uint64], keys: _Keys
 ) -> NDArray[np.uint64]:
-    left, right = np.divmod(places, side)
+    left, right = np.divmod(places, sides)
     for key in keys:
-        left, right = right, (left + _mixed(right ^ key) % side) % side
-    joined: NDArray[np.uint64] = left * side + right
+        left, right = right, (left + _mixed(right ^ key) % sides) % sides
+    joined: NDArray[np.uint64] = left * sides + right
     return joined
 
 

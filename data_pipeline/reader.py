@@ -1,13 +1,17 @@
-"""Reading a shard folder: its index checked against its files, and its tokens as one long stream.
+"""Reading a shard folder: its index checked against its files, and the tokens of its documents.
 
-Owns opening, verifying and the way from a place in a stream to bytes in a tar. Leaves the order
-of samples to `order` and the making of batches to `batches`.
+Owns opening, verifying and the way from a place in a document to bytes in a tar, each document
+checked when it is first read. Leaves which documents make a sequence to `packing`, the order of
+sequences to `order` and the making of batches to `batches`.
 """
 
 import hashlib
 import mmap
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,28 +26,77 @@ from data_pipeline.index import (
     read_index,
     sha256_of,
 )
-from data_pipeline.settings import DataError
+from data_pipeline.settings import DataError, OnCorrupt
 from data_pipeline.tokenizers import token_dtype
 
 
-class ShardFolder:
-    """A complete folder of shards, opened by `ShardFolder.open`."""
+class Files(Protocol):
+    """Where the files of a folder come from.
 
-    def __init__(self, path: Path, index: Index) -> None:
+    `max_mapped` is how many shards of a source may be held open at a time, None for all: an open
+    file takes its room on the disk even when a cache has dropped it.
+    """
+
+    max_mapped: int | None
+
+    def check(self, name: str, *, size: int) -> None:
+        """Raises DataError where a file can be known to be missing, or of another size."""
+        ...
+
+    def path(self, name: str, *, size: int, sha256: str) -> Path:
+        """A local file with these contents; raises DataError where it can't be had."""
+        ...
+
+
+class LocalFiles:
+    """The files of a folder on a disk of this machine."""
+
+    max_mapped: int | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def check(self, name: str, *, size: int) -> None:
+        """Raises DataError where a file is missing, or of another size."""
+        _check_size(self._folder / name, size)
+
+    def path(self, name: str, *, size: int, sha256: str) -> Path:
+        """The file itself; its size is checked, and its contents by who reads them."""
+        self.check(name, size=size)
+        return self._folder / name
+
+
+class ShardFolder:
+    """A complete folder of shards, opened by `ShardFolder.open`.
+
+    `damaged` says of each shard that was found missing or cut short what is wrong with it.
+    """
+
+    def __init__(
+        self, path: Path, index: Index, files: Files, *, damaged: Mapping[str, str]
+    ) -> None:
         self.path = path
         self.index = index
+        self.damaged = damaged
+        self._files = files
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, on_corrupt: OnCorrupt = OnCorrupt.fail) -> Self:
         """Opens a folder: reads its index and looks that each file is there in its full size.
 
-        Raises DataError naming the folder or file that isn't as it should be.
+        Raises DataError naming the folder or file that isn't as it should be; to skip, shards
+        that aren't are noted in `damaged` instead.
         """
-        folder = cls(Path(path).absolute(), read_index(Path(path)))
+        files, damaged = LocalFiles(Path(path).absolute()), dict[str, str]()
+        folder = cls(Path(path).absolute(), read_index(Path(path)), files, damaged=damaged)
         for shard in folder._shards():
-            _check_size(folder.path / shard.file, shard.size)
-            # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
-            _check_size(folder.path / shard.documents, 128 + 24 * shard.num_documents)
+            files.check(shard.documents, size=_table_size(shard))
+            try:
+                files.check(shard.file, size=shard.size)
+            except DataError as error:
+                if on_corrupt is OnCorrupt.fail:
+                    raise
+                damaged[shard.file] = str(error)
         return folder
 
     @property
@@ -89,14 +142,19 @@ class ShardFolder:
         """Bytes of text that a token stands for; bits per byte = loss / ln 2 / this."""
         return self.num_bytes(split, source=source) / self.num_tokens(split, source=source)
 
-    def stream(self, split: str, *, source: str | None = None) -> "TokenStream":
-        """The tokens of a split: of one source, or of all in stored order."""
-        shards = [shard for entry in self._splits(split, source) for shard in entry.shards]
-        return TokenStream(
-            self.path,
-            shards,
-            dtype=token_dtype(self.tokenizer.vocab_size),
-            end_of_document=self.tokenizer.end_of_document,
+    def documents(
+        self, split: str, *, source: str, on_corrupt: OnCorrupt = OnCorrupt.fail
+    ) -> "Documents":
+        """The documents of a split of a source: of token ids, or of bytes in a folder of text."""
+        made_by = self.index.tokenizer
+        (entry,) = self._splits(split, source)
+        return Documents(
+            entry.shards,
+            files=self._files,
+            dtype=token_dtype(made_by.vocab_size) if made_by else np.dtype(np.uint8),
+            is_text=made_by is None,
+            on_corrupt=on_corrupt,
+            damaged=self.damaged,
         )
 
     def verify(self) -> None:
@@ -131,55 +189,172 @@ class ShardFolder:
         ]
 
 
-class TokenStream:
-    """The documents of a split as one long stream of `num_tokens` tokens, read by mmap.
+# What is known of a document.
+_UNREAD, _WHOLE, _CORRUPT = 0, 1, 2
 
-    Before its first token stands the end of a document, so that every token has one before it.
+
+class Documents:
+    """The documents of one split of a source, read by mmap; shards are opened at first use.
+
+    `starts` [documents + 1] says where each would begin if all were joined, in tokens. Methods
+    may be called by several threads.
 
     Raises DataError where a table of documents isn't what the index says.
     """
 
     def __init__(
         self,
-        folder: Path,
-        shards: list[ShardEntry],
+        shards: Iterable[ShardEntry],
         *,
+        files: Files,
         dtype: np.dtype[np.unsignedinteger],
-        end_of_document: int,
+        is_text: bool,
+        on_corrupt: OnCorrupt,
+        damaged: Mapping[str, str],
     ) -> None:
-        tables = [_table(folder, shard, itemsize=dtype.itemsize) for shard in shards]
-        counts = np.concatenate([np.zeros(1, np.int64), *(table[:, 1] for table in tables)])
-        self._starts = np.cumsum(counts)  # [num_documents + 1], in tokens of the stream
-        self._firsts = np.concatenate(  # [num_documents], in tokens of the shard's file
-            [np.zeros(0, np.int64), *(table[:, 0] // dtype.itemsize for table in tables)]
-        )
-        self._shard_of = np.repeat(np.arange(len(shards)), [len(table) for table in tables])
-        self._files = [_mapped(folder / shard.file, dtype) for shard in shards]
-        self._end_of_document = end_of_document
-        self.num_tokens = int(self._starts[-1])
+        self._shards = list(shards)
+        self._files = files
+        self.dtype = dtype
+        self._on_corrupt = on_corrupt
+        tables = [_table(files, shard, dtype=dtype, is_text=is_text) for shard in self._shards]
+        table = np.concatenate([np.zeros((0, 3), np.int64), *tables])
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(table[:, 1])])
+        self._begins = table[:, 0].copy()  # [documents], in bytes of the shard's file
+        self._crcs = table[:, 2].astype(np.uint32)
+        # The first document of each shard, and the end, [shards + 1].
+        self._firsts = np.cumsum([0, *map(len, tables)])
+        self._known = np.full(len(table), _UNREAD, np.uint8)
+        self._maps: dict[int, memoryview] = {}
+        self._lock = threading.Lock()
+        for number, shard in enumerate(self._shards):
+            if shard.file in damaged:
+                self._lose(number, damaged[shard.file])
 
-    def read(self, start: int, out: NDArray[np.int64]) -> int:
-        """Fills `out` [n] with the token before `start` and those from it; returns how many.
+    @property
+    def num_documents(self) -> int:
+        """How many there are."""
+        return len(self._begins)
 
-        Fewer than n where the stream ends; what is left of `out` isn't written.
+    @property
+    def num_shards(self) -> int:
+        """How many shards they are in."""
+        return len(self._shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, ends of documents included; bytes in a folder of text."""
+        return int(self.starts[-1])
+
+    def tokens(self, document: int) -> NDArray[np.unsignedinteger]:
+        """A document's tokens [num_tokens], the end of the document included, or its bytes.
+
+        Raises DataError where they aren't what was written.
         """
-        place, stop = start - 1, min(start - 1 + len(out), self.num_tokens)
-        filled = 0
-        if place < 0:
-            out[0] = self._end_of_document
-            place, filled = 0, 1
-        document = int(self._starts.searchsorted(place, side="right")) - 1
-        while place < stop:
-            begin, end = self._starts.item(document), self._starts.item(document + 1)
-            count = min(end, stop) - place
-            first = self._firsts.item(document) + place - begin
-            out[filled : filled + count] = self._files[self._shard_of.item(document)][
-                first : first + count
-            ]
-            place += count
-            filled += count
-            document += 1
-        return filled
+        shard = int(self._shard_of(np.array(document)))
+        begin, end = self._extent(document)
+        found = self._mapped(shard)[begin:end]
+        if zlib.crc32(found) != self._crcs[document]:
+            raise DataError(self._complaint(document, shard))
+        return np.frombuffer(found, self.dtype)
+
+    def whole(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the documents [n] are what was written, by their CRC-32 when first asked.
+
+        Raises DataError for one that isn't, unless such are to be skipped.
+        """
+        unread = np.unique(documents[self._known[documents] == _UNREAD])
+        if len(unread):
+            self._check(unread)
+        whole: NDArray[np.bool_] = self._known[documents] == _WHOLE
+        return whole
+
+    def read(
+        self,
+        documents: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        *,
+        out: NDArray[np.unsignedinteger],
+        places: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Copies pieces [n] of whole documents to `places` of the one-dimensional `out`.
+
+        Returns the token before each piece [n], of no meaning where an offset is 0.
+        """
+        shards = self._shard_of(documents).tolist()
+        maps = {shard: self._mapped(shard) for shard in set(shards)}
+        size = self.dtype.itemsize
+        begins = self._begins[documents] + offsets * size
+        ends, firsts, lasts = begins + lengths * size, places * size, (places + lengths) * size
+        raw = out.view(np.uint8).data
+        for shard, begin, end, first, last in zip(
+            shards, begins.tolist(), ends.tolist(), firsts.tolist(), lasts.tolist(), strict=True
+        ):
+            raw[first:last] = maps[shard][begin:end]
+        before = np.zeros(len(documents), np.int64)
+        for piece in np.flatnonzero(offsets).tolist():
+            begin = begins.item(piece)
+            before[piece] = int.from_bytes(maps[shards[piece]][begin - size : begin], "little")
+        return before
+
+    def _check(self, documents: NDArray[np.int64]) -> None:
+        """Finds out which documents [n] are what was written."""
+        shards = self._shard_of(documents)
+        maps: dict[int, memoryview] = {}
+        for shard in np.unique(shards).tolist():
+            try:
+                maps[shard] = self._mapped(shard)
+            except DataError as error:
+                self._lose(shard, str(error))
+        if lost := set(shards.tolist()) - maps.keys():
+            kept = ~np.isin(shards, list(lost))
+            documents, shards = documents[kept], shards[kept]
+        begins = self._begins[documents]
+        ends = begins + (self.starts[documents + 1] - self.starts[documents]) * self.dtype.itemsize
+        places = zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        found = [zlib.crc32(maps[shard][begin:end]) for shard, begin, end in places]
+        whole = self._crcs[documents] == found
+        if self._on_corrupt is OnCorrupt.fail and not whole.all():
+            first = int(whole.argmin())
+            raise DataError(self._complaint(documents.item(first), shards.item(first)))
+        self._known[documents] = np.where(whole, _WHOLE, _CORRUPT)
+
+    def _lose(self, shard: int, why: str) -> None:
+        """Counts all documents of a shard as corrupt."""
+        if self._on_corrupt is OnCorrupt.fail:
+            raise DataError(f"{why}; or go on without it with data.on_corrupt=skip")
+        self._known[self._firsts[shard] : self._firsts[shard + 1]] = _CORRUPT
+
+    def _complaint(self, document: int, shard: int) -> str:
+        begin, end = self._extent(document)
+        return (
+            f"{self._shards[shard].file}: its document {document - self._firsts[shard]} (bytes "
+            f"{begin} to {end}) isn't what was written; restore the shard, build the folder "
+            "again, or go on without such documents with data.on_corrupt=skip"
+        )
+
+    def _shard_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._firsts.searchsorted(documents, side="right") - 1
+
+    def _extent(self, document: int) -> tuple[int, int]:
+        """Where a document's tokens are in its shard's file, in bytes."""
+        begin = self._begins.item(document)
+        num_tokens = self.starts.item(document + 1) - self.starts.item(document)
+        return begin, begin + num_tokens * self.dtype.itemsize
+
+    def _mapped(self, shard: int) -> memoryview:
+        """The bytes of a shard's file; those that were used longest ago are given up."""
+        with self._lock:
+            found = self._maps.pop(shard, None)
+            if found is None:
+                entry = self._shards[shard]
+                path = self._files.path(entry.file, size=entry.size, sha256=entry.sha256)
+                with path.open("rb") as file:
+                    found = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self._maps[shard] = found
+            if self._files.max_mapped and len(self._maps) > self._files.max_mapped:
+                del self._maps[next(iter(self._maps))]
+            return found
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -196,26 +371,27 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _table(folder: Path, shard: ShardEntry, *, itemsize: int) -> NDArray[np.int64]:
+def _table_size(shard: ShardEntry) -> int:
+    # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
+    return 128 + 24 * shard.num_documents
+
+
+def _table(
+    files: Files, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger], is_text: bool
+) -> NDArray[np.int64]:
     """The table of a shard's documents [num_documents, 3], checked against hash and index."""
-    path = folder / shard.documents
+    path = files.path(shard.documents, size=_table_size(shard), sha256=shard.documents_sha256)
     if sha256_of(path) != shard.documents_sha256:
         raise DataError(f"{path} is not what was written; restore it, or build the folder again")
     table: NDArray[np.int64] = np.load(path, allow_pickle=False)
     fits = (
         table.shape == (shard.num_documents, 3)
-        and int(table[:, 1].sum()) == shard.num_tokens
+        and int(table[:, 1].sum()) == (shard.num_bytes if is_text else shard.num_tokens)
         and bool((table[:, 1] > 0).all())
         and bool((table[:, 0] >= 0).all())
-        and bool((table[:, 0] + table[:, 1] * itemsize <= shard.size).all())
-        and not bool((table[:, 0] % itemsize).any())
+        and bool((table[:, 0] + table[:, 1] * dtype.itemsize <= shard.size).all())
+        and bool(((table[:, 2] >= 0) & (table[:, 2] < 2**32)).all())
     )
     if not fits:
         raise DataError(f"{path} disagrees with the index of its folder; build the folder again")
     return table
-
-
-def _mapped(path: Path, dtype: np.dtype[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """A whole file as tokens [size / itemsize]; a tar is a multiple of 512 bytes."""
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)

@@ -60,13 +60,13 @@ def build_trainer(
         config, world_size=place.world_size, device=device, timeout_seconds=patience
     )
 
-    shards = ShardFolder.open(str(config.data.dir))
+    shards = ShardFolder.open(str(config.data.dir), on_corrupt=config.data.on_corrupt)
     batches = GlobalBatches(
         shards,
-        split="train",
         seq_len=config.train.seq_len,
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
+        data=config.data,
     )
 
     leads = place.rank == 0  # the one rank whose sinks are built

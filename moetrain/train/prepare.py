@@ -55,10 +55,10 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFol
         )
     GlobalBatches(  # raises DataError where there are too few tokens
         shards,
-        split="train",
         seq_len=config.train.seq_len,
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
+        data=config.data,
     )
     return shards
 

@@ -32,7 +32,7 @@ def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]
 
 
 def _from_shards(folder: Path, config: Config, *, num_steps: int) -> list[Batch]:
-    shards = ShardFolder.open(str(folder))
+    shards = ShardFolder.open(str(folder), on_corrupt=config.data.on_corrupt)
     if shards.tokenizer.vocab_size != config.model.vocab_size:
         raise ConfigError(
             "model.vocab_size",
@@ -43,10 +43,10 @@ def _from_shards(folder: Path, config: Config, *, num_steps: int) -> list[Batch]
     size = config.train.global_batch_size
     batches = GlobalBatches(
         shards,
-        split="train",
         seq_len=config.train.seq_len,
         global_batch_size=size,
         seed=config.seed,
+        data=config.data,
     )
     whole = [batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps)]
     return [_padded(b.tokens, b.targets, b.loss_mask) for b in whole]
