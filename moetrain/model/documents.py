@@ -61,7 +61,7 @@ def attend_documents(
     if varlen is not None:
         longest = max(documents.lengths)
         bounds = documents.cu_seqlens
-        y = varlen(
+        y: Tensor = varlen(
             *packed, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=grouped
         )
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.model import Documents, ModelSettings, Transformer
-from tests.model.test_transformer import SMALL, SHAPES, _initialised, tolerance
+from tests.model.test_transformer import SHAPES, SMALL, _initialised, tolerance
 from tests.support.ranks import run_ranks
 from tests.support.transformers_oracle import copy_weights, oracle_for
 
