@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.mixture import Mixture, planned_stages, position_from, used_sources
+from data_pipeline.mixture import (
+    Mixture,
+    MixturePosition,
+    planned_stages,
+    position_from,
+    used_sources,
+)
 from data_pipeline.order import Order
 from data_pipeline.packing import PackedDocuments, PackingReport, Pieces, packed
 from data_pipeline.reader import Documents, ShardFolder
@@ -165,7 +171,7 @@ class GlobalBatches:
                     "fewer steps, or give it more text"
                 )
 
-    def _checked(self, record: Mapping[str, Any]) -> Any:
+    def _checked(self, record: Mapping[str, Any]) -> MixturePosition:
         """The mixture's part of a position whose order of samples is this one."""
         theirs = record.get("order", {})
         for key, value in self._order.items():

@@ -44,7 +44,7 @@ class Stage:
 
 
 @pydantic.dataclasses.dataclass(
-    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
 )
 class MixturePosition:
     """Where a mixture stands between two steps; all that must be kept of what was drawn so far.
@@ -163,9 +163,12 @@ class Mixture:
         return self._step + (sample - self._step_sample) // self._samples_per_step
 
     def first_after(self, source: str, *, number: int, end: int) -> int | None:
-        """The first global sample before `end` that is a source's sample `number` or later."""
-        low, high = max(self._step_sample, self._segments[0].origin), end
-        if self.drawn(high)[source] <= number:
+        """The first global sample before `end` that is a source's sample `number` or later.
+
+        It is sought from the position on; None where there is none.
+        """
+        low, high = self._step_sample, end
+        if high <= low or self.drawn(high)[source] <= number:
             return None
         while low < high:  # the first sample after which more than `number` are drawn
             middle = (low + high) // 2

@@ -78,8 +78,9 @@ class Order:
         places = _permuted(places, widths, _mixed(inside ^ _mixed(windows + np.uint64(1))))
         slots, samples = np.divmod(places, block_size)
         slots += windows * np.uint64(self.window)
-        walked: NDArray[np.uint64] = _permuted(slots, np.uint64(num_blocks), between) * block_size
-        return walked + samples
+        slots = _permuted(slots, np.uint64(num_blocks), between)
+        joined: NDArray[np.uint64] = slots * block_size + samples
+        return joined
 
     def _keys(self, part: str, epochs: NDArray[np.int64]) -> _Keys:
         digests = [

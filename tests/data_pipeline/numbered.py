@@ -1,0 +1,122 @@
+"""Folders of shards whose tokens say where they are from: every token but ends is another id."""
+
+import io
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import OnCorrupt, ShardFolder, TokenizerEntry
+from data_pipeline.index import (
+    FORMAT_VERSION,
+    Baselines,
+    BuildEntry,
+    Index,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+    sha256_of,
+    write_index,
+)
+
+END = 0  # of a document
+VOCAB_SIZE = 2**20  # so that tokens are uint32
+
+
+def write_numbered(
+    to: Path, sources: Mapping[str, Sequence[int]], *, documents_per_shard: int = 10
+) -> ShardFolder:
+    """A folder with documents of these lengths (ends included), the same in both splits.
+
+    The tokens of a document are consecutive numbers, then END; no number comes twice in a split.
+    """
+    to.mkdir()
+    splits: dict[str, dict[str, SplitEntry]] = {name: {} for name in sources}
+    for split in ("train", "validation"):
+        first = 1
+        for name, lengths in sources.items():
+            documents = []
+            for length in lengths:
+                documents.append(np.append(np.arange(first, first + length - 1), END).astype("<u4"))
+                first += length - 1
+            groups = [
+                documents[start : start + documents_per_shard]
+                for start in range(0, len(documents), documents_per_shard)
+            ]
+            shards = [
+                _write_shard(to, f"{name}-{split}-{number:05d}", group)
+                for number, group in enumerate(groups)
+            ]
+            splits[name][split] = SplitEntry(
+                num_documents=len(documents),
+                num_tokens=sum(lengths),
+                num_bytes=4 * sum(lengths),
+                shards=tuple(shards),
+            )
+    assert first < VOCAB_SIZE
+    write_index(_index(splits), to)
+    return ShardFolder.open(to)
+
+
+def _write_shard(to: Path, name: str, documents: Sequence[np.ndarray]) -> ShardEntry:
+    path, table, size = to / f"{name}.tar", [], 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, tokens in enumerate(documents):
+            file = io.BytesIO()
+            np.save(file, tokens)
+            member = tarfile.TarInfo(f"{number:09d}.npy")
+            member.size = file.tell()
+            table.append(
+                (
+                    size + 512 + member.size - tokens.nbytes,
+                    len(tokens),
+                    zlib.crc32(tokens.tobytes()),
+                )
+            )
+            size += 512 + -(-member.size // 512) * 512
+            file.seek(0)
+            tar.addfile(member, file)
+    np.save(to / f"{name}.documents.npy", np.array(table, "<i8"))
+    num_tokens = sum(map(len, documents))
+    return ShardEntry(
+        file=path.name,
+        size=path.stat().st_size,
+        sha256=sha256_of(path),
+        num_documents=len(documents),
+        num_tokens=num_tokens,
+        num_bytes=4 * num_tokens,
+        documents=f"{name}.documents.npy",
+        documents_sha256=sha256_of(to / f"{name}.documents.npy"),
+    )
+
+
+def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
+    return Index(
+        format_version=FORMAT_VERSION,
+        build=BuildEntry(
+            sources={},
+            tokenizer="numbers",
+            end_of_document=None,
+            validation_fraction=0.5,
+            shard_tokens=1,
+            on_corrupt=OnCorrupt.fail,
+        ),
+        tokenizer=TokenizerEntry(
+            name="numbers", vocab_size=VOCAB_SIZE, end_of_document=END, fingerprint="0"
+        ),
+        dtype="uint32",
+        sources=tuple(
+            SourceEntry(
+                name=name,
+                description="numbers",
+                language=None,
+                licence=None,
+                num_left_out={},
+                splits=entries,
+                baselines=Baselines(byte_bigram_bits_per_byte=None, zlib_bits_per_byte=None),
+            )
+            for name, entries in splits.items()
+        ),
+    )
