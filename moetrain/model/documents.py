@@ -67,7 +67,7 @@ def attend_documents(
     else:
         parts = zip(*(x.split(documents.lengths) for x in packed), strict=True)
         y = torch.cat([_attend(*part, grouped=grouped) for part in parts])
-    return y.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+    return y.view(q.shape[0], q.shape[2], *y.shape[1:]).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool) -> Tensor:
