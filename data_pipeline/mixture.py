@@ -225,8 +225,8 @@ def used_sources(data: DataSettings, *, sources: Sequence[str]) -> tuple[str, ..
     chosen = [
         f"data.{name}"
         for name, is_set in (
-            ("weights", data.weights is not None),
-            ("epochs", data.epochs is not None),
+            ("weights", bool(data.weights)),
+            ("epochs", bool(data.epochs)),
             ("temperature", data.temperature != 1),
         )
         if is_set
@@ -237,7 +237,7 @@ def used_sources(data: DataSettings, *, sources: Sequence[str]) -> tuple[str, ..
         )
     used: set[str] = set()
     for key, weights in (("data.weights", data.weights), ("data.epochs", data.epochs)):
-        if weights is not None:
+        if weights:
             used |= _checked(weights, key=key, sources=sources)
     used = used or set(sources)
     last_step = 0
@@ -258,9 +258,9 @@ def planned_stages(data: DataSettings, *, sizes: Mapping[str, int]) -> list[Stag
 
     Raises DataError where a source's share is less than can be kept to.
     """
-    if data.weights is not None:
+    if data.weights:
         weights = {name: Fraction(str(weight)) for name, weight in data.weights.items()}
-    elif data.epochs is not None:
+    elif data.epochs:
         weights = {name: Fraction(str(n)) * sizes[name] for name, n in data.epochs.items()}
     elif data.temperature == 1:
         weights = {name: Fraction(size) for name, size in sizes.items()}

@@ -90,8 +90,8 @@ class DataSettings:
     dir: str | None = None
     corpus: str = "stdlib"
     tokenizer: str = "bytes"
-    weights: dict[str, float] | None = None
-    epochs: dict[str, float] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    epochs: dict[str, float] = field(default_factory=dict)
     temperature: Positive = 1.0
     stages: list[StageSettings] = field(default_factory=list)
     max_epochs: Positive | None = None

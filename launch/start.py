@@ -35,6 +35,7 @@ from moetrain.train import (
     Control,
     Outcome,
     Place,
+    Prepared,
     TrainingError,
     as_plain,
     newest_manifest,
@@ -60,16 +61,14 @@ def start(
     """
     if plan.mode == "external":
         _run_external(config, data=data, report=report)
-    shards = prepare(config, data, progress=True)
+    prepared = prepare(config, data, progress=True)
     run_dir = Path(config.run.dir, config.run.name or "")
     with _held(run_dir):
-        return _run(config, plan, shards, report)
+        return _run(config, plan, prepared, report)
 
 
-def _run(
-    config: "Config", plan: Plan, shards: ShardFolder, report: Callable[[Path], object]
-) -> int:
-    run_dir = _open_run(config, shards)
+def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Path], object]) -> int:
+    run_dir, shards = _open_run(config, prepared), prepared.shards
     event = EventLog(run_dir / "events.jsonl").write
     newest = newest_manifest(run_dir)
     if newest and newest.step >= config.train.num_steps:
@@ -84,6 +83,8 @@ def _run(
     )
     try:
         with display, stop.on_signals():
+            for line in prepared.lines():
+                display.say(line)
             run = _run_inline if plan.mode == "inline" else _run_on_ray
             outcome = run(config, display, stop)
     except (RunFailed, ClusterError, CheckpointError, TrainingError, OSError) as error:
@@ -184,7 +185,7 @@ def _run_external(
     leads = rank == 0
     # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
     # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
-    shards = prepare(config, data, progress=True) if leads else None
+    prepared = prepare(config, data, progress=True) if leads else None
     held = ExitStack()  # until this process ends
     if leads:
         held.enter_context(_held(Path(config.run.dir, config.run.name or "")))
@@ -196,8 +197,8 @@ def _run_external(
         timeout_seconds=config.launch.hang_timeout_seconds,
     )
     agreed: list[object] = [None, None]
-    if leads:
-        run_dir = _open_run(config, shards)  # type: ignore[arg-type]
+    if prepared:
+        run_dir = _open_run(config, prepared)
         agreed = [config.run.name, next_attempt(run_dir / "checkpoints")]
     dist.broadcast_object_list(agreed)
     name, attempt = str(agreed[0]), int(str(agreed[1]))
@@ -218,8 +219,8 @@ def _run_external(
         with stop.on_signals():
             outcome = run_rank(config, place, control)
         code = DONE if outcome.finished else STOPPED
-        if leads:
-            code = _close_run(config, outcome, shards, report)  # type: ignore[arg-type]
+        if prepared:
+            code = _close_run(config, outcome, prepared.shards, report)
     except Exception as error:
         print(f"moetrain: rank {rank}: {classify(error).reason}", file=sys.stderr)
     sys.stdout.flush()
@@ -227,15 +228,23 @@ def _run_external(
     os._exit(code)  # tearing a process group down now and then aborts after success
 
 
-def _open_run(config: "Config", shards: ShardFolder) -> Path:
+def _open_run(config: "Config", prepared: Prepared) -> Path:
     """Makes the run's folder and writes what it will be; returns the folder."""
     run_dir = Path(config.run.dir, config.run.name or "")
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
     event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
+    shards = prepared.shards
     for source, baselines in shards.baselines.items():
-        event("data", source=source, path=str(shards.path), baselines=vars(baselines))
+        plan = prepared.plan.get(source)
+        event(
+            "data",
+            source=source,
+            path=str(shards.path),
+            baselines=vars(baselines),
+            **(vars(plan) if plan else {"weights": {}}),
+        )
     return run_dir
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -50,6 +50,7 @@ def run_command(
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = [_with_plusses(a, tree) for a in sys.argv[1:]]
     if files:
         sys.argv[1:] = [_without_plus(a, files) for a in sys.argv[1:]]
     else:
@@ -94,6 +95,20 @@ def _without_plus(argument: str, files: Path) -> str:
     group = re.match(r"\+([\w/-]+)=", argument)
     is_group = group and (files / group[1]).is_dir()
     return argument[1:] if is_group else argument
+
+
+def _with_plusses(argument: str, tree: type) -> str:
+    """Returns `++a.b.c=x` for `a.b.c=x` where `a.b` maps names that are the user's own to values.
+
+    Hydra takes keys that no file has with plusses only.
+    """
+    key = re.match(r"([\w.]+)=", argument)
+    kind: Any = tree
+    for part in key[1].split(".") if key else ():
+        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+        if get_origin(kind) is dict:
+            return f"++{argument}"
+    return argument
 
 
 def register(tree: type, *, name: str) -> None:

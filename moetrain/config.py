@@ -136,6 +136,14 @@ def check(config: Config) -> None:
             f"is more than train.num_steps={train.num_steps}, so that the rate would never be "
             f"reached: use at most {train.num_steps}",
         )
+    for number, stage in enumerate(config.data.stages):
+        if stage.from_step >= train.num_steps:
+            raise ConfigError(
+                f"data.stages[{number}].from_step",
+                stage.from_step,
+                f"would never begin, with train.num_steps={train.num_steps}: use at most "
+                f"{train.num_steps - 1}, or more steps",
+            )
     elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
@@ -251,9 +259,14 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
             dir=str(Path(config.run.dir).absolute()),
             name=config.run.name or _new_name(config, now),
         ),
-        data=replace(config.data, dir=str(resolved_dir(config.data).absolute())),
+        data=replace(config.data, dir=shard_dir(config.data)),
         launch=replace(config.launch, num_workers=num_workers),
     )
+
+
+def shard_dir(data: DataSettings) -> str:
+    """Returns where the shards are that the settings mean: an absolute path, or a URL as it is."""
+    return data.dir if data.dir and "://" in data.dir else str(resolved_dir(data).absolute())
 
 
 def _fitting_micro_batch(share: int, *, seq_len: int) -> int:

@@ -1,6 +1,7 @@
 """The decoder's single-device math: it knows no ranks and imports no torch.distributed."""
 
 from moetrain.model.cost import active_parameters, total_parameters, training_flops_per_token
+from moetrain.model.documents import Documents
 from moetrain.model.init import initial_values, random_stream
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
 from moetrain.model.moe_layer import MoELayer
@@ -11,6 +12,7 @@ from moetrain.model.transformer import LossSums, Transformer
 
 __all__ = [
     "Compute",
+    "Documents",
     "ExpertsSettings",
     "LocalExchange",
     "LossSums",

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moetrain.model.documents import Documents, attend_documents
 from moetrain.model.rotary import rotate
 from moetrain.model.settings import ModelSettings
 
@@ -34,9 +35,10 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq dim"],
-        rotary: tuple[Float[Tensor, "seq head_dim"], Float[Tensor, "seq head_dim"]],
+        rotary: tuple[Float[Tensor, "*rows seq head_dim"], Float[Tensor, "*rows seq head_dim"]],
+        documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
-        """Attends each position to itself and the ones before it."""
+        """Attends each position to itself and the ones before it, of its document if given."""
         batch, seq, _ = x.shape
         heads = (batch, seq, -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x)).view(heads).transpose(1, 2), *rotary)
@@ -48,6 +50,9 @@ class Attention(nn.Module):
             repeats = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
             grouped = False
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        if documents is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            y = attend_documents(q, k, v, documents)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
         return out

@@ -18,10 +18,13 @@ def rotary_table(
 
 def rotate(
     x: Float[Tensor, "batch heads seq head_dim"],
-    cos: Float[Tensor, "seq head_dim"],
-    sin: Float[Tensor, "seq head_dim"],
+    cos: Float[Tensor, "*rows seq head_dim"],
+    sin: Float[Tensor, "*rows seq head_dim"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Rotates queries or keys by their positions; the pairs are (i, i + head_dim / 2)."""
+    """Rotates queries or keys by their positions; the pairs are (i, i + head_dim / 2).
+
+    Cosine and sine are of all sequences, or [batch, 1, seq, head_dim].
+    """
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from moetrain.model.attention import Attention
+from moetrain.model.documents import Documents
 from moetrain.model.experts import FeedForward
 from moetrain.model.init import random_stream
 from moetrain.model.losses import chunked_cross_entropy
@@ -42,11 +43,12 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq dim"],
-        rotary: tuple[Float[Tensor, "seq head_dim"], Float[Tensor, "seq head_dim"]],
+        rotary: tuple[Float[Tensor, "*rows seq head_dim"], Float[Tensor, "*rows seq head_dim"]],
         valid: Bool[Tensor, "batch seq"],
+        documents: Documents | None = None,
     ) -> tuple[Float[Tensor, "batch seq dim"], RoutingStatistics | None]:
         """Returns the block's output, and its routing statistics if it has a router."""
-        x = x + self.attention(self.attention_norm(x), rotary)
+        x = x + self.attention(self.attention_norm(x), rotary, documents)
         y = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(y), None
@@ -74,11 +76,13 @@ class Transformer(nn.Module):
         targets: Int64[Tensor, "batch seq"] | None = None,
         valid: Bool[Tensor, "batch seq"] | None = None,
         noise_seeds: Sequence[int] | None = None,
+        documents: Documents | None = None,
     ) -> LossSums | Float[Tensor, "batch seq vocab"]:
         """Returns the loss sums over the valid targets, or without targets the logits.
 
         Tokens that are not valid count in no loss and no routing statistic. `noise_seeds`, one for
-        each sequence, are what the routers' jitter is drawn from; without them there is none.
+        each sequence, are what the routers' jitter is drawn from; without them there is none. With
+        `documents`, attention stops and positions begin anew at each.
         """
         if self.settings.router.jitter_noise:
             for number, moe in enumerate(self.moe_layers()):
@@ -93,10 +97,13 @@ class Transformer(nn.Module):
             theta=self.settings.rope_theta,
             device=tokens.device,
         )
+        if documents is not None:
+            cos, sin = (table[documents.positions].unsqueeze(1) for table in rotary)
+            rotary = cos, sin  # [batch, 1, seq, head_dim]
         x = self.embedding(tokens)
         statistics = []
         for layer in self.layers:
-            x, routed = layer(x, rotary, valid)
+            x, routed = layer(x, rotary, valid, documents)
             if routed is not None:
                 statistics.append(routed)
         x = self.norm(x)

@@ -2,7 +2,7 @@
 
 from moetrain.train.control import Control, Outcome, Place
 from moetrain.train.loop import TrainingError
-from moetrain.train.prepare import as_plain, newest_manifest, prepare
+from moetrain.train.prepare import Prepared, as_plain, newest_manifest, prepare
 from moetrain.train.rank import keep_freed_memory, rank_device, run_rank
 from moetrain.train.settings import RunSettings, TrainSettings
 
@@ -10,6 +10,7 @@ __all__ = [
     "Control",
     "Outcome",
     "Place",
+    "Prepared",
     "RunSettings",
     "TrainSettings",
     "TrainingError",

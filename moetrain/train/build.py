@@ -1,7 +1,7 @@
 """The composition root: settings become objects here, top to bottom, and nowhere else."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data_pipeline import GlobalBatches, ShardFolder
+from data_pipeline import GlobalBatches, Prefetcher, ShardFolder
 from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.train.control import Control, Place, collective_timeout
-from moetrain.train.prepare import as_plain, demand_same_model
+from moetrain.train.prepare import as_plain, demand_same_model, global_batches
 from moetrain.train.state import TrainState, checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Trainer:
     gradients: Gradients
     shards: ShardFolder
     batches: GlobalBatches
+    prefetcher: Prefetcher
+    """Reads this rank's part of the batches, ahead of the step."""
     checkpoints: CheckpointStore
     state: TrainState
     sinks: list[Callable[[dict[str, Any]], None]]
@@ -61,13 +63,6 @@ def build_trainer(
     )
 
     shards = ShardFolder.open(str(config.data.dir), on_corrupt=config.data.on_corrupt)
-    batches = GlobalBatches(
-        shards,
-        seq_len=config.train.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.seed,
-        data=config.data,
-    )
 
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
@@ -89,10 +84,15 @@ def build_trainer(
         loading,
         same_model=lambda manifest: demand_same_model(config, manifest),
     )
-    state = TrainState(**(restored or {"data": shards.fingerprint}))
+    state = TrainState.restored(restored or {}, sources=shards.sources)
+    state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
+    batches = global_batches(config, shards, position=state.position)
     if restored:
         event("resume", step=state.step, attempt=place.attempt)
         control.publish("say", f"goes on from step {state.step}")
+        if change := order_change(state, batches):
+            event("data_order", step=state.step, reason=change)
+            control.publish("say", change)
 
     sinks: list[Callable[[dict[str, Any]], None]] = []
     close: Callable[[int], None] = _tell_nobody
@@ -108,6 +108,19 @@ def build_trainer(
         )
         sinks = [metrics.write, wandb.write, lambda record: control.publish("record", record)]
         close = wandb.close
+    prefetcher = Prefetcher(
+        batches,
+        first_sample=state.samples,
+        rank=place.rank,
+        num_ranks=place.world_size,
+        num_workers=config.data.num_workers,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+
+    def close_all(exit_code: int) -> None:
+        prefetcher.close()
+        close(exit_code)
+
     return Trainer(
         config=config,
         place=place,
@@ -118,11 +131,12 @@ def build_trainer(
         gradients=gradients,
         shards=shards,
         batches=batches,
+        prefetcher=prefetcher,
         checkpoints=checkpoints,
         state=state,
         sinks=sinks,
         event=event,
-        close=close,
+        close=close_all,
     )
 
 
@@ -154,6 +168,25 @@ def build_model(
     optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
     return model, optimizer, gradients
+
+
+def order_change(state: TrainState, batches: GlobalBatches) -> str | None:
+    """Returns what is told of a restored run whose samples come otherwise than they would have."""
+    if not state.position:
+        return (
+            f"the checkpoint of step {state.step} is of a version that ordered samples otherwise: "
+            "some of this epoch may come twice"
+        )
+    before, now = state.position["units"], batches.position(state.samples)["units"]
+    before, now = ({name: units for name, units in u.items() if units} for u in (before, now))
+    if before == now:
+        return None
+    return f"from step {state.step} on the sources are mixed {_shares(now)}, not {_shares(before)}"
+
+
+def _shares(units: Mapping[str, int]) -> str:
+    total = sum(units.values())
+    return ", ".join(f"{name} {share / total:.4g}" for name, share in units.items())
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from data_pipeline import Batch
 from moetrain.model import random_stream, training_flops_per_token
 from moetrain.optim import learning_rate
 from moetrain.parallel import any_rank
@@ -66,12 +68,16 @@ def train(trainer: Trainer) -> Outcome:
 
 def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
     """Reads this rank's part of the next global batch, takes the step and moves the state on."""
-    config, state, place = trainer.config, trainer.state, trainer.place
+    config, state, sources = trainer.config, trainer.state, trainer.shards.sources
     with stopwatch.waiting_for_data():
-        batch = trainer.batches.read(state.samples, rank=place.rank, num_ranks=place.world_size)
+        batch = trainer.prefetcher.read(state.samples)
         size = config.train.micro_batch_size or len(batch.tokens)
         micro_batches = MicroBatch.cut(
-            batch, size, device=trainer.device, noise_seeds=_noise_seeds(trainer, len(batch.tokens))
+            batch,
+            size,
+            device=trainer.device,
+            mask_documents=config.data.mask_documents,
+            noise_seeds=_noise_seeds(trainer, len(batch.tokens)),
         )
     report = train_step(
         micro_batches,
@@ -79,11 +85,16 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         optimizer=trainer.optimizer,
         gradients=trainer.gradients,
         learning_rate=_learning_rate(trainer),
+        data_counts=[*tokens_by_source(batch, num_sources=len(sources)), batch.num_corrupt],
     )
     stopwatch.count(report.num_tokens)
     state.step += 1
     state.samples += config.train.global_batch_size
     state.tokens += report.num_tokens
+    *source_tokens, num_corrupt = report.data_counts
+    for source, tokens in zip(sources, source_tokens, strict=True):
+        state.source_tokens[source] = state.source_tokens.get(source, 0) + tokens
+    state.corrupt_sequences += num_corrupt
     state.skipped += report.skipped
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
     if report.skipped:
@@ -91,9 +102,17 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
     return report
 
 
+def tokens_by_source(batch: Batch, *, num_sources: int) -> list[int]:
+    """Returns how many valid targets a rank's slice of a batch has of each source."""
+    valid = batch.loss_mask.sum(1)
+    counts = np.bincount(batch.sources, weights=valid, minlength=num_sources)
+    return [int(count) for count in counts]
+
+
 def save(trainer: Trainer) -> None:
     """Writes a checkpoint of where the run stands."""
     trainer.control.beat("save", trainer.state.step)
+    trainer.state.position = trainer.batches.position(trainer.state.samples)
     trainer.checkpoints.save(
         checkpoint_tensors(trainer.model, trainer.optimizer),
         step=trainer.state.step,
@@ -108,6 +127,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
         trainer.model,
         trainer.shards,
         seq_len=settings.seq_len,
+        data=trainer.config.data,
         micro_batch_size=settings.micro_batch_size or 1,
         max_sequences=settings.validation_sequences,
         rank=trainer.place.rank,
@@ -137,11 +157,24 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
     if peak := config.cluster.peak_tflops_per_gpu:
         flops = training_flops_per_token(config.model, seq_len=config.train.seq_len) * speed
         record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
-    if len(trainer.shards.sources) == 1:
-        record[f"data/{trainer.shards.sources[0]}/tokens"] = state.tokens
+    record |= data_metrics(trainer)
     if config.model.is_moe:
         record |= router_metrics(report, first_layer=config.model.num_dense_layers)
     return record
+
+
+def data_metrics(trainer: Trainer) -> dict[str, float]:
+    """Returns what was read of each source so far: tokens, and epochs of those drawn from."""
+    state = trainer.state
+    metrics: dict[str, float] = {
+        f"data/{source}/tokens": tokens for source, tokens in state.source_tokens.items()
+    }
+    drawn = trainer.batches.drawn(state.samples)
+    for source, num_sequences in trainer.batches.num_sequences.items():
+        metrics[f"data/{source}/epochs"] = drawn[source] / num_sequences
+    if state.corrupt_sequences:
+        metrics["data/corrupt_sequences"] = state.corrupt_sequences
+    return metrics
 
 
 def router_metrics(report: StepReport, *, first_layer: int = 0) -> dict[str, float]:

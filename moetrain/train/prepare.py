@@ -1,6 +1,8 @@
 """What can be known to be wrong before any rank starts: data, vocabulary, an older run."""
 
-from dataclasses import asdict
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +23,49 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourcePlan:
+    """How much of a source a run reads."""
+
+    weights: dict[int, float]
+    """Its share of the samples, by the step from which on it holds."""
+    epochs: float
+    """How often the source will have been read at the end."""
+    packing: dict[str, int]
+    """What packing it came to, in counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The shards of a run, and what it will read of each of their sources that it draws from."""
+
+    shards: ShardFolder
+    plan: dict[str, SourcePlan]
+
+    def lines(self) -> Iterator[str]:
+        """Yields what a person is told of each source."""
+        for source, plan in self.plan.items():
+            first, *later = plan.weights.items()
+            packing = plan.packing
+            text = f"{source}: {first[1]:.4g} of the samples"
+            text += "".join(f", {weight:.4g} from step {step} on" for step, weight in later)
+            text += f"; {plan.epochs:.2f} epochs by the end"
+            cut = packing["num_cut_tokens"] / packing["num_tokens"]
+            yield f"{text}; {cut:.1%} of its tokens are in documents that are cut"
+
+
 def as_plain(config: "Config") -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values."""
-    return asdict(config)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
 
 
-def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFolder:
+def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared:
     """Returns the shards of a resolved configuration, built where `data` leaves that open.
 
-    Raises ConfigError or DataError for shards that the model can't train on, and for a run
-    folder that holds another model; nothing but the shards is written.
+    Raises ConfigError or DataError for shards that the model can't train on, for sources that
+    can't be mixed as wanted, and for a run folder that holds another model or stands in another
+    order of samples; nothing but the shards is written.
     """
     newest = newest_manifest(Path(config.run.dir, config.run.name or ""))
     if newest:
@@ -46,21 +81,65 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> ShardFol
         _demand_vocabulary(config, tokenizer_named(data.tokenizer))
     shards = open_or_build(data, progress=progress)
     _demand_vocabulary(config, shards.tokenizer)
-    if newest and newest.state.get("data") != shards.fingerprint:
+    if newest:
+        _demand_same_data(config, newest, shards)
+    state: Mapping[str, Any] = newest.state if newest else {}
+    batches = global_batches(config, shards, position=state.get("position"))
+    steps = max(0, config.train.num_steps - state.get("step", 0))
+    num_samples = state.get("samples", 0) + steps * config.train.global_batch_size
+    batches.check_enough(num_samples)
+    return Prepared(shards=shards, plan=_plan(batches, num_samples=num_samples))
+
+
+def global_batches(
+    config: "Config", shards: ShardFolder, *, position: Mapping[str, Any] | None
+) -> GlobalBatches:
+    """Returns the global batches of training, from a position if there is one.
+
+    Raises DataError where a source can't be drawn from as wanted.
+    """
+    return GlobalBatches(
+        shards,
+        seq_len=config.train.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        data=config.data,
+        position=position or None,
+    )
+
+
+def _plan(batches: GlobalBatches, *, num_samples: int) -> dict[str, SourcePlan]:
+    drawn, report = batches.drawn(num_samples), batches.report()
+    return {
+        source: SourcePlan(
+            weights={stage.from_step: stage.weights.get(source, 0.0) for stage in batches.stages},
+            epochs=drawn[source] / num_sequences,
+            packing=asdict(report[source]),
+        )
+        for source, num_sequences in batches.num_sequences.items()
+    }
+
+
+def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -> None:
+    """Raises ConfigError where a run was trained on other tokens than those of the shards."""
+    tokenizer = shards.tokenizer
+    before = newest.state.get("tokenizer", tokenizer.fingerprint)
+    if before != tokenizer.fingerprint:
+        raise ConfigError(
+            "data.dir",
+            shards.path,
+            f"its text is in tokens of {tokenizer.name} with fingerprint "
+            f"{tokenizer.fingerprint[:12]}, and run {config.run.name} was trained with a tokenizer "
+            f"of fingerprint {before[:12]} up to step {newest.step}: what it learned means nothing "
+            "in these tokens: use shards of that tokenizer, or another run.name",
+        )
+    if newest.state.get("data") != shards.fingerprint:
         raise ConfigError(
             "data.dir",
             shards.path,
             f"run {config.run.name} was trained on other shards up to step {newest.step}, and "
             "where it stands means nothing in these: use those, or another run.name",
         )
-    GlobalBatches(  # raises DataError where there are too few tokens
-        shards,
-        seq_len=config.train.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.seed,
-        data=config.data,
-    )
-    return shards
 
 
 def _demand_vocabulary(config: "Config", tokenizer: Tokenizer | TokenizerEntry) -> None:
@@ -86,17 +165,34 @@ def newest_manifest(run_dir: Path) -> Manifest | None:
 
 def demand_same_model(config: "Config", manifest: Manifest) -> None:
     """Raises ConfigError where a checkpoint is of a model with another shape, or other samples."""
-    for group, key in (("", "seed"), ("train", "seq_len")):
+    for group, key in (
+        ("", "seed"),
+        ("train", "seq_len"),
+        ("data", "packing"),
+        ("data", "shuffle_window"),
+    ):
         ours, theirs = as_plain(config), manifest.config
         if group:
             ours, theirs = ours[group], theirs.get(group, {})
-        if ours[key] != theirs.get(key):
+        # A checkpoint from before there was packing or a window has the defaults.
+        before = theirs.get(key, getattr(DataSettings, key, None))
+        if ours[key] != before:
             raise ConfigError(
                 f"{group}.{key}".lstrip("."),
                 ours[key],
-                f"run {config.run.name} has {theirs.get(key)} up to step {manifest.step}, and the "
-                "order of samples hangs on it; some would come twice: use another run.name",
+                f"run {config.run.name} has {'null' if before is None else before} up to step "
+                f"{manifest.step}, and the order of samples hangs on it; some would come twice: "
+                "use that, or another run.name",
             )
+    batch = config.train.global_batch_size
+    samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
+    if "position" not in manifest.state and samples != step * batch:
+        raise ConfigError(
+            "train.global_batch_size",
+            batch,
+            f"run {config.run.name} has another up to step {manifest.step}, and its checkpoint is "
+            "of a version in which that can't change: use that, or another run.name",
+        )
     ours, theirs = as_plain(config)["model"], manifest.config.get("model", {})
     for key, field in ModelSettings.__dataclass_fields__.items():
         free = key in ("router", "experts", "max_seq_len", "loss_chunk_size")

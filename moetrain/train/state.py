@@ -1,6 +1,7 @@
 """All that a checkpoint must hold: counters as JSON, tensors by their global names."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,22 @@ class TrainState:
     skipped_in_a_row: int = 0
     data: str = ""
     """The fingerprint of the shards that `samples` counts in."""
+    tokenizer: str = ""
+    """The fingerprint of the tokenizer that made them."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """Where the mixture of sources stands at `samples`, as the data pipeline keeps it."""
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens trained on, by source."""
+    corrupt_sequences: int = 0
+    """Sequences that were left out because of damaged documents."""
+
+    @classmethod
+    def restored(cls, counters: Mapping[str, Any], *, sources: Sequence[str]) -> "TrainState":
+        """Returns the state that `as_json` gave, of an older version, too."""
+        state = cls(**counters)
+        if not state.source_tokens and len(sources) == 1:
+            state.source_tokens = {sources[0]: state.tokens}
+        return state
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counters by name."""

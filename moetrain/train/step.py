@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data_pipeline import Batch
-from moetrain.model import LossSums, Transformer, load_balance_loss
+from moetrain.model import Documents, LossSums, Transformer, load_balance_loss
 from moetrain.parallel import Gradients, sum_over_ranks
 
 
@@ -23,6 +23,8 @@ class MicroBatch:
     """Bool: which targets count."""
     noise_seeds: Sequence[int] | None = None
     """One for each sequence, for the routers' jitter; None: no jitter."""
+    documents: Documents | None = None
+    """What attention stops at the ends of; None: it crosses them."""
 
     @staticmethod
     def cut(
@@ -30,9 +32,11 @@ class MicroBatch:
         size: int,
         *,
         device: torch.device,
+        mask_documents: bool = False,
         noise_seeds: Sequence[int] | None = None,
     ) -> "list[MicroBatch]":
         """Returns a rank's slice of a batch in pieces of `size` sequences, on the device."""
+        starts = torch.from_numpy(batch.document_starts).split(size)
         arrays = (batch.tokens, batch.targets, batch.loss_mask)
         pieces = zip(*(torch.from_numpy(a).to(device).split(size) for a in arrays), strict=True)
         return [
@@ -41,13 +45,16 @@ class MicroBatch:
                 targets=y,
                 valid=mask,
                 noise_seeds=noise_seeds and noise_seeds[number * size : (number + 1) * size],
+                documents=Documents.of(starts[number], device=device) if mask_documents else None,
             )
             for number, (x, y, mask) in enumerate(pieces)
         ]
 
     def through(self, model: Transformer) -> LossSums:
         """Returns what one forward pass of the model makes of it."""
-        sums: LossSums = model(self.tokens, self.targets, self.valid, self.noise_seeds)
+        sums: LossSums = model(
+            self.tokens, self.targets, self.valid, self.noise_seeds, self.documents
+        )
         return sums
 
 
@@ -70,6 +77,8 @@ class StepReport:
     num_tokens: int
     skipped: bool
     """Whether loss or gradients were not finite, so that the weights were left as they were."""
+    data_counts: tuple[int, ...] = ()
+    """What each rank counted in its part of the batch, summed over ranks."""
 
 
 def train_step(
@@ -79,11 +88,15 @@ def train_step(
     optimizer: Optimizer,
     gradients: Gradients,
     learning_rate: float,
+    data_counts: Sequence[int] = (),
 ) -> StepReport:
-    """Takes one step; every rank calls it with its part of the same global batch."""
+    """Takes one step; every rank calls it with its part of the same global batch.
+
+    `data_counts` are as many on every rank.
+    """
     num_tokens = sum_over_ranks(torch.stack([b.valid.sum() for b in micro_batches]).sum())
     counts = _expert_counts_ahead(micro_batches, model)
-    sums = _Sums(model, device=num_tokens.device)
+    sums = _Sums(model, device=num_tokens.device, data_counts=data_counts)
     for batch in micro_batches:
         output = batch.through(model)
         loss = _objective(output, batch, model=model, num_tokens=num_tokens, counts=counts)
@@ -175,7 +188,10 @@ SCALARS = 5  # loss, cross-entropy, z, entropy, balance
 class _Sums:
     """Running sums of a step's figures on this rank, summed over ranks once at the end."""
 
-    def __init__(self, model: Transformer, *, device: torch.device) -> None:
+    def __init__(
+        self, model: Transformer, *, device: torch.device, data_counts: Sequence[int]
+    ) -> None:
+        self._data_counts = torch.tensor(data_counts, dtype=torch.float64, device=device)
         self._shape = (model.settings.num_moe_layers, model.settings.num_experts)
         # Scalars as below; then counts and probabilities of every expert.
         self._sums = torch.zeros(
@@ -201,7 +217,9 @@ class _Sums:
         )
 
     def report(self, *, model: Transformer, num_tokens: Tensor, grad_norm: float) -> StepReport:
-        sums = sum_over_ranks(self._sums).cpu()
+        # Counts are exact: float64 holds integers up to 2**53.
+        sums = sum_over_ranks(torch.cat((self._data_counts, self._sums))).cpu()
+        data_counts, sums = sums.tensor_split([len(self._data_counts)])
         tokens, (layers, experts) = int(num_tokens.item()), self._shape
         loss, cross_entropy, z, entropy, balance = sums[:SCALARS].tolist()
         counts, probabilities = sums[SCALARS:].view(2, layers, experts)
@@ -224,4 +242,5 @@ class _Sums:
             grad_norm=grad_norm,
             num_tokens=tokens,
             skipped=not (math.isfinite(loss) and math.isfinite(grad_norm)),
+            data_counts=tuple(int(count) for count in data_counts.tolist()),
         )

@@ -64,7 +64,9 @@ class Measured:
 def write_batches(folder: Path, batches: list[Batch]) -> None:
     """Writes the global batches, one a step, for every layout to train on."""
     for step, batch in enumerate(batches):
-        arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        arrays: dict[str, Any] = {
+            name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)
+        }
         np.savez(folder / f"batch_{step}.npz", **arrays)
 
 
@@ -193,7 +195,8 @@ def _share(trial: Trial, step: int, *, rank: int, world: int) -> list[MicroBatch
     with np.load(trial.folder / f"batch_{step}.npz") as whole:
         batch = Batch(**{name: whole[name][slots.start : slots.stop] for name in whole.files})
     size = trial.config.train.micro_batch_size or len(slots)
-    return MicroBatch.cut(batch, size, device=CPU)
+    masked = trial.config.data.mask_documents
+    return MicroBatch.cut(batch, size, device=CPU, mask_documents=masked)
 
 
 def _gathered(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -197,7 +197,10 @@ def test_sources_that_are_not_named_are_left_out() -> None:
         ({"weights": {"en": 1.0}, "temperature": 2.0}, "data.weights and data.temperature"),
         ({"weights": {"en": 1.0}, "epochs": {"en": 1.0}}, "data.weights and data.epochs"),
         ({"weights": {"em": 1.0}}, "'em', which isn't in the folder; did you mean 'en'"),
-        ({"weights": {}}, "data.weights names no source"),
+        (
+            {"stages": [StageSettings(from_step=2, weights={})]},
+            r"data.stages\[0\].weights names no source",
+        ),
         ({"weights": {"en": 0.0}}, "data.weights.en=0.0 must be a number above zero"),
         ({"epochs": {"en": 1.0, "fr": -1.0}}, "data.epochs.fr=-1.0 must be"),
         (
