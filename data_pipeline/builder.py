@@ -66,16 +66,24 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
     """
     folder = resolved_dir(settings)
     if settings.dir is not None:
-        return ShardFolder.open(
-            folder, on_corrupt=settings.on_corrupt, tokenizer=settings.tokenizer
-        )
+        return open_folder(settings)
     build = BuildSettings(
         corpus=settings.corpus,
         tokenizer=settings.tokenizer,
-        to=str(folder),
+        to=folder,
         on_corrupt=settings.on_corrupt,
     )
     return build_shards(build, progress=progress)
+
+
+def open_folder(settings: DataSettings) -> ShardFolder:
+    """The shards that the settings mean, which are there; raises DataError where they aren't."""
+    return ShardFolder.open(
+        resolved_dir(settings),
+        on_corrupt=settings.on_corrupt,
+        tokenizer=settings.tokenizer,
+        cache=settings.cache,
+    )
 
 
 def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFolder:

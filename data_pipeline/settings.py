@@ -176,12 +176,12 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
     return sources
 
 
-def resolved_dir(settings: DataSettings) -> Path:
-    """The absolute path of the shard folder that the settings mean, there or not."""
+def resolved_dir(settings: DataSettings) -> str:
+    """The absolute path of the shard folder that the settings mean, there or not, or its URL."""
     if settings.dir is not None:
-        return Path(settings.dir).absolute()
+        return settings.dir if "://" in settings.dir else str(Path(settings.dir).absolute())
     tokenizer = _plain_name(settings.tokenizer)
-    return Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute()
+    return str(Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute())
 
 
 def source_name(corpus: str) -> str:

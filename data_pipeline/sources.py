@@ -173,7 +173,7 @@ def open_source(
     if documents.num_tokens < seq_len:
         others = "; or leave the source out, by naming the others in data.weights"
         raise DataError(
-            f"the train split of {name!r} in {folder.path} has {documents.num_tokens} tokens, "
+            f"the train split of {name!r} in {folder.location} has {documents.num_tokens} tokens, "
             f"fewer than one sequence of seq_len={seq_len}; use more text or shorter sequences"
             f"{others if len(folder.sources) > 1 else ''}"
         )
@@ -214,7 +214,7 @@ def _demand_no_tokens(folder: ShardFolder, data: DataSettings) -> None:
     ):
         if is_set:
             raise DataError(
-                f"data.{key}={value} can't be kept to with {folder.path}, which holds text: how "
-                "many tokens its documents have isn't known before they are read; leave it out, "
-                "or build shards with a tokenizer"
+                f"data.{key}={value} can't be kept to with {folder.location}, which holds text: "
+                "how many tokens its documents have isn't known before they are read; leave it "
+                "out, or build shards with a tokenizer"
             )
