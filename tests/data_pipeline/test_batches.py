@@ -133,6 +133,7 @@ def test_an_epoch_trains_on_each_token_once(
         assert not np.array_equal(epochs[0].targets, epochs[1].targets)
 
 
+@pytest.mark.parametrize("packing", list(Packing))
 def test_each_source_of_a_mixture_goes_through_its_own_epochs(
     numbered: ShardFolder, packing: Packing
 ) -> None:
