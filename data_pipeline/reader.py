@@ -252,7 +252,7 @@ class Documents:
 
         Raises DataError for one that isn't, unless such are to be skipped.
         """
-        unread = np.unique(documents[self._known[documents] == _UNREAD])
+        unread = documents[self._known[documents] == _UNREAD]
         if len(unread):
             self._check(unread)
         whole: NDArray[np.bool_] = self._known[documents] == _WHOLE
@@ -291,14 +291,12 @@ class Documents:
         """Finds out which documents [n] are what was written."""
         shards = self._shard_of(documents)
         maps: dict[int, memoryview] = {}
-        for shard in np.unique(shards).tolist():
+        for shard in set(shards.tolist()):
             try:
                 maps[shard] = self._mapped(shard)
             except DataError as error:
                 self._lose(shard, str(error))
-        if lost := set(shards.tolist()) - maps.keys():
-            kept = ~np.isin(shards, list(lost))
-            documents, shards = documents[kept], shards[kept]
+                documents, shards = documents[shards != shard], shards[shards != shard]
         begins = self._begins[documents]
         ends = begins + (self.starts[documents + 1] - self.starts[documents]) * self.dtype.itemsize
         places = zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)
