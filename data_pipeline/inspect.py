@@ -67,7 +67,7 @@ def inspect(settings: InspectSettings) -> None:
         for line in _lines(report):
             print(_printable(line))
     if report.get("damaged"):
-        reasons = "; ".join(report["damaged"].values())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in report["damaged"].items())
         raise DataError(
             f"{files.location} is damaged: {reasons}. Restore it, or build the folder again"
         )

@@ -71,7 +71,7 @@ def _wrong_bytes(files: ShardFiles, name: str, size: int, sha256: str) -> str | 
             found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except DataError as error:
         return str(error)
-    return None if found == sha256 else f"{name} is not what was written: its hash differs"
+    return None if found == sha256 else "is not what was written: its hash differs"
 
 
 def open_table(files: ShardFiles, shard: ShardEntry) -> NDArray[np.int64]:

@@ -339,9 +339,9 @@ def test_open_or_build_makes_the_corpus_of_the_settings(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = DataSettings(corpus=str(corpus))
-    assert resolved_dir(settings) == tmp_path / "data" / "corpus-bytes"
+    assert resolved_dir(settings) == str(tmp_path / "data" / "corpus-bytes")
     folder = open_or_build(settings, progress=False)
-    assert folder.path == resolved_dir(settings)
+    assert str(folder.path) == resolved_dir(settings)
     assert open_or_build(settings, progress=False).index == folder.index
     with pytest.raises(DataError, match="not a shard folder"):
         open_or_build(DataSettings(dir=str(tmp_path / "nowhere")), progress=False)

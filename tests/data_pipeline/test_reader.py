@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline import Batch, DataError, DataSettings, GlobalBatches, OnCorrupt, ShardFolder
 from data_pipeline.index import sha256_of
-from data_pipeline.reader import LocalFiles
+from data_pipeline.storage import LocalFiles
+from tests.data_pipeline.conftest import damaged
 from tests.data_pipeline.numbered import END, write_numbered
 
 
@@ -89,8 +90,8 @@ def test_name_outside_the_folder_is_refused(folder: ShardFolder, name: str) -> N
 def test_damaged_index_is_named(folder: ShardFolder) -> None:
     path = folder.path / "index.json"
     text = path.read_text()
-    for damaged in (text[:100], "[]", "{}", text.replace('"size"', '"sise"'), ""):
-        path.write_text(damaged)
+    for content in (text[:100], "[]", "{}", text.replace('"size"', '"sise"'), ""):
+        path.write_text(content)
         with pytest.raises(DataError, match=r"index\.json"):
             ShardFolder.open(folder.path)
 
