@@ -182,7 +182,7 @@ def test_trained_tokenizer_lies_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_tokenizer_is_trained_on_training_text_of_every_source(tmp_path: Path) -> None:
-    texts = [f"{number} held out" for number in range(40)]
+    texts = [f"{number} {'held out ' * 60}" for number in range(40)]
     held_out = expected_documents(texts, "validation")
     assert len(held_out) > 1
     common = [
