@@ -306,12 +306,17 @@ def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         while not list((tmp_path / HIDDEN / "records").glob("*.json")):
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: its workers get it too
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said.endswith("stopped; the same command goes on from what is finished\n")
