@@ -1,6 +1,7 @@
 """A shard folder holds its text, is the same however it is built, and appears whole or not."""
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -24,7 +25,9 @@ from data_pipeline import (
     resolved_dir,
 )
 from data_pipeline.settings import SourceSettings
+from data_pipeline.shards import SplitWriter
 from data_pipeline.splits import split_of
+from data_pipeline.unfinished import FinishedShard
 from tests.data_pipeline.conftest import build, contents, damaged, documents_of, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -182,7 +185,7 @@ def test_trained_tokenizer_lies_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_tokenizer_is_trained_on_training_text_of_every_source(tmp_path: Path) -> None:
-    texts = [f"{number} held out" for number in range(40)]
+    texts = [f"{number} {'held out ' * 60}" for number in range(40)]
     held_out = expected_documents(texts, "validation")
     assert len(held_out) > 1
     common = [
@@ -289,6 +292,26 @@ def test_plain_webdataset_reads_the_shards(folder: ShardFolder) -> None:
     expected = [documents.tokens(number) for number in range(documents.num_documents)]
     assert np.array_equal(found, np.concatenate(expected))
     assert found.dtype == np.uint16
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_members_are_what_numpy_saves(tmp_path: Path, dtype: str) -> None:
+    sizes = [1, 9, 10, 100_000]
+    kept: list[FinishedShard] = []
+    with SplitWriter(
+        tmp_path, source="a", split="train", shard_tokens=10**9, keep=kept.append
+    ) as writer:
+        for number, size in enumerate(sizes):
+            tokens = np.arange(size).astype(dtype)
+            writer.write(tokens, content=b"a", number=number, digest=bytes(32))
+    assert kept[0].entry.num_tokens == sum(sizes)
+    with tarfile.open(tmp_path / kept[0].entry.file) as tar:
+        for member, size in zip(tar, sizes, strict=True):
+            saved = io.BytesIO()
+            np.save(saved, np.arange(size).astype(dtype))
+            file = tar.extractfile(member)
+            assert file is not None
+            assert file.read() == saved.getvalue()
 
 
 def test_document_longer_than_a_shard_has_one_to_itself(tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ def test_tokenizer_trained_on_other_text_is_trained_again(tmp_path: Path) -> Non
     sources = write_sources(tmp_path, num_documents=60)
     trained = tmp_path / HIDDEN / "trained.json"
     stop_when(tmp_path, trained.exists, sources, tokenizer="bpe:300")
-    (sources["de"] / "9999.txt").write_text("lorem ipsum " * 500)
+    for number in range(3):  # not all of them can be held out
+        (sources["de"] / f"999{number}.txt").write_text(f"{number} lorem ipsum " * 500)
     fresh = build(sources, tmp_path / "fresh", tokenizer="bpe:300")
     build(sources, tmp_path / "to", tokenizer="bpe:300")
     assert contents(tmp_path / "to") == contents(fresh.path)
@@ -305,12 +306,17 @@ def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         while not list((tmp_path / HIDDEN / "records").glob("*.json")):
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: its workers get it too
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said.endswith("stopped; the same command goes on from what is finished\n")
