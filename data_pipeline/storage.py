@@ -192,9 +192,10 @@ class RemoteFiles:
             import aiohttp
 
             # One stream, since many servers know no ranges. By itself aiohttp would end it after
-            # five minutes, however well it goes; here each read has its own time.
-            no_limit = aiohttp.ClientTimeout(total=None)
-            stream = call(lambda: filesystem.open_async(url, size=0, timeout=no_limit))
+            # five minutes, however well it goes; here each read has its own time. What is given
+            # to open_async() as options gets lost on the way.
+            stream = call(lambda: filesystem.open_async(url, size=0))
+            stream.kwargs = {**filesystem.kwargs, "timeout": aiohttp.ClientTimeout(total=None)}
             try:
                 while piece := call(stream.read, _PIECE_BYTES):
                     yield piece
