@@ -16,6 +16,7 @@ from data_pipeline.settings import (
     DataSettings,
     OnCorrupt,
     Packing,
+    UnavailableError,
     resolved_dir,
 )
 from data_pipeline.tokenizers import Tokenizer, resolved_tokenizer, tokenizer_named
@@ -35,6 +36,7 @@ __all__ = [
     "Stage",
     "Tokenizer",
     "TokenizerEntry",
+    "UnavailableError",
     "ValidationBatches",
     "build_shards",
     "open_folder",

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_pipeline.settings import DataError
+from data_pipeline.settings import DataError, UnavailableError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -48,7 +48,7 @@ class FileCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
+            raise UnavailableError(
                 f"data.cache.dir={str(folder)!r} can't be a folder: {error.strerror}; name "
                 "another with data.cache.dir=DIR"
             ) from error
@@ -68,7 +68,7 @@ class FileCache:
                 f"{name} can't have {size} bytes and SHA-256 {sha256!r}; build it again"
             )
         if size > self._max_bytes:
-            raise DataError(
+            raise UnavailableError(
                 f"{name} has {size} bytes, more than the whole cache, {self._max_bytes}; raise "
                 "data.cache.max_gib, or build the shards again with a smaller shard_tokens"
             )
@@ -137,7 +137,7 @@ class FileCache:
                 os.ftruncate(part.fileno(), 0)
                 if not self._evict(path, num_bytes=1):
                     disk = os.statvfs(self._folder)
-                    raise DataError(
+                    raise UnavailableError(
                         f"{self._folder} has no room for {name}: {size} bytes needed, "
                         f"{disk.f_bavail * disk.f_frsize} free; free some, or name a folder on a "
                         "larger disk with data.cache.dir=DIR"

@@ -31,6 +31,10 @@ class DataError(ValueError):
     """Data, or a setting about data, that can't be used; the message names it and a way out."""
 
 
+class UnavailableError(DataError):
+    """Data that can't be had just now, of which nothing says that it is damaged: never skipped."""
+
+
 class OnCorrupt(StrEnum):
     """What to do with data that isn't what it should be: end, or count it and go on without."""
 

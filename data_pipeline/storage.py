@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data_pipeline.cache import NO_ROOM, FileCache
-from data_pipeline.settings import CacheSettings, DataError
+from data_pipeline.settings import CacheSettings, DataError, UnavailableError
 
 PROTOCOLS = ("s3", "gs", "https", "http")
 
@@ -227,17 +227,15 @@ class RemoteFiles:
                     raise FileNotFoundError(_shown(url)) from None
                 why = self._reason(error)
                 if _is_final(error):
-                    raise DataError(
+                    raise UnavailableError(
                         f"{_shown(url)} can't be read: {why}; check the address and credentials"
                     ) from None
                 if number == num_tries:
-                    way_out = (
-                        "restore it, or build the folder again"
-                        if isinstance(error, _WrongBytesError)
-                        else "see to the server or the network, or raise data.cache.num_retries"
-                    )
-                    raise DataError(
-                        f"{_shown(url)} can't be read, tried {number} times: {why}; {way_out}"
+                    what = f"{_shown(url)} can't be read, tried {number} times: {why}"
+                    if isinstance(error, _WrongBytesError):
+                        raise DataError(f"{what}; restore it, or build the folder again") from None
+                    raise UnavailableError(
+                        f"{what}; see to the server or the network, or raise data.cache.num_retries"
                     ) from None
                 longest = min(
                     self._settings.pause_seconds * 2 ** (number - 1), _LONGEST_PAUSE_SECONDS
