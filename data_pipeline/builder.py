@@ -4,6 +4,7 @@ Owns the line from text to a complete folder, and what a later start need not do
 each step to the file that is named for it.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -130,9 +131,9 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
                 f"{unfinished.path}, and the same command goes on from there"
             ) from error
         except OSError as error:
-            if error.filename is not None:
+            if error.errno != errno.ENOSPC or error.filename is not None:
                 raise
-            # A disk that is full while a file is written to names no file.
+            # Where the disk is full, who writes to an open file isn't told which.
             raise OSError(error.errno, error.strerror, str(unfinished.path)) from error
         unfinished.complete(folder)
     return ShardFolder.open(folder)

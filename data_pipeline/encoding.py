@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -70,6 +71,11 @@ class Encoder:
         """Ends the processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError(
+                "a process that tokenises was killed, as for want of memory; give fewer with "
+                "num_processes=…"
+            ) from error
 
     def encoded(
         self, documents: Iterable[tuple[_Tag, bytes | None]]
