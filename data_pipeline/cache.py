@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -55,7 +56,7 @@ class FileCache:
 
     def open(
         self, sha256: str, *, size: int, name: str, write: Callable[[BinaryIO], None]
-    ) -> BinaryIO:
+    ) -> BufferedReader:
         """The file with these bytes, open for reading; `write` brings them where it isn't there.
 
         Of several processes that want the same file, one writes and the others wait; one that
@@ -81,7 +82,7 @@ class FileCache:
                     return found
                 self._fill(part, sha256, size=size, name=name, write=write)
 
-    def _found(self, sha256: str, size: int) -> BinaryIO | None:
+    def _found(self, sha256: str, size: int) -> BufferedReader | None:
         try:
             file = (self._folder / sha256).open("rb")
         except FileNotFoundError:

@@ -16,6 +16,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
@@ -57,7 +58,7 @@ class ShardFiles(Protocol):
         """Raises DataError where a file is known, without a request, not to be as it should."""
         ...
 
-    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
+    def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
         """A file of this size, open for reading, on a disk of this machine.
 
         Its bytes are those of `sha256` if they were downloaded; else who reads them checks them.
@@ -114,7 +115,7 @@ class LocalFiles:
                 "folder again"
             )
 
-    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
+    def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
         """The file itself; its size is checked, and its bytes by who reads them."""
         self.check(name, size=size)
         return (self._folder / name).open("rb")
@@ -146,7 +147,7 @@ class RemoteFiles:
     def check(self, name: str, *, size: int) -> None:
         """Nothing: a request for each of thousands of shards would delay every start."""
 
-    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
+    def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
         """The file in the cache, downloaded and hashed where it isn't there yet."""
         url = self._url(name)
 
