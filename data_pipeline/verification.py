@@ -68,7 +68,7 @@ def tokenizer_of(files: ShardFiles, entry: TokenizerEntry) -> Tokenizer:
 def _wrong_bytes(files: ShardFiles, name: str, size: int, sha256: str) -> str | None:
     try:
         with files.open(name, size=size, sha256=sha256) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except DataError as error:
         return str(error)
     return None if found == sha256 else "is not what was written: its hash differs"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import DataError
+from data_pipeline import DataError, DataSettings, GlobalBatches, ShardFolder
 from data_pipeline.settings import CacheSettings
 from data_pipeline.storage import RemoteFiles, open_files
+from tests.data_pipeline.numbered import write_numbered
 from tests.support.servers import Fault, file_server
 
 # More than one of the pieces that are asked for at a time, and no multiple of them.
@@ -190,3 +191,28 @@ def test_certificate_that_is_not_trusted_is_said_at_once(
 ) -> None:
     with pytest.raises(DataError, match=r"can't be read: .*certificate"):
         remote(https[0], tmp_path).read_bytes("index.json")
+
+
+def test_remote_folder_gives_the_batches_of_the_local_one_through_a_cache_too_small_for_it(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("fsspec.implementations.http", reason="needs moetrain[remote]")
+    local = write_numbered(tmp_path / "shards", {"en": [40] * 200, "fr": [25] * 100})
+    sizes = [path.stat().st_size for path in local.path.iterdir()]
+    cache = CacheSettings(dir=str(tmp_path / "cache"), max_gib=(sum(sizes) // 2) / 2**30)
+    assert max(sizes) < sum(sizes) // 2
+    with file_server() as server:
+        for path in local.path.iterdir():
+            server.files[f"/shards/{path.name}"] = path.read_bytes()
+        folder = ShardFolder.open(f"http://{server.address}/shards", cache=cache)
+        assert folder.fingerprint == local.fingerprint
+        batches = [
+            GlobalBatches(source, seq_len=32, global_batch_size=64, seed=3, data=DataSettings())
+            for source in (local, folder)
+        ]
+        for step in range(8):
+            here, there = (each.read(64 * step, rank=0, num_ranks=1) for each in batches)
+            assert (here.tokens == there.tokens).all()
+            assert (here.targets == there.targets).all()
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert kept <= sum(sizes) // 2
