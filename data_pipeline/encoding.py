@@ -71,11 +71,6 @@ class Encoder:
         """Ends the processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
-            raise ChildProcessError(
-                "a process that tokenises was killed, as for want of memory; give fewer with "
-                "num_processes=…"
-            ) from error
 
     def encoded(
         self, documents: Iterable[tuple[_Tag, bytes | None]]
@@ -83,8 +78,19 @@ class Encoder:
         """Each tag with its document's token ids [num_tokens], the end of the document included.
 
         Documents are UTF-8. One that is None, as what was written before, comes back as None in
-        its place.
+        its place. Raises ChildProcessError where a process of the pool was killed.
         """
+        try:
+            yield from self._encoded(documents)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process that tokenises was killed, as for want of memory; give fewer with "
+                "num_processes=… (data.num_workers=… in training)"
+            ) from error
+
+    def _encoded(
+        self, documents: Iterable[tuple[_Tag, bytes | None]]
+    ) -> Iterator[tuple[_Tag, _Tokens | None]]:
         ahead: deque[tuple[list[tuple[_Tag, bool]], Future[tuple[_Tokens, list[int]]]]] = deque()
         for batch in _batches(documents):
             contents = [content for _, content in batch if content is not None]
