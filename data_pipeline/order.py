@@ -53,8 +53,9 @@ class Order:
             raise ValueError(f"sample index {indices.min()} is negative")
         epochs, places = np.divmod(indices, self.num_samples)
         distinct, which = np.unique(epochs, return_inverse=True)
-        inside, between = (
-            self._keys(part, distinct)[:, which] for part in ("inside windows", "between windows")
+        inside = self._keys("inside windows", distinct)[:, which]
+        between = (
+            inside if self.window is None else self._keys("between windows", distinct)[:, which]
         )
         walked = self._permuted(places.astype(np.uint64), inside, between)
         size = np.uint64(self.num_samples)

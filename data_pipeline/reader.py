@@ -6,12 +6,13 @@ sequences to `order` and the making of batches to `batches`.
 """
 
 import hashlib
+import io
 import mmap
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol, Self
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +44,11 @@ class Files(Protocol):
         """Raises DataError where a file can be known to be missing, or of another size."""
         ...
 
-    def path(self, name: str, *, size: int, sha256: str) -> Path:
-        """A local file with these contents; raises DataError where it can't be had."""
+    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
+        """A file of this size on a disk of this machine; raises DataError where it can't be had.
+
+        Who reads it checks what is in it.
+        """
         ...
 
 
@@ -60,10 +64,10 @@ class LocalFiles:
         """Raises DataError where a file is missing, or of another size."""
         _check_size(self._folder / name, size)
 
-    def path(self, name: str, *, size: int, sha256: str) -> Path:
-        """The file itself; its size is checked, and its contents by who reads them."""
+    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
+        """The file itself."""
         self.check(name, size=size)
-        return self._folder / name
+        return (self._folder / name).open("rb")
 
 
 class ShardFolder:
@@ -262,7 +266,7 @@ class Documents:
 
         Raises DataError for one that isn't, unless such are to be skipped.
         """
-        unread = np.unique(documents[self._known[documents] == _UNREAD])
+        unread = documents[self._known[documents] == _UNREAD]
         if len(unread):
             self._check(unread)
         whole: NDArray[np.bool_] = self._known[documents] == _WHOLE
@@ -301,14 +305,12 @@ class Documents:
         """Finds out which documents [n] are what was written."""
         shards = self._shard_of(documents)
         maps: dict[int, memoryview] = {}
-        for shard in np.unique(shards).tolist():
+        for shard in set(shards.tolist()):
             try:
                 maps[shard] = self._mapped(shard)
             except DataError as error:
                 self._lose(shard, str(error))
-        if lost := set(shards.tolist()) - maps.keys():
-            kept = ~np.isin(shards, list(lost))
-            documents, shards = documents[kept], shards[kept]
+                documents, shards = documents[shards != shard], shards[shards != shard]
         begins = self._begins[documents]
         ends = begins + (self.starts[documents + 1] - self.starts[documents]) * self.dtype.itemsize
         places = zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)
@@ -348,8 +350,7 @@ class Documents:
             found = self._maps.pop(shard, None)
             if found is None:
                 entry = self._shards[shard]
-                path = self._files.path(entry.file, size=entry.size, sha256=entry.sha256)
-                with path.open("rb") as file:
+                with self._files.open(entry.file, size=entry.size, sha256=entry.sha256) as file:
                     found = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             self._maps[shard] = found
             if self._files.max_mapped and len(self._maps) > self._files.max_mapped:
@@ -380,10 +381,12 @@ def _table(
     files: Files, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger], is_text: bool
 ) -> NDArray[np.int64]:
     """The table of a shard's documents [num_documents, 3], checked against hash and index."""
-    path = files.path(shard.documents, size=_table_size(shard), sha256=shard.documents_sha256)
-    if sha256_of(path) != shard.documents_sha256:
-        raise DataError(f"{path} is not what was written; restore it, or build the folder again")
-    table: NDArray[np.int64] = np.load(path, allow_pickle=False)
+    name, size, sha256 = shard.documents, _table_size(shard), shard.documents_sha256
+    with files.open(name, size=size, sha256=sha256) as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{name} is not what was written; restore it, or build the folder again")
+    table: NDArray[np.int64] = np.load(io.BytesIO(content), allow_pickle=False)
     fits = (
         table.shape == (shard.num_documents, 3)
         and int(table[:, 1].sum()) == (shard.num_bytes if is_text else shard.num_tokens)
@@ -393,5 +396,5 @@ def _table(
         and bool(((table[:, 2] >= 0) & (table[:, 2] < 2**32)).all())
     )
     if not fits:
-        raise DataError(f"{path} disagrees with the index of its folder; build the folder again")
+        raise DataError(f"{name} disagrees with the index of its folder; build the folder again")
     return table

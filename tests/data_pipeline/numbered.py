@@ -21,8 +21,8 @@ from data_pipeline.index import (
     write_index,
 )
 
-END = 0  # of a document
 VOCAB_SIZE = 2**20  # so that tokens are uint32
+END = VOCAB_SIZE - 1  # of a document
 
 
 def write_numbered(
@@ -55,7 +55,7 @@ def write_numbered(
                 num_bytes=4 * sum(lengths),
                 shards=tuple(shards),
             )
-    assert first < VOCAB_SIZE
+    assert first <= END
     write_index(_index(splits), to)
     return ShardFolder.open(to)
 

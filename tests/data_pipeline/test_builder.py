@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +22,9 @@ from tests.data_pipeline.conftest import build, write_corpus
 
 
 def documents_of(folder: ShardFolder, split: str) -> list[str]:
-    stream = folder.stream(split)
-    tokens = np.empty(stream.num_tokens + 1, dtype=np.int64)
-    assert stream.read(0, tokens) == len(tokens)
-    end = folder.tokenizer.end_of_document
-    assert tokens[0] == end
-    ends = np.flatnonzero(tokens == end)
+    documents = folder.documents(split, source=folder.sources[0])
     decode = tokenizer_named(folder.tokenizer.name).decode
-    return [decode(tokens[a + 1 : b]) for a, b in pairwise(ends)]
+    return [decode(documents.tokens(number)) for number in range(documents.num_documents)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,9 +95,9 @@ def test_plain_webdataset_reads_the_shards(folder: ShardFolder) -> None:
     urls = [str(folder.path / shard.file) for shard in shards]
     samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
     found = np.concatenate([sample["npy"] for sample in samples])
-    stream = np.empty(folder.num_tokens("train") + 1, dtype=np.int64)
-    folder.stream("train").read(0, stream)
-    assert np.array_equal(found, stream[1:])
+    documents = folder.documents("train", source="corpus")
+    every = [documents.tokens(number) for number in range(documents.num_documents)]
+    assert np.array_equal(found, np.concatenate(every))
     assert found.dtype == np.uint16
 
 

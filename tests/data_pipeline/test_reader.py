@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -123,14 +123,14 @@ def test_shards_are_opened_when_they_are_read_and_not_all_kept(
     folder: ShardFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    whence = LocalFiles.path
+    really_open = LocalFiles.open
 
-    def path(self: LocalFiles, name: str, **wanted: Any) -> Path:
+    def open_noting(self: LocalFiles, name: str, **wanted: Any) -> BinaryIO:
         if name.endswith(".tar"):
             opened.append(name)
-        return whence(self, name, **wanted)
+        return really_open(self, name, **wanted)
 
-    monkeypatch.setattr(LocalFiles, "path", path)
+    monkeypatch.setattr(LocalFiles, "open", open_noting)
     monkeypatch.setattr(LocalFiles, "max_mapped", 2)
     documents = folder.documents("train", source="corpus")
     shards = [shard.file for shard in folder.source("corpus").splits["train"].shards]
