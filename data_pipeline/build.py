@@ -1,4 +1,4 @@
-"""The command `python -m data_pipeline.build`: text → tokenised WebDataset shards with an index."""
+"""The command `python -m data_pipeline.build`: text → WebDataset shards with an index."""
 
 import time
 
@@ -6,35 +6,39 @@ from data_pipeline.builder import build_shards, existing_shards
 from data_pipeline.command import run_command
 from data_pipeline.index import SourceEntry
 from data_pipeline.settings import BuildSettings
+from data_pipeline.unfinished import hidden_folder
 
 
 def build(settings: BuildSettings) -> None:
     """Builds the folder and says in a few lines what is in it."""
-    existing = existing_shards(settings)
-    if existing is not None:
+    if existing_shards(settings) is not None:
         print(f"{settings.to} already holds these shards; nothing to do")
         return
+    goes_on = hidden_folder(settings.to).exists()
     started = time.monotonic()
     folder = build_shards(settings)
     seconds = time.monotonic() - started
     for source in folder.index.sources:
         print(_summary(source))
     num_bytes = sum(folder.num_bytes(split) for split in ("train", "validation"))
+    # Only part of the text was worked on in this time where an earlier start had begun.
+    speed = "since it went on" if goes_on else f"{num_bytes / seconds / 1e6:.1f} MB/s"
     print(
-        f"{settings.to} is complete: {num_bytes / 1e6:.1f} MB of text in {seconds:.1f} s "
-        f"({num_bytes / seconds / 1e6:.1f} MB/s)"
+        f"{settings.to} is complete: {num_bytes / 1e6:.1f} MB of text in {seconds:.1f} s ({speed})"
     )
 
 
 def _summary(source: SourceEntry) -> str:
-    splits = ", ".join(
-        f"{split} {entry.num_tokens:,} tokens of {entry.num_documents:,} documents"
+    splits = "".join(
+        f"\n  {split}: "
+        + (f"{entry.num_tokens:,} tokens, " if entry.num_tokens else "")
+        + f"{entry.num_documents:,} documents, {entry.num_bytes:,} bytes of text"
         for split, entry in source.splits.items()
     )
     left_out = ", ".join(
-        f"{number} {reason.replace('_', ' ')}" for reason, number in source.num_left_out.items()
+        f"{number:,} {reason.replace('_', ' ')}" for reason, number in source.num_left_out.items()
     )
-    return f"{source.name} ({source.description}): {splits}; left out: {left_out}"
+    return f"{source.name} ({source.description}):{splits}\n  left out: {left_out}"
 
 
 if __name__ == "__main__":
@@ -42,5 +46,6 @@ if __name__ == "__main__":
         build,
         settings_type=BuildSettings,
         module="data_pipeline.build",
-        about="Turns a corpus of text into tokenised WebDataset shards with an index.",
+        about="Turns text into tokenised WebDataset shards with an index.",
+        goes_on=True,
     )

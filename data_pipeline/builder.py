@@ -1,42 +1,62 @@
-"""Building a shard folder: corpus → documents → tokens → split → shards → index, in that order.
+"""Building a shard folder: corpora → documents → split → tokens → shards → index, in that order.
 
-Owns the line from text to a complete folder and the rule that a folder appears whole or not at
-all. Leaves each step to the file that is named for it.
+Owns the line from text to a complete folder, and what a later start need not do again. Leaves
+each step to the file that is named for it.
 """
 
-import os
-import re
-import secrets
-import shutil
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.baselines import BaselineCounter
-from data_pipeline.corpora import Corpus, LeftOut, kept_documents, open_corpus
-from data_pipeline.encoding import encoded_documents, num_encoding_processes
+from data_pipeline.bpe_training import bpe_size, trained_tokenizer
+from data_pipeline.corpora import Corpus, Document, LeftOut, kept_documents, open_corpus
+from data_pipeline.encoding import Encoder, num_encoding_processes
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX_NAME,
     SPLITS,
+    TOKENIZER_NAME,
     BuildEntry,
     Index,
     SourceEntry,
     TokenizerEntry,
     write_index,
 )
-from data_pipeline.progress import byte_progress
+from data_pipeline.progress import ByteCounter, byte_progress, tell
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
     BuildSettings,
     DataError,
     DataSettings,
-    SourceSettings,
     resolved_dir,
-    source_name,
+    sources_of,
 )
 from data_pipeline.shards import SplitWriter
+from data_pipeline.splits import split_of
 from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
+from data_pipeline.unfinished import (
+    FinishedDocuments,
+    FinishedShard,
+    TextChanged,
+    UnfinishedBuild,
+    hidden_folder,
+    unfinished_build,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """A document on its way: its number in its source, its split, and whether it is done."""
+
+    number: int
+    split: str
+    document: Document
+    is_finished: bool
 
 
 def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFolder:
@@ -47,36 +67,64 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
     folder = resolved_dir(settings)
     if settings.dir is not None:
         return ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
-    build = BuildSettings(corpus=settings.corpus, tokenizer=settings.tokenizer, to=str(folder))
+    build = BuildSettings(
+        corpus=settings.corpus,
+        tokenizer=settings.tokenizer,
+        to=str(folder),
+        on_corrupt=settings.on_corrupt,
+    )
     return build_shards(build, progress=progress)
 
 
 def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFolder:
     """Makes the shard folder `settings.to`, or opens it where it is there and the same.
 
-    The same text and settings give the same bytes in every file, whatever the number of
-    processes. The folder is written under another name beside its place and renamed when complete.
+    The same text and settings give the same bytes in every file, whatever the number of processes
+    and however often the build was stopped and started again. The folder is built in a hidden one
+    beside its place and renamed when complete.
 
-    Raises DataError for a corpus or tokenizer there is none of, a corpus without documents to
+    Raises DataError for a corpus or tokenizer there is none of, a source without documents to
     train on, and a place that holds something else.
     """
-    existing = existing_shards(settings)
-    if existing is not None:
-        return existing
-    name = _checked_name(settings)
-    tokenizer = tokenizer_named(settings.tokenizer)
-    corpus = open_corpus(settings.corpus or "")
+    say = partial(tell, shown=progress)
     folder = Path(settings.to).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.building-{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        source = _write_source(partial, name, corpus, tokenizer, settings, progress=progress)
-        write_index(_index(source, tokenizer, settings), partial)
-        _flush_to_disk(partial)
-        _take_place(partial, folder, settings)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is left there after a success
+    existing = existing_shards(settings)
+    if existing is not None and not hidden_folder(folder).exists():
+        return existing
+    corpora = {
+        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt)
+        for name, source in sources_of(settings).items()
+    }
+    tokenizer = _tokenizer_given(settings)
+    with unfinished_build(folder, tell=say) as unfinished:
+        existing = existing_shards(settings)  # by a process that was waited for, or killed then
+        if existing is not None:
+            return existing
+        other = unfinished.claim(_demands(settings, tokenizer))
+        if other is not None:
+            say(f"{unfinished.path} was of a build with {other}; beginning anew")
+        if unfinished.num_finished():
+            say(f"going on in {unfinished.path}: {unfinished.num_finished()} shards are finished")
+        try:
+            _write(unfinished, corpora, tokenizer, settings, progress=progress)
+        except TextChanged:
+            say("the text isn't what the finished shards were made of; beginning anew")
+            unfinished.discard()
+            _write(unfinished, corpora, tokenizer, settings, progress=progress)
+        except DataError as error:
+            if not unfinished.num_finished():
+                unfinished.discard()
+                raise
+            raise DataError(
+                f"{error}; {unfinished.num_finished()} finished shards are kept in "
+                f"{unfinished.path}, and the same command goes on from there"
+            ) from error
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # A disk that is full while a file is written to names no file.
+            raise OSError(error.errno, error.strerror, str(unfinished.path)) from error
+        unfinished.complete(folder)
     return ShardFolder.open(folder)
 
 
@@ -93,14 +141,19 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
             f"to={settings.to!r} is there and is no shard folder; give a folder that doesn't exist"
         )
     shards = ShardFolder.open(folder)
-    wanted, found = asdict(_build_entry(settings)), asdict(shards.index.build)
+    index = shards.index
+    wanted, found = asdict(_build_entry(settings)), asdict(index.build)
+    if not any(source.num_left_out.get("corrupt") for source in index.sources):
+        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
     for key, value in wanted.items():
-        if found[key] != value:
+        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
+        if repr(found[key]) != repr(value):
             raise DataError(
                 f"to={settings.to!r} holds shards built with {key}={found[key]!r}, not "
                 f"{key}={value!r}; give another folder, or remove that one"
             )
-    if tokenizer_named(settings.tokenizer).fingerprint != shards.tokenizer.fingerprint:
+    tokenizer = _tokenizer_given(settings)
+    if tokenizer and index.tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
         raise DataError(
             f"to={settings.to!r} holds shards of another version of tokenizer="
             f"{settings.tokenizer!r}; give another folder, or remove that one"
@@ -108,88 +161,153 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
     return shards
 
 
-def split_of(digest: bytes, *, validation_fraction: float) -> str:
-    """The split of a document, from the SHA-256 of its content alone.
-
-    Whole percents decide first (`first four bytes, big-endian, mod 100`), so that anybody can
-    check a split with sha256sum; what remains of the number refines them. Of the rules tried on
-    the standard library this one was kept because its held-out text is as compressible as the
-    text that the toy's target was set on (docs/architecture.md has the figures).
-    """
-    rest, percent = divmod(int.from_bytes(digest[:4], "big"), 100)
-    share = (percent + rest * 100 / 2**32) / 100
-    return "validation" if share < validation_fraction else "train"
-
-
-def _write_source(
-    folder: Path,
-    name: str,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+def _write(
+    unfinished: UnfinishedBuild,
+    corpora: dict[str, Corpus],
+    tokenizer: Tokenizer | None,
     settings: BuildSettings,
     *,
     progress: bool,
-) -> SourceEntry:
-    left_out, baselines = LeftOut(), BaselineCounter()
-    documents = kept_documents(corpus.raw_documents(), left_out=left_out)
+) -> None:
+    """Writes all that isn't finished yet; raises TextChanged where what is no longer fits."""
+    if bpe_size(settings):
+        tokenizer = trained_tokenizer(unfinished, corpora, settings, progress=progress)
+    num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
+    seen: set[bytes] = set()
+    with (
+        _encoder(tokenizer, settings) as encoder,
+        byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
+    ):
+        sources = tuple(
+            _write_source(unfinished, name, corpus, encoder, settings, seen=seen, counter=counter)
+            for name, corpus in corpora.items()
+        )
+    if tokenizer is not None and tokenizer.definition is not None:
+        (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
+    index = Index(
+        format_version=FORMAT_VERSION,
+        build=_build_entry(settings),
+        tokenizer=None if tokenizer is None else _tokenizer_entry(tokenizer),
+        dtype=None if tokenizer is None else token_dtype(tokenizer.vocab_size).name,
+        sources=sources,
+    )
+    write_index(index, unfinished.shards)
+
+
+def _encoder(
+    tokenizer: Tokenizer | None, settings: BuildSettings
+) -> AbstractContextManager[Encoder | None]:
+    if tokenizer is None:
+        return nullcontext()
     num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
-    encoded = encoded_documents(documents, tokenizer=tokenizer, num_processes=num_processes)
+    return Encoder(tokenizer, num_processes=num_processes)
+
+
+def _write_source(
+    unfinished: UnfinishedBuild,
+    name: str,
+    corpus: Corpus,
+    encoder: Encoder | None,
+    settings: BuildSettings,
+    *,
+    seen: set[bytes],
+    counter: ByteCounter,
+) -> SourceEntry:
+    """Writes the shards of one source, after those finished; text where there is no encoder."""
+    finished = {split: unfinished.finished(f"{name}-{split}") for split in SPLITS}
+    left_out, baselines = LeftOut(), BaselineCounter()
+    documents = kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen)
+    items = _items(documents, finished, validation_fraction=settings.validation_fraction)
+    to_encode = ((item, None if item.is_finished else item.document.content) for item in items)
     with ExitStack() as open_files:
         writers = {
             split: open_files.enter_context(
-                SplitWriter(folder, prefix=f"{name}-{split}", shard_tokens=settings.shard_tokens)
+                SplitWriter(
+                    unfinished.shards,
+                    source=name,
+                    split=split,
+                    shard_tokens=settings.shard_tokens,
+                    finished=finished[split],
+                    keep=unfinished.keep,
+                )
             )
             for split in SPLITS
         }
-        counter = open_files.enter_context(
-            byte_progress(f"tokenising {name}", num_bytes=corpus.num_bytes, shown=progress)
-        )
-        for number, (document, tokens) in enumerate(encoded):
-            split = split_of(document.digest, validation_fraction=settings.validation_fraction)
-            writers[split].write(tokens, key=f"{number:09d}", num_bytes=len(document.content))
-            baselines.add(document.content, split=split)
-            counter.advance(len(document.content))
-    entries = {split: writer.entry() for split, writer in writers.items()}
-    if entries["train"].num_documents == 0:
-        raise DataError(
-            f"corpus={settings.corpus!r} has no document to train on: "
-            f"{entries['validation'].num_documents} for validation, left out "
-            f"{left_out.not_utf8} not UTF-8, {left_out.empty} empty, "
-            f"{left_out.duplicate} duplicate; give a folder or file with more text"
-        )
-    return SourceEntry(
+        for item, tokens in encoder.encoded(to_encode) if encoder else zip(items, repeat(None)):
+            content = item.document.content
+            if not item.is_finished:
+                writers[item.split].write(
+                    tokens, content=content, number=item.number, digest=item.document.digest
+                )
+            baselines.add(content, split=item.split)
+            counter.advance(len(content))
+    source = SourceEntry(
         name=name,
         description=corpus.description,
-        language=settings.language,
-        licence=settings.licence,
+        language=sources_of(settings)[name].language,
+        licence=sources_of(settings)[name].licence,
         num_left_out=asdict(left_out),
-        splits=entries,
+        splits={split: writer.entry() for split, writer in writers.items()},
         baselines=baselines.baselines(),
+    )
+    if source.splits["train"].num_documents == 0:
+        unfinished.discard()
+        raise DataError(_nothing_to_train_on(source, settings))
+    return source
+
+
+def _items(
+    documents: Iterator[Document],
+    finished: dict[str, tuple[FinishedShard, ...]],
+    *,
+    validation_fraction: float,
+) -> Iterator[_Item]:
+    """The documents of a source; raises TextChanged where those in finished shards have changed."""
+    done = {split: FinishedDocuments(shards) for split, shards in finished.items()}
+    for number, document in enumerate(documents):
+        split = split_of(document.digest, validation_fraction=validation_fraction)
+        is_finished = done[split].take(number, document.digest)
+        yield _Item(number=number, split=split, document=document, is_finished=is_finished)
+    for each in done.values():
+        each.end()
+
+
+def _nothing_to_train_on(source: SourceEntry, settings: BuildSettings) -> str:
+    left_out = ", ".join(
+        f"{number} {reason.replace('_', ' ')}" for reason, number in source.num_left_out.items()
+    )
+    return (
+        f"source {source.name} (corpus={sources_of(settings)[source.name].corpus!r}) has no "
+        f"document to train on: {source.splits['validation'].num_documents} for validation, left "
+        f"out {left_out}; give a folder or file with more text, or a smaller validation_fraction"
     )
 
 
-def _index(source: SourceEntry, tokenizer: Tokenizer, settings: BuildSettings) -> Index:
-    return Index(
-        format_version=FORMAT_VERSION,
-        build=_build_entry(settings),
-        tokenizer=TokenizerEntry(
-            name=tokenizer.name,
-            vocab_size=tokenizer.vocab_size,
-            end_of_document=tokenizer.end_of_document,
-            fingerprint=tokenizer.fingerprint,
-        ),
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        sources=(source,),
+def _tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
+    """The tokenizer that the settings name; None where it is to be trained, and for text."""
+    if bpe_size(settings) or settings.tokenizer == "none":
+        if settings.end_of_document is not None:
+            raise DataError(
+                f"end_of_document={settings.end_of_document!r} is for a tokenizer.json, not for "
+                f"tokenizer={settings.tokenizer!r}; leave it out"
+            )
+        return None
+    return tokenizer_named(settings.tokenizer, end_of_document=settings.end_of_document)
+
+
+def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    return TokenizerEntry(
+        name=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        end_of_document=tokenizer.end_of_document,
+        fingerprint=tokenizer.fingerprint,
+        file=None if tokenizer.definition is None else TOKENIZER_NAME,
     )
 
 
 def _build_entry(settings: BuildSettings) -> BuildEntry:
     return BuildEntry(
-        sources={
-            _checked_name(settings): SourceSettings(
-                corpus=settings.corpus or "", language=settings.language, licence=settings.licence
-            )
-        },
+        sources=sources_of(settings),
         tokenizer=settings.tokenizer,
         end_of_document=settings.end_of_document,
         validation_fraction=settings.validation_fraction,
@@ -198,31 +316,13 @@ def _build_entry(settings: BuildSettings) -> BuildEntry:
     )
 
 
-def _checked_name(settings: BuildSettings) -> str:
-    if settings.name is None:
-        return source_name(settings.corpus or "")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", settings.name):
-        raise DataError(
-            f"name={settings.name!r} goes into file names and metric names: give up to 40 letters, "
-            "digits, '-' and '_'"
-        )
-    return settings.name
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Makes sure that a rename can't outlive the bytes it makes visible."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _take_place(partial: Path, folder: Path, settings: BuildSettings) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        # Another process may have built the same folder meanwhile; then its work is as good.
-        if existing_shards(settings) is None:
-            raise
+def _demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What decides the bytes of a shard, and so whether a build can be gone on with."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "sources": {name: source.corpus for name, source in sources_of(settings).items()},
+        "tokenizer": settings.tokenizer,
+        "fingerprint": None if tokenizer is None else tokenizer.fingerprint,
+        "validation_fraction": settings.validation_fraction,
+        "shard_tokens": settings.shard_tokens,
+    }

@@ -1,16 +1,18 @@
 """Commands: a Hydra command line to typed settings, and errors to exit codes.
 
 Owns the only import of Hydra here, and what a user sees of a mistake: one message on standard
-error, exit code 2 for bad input and 1 for what failed. Leaves the work to the command's function.
+error, exit code 2 for bad input, 1 for what failed, 75 for what was stopped and can go on. Leaves
+the work to the command's function.
 """
 
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import field, fields, make_dataclass
+from typing import Any, TypeVar, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -25,14 +27,23 @@ Settings = TypeVar("Settings")
 
 _FAILED = 1
 _BAD_INPUT = 2
+_STOPPED = 75
+
+_GOES_ON = "; the same command goes on from what is finished"
 
 
 def run_command(
-    work: Callable[[Settings], None], *, settings_type: type[Settings], module: str, about: str
+    work: Callable[[Settings], None],
+    *,
+    settings_type: type[Settings],
+    module: str,
+    about: str,
+    goes_on: bool = False,
 ) -> None:
     """Runs `work` with the settings that the command line gives, and exits.
 
-    `about` is what `--help` says the command does. Hydra makes no folders and no log files.
+    `about` is what `--help` says the command does; `goes_on` says that the same command, given
+    again, goes on from where it was stopped. Hydra makes no folders and no log files.
     """
     # Hydra reports and exits by itself unless asked for the error: what it prints is long, and
     # its exit code is 1 for a typo.
@@ -48,6 +59,8 @@ def run_command(
     _register(settings_type, module=module, about=about)
     try:
         hydra.main(version_base="1.3", config_path=None, config_name=module)(job)()
+        if goes_on:  # a request to stop, which Ctrl-C is too
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         for config in configs:
             work(_settings(config, settings_type))
     except DataError as error:
@@ -55,14 +68,15 @@ def run_command(
     except (HydraException, OmegaConfBaseException) as error:
         _end(_BAD_INPUT, module, _plain(error, settings_type))
     except OSError as error:
-        _end(_FAILED, module, str(error))
+        _end(_FAILED, module, str(error) + (_GOES_ON if goes_on else ""))
     except KeyboardInterrupt:
-        _end(_FAILED, module, "interrupted; nothing was written")
+        if goes_on:
+            _end(_STOPPED, module, f"stopped{_GOES_ON}")
+        _end(_FAILED, module, "interrupted")
 
 
 def _register(settings_type: type[Any], *, module: str, about: str) -> None:
-    schema = OmegaConf.structured(settings_type)
-    OmegaConf.set_readonly(schema, None)  # frozen in Python, to be overridden on the command line
+    schema = _schema(settings_type)
     store = ConfigStore.instance()
     store.store(name=f"{module}.schema", node=schema)
     usage = " ".join(f"{field.name}=…" for field in fields(settings_type))
@@ -90,6 +104,29 @@ def _register(settings_type: type[Any], *, module: str, about: str) -> None:
     )
 
 
+def _schema(settings_type: type[Any]) -> DictConfig:
+    """What Hydra checks keys against: a dictionary of settings takes any, without a `+`.
+
+    What stands in one is left to the settings' own checks: OmegaConf can't add to a dictionary of
+    dataclasses key by key.
+    """
+    dictionaries = [known.name for known in fields(settings_type) if get_origin(known.type) is dict]
+    given: list[Any] = [
+        (
+            known.name,
+            Any if known.name in dictionaries else known.type,
+            field(default=known.default, default_factory=known.default_factory),
+        )
+        for known in fields(settings_type)
+    ]
+    made: DictConfig = OmegaConf.structured(
+        make_dataclass(settings_type.__name__, given, kw_only=True)
+    )
+    for name in dictionaries:
+        OmegaConf.set_struct(made[name], False)
+    return made
+
+
 def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
@@ -103,6 +140,8 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "unexpected_keyword_argument":
             raise DataError(_unknown(key, settings_type)) from error
+        if first["type"] == "missing":
+            raise DataError(f"{key} must be given: add {key}=…") from error
         raise DataError(f"{key}={first['input']!r} can't be: {first['msg']}") from error
 
 
@@ -113,7 +152,10 @@ def _plain(error: Exception, settings_type: type[Any]) -> str:
         innermost = innermost.__cause__
     if isinstance(innermost, OverrideParseException):
         reason = [line for line in str(innermost).splitlines() if not line.startswith("See http")]
-        return f"{innermost.override!r} is not of the form key=value: {'; '.join(reason)}"
+        return (
+            f"{innermost.override!r} is not of the form key=value: {'; '.join(reason)} "
+            "(a value with signs of its own stands in quotes: key=\"'a, ü'\")"
+        )
     outer = str(error).splitlines()[0]
     inner = str(innermost).splitlines()[0]
     unknown = re.match(r"Key '([^']+)' (is )?not in", inner)
@@ -123,7 +165,11 @@ def _plain(error: Exception, settings_type: type[Any]) -> str:
 
 
 def _unknown(key: str, settings_type: type[Any]) -> str:
-    names = [field.name for field in fields(settings_type)]
+    names = [known.name for known in fields(settings_type)]
+    for known in fields(settings_type):
+        if get_origin(known.type) is dict and key.startswith(f"{known.name}."):
+            inside = key.rpartition(".")[0]
+            names = [f"{inside}.{entry.name}" for entry in fields(get_args(known.type)[1])]
     nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
     return f"{key} is not a setting; did you mean {nearest}? There are {', '.join(names)}"
 

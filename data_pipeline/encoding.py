@@ -11,47 +11,82 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import lru_cache
+from types import TracebackType
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.corpora import Document
-from data_pipeline.tokenizers import Tokenizer, tokenizer_named
+from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_again
 
 # Large enough that sending costs little beside encoding, small enough to share out a small corpus.
 _BATCH_BYTES = 256 * 1024
+_BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD = 4  # for each process, so that none waits for the writer
 
+_Tag = TypeVar("_Tag")
+_Tokens = NDArray[np.integer]
 
-def encoded_documents(
-    documents: Iterable[Document], *, tokenizer: Tokenizer, num_processes: int
-) -> Iterator[tuple[Document, NDArray[np.integer]]]:
-    """Each document with its token ids [num_tokens], the end of the document included.
+# In a process of the pool, the tokenizer it was started with; empty elsewhere. The pool has no
+# other place for it, and a definition of megabytes can't be sent with each batch.
+_of_process: list[Tokenizer] = []
 
-    With more than one process a script that calls this must guard its own start with
+
+class Encoder:
+    """Encodes documents with one tokenizer, in processes that serve any number of sources.
+
+    The processes start at once, so that what the caller does meanwhile costs no time. Use as a
+    context manager. With more than one process a script that does must guard its own start with
     `if __name__ == "__main__"`, as `multiprocessing` asks.
     """
-    if num_processes == 1:
-        for document in documents:
-            yield document, _encoded(document.text, tokenizer=tokenizer)
-        return
-    # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_processes, mp_context=context, initializer=_live_with_parent
-    ) as pool:
-        ahead: deque[tuple[list[Document], Future[list[NDArray[np.integer]]]]] = deque()
-        try:
-            for batch in _batches(documents):
-                texts = [document.text for document in batch]
-                ahead.append((batch, pool.submit(_encoded_batch, texts, tokenizer.name)))
-                if len(ahead) >= num_processes * _BATCHES_AHEAD:
-                    yield from _next_of(ahead)
-            while ahead:
-                yield from _next_of(ahead)
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def __init__(self, tokenizer: Tokenizer, *, num_processes: int) -> None:
+        self._tokenizer = tokenizer
+        self._num_ahead = num_processes * _BATCHES_AHEAD
+        self._pool: ProcessPoolExecutor | None = None
+        if num_processes > 1:
+            self._pool = ProcessPoolExecutor(
+                num_processes,
+                # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_process,
+                initargs=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
+            )
+            self._pool.submit(int)  # the first task, whatever it is, starts them all
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encoded(
+        self, documents: Iterable[tuple[_Tag, bytes | None]]
+    ) -> Iterator[tuple[_Tag, _Tokens | None]]:
+        """Each tag with its document's token ids [num_tokens], the end of the document included.
+
+        Documents are UTF-8. One that is None, as what was written before, comes back as None in
+        its place.
+        """
+        ahead: deque[tuple[list[tuple[_Tag, bool]], Future[tuple[_Tokens, list[int]]]]] = deque()
+        for batch in _batches(documents):
+            contents = [content for _, content in batch if content is not None]
+            tags = [(tag, content is not None) for tag, content in batch]
+            if self._pool is None:
+                yield from _in_order(tags, *_encoded(contents, tokenizer=self._tokenizer))
+                continue
+            ahead.append((tags, self._pool.submit(_encoded_in_process, contents)))
+            if len(ahead) >= self._num_ahead:
+                tags, future = ahead.popleft()
+                yield from _in_order(tags, *future.result())
+        for tags, future in ahead:
+            yield from _in_order(tags, *future.result())
 
 
 def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
@@ -65,27 +100,43 @@ def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
     return os.cpu_count() or 1
 
 
-def _next_of(
-    ahead: deque[tuple[list[Document], Future[list[NDArray[np.integer]]]]],
-) -> Iterator[tuple[Document, NDArray[np.integer]]]:
-    batch, encoded = ahead.popleft()
-    yield from zip(batch, encoded.result(), strict=True)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(
+    documents: Iterable[tuple[_Tag, bytes | None]],
+) -> Iterator[list[tuple[_Tag, bytes | None]]]:
+    batch: list[tuple[_Tag, bytes | None]] = []
     num_bytes = 0
-    for document in documents:
-        batch.append(document)
-        num_bytes += len(document.content)
-        if num_bytes >= _BATCH_BYTES:
+    for tag, content in documents:
+        batch.append((tag, content))
+        num_bytes += len(content or b"")
+        if num_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, num_bytes = [], 0
     if batch:
         yield batch
 
 
-def _live_with_parent() -> None:
+def _in_order(
+    tags: list[tuple[_Tag, bool]], tokens: _Tokens, ends: list[int]
+) -> Iterator[tuple[_Tag, _Tokens | None]]:
+    spans = zip([0, *ends], ends, strict=False)
+    for tag, is_there in tags:
+        yield tag, tokens[slice(*next(spans))] if is_there else None
+
+
+def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, list[int]]:
+    """The tokens [num_tokens] of documents, each with its end, and where in them each ends."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    end_of_document = np.array([tokenizer.end_of_document], dtype)
+    parts, ends, num_tokens = [np.array([], dtype)], [], 0
+    for content in contents:
+        ids = tokenizer.encode(content.decode("utf-8"))
+        parts += [ids, end_of_document]
+        num_tokens += len(ids) + 1
+        ends.append(num_tokens)
+    return np.concatenate(parts), ends  # one array: one by one they cost more to send than to make
+
+
+def _start_process(name: str, definition: str | None, end_of_document: int) -> None:
     """Leaves Ctrl-C to the parent, and ends this process when the parent is gone, killed or not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -96,18 +147,12 @@ def _live_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=end_after_parent, daemon=True).start()
+    # One process a core is enough; the package `tokenizers` would start as many threads in each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _of_process.append(
+        tokenizer_again(name, definition=definition, end_of_document=end_of_document)
+    )
 
 
-def _encoded_batch(texts: list[str], tokenizer_name: str) -> list[NDArray[np.integer]]:
-    tokenizer = _tokenizer_of_process(tokenizer_name)
-    return [_encoded(text, tokenizer=tokenizer) for text in texts]
-
-
-@lru_cache(maxsize=1)
-def _tokenizer_of_process(name: str) -> Tokenizer:
-    return tokenizer_named(name)
-
-
-def _encoded(text: str, *, tokenizer: Tokenizer) -> NDArray[np.integer]:
-    ids = tokenizer.encode(text)
-    return np.append(ids, np.array([tokenizer.end_of_document], dtype=ids.dtype))
+def _encoded_in_process(contents: list[bytes]) -> tuple[_Tokens, list[int]]:
+    return _encoded(contents, tokenizer=_of_process[0])

@@ -8,18 +8,32 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.settings import DataError, OnCorrupt, SourceSettings
+from data_pipeline.settings import (
+    SOURCE_NAME,
+    Count,
+    DataError,
+    Fraction,
+    Natural,
+    OnCorrupt,
+    SourceSettings,
+)
 from data_pipeline.tokenizers import token_dtype
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
+TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
 
-_STRICT = ConfigDict(extra="forbid")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+BitsPerByte = Annotated[float, Field(ge=0.0)]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -30,9 +44,9 @@ class TokenizerEntry:
     """
 
     name: str
-    vocab_size: int
-    end_of_document: int
-    fingerprint: str
+    vocab_size: Count
+    end_of_document: Natural
+    fingerprint: Sha256
     file: str | None = None
 
 
@@ -47,22 +61,22 @@ class ShardEntry:
     """
 
     file: str
-    size: int
-    sha256: str
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
+    size: Count
+    sha256: Sha256
+    num_documents: Count
+    num_tokens: Natural
+    num_bytes: Count
     documents: str
-    documents_sha256: str
+    documents_sha256: Sha256
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SplitEntry:
     """One split of a source. `num_bytes` counts UTF-8 text, `num_tokens` ends of documents too."""
 
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
+    num_documents: Natural
+    num_tokens: Natural
+    num_bytes: Natural
     shards: tuple[ShardEntry, ...]
 
 
@@ -70,19 +84,19 @@ class SplitEntry:
 class Baselines:
     """What simple models reach on the validation text, in bits per byte; None where it is empty."""
 
-    byte_bigram_bits_per_byte: float | None
-    zlib_bits_per_byte: float | None
+    byte_bigram_bits_per_byte: BitsPerByte | None
+    zlib_bits_per_byte: BitsPerByte | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SourceEntry:
     """One source of documents; `num_left_out` counts documents by reason."""
 
-    name: str
+    name: Annotated[str, Field(pattern=SOURCE_NAME)]
     description: str
     language: str | None
     licence: str | None
-    num_left_out: dict[str, int]
+    num_left_out: dict[str, Natural]
     splits: dict[str, SplitEntry]
     baselines: Baselines
 
@@ -94,8 +108,8 @@ class BuildEntry:
     sources: dict[str, SourceSettings]
     tokenizer: str
     end_of_document: str | None
-    validation_fraction: float
-    shard_tokens: int
+    validation_fraction: Fraction
+    shard_tokens: Count
     on_corrupt: OnCorrupt
 
 
@@ -119,11 +133,7 @@ def write_index(index: Index, folder: Path) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a shard folder.
-
-    Raises DataError where there is none, where it is of another format version, where it is not
-    well formed, and where it names a file outside the folder.
-    """
+    """The index of a shard folder; raises DataError where there is none, or it can't be true."""
     path = folder / INDEX_NAME
     try:
         text = path.read_bytes()
@@ -132,25 +142,42 @@ def read_index(folder: Path) -> Index:
             f"{folder} is not a shard folder: it has no {INDEX_NAME}; make one with "
             f"'python -m data_pipeline.build corpus=stdlib tokenizer=bytes to={folder}'"
         ) from None
+    return parsed_index(text, where=str(path))
+
+
+def parsed_index(text: bytes, *, where: str) -> Index:
+    """The index that stands in the bytes of an `index.json`.
+
+    Raises DataError where it is of another format version, where it is not well formed, where its
+    figures contradict each other, and where it names a file that is none of its folder's.
+    """
     try:
-        record = json.loads(text)
-        version = record["format_version"]
+        version = json.loads(text)["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format version {version!r}, and this program reads "
+                f"{where} has format version {version!r}, and this program reads "
                 f"{FORMAT_VERSION}; build the folder again"
             )
-        index: Index = TypeAdapter(Index).validate_python(record)
+        # Strict: a number that stands there as a string was not written by this program.
+        index: Index = TypeAdapter(Index).validate_json(text, strict=True)
     except DataError:
         raise
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path} is damaged: {where}: {first['msg']}; build it again") from error
+        field = ".".join(map(str, first["loc"]))
+        raise DataError(f"{where} is damaged: {field}: {first['msg']}; build it again") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error!r}; build it again") from error
-    _check_sense(index, path)
+        raise DataError(f"{where} is damaged: {error!r}; build it again") from error
+    contradiction = _contradiction(index)
+    if contradiction is not None:
+        raise DataError(f"{where} is damaged: {contradiction}; build it again")
     return index
+
+
+def shard_files(source: str, split: str, number: int) -> tuple[str, str]:
+    """The names of a shard's tar and of the table of its documents."""
+    stem = f"{source}-{split}-{number:05d}"
+    return f"{stem}.tar", f"{stem}.documents.npy"
 
 
 def sha256_of(path: Path) -> str:
@@ -159,20 +186,55 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sense(index: Index, path: Path) -> None:
-    dtype = index.tokenizer and token_dtype(index.tokenizer.vocab_size).name
+def _contradiction(index: Index) -> str | None:
+    """What in an index can't be true, in words; None where nothing is found."""
+    tokenizer = index.tokenizer
+    dtype = tokenizer and token_dtype(tokenizer.vocab_size).name
     if index.dtype != dtype:
-        raise DataError(
-            f"{path} is damaged: dtype {index.dtype!r}, where "
-            f"{index.tokenizer and index.tokenizer.name} is stored as {dtype!r}; build it again"
-        )
-    if not index.sources:
-        raise DataError(f"{path} is damaged: it has no sources; build it again")
+        return f"dtype {index.dtype!r}, where {tokenizer and tokenizer.name} is stored as {dtype!r}"
+    if tokenizer and tokenizer.end_of_document >= tokenizer.vocab_size:
+        return f"end_of_document {tokenizer.end_of_document} is no id below {tokenizer.vocab_size}"
+    if tokenizer and tokenizer.file not in (None, TOKENIZER_NAME):
+        return f"the tokenizer's file {tokenizer.file!r}, which is outside its folder"
+    names = [source.name for source in index.sources]
+    if not names:
+        return "it has no sources"
+    if len(set(names)) < len(names):
+        return f"sources {', '.join(names)}, of which one stands twice"
+    if names != list(index.build.sources):
+        return f"sources {', '.join(names)}, built from {', '.join(index.build.sources)}"
     for source in index.sources:
         if set(source.splits) != set(SPLITS):
-            raise DataError(f"{path} is damaged: {source.name} has splits {list(source.splits)}")
-        for split in source.splits.values():
-            for shard in split.shards:
-                for name in (shard.file, shard.documents):
-                    if Path(name).name != name or name == "..":
-                        raise DataError(f"{path} names {name!r}, which is outside its folder")
+            return f"{source.name} has splits {', '.join(source.splits)}"
+        for split in SPLITS:
+            found = _split_contradiction(index, source, split)
+            if found is not None:
+                return found
+    return None
+
+
+def _split_contradiction(index: Index, source: SourceEntry, split: str) -> str | None:
+    entry = source.splits[split]
+    for key in ("num_documents", "num_tokens", "num_bytes"):
+        total = sum(getattr(shard, key) for shard in entry.shards)
+        if getattr(entry, key) != total:
+            found = getattr(entry, key)
+            return f"{source.name}'s {split} split has {key} {found}, and its shards {total}"
+    for number, shard in enumerate(entry.shards):
+        expected = shard_files(source.name, split, number)
+        for name, wanted in zip((shard.file, shard.documents), expected, strict=True):
+            if name != wanted:
+                return f"it names {name!r}, which is outside its folder or isn't {wanted!r}"
+        if index.dtype is None:
+            stored, fits = shard.num_bytes, shard.num_tokens == 0
+        else:
+            stored = shard.num_tokens * np.dtype(index.dtype).itemsize
+            fits = shard.num_tokens >= shard.num_documents  # each has its end
+        if not fits or shard.num_bytes < shard.num_documents:
+            return (
+                f"{shard.file} can't have {shard.num_tokens} tokens and {shard.num_bytes} bytes "
+                f"of text in {shard.num_documents} documents"
+            )
+        if shard.size % 512 or shard.size < stored + 512 * shard.num_documents:
+            return f"{shard.file} can't hold its documents in {shard.size} bytes"
+    return None

@@ -1,59 +1,199 @@
 """The command `python -m data_pipeline.inspect`: what a shard folder holds, verified."""
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.command import run_command
+from data_pipeline.index import Index, SourceEntry, read_index
+from data_pipeline.progress import byte_progress
 from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import Count
-from data_pipeline.tokenizers import tokenizer_named
+from data_pipeline.settings import Count, DataError, Natural
+from data_pipeline.verification import damaged_files, shards_of, tokenizer_of
+
+# No character of UTF-8 is longer.
+_BYTES_PER_CHARACTER = 4
+
+
+class Format(StrEnum):
+    """For people, or one JSON object."""
+
+    text = "text"
+    json = "json"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class InspectSettings:
-    """`dir` is the folder; `verify` reads every byte; `sample_tokens` is a sample's length."""
+    """`dir` is the folder; `verify` reads every byte of it.
+
+    `num_samples` documents of each source, drawn by `seed`, are shown up to their first
+    `sample_tokens` tokens (characters, in a folder of text).
+    """
 
     dir: str
     verify: bool = True
+    num_samples: Natural = 3
     sample_tokens: Count = 100
+    seed: Natural = 0
+    format: Format = Format.text
 
 
 def inspect(settings: InspectSettings) -> None:
-    """Prints tokens, documents, sources, baselines, hashes and a sample of the text."""
-    folder = ShardFolder.open(settings.dir)
-    made_by = folder.tokenizer
-    print(f"{folder.path}: tokenizer {made_by.name}, vocabulary {made_by.vocab_size:,}")
-    for source in folder.index.sources:
-        print(f"{source.name}: {source.description}")
-        print(f"  language: {source.language}, licence: {source.licence}")
-        for split, entry in source.splits.items():
-            print(
-                f"  {split}: {entry.num_tokens:,} tokens, {entry.num_documents:,} documents, "
-                f"{entry.num_bytes:,} bytes of text, {len(entry.shards)} shards"
-            )
-        print("  left out: " + ", ".join(f"{k} {v}" for k, v in source.num_left_out.items()))
-        bigram, zlib = (
-            source.baselines.byte_bigram_bits_per_byte,
-            source.baselines.zlib_bits_per_byte,
-        )
-        if bigram is not None and zlib is not None:
-            print(f"  bits per byte of validation: byte bigram {bigram:.3f}, zlib {zlib:.3f}")
+    """Prints what is in a folder, verifies it and shows samples of its text.
+
+    Raises DataError naming each file that isn't as it should be.
+    """
+    folder = Path(settings.dir).absolute()
+    index = read_index(folder)
+    report = _contents(folder, index)
     if settings.verify:
-        folder.verify()
-        print("hashes: every file verified")
+        report["damaged"] = _damaged(folder, index)
     else:
-        print("hashes: not verified (verify=true reads every byte)")
-    _print_sample(folder, num_tokens=settings.sample_tokens)
+        ShardFolder.open(folder)  # raises DataError where a file isn't there in its full size
+    if not report.get("damaged"):
+        for number, source in enumerate(index.sources):
+            report["sources"][number]["samples"] = _samples(folder, index, number, source, settings)
+    if settings.format is Format.json:
+        print(json.dumps(report))
+    else:
+        for line in _lines(report):
+            print(_printable(line))
+    if report.get("damaged"):
+        reasons = "; ".join(f"{name} {reason}" for name, reason in report["damaged"].items())
+        raise DataError(f"{folder} is damaged: {reasons}. Restore it, or build the folder again")
 
 
-def _print_sample(folder: ShardFolder, *, num_tokens: int) -> None:
-    tokenizer = tokenizer_named(folder.tokenizer.name)
-    for source in folder.sources:
-        documents = folder.documents("train", source=source)
-        if not documents.num_documents:
-            continue
-        tokens = documents.tokens(0)[:num_tokens]
-        print(f"the first {len(tokens)} training tokens of {source}:\n{tokenizer.decode(tokens)}")
+def _contents(folder: Path, index: Index) -> dict[str, Any]:
+    """All that the index says, and what follows from it."""
+    num_bytes = sum(shard.num_bytes for shard in shards_of(index))
+    return {
+        "dir": str(folder),
+        "tokenizer": index.tokenizer and asdict(index.tokenizer),
+        "dtype": index.dtype,
+        "build": asdict(index.build),
+        "sources": [
+            {
+                "name": source.name,
+                "description": source.description,
+                "language": source.language,
+                "licence": source.licence,
+                "share": sum(split.num_bytes for split in source.splits.values()) / num_bytes,
+                "splits": {
+                    name: {
+                        "num_tokens": split.num_tokens,
+                        "num_documents": split.num_documents,
+                        "num_bytes": split.num_bytes,
+                        "bytes_per_token": (
+                            split.num_bytes / split.num_tokens if split.num_tokens else None
+                        ),
+                        "num_shards": len(split.shards),
+                    }
+                    for name, split in source.splits.items()
+                },
+                "num_left_out": source.num_left_out,
+                "baselines": asdict(source.baselines),
+            }
+            for source in index.sources
+        ],
+    }
+
+
+def _damaged(folder: Path, index: Index) -> dict[str, str]:
+    num_bytes = sum(shard.size for shard in shards_of(index))
+    with byte_progress(f"verifying {folder.name}", num_bytes=num_bytes, shown=True) as counter:
+        return damaged_files(folder, index, counter=counter)
+
+
+def _samples(
+    folder: Path, index: Index, number: int, source: SourceEntry, settings: InspectSettings
+) -> list[dict[str, Any]]:
+    """The beginnings of some documents of a source, the same for the same seed."""
+    shards = [(split, shard) for split, entry in source.splits.items() for shard in entry.shards]
+    ends = np.cumsum([shard.num_documents for _, shard in shards])
+    total = int(ends[-1])
+    random = np.random.default_rng([settings.seed, number])
+    drawn = random.choice(total, size=min(settings.num_samples, total), replace=False)
+    tokenizer = None if index.tokenizer is None else tokenizer_of(folder, index.tokenizer)
+    samples = []
+    for document in sorted(drawn.tolist()):
+        place = int(ends.searchsorted(document, side="right"))
+        split, shard = shards[place]
+        table = np.load(folder / shard.documents, mmap_mode="r", allow_pickle=False)
+        offset, length, _ = table[document - int(ends[place])].tolist()  # from the end, so below 0
+        with (folder / shard.file).open("rb") as file:
+            file.seek(offset)
+            if tokenizer is None:
+                text = _text_beginning(file, length, num_characters=settings.sample_tokens)
+                is_cut = len(text.encode()) < length
+            else:
+                dtype = np.dtype(index.dtype)
+                shown = min(length, settings.sample_tokens)
+                text = tokenizer.decode(np.frombuffer(file.read(shown * dtype.itemsize), dtype))
+                is_cut = shown < length
+        samples.append(
+            {"split": split, "file": shard.file, "length": length, "text": text, "cut": is_cut}
+        )
+    return samples
+
+
+def _text_beginning(file: BinaryIO, length: int, *, num_characters: int) -> str:
+    content = file.read(min(length, _BYTES_PER_CHARACTER * num_characters))
+    return content.decode("utf-8", errors="ignore")[:num_characters]
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report for people."""
+    made_by = report["tokenizer"]
+    what = (
+        f"tokenizer {made_by['name']}, vocabulary {made_by['vocab_size']:,}, {report['dtype']}"
+        if made_by
+        else "text, not tokenised"
+    )
+    yield f"{report['dir']}: {what}"
+    for source in report["sources"]:
+        yield f"{source['name']}: {source['description']}"
+        yield (
+            f"  language: {source['language'] or 'not given'}, "
+            f"licence: {source['licence'] or 'not given'}, {source['share']:.1%} of the text"
+        )
+        for name, split in source["splits"].items():
+            tokens = (
+                f"{split['num_tokens']:,} tokens ({split['bytes_per_token']:.3f} bytes each), "
+                if split["num_tokens"]
+                else ""
+            )
+            yield (
+                f"  {name}: {tokens}{split['num_documents']:,} documents, "
+                f"{split['num_bytes']:,} bytes of text, shards: {split['num_shards']}"
+            )
+        left_out = source["num_left_out"].items()
+        yield "  left out: " + ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in left_out)
+        bigram, zlib = source["baselines"].values()
+        if bigram is not None and zlib is not None:
+            yield f"  bits per byte of validation: byte bigram {bigram:.3f}, zlib {zlib:.3f}"
+    if "damaged" not in report:
+        yield "not verified (verify=true reads every byte)"
+    elif not report["damaged"]:
+        yield "every file verified"
+    unit = "tokens" if made_by else "bytes"
+    for source in report["sources"]:
+        for sample in source.get("samples", []):
+            yield f"--- {source['name']}, {sample['split']}: {sample['length']:,} {unit}"
+            yield sample["text"] + (" […cut]" if sample["cut"] else "")
+
+
+def _printable(line: str) -> str:
+    """Without what would steer a terminal: the text is anybody's."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in line
+    )
 
 
 if __name__ == "__main__":
@@ -61,5 +201,5 @@ if __name__ == "__main__":
         inspect,
         settings_type=InspectSettings,
         module="data_pipeline.inspect",
-        about="Shows what a shard folder holds, checks every hash and decodes a sample.",
+        about="Shows what a shard folder holds, verifies every byte and decodes samples.",
     )

@@ -1,6 +1,6 @@
-"""Progress of a build: a live bar on a terminal, a line now and then in a log.
+"""Progress: a live bar on a terminal, a line now and then in a log.
 
-Owns what people see on standard error while documents are tokenised. Leaves results to the caller.
+Owns what people see on standard error while bytes are worked through. Leaves results to the caller.
 """
 
 import sys
@@ -50,6 +50,12 @@ def byte_progress(what: str, *, num_bytes: int, shown: bool) -> Iterator[ByteCou
             yield _Bar(bar, what, num_bytes)
 
 
+def tell(message: str, *, shown: bool) -> None:
+    """Says something once, where progress is shown; not while a bar is."""
+    if shown:
+        print(message, file=sys.stderr, flush=True)
+
+
 class _Silence:
     def advance(self, num_bytes: int) -> None:
         pass
@@ -68,16 +74,17 @@ class _Lines:
     def __init__(self, what: str, num_bytes: int) -> None:
         self._what = what
         self._total = num_bytes
-        self._done = 0
-        self._started = self._printed = time.monotonic()
+        self._done = self._done_printed = 0
+        self._printed = time.monotonic()
 
     def advance(self, num_bytes: int) -> None:
         self._done += num_bytes
         now = time.monotonic()
         if now - self._printed < _SECONDS_BETWEEN_LINES:
             return
-        self._printed = now
-        speed = self._done / (now - self._started)
+        # Since the last line: a build that goes on skims what it had finished.
+        speed = (self._done - self._done_printed) / (now - self._printed)
+        self._printed, self._done_printed = now, self._done
         left = max(self._total - self._done, 0) / speed
         print(
             f"{self._what}: {self._done / 1e6:.0f} of {self._total / 1e6:.0f} MB, "

@@ -16,9 +16,15 @@ from pydantic.dataclasses import dataclass
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
+# What goes into file names and metric names.
+SOURCE_NAME = r"^[A-Za-z0-9_-]{1,40}$"
+
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# A licence `1.0` or a source `12` is a number to Hydra, and a name to whoever wrote it.
+_NAMES = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class DataError(ValueError):
@@ -59,7 +65,7 @@ class CacheSettings:
     dir: str | None = None
     max_gib: Positive = 50.0
     timeout_seconds: Positive = 60.0
-    num_retries: Annotated[int, Field(ge=0)] = 5
+    num_retries: Natural = 5
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -91,12 +97,12 @@ class DataSettings:
     mask_documents: bool = False
     shuffle_window: Count | None = None
     on_corrupt: OnCorrupt = OnCorrupt.fail
-    num_workers: Annotated[int, Field(ge=0)] = 1
+    num_workers: Natural = 1
     prefetch_batches: Count = 2
     cache: CacheSettings = field(default_factory=CacheSettings)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=_NAMES)
 class SourceSettings:
     """One source of a build: where its text is, and what the index says of it."""
 
@@ -105,7 +111,7 @@ class SourceSettings:
     licence: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=_NAMES)
 class BuildSettings:
     """The settings of `python -m data_pipeline.build`.
 
@@ -133,11 +139,47 @@ class BuildSettings:
     on_corrupt: OnCorrupt = OnCorrupt.fail
 
 
+def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
+    """The sources of a build by name, in the order given.
+
+    Raises DataError where there is none, where both `corpus` and `sources` are given, and for a
+    name that can't stand in file names.
+    """
+    only = {key: getattr(settings, key) for key in ("corpus", "name", "language", "licence")}
+    given = [f"{key}={value!r}" for key, value in only.items() if value is not None]
+    if settings.sources:
+        if given:
+            raise DataError(
+                f"{given[0]} describes a build's only source, and there are sources "
+                f"{', '.join(settings.sources)}; give it as sources.NAME.… or leave it out"
+            )
+        sources = settings.sources
+    elif settings.corpus is None:
+        raise DataError(
+            "there is no text to build from: add corpus=… for one source, or "
+            "sources.NAME.corpus=… for each of several"
+        )
+    else:
+        name = source_name(settings.corpus) if settings.name is None else settings.name
+        source = SourceSettings(
+            corpus=settings.corpus, language=settings.language, licence=settings.licence
+        )
+        sources = {name: source}
+    for name in sources:
+        if not re.fullmatch(SOURCE_NAME, name):
+            raise DataError(
+                f"name={name!r} goes into file names and metric names: give up to 40 letters "
+                "from a to z, digits, - and _"
+            )
+    return sources
+
+
 def resolved_dir(settings: DataSettings) -> Path:
     """The absolute path of the shard folder that the settings mean, there or not."""
     if settings.dir is not None:
         return Path(settings.dir).absolute()
-    return Path("data", f"{source_name(settings.corpus)}-{settings.tokenizer}").absolute()
+    tokenizer = _plain_name(settings.tokenizer)
+    return Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute()
 
 
 def source_name(corpus: str) -> str:
@@ -145,8 +187,13 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    stem = re.sub(r"(\.jsonl)?(\.gz)?$", "", Path(corpus).absolute().name)
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem.removesuffix(".txt")).strip("-")
+    suffixes = r"(\.(txt|jsonl|ndjson|parquet|html?|xhtml|tar))?(\.(gz|zst))?$"
+    stem = re.sub(suffixes, "", Path(corpus).absolute().name)
+    name = _plain_name(stem)[:40]
     if not name:
         raise DataError(f"corpus={corpus!r} gives no name for its source; give one with name=NAME")
     return name
+
+
+def _plain_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")

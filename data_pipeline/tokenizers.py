@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back, each with the fingerprint of what defines it.
 
-Owns the names of the tokenizers and the only import of mistral-common. Leaves to `shards` where
-documents end up: a tokenizer only says which id ends one.
+Owns what a tokenizer is, their names, and the tokenizer of bytes. Leaves Mixtral's to
+`mixtral_tokenizer`, those of a `tokenizer.json` to `json_tokenizer`, and where documents end up to
+`shards`: a tokenizer only says which id ends one.
 
 No tokenizer here puts a beginning-of-sequence token before a document. The end of the document
 before it says the same, and a model that was trained so can be given either at generation.
@@ -10,20 +11,26 @@ before it says the same, and a model that was trained so can be given either at 
 import difflib
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.settings import DataError
 
-TOKENIZER_NAMES = ("bytes", "mixtral-v1", "mixtral-v3")
+if TYPE_CHECKING:
+    from data_pipeline.index import TokenizerEntry
+
+_NAMES = ("bytes", "mixtral-v1", "mixtral-v3")
+_KINDS = f"{', '.join(_NAMES)}, the path of a tokenizer.json, and, to build with, bpe:N and none"
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
     `fingerprint` is a SHA-256 in hex: two tokenizers with the same one give the same ids.
+    `definition` is the text of the `tokenizer.json` it is made from, None where `name` says all.
     `needs_processes` says whether it is slow enough that processes are worth their start.
     """
 
@@ -31,6 +38,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    definition: str | None
     needs_processes: bool
 
     def encode(self, text: str) -> NDArray[np.integer]:
@@ -42,17 +50,66 @@ class Tokenizer(Protocol):
         ...
 
 
-def tokenizer_named(name: str) -> Tokenizer:
-    """The tokenizer of that name; raises DataError for a name there is none of."""
+def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokenizer:
+    """The tokenizer of a name, or of a `tokenizer.json` by its path or its folder's.
+
+    `end_of_document` names the token of a `tokenizer.json` that ends a document. None given: the
+    `eos_token` of the `tokenizer_config.json` beside it, or a well-known name that it has.
+
+    Raises DataError for what is neither, for a `tokenizer.json` that can't be used, and for an
+    `end_of_document` that isn't there.
+    """
+    if spec in _NAMES:
+        if end_of_document is not None:
+            raise DataError(
+                f"end_of_document={end_of_document!r}: tokenizer={spec!r} has its own; leave it out"
+            )
+        return tokenizer_again(spec)
+    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
+    if path.is_file():
+        from data_pipeline.json_tokenizer import read_tokenizer_json
+
+        return read_tokenizer_json(path, end_of_document=end_of_document)
+    raise DataError(_no_tokenizer(spec))
+
+
+def tokenizer_from(entry: "TokenizerEntry", *, definition: bytes | None) -> Tokenizer:
+    """The tokenizer that made a shard folder, from its index and the bytes of `entry.file`, if any.
+
+    Raises DataError where it isn't the one whose fingerprint the index holds.
+    """
+    text = None if definition is None else definition.decode("utf-8", errors="replace")
+    if text is None and entry.name not in _NAMES:
+        raise DataError(
+            f"the index names the tokenizer {entry.name!r} and no file that defines it; "
+            "build the folder again"
+        )
+    tokenizer = tokenizer_again(entry.name, definition=text, end_of_document=entry.end_of_document)
+    if tokenizer.fingerprint != entry.fingerprint:
+        where = "that name means here" if entry.file is None else f"{entry.file} defines"
+        raise DataError(
+            f"the shards were made by the tokenizer {entry.name!r} with the fingerprint "
+            f"{entry.fingerprint[:12]}…, and the one that {where} has "
+            f"{tokenizer.fingerprint[:12]}…; build the folder again"
+        )
+    return tokenizer
+
+
+def tokenizer_again(
+    name: str, *, definition: str | None = None, end_of_document: int | None = None
+) -> Tokenizer:
+    """A tokenizer from what can be sent to another process: these three of its attributes."""
+    # The others are imported where they are used: nobody should wait for what they don't need.
+    if definition is not None:
+        from data_pipeline.json_tokenizer import JsonTokenizer
+
+        assert end_of_document is not None
+        return JsonTokenizer(name, definition, end_of_document=end_of_document)
     if name == "bytes":
         return ByteTokenizer()
-    if name in TOKENIZER_NAMES:
-        return MixtralTokenizer(name)
-    nearest = difflib.get_close_matches(name, TOKENIZER_NAMES, n=1, cutoff=0.0)[0]
-    raise DataError(
-        f"tokenizer={name!r} is not known; did you mean {nearest!r}? "
-        f"There are {', '.join(TOKENIZER_NAMES)}"
-    )
+    from data_pipeline.mixtral_tokenizer import MixtralTokenizer
+
+    return MixtralTokenizer(name)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -67,6 +124,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
     fingerprint = hashlib.sha256(b"utf-8 bytes, end of document 256").hexdigest()
+    definition: str | None = None
     needs_processes = False
 
     def encode(self, text: str) -> NDArray[np.integer]:
@@ -79,32 +137,19 @@ class ByteTokenizer:
         return array[array < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-class MixtralTokenizer:
-    """Mistral's sentencepiece tokenizer: `mixtral-v1` for 8x7B, `mixtral-v3` for 8x22B.
-
-    Its EOS is the end of a document, as in Mistral's own training; text that spells a control
-    token (`</s>`) is encoded as text.
-    """
-
-    end_of_document: int
-    needs_processes = True
-
-    def __init__(self, name: str) -> None:
-        # Imported here: it takes half a second, which users of the byte tokenizer need not wait.
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-        make = {"mixtral-v1": MistralTokenizer.v1, "mixtral-v3": MistralTokenizer.v3}[name]
-        self._tokenizer = make().instruct_tokenizer.tokenizer
-        self.name = name
-        self.vocab_size = self._tokenizer.n_words
-        self.end_of_document = self._tokenizer.eos_id
-        self.fingerprint = hashlib.sha256(self._tokenizer.file_path.read_bytes()).hexdigest()
-
-    def encode(self, text: str) -> NDArray[np.integer]:
-        """Token ids [num_tokens], without BOS or EOS."""
-        ids = self._tokenizer.encode(text, bos=False, eos=False)
-        return np.array(ids, dtype=token_dtype(self.vocab_size))
-
-    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of token ids, control tokens left out."""
-        return self._tokenizer.decode(np.asarray(ids).tolist())
+def _no_tokenizer(spec: str) -> str:
+    if spec == "none":
+        return "tokenizer='none' keeps text as text: nothing is encoded with it; give another"
+    if spec.startswith("bpe:"):
+        return (
+            f"tokenizer={spec!r} is trained on a corpus, by data_pipeline.build; elsewhere give "
+            "the path of the tokenizer.json in the folder that was built"
+        )
+    if "/" in spec or spec.endswith(".json"):
+        return (
+            f"tokenizer={spec!r} doesn't exist: there is no such file, and no folder with a "
+            f"tokenizer.json ({Path(spec).absolute()}); give the path of one, or one of "
+            f"{', '.join(_NAMES)}"
+        )
+    nearest = difflib.get_close_matches(spec, _NAMES, n=1, cutoff=0.0)[0]
+    return f"tokenizer={spec!r} is not known; did you mean {nearest!r}? There are {_KINDS}"

@@ -43,6 +43,11 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("ray", {"launch/ray_cluster.py"}),
         ("wandb", {"moetrain/observe/wandb_sink.py"}),
         ("webdataset", {"data_pipeline/shards.py"}),
+        ("pyarrow", {"data_pipeline/arrow_tables.py"}),
+        ("zstandard", {"data_pipeline/text_files.py"}),
+        ("selectolax", {"data_pipeline/html_text.py"}),
+        ("tokenizers", {"data_pipeline/json_tokenizer.py"}),
+        ("sentencepiece", {"data_pipeline/mixtral_tokenizer.py"}),
         # Each of the two packages that have commands has one entry of its own.
         ("hydra", {"moetrain/command.py", "data_pipeline/command.py"}),
         ("matplotlib", {"moetrain/report/figures.py"}),

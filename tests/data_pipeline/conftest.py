@@ -1,11 +1,14 @@
-"""Small corpora and the shard folders built from them."""
+"""Small corpora, the shard folders built from them, and what is in those."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipeline import BuildSettings, ShardFolder, build_shards
+from data_pipeline.verification import tokenizer_of
 
 
 def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[str]:
@@ -21,13 +24,43 @@ def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[
     return texts
 
 
-def build(corpus: Path, to: Path, **settings: object) -> ShardFolder:
-    """A folder of byte tokens with small shards, unless told otherwise."""
+def build(corpus: Path | dict[str, Path], to: Path, **settings: object) -> ShardFolder:
+    """A folder of byte tokens with small shards, unless told otherwise, of one source or more."""
+    given: dict[str, object] = (
+        {"sources": {name: {"corpus": str(path)} for name, path in corpus.items()}}
+        if isinstance(corpus, dict)
+        else {"corpus": str(corpus)}
+    )
     chosen = {"tokenizer": "bytes", "shard_tokens": 5000, "validation_fraction": 0.2, **settings}
     return build_shards(
-        BuildSettings(corpus=str(corpus), to=str(to), **chosen),  # type: ignore[arg-type]
+        BuildSettings(to=str(to), **given, **chosen),  # type: ignore[arg-type]
         progress=False,
     )
+
+
+def documents_of(folder: ShardFolder, split: str, *, source: str | None = None) -> list[str]:
+    """The texts of a split of a source (the first) in stored order, read without our reader."""
+    entry = folder.index.tokenizer
+    tokenizer = None if entry is None else tokenizer_of(folder.path, entry)
+    texts = []
+    for shard in folder.source(source or folder.sources[0]).splits[split].shards:
+        with tarfile.open(folder.path / shard.file) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                content = file.read()
+                if tokenizer is None:
+                    texts.append(content.decode())
+                else:
+                    tokens = np.load(io.BytesIO(content))
+                    assert tokens[-1] == tokenizer.end_of_document
+                    texts.append(tokenizer.decode(tokens[:-1]))
+    return texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

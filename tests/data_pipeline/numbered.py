@@ -20,6 +20,7 @@ from data_pipeline.index import (
     sha256_of,
     write_index,
 )
+from data_pipeline.settings import SourceSettings
 
 VOCAB_SIZE = 2**20  # so that tokens are uint32
 END = VOCAB_SIZE - 1  # of a document
@@ -96,7 +97,7 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
     return Index(
         format_version=FORMAT_VERSION,
         build=BuildEntry(
-            sources={},
+            sources={name: SourceSettings(corpus=name) for name in splits},
             tokenizer="numbers",
             end_of_document=None,
             validation_fraction=0.5,
@@ -104,7 +105,7 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
             on_corrupt=OnCorrupt.fail,
         ),
         tokenizer=TokenizerEntry(
-            name="numbers", vocab_size=VOCAB_SIZE, end_of_document=END, fingerprint="0"
+            name="numbers", vocab_size=VOCAB_SIZE, end_of_document=END, fingerprint="0" * 64
         ),
         dtype="uint32",
         sources=tuple(

@@ -2,18 +2,53 @@
 
 import gzip
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline import DataError
 from data_pipeline.corpora import LeftOut, kept_documents, open_corpus
+from data_pipeline.settings import OnCorrupt
 
 
-def texts_of(spec: str | Path) -> tuple[list[str], LeftOut]:
+def texts_of(
+    spec: str | Path, *, on_corrupt: OnCorrupt = OnCorrupt.fail
+) -> tuple[list[str], LeftOut]:
     left_out = LeftOut()
-    raw = open_corpus(str(spec)).raw_documents()
+    raw = open_corpus(str(spec), on_corrupt=on_corrupt).raw_documents()
     return [document.text for document in kept_documents(raw, left_out=left_out)], left_out
+
+
+def save_dataset(folder: Path, shards: list[list[str]]) -> None:
+    """Writes texts as `datasets.Dataset.save_to_disk` does (compared with version 5.2.0)."""
+    pa = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    schema = pa.schema({"text": pa.string(), "n": pa.int64()})
+    names = []
+    for number, texts in enumerate(shards):
+        names.append(f"data-{number:05d}-of-{len(shards):05d}.arrow")
+        table = pa.table({"text": texts, "n": list(range(len(texts)))}, schema=schema)
+        with (
+            pa.OSFile(str(folder / names[-1]), "wb") as file,
+            pa.ipc.new_stream(file, schema) as to,
+        ):
+            to.write_table(table)
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": "81ae67ba3f255627",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    features = {name: {"dtype": kind, "_type": "Value"} for name, kind in [("text", "string")]}
+    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
 
 
 def test_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
@@ -22,6 +57,16 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     assert texts_of(tmp_path)[0] == ["a/b/c.md", "a/z.txt", "b.txt", "c.txt"]
+
+
+def test_files_of_a_folder_are_read_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<title>t</title><p>one</p>")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n{"text": "three"}\n'))
+    (tmp_path / "c.md").write_text("# four")
+    (tmp_path / "d.html").write_text("<script>nothing</script>")
+    texts, left_out = texts_of(tmp_path)
+    assert texts == ["one", "two", "three", "# four"]
+    assert left_out == LeftOut(empty=1)
 
 
 def test_left_out_documents_are_counted(tmp_path: Path) -> None:
@@ -34,43 +79,128 @@ def test_left_out_documents_are_counted(tmp_path: Path) -> None:
     assert left_out == LeftOut(not_utf8=1, empty=1, duplicate=1)
 
 
-def test_text_is_not_changed(tmp_path: Path) -> None:
-    content = "\ufeffa\r\nb\rc\x00\n".encode()
-    (tmp_path / "a.txt").write_bytes(content)
-    assert texts_of(tmp_path / "a.txt")[0] == [content.decode()]
+def test_lone_surrogate_is_counted_as_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "\\ud800"}\n')
+    assert texts_of(tmp_path / "x.jsonl") == (["one"], LeftOut(not_utf8=1))
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
-def test_json_lines(tmp_path: Path, name: str) -> None:
-    lines = [json.dumps({"text": text, "id": 1}) for text in ("one", "zwei é", "\ud800")]
-    content = ("\n".join([*lines, ""]) + "\n").encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    texts, left_out = texts_of(tmp_path / name)
-    assert texts == ["one", "zwei é"]
-    assert left_out.not_utf8 == 1  # the lone surrogate
+def test_sources_that_share_what_was_seen_have_no_document_in_common(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    seen: set[bytes] = set()
+    counts = [LeftOut(), LeftOut()]
+    texts = []
+    for name, left_out in zip(("a.jsonl", "b.jsonl"), counts, strict=True):
+        raw = open_corpus(str(tmp_path / name), on_corrupt=OnCorrupt.fail).raw_documents()
+        texts += [document.text for document in kept_documents(raw, left_out=left_out, seen=seen)]
+    assert texts == ["one", "two", "three"]
+    assert counts == [LeftOut(), LeftOut(duplicate=1)]
 
 
-@pytest.mark.parametrize("line", ["not json", '{"txt": "a"}', '{"text": 3}', "[1]"])
-def test_bad_json_line_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(DataError, match=r"x\.jsonl, line 2"):
-        texts_of(tmp_path / "x.jsonl")
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A folder with a line, a member and the rest of a file that can't be read."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\nbad\n{"text": "two"}\n')
+    lines = b"".join(b'{"text": "line %d"}\n' % number for number in range(1000))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines)[:-12])
+    (folder / "c.tar").write_bytes(b"")
+    (folder / "d.txt").write_text("last")
+    return folder
 
 
-def test_truncated_gzip_is_named(tmp_path: Path) -> None:
-    content = gzip.compress(b'{"text": "' + bytes(range(97, 120)) * 50 + b'"}\n')
-    (tmp_path / "x.jsonl.gz").write_bytes(content[:-12])
-    with pytest.raises(DataError, match=r"x\.jsonl\.gz"):
-        texts_of(tmp_path / "x.jsonl.gz")
+def test_corrupt_input_ends_the_reading_with_its_place(damaged: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 is not JSON.*on_corrupt=skip"):
+        texts_of(damaged)
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz is damaged or not whole"):
+        texts_of(damaged / "b.jsonl.gz")
+
+
+def test_corrupt_input_is_passed_over_and_counted(damaged: Path) -> None:
+    texts, left_out = texts_of(damaged, on_corrupt=OnCorrupt.skip)
+    lines = texts[2:-1]
+    assert [*texts[:2], texts[-1]] == ["one", "two", "last"]
+    assert lines == [f"line {number}" for number in range(len(lines))]  # what came before stays
+    assert left_out == LeftOut(corrupt=3)
+
+
+def test_missing_library_is_never_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install"):
+        texts_of(tmp_path, on_corrupt=OnCorrupt.skip)
+
+
+def test_saved_dataset_is_read_in_the_order_of_its_files(tmp_path: Path) -> None:
+    save_dataset(tmp_path / "set", [["one", "two"], ["three"]])
+    (tmp_path / "set" / "cache-0.arrow").write_bytes(b"left by a map() of the data set")
+    assert texts_of(tmp_path / "set") == (["one", "two", "three"], LeftOut())
+
+
+def test_saved_dataset_in_splits_is_read_split_by_split(tmp_path: Path) -> None:
+    for split in ("train", "test", "old"):
+        save_dataset(tmp_path / "set" / split, [[f"a {split} text"]])
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert texts_of(tmp_path / "set") == (["a train text", "a test text"], LeftOut())
+
+
+def test_saved_dataset_in_a_folder_of_text_is_one_of_its_documents(tmp_path: Path) -> None:
+    save_dataset(tmp_path / "b", [["from the data set"]])
+    (tmp_path / "b" / "cache").mkdir()
+    (tmp_path / "b" / "cache" / "x.txt").write_text("not of the data set")
+    (tmp_path / "a.txt").write_text("before")
+    (tmp_path / "c.txt").write_text("after")
+    assert texts_of(tmp_path)[0] == ["before", "from the data set", "after"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("state.json", lambda saved: saved["_data_files"][0].update(filename="../x"), "'../x'"),
+        ("state.json", lambda saved: saved["_data_files"][0].update(filename="gone"), "'gone'"),
+        ("state.json", lambda saved: saved.pop("_data_files"), "is not what `datasets` writes"),
+        (
+            "state.json",
+            lambda saved: saved.update(_indices_data_files=[{"filename": "i.arrow"}]),
+            "save it again",
+        ),
+    ],
+)
+def test_saved_dataset_that_lies_is_named(
+    tmp_path: Path, name: str, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    (tmp_path / "x").write_text("not of the data set")
+    save_dataset(tmp_path / "set", [["one"]])
+    (tmp_path / "set" / "i.arrow").write_text("")
+    saved = json.loads((tmp_path / "set" / name).read_text())
+    change(saved)
+    (tmp_path / "set" / name).write_text(json.dumps(saved))
+    with pytest.raises(DataError, match=message) as caught:
+        open_corpus(str(tmp_path / "set"), on_corrupt=OnCorrupt.skip)
+    assert str(tmp_path / "set" / name) in str(caught.value)
+
+
+def test_folder_without_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty" / ".hidden").mkdir(parents=True)
+    with pytest.raises(DataError, match="has no document to train on"):
+        open_corpus(str(tmp_path), on_corrupt=OnCorrupt.fail)
+
+
+def test_pipe_is_refused_with_the_reason() -> None:
+    with pytest.raises(DataError, match=r"pipe:echo hello.*would run a shell command"):
+        open_corpus("pipe:echo hello", on_corrupt=OnCorrupt.fail)
 
 
 def test_missing_corpus_is_named_with_a_way_out() -> None:
     with pytest.raises(DataError, match=r"/no/such/place.*stdlib"):
-        open_corpus("/no/such/place")
+        open_corpus("/no/such/place", on_corrupt=OnCorrupt.fail)
 
 
 def test_standard_library_has_sources_and_no_tests() -> None:
-    corpus = open_corpus("stdlib")
+    corpus = open_corpus("stdlib", on_corrupt=OnCorrupt.fail)
     names = corpus.names  # type: ignore[attr-defined]
     assert "argparse.py" in names
     assert not [name for name in names if "/test/" in name or "/tests/" in name]

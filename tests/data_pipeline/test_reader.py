@@ -65,7 +65,11 @@ def test_changed_table_of_documents_is_found_when_reading(folder: ShardFolder) -
 
 
 def test_index_that_lies_about_tokens_is_found(folder: ShardFolder) -> None:
-    change_index(folder, lambda index: shard_of(index).update(num_tokens=7))
+    def lie(index: dict[str, Any]) -> None:
+        shard_of(index)["num_tokens"] -= 7
+        index["sources"][0]["splits"]["train"]["num_tokens"] -= 7
+
+    change_index(folder, lie)
     with pytest.raises(DataError, match="disagrees with the index"):
         ShardFolder.open(folder.path).documents("train", source="corpus")
 

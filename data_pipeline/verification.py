@@ -1,0 +1,124 @@
+"""Verification: every byte of a shard folder against its index, its tables and its tokenizer.
+
+Owns what makes a file of a folder damaged. Leaves the index's own sense to `index`, and what
+people are told to `inspect`.
+"""
+
+import io
+import re
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.index import Index, ShardEntry, TokenizerEntry, sha256_of
+from data_pipeline.progress import ByteCounter
+from data_pipeline.settings import DataError
+from data_pipeline.tokenizers import Tokenizer, tokenizer_from
+
+
+def damaged_files(folder: Path, index: Index, *, counter: ByteCounter) -> dict[str, str]:
+    """What is wrong with each file that isn't as it should be, by its name."""
+    damaged: dict[str, str] = {}
+    if index.tokenizer is not None:
+        try:
+            tokenizer_of(folder, index.tokenizer)
+        except (DataError, OSError) as error:
+            damaged[index.tokenizer.file or f"tokenizer {index.tokenizer.name}"] = str(error)
+    for shard in shards_of(index):
+        table_size = 128 + 24 * shard.num_documents  # a header, then three int64 a document
+        wrong = {
+            shard.file: _wrong_bytes(folder / shard.file, shard.size, shard.sha256),
+            shard.documents: _wrong_bytes(
+                folder / shard.documents, table_size, shard.documents_sha256
+            ),
+        }
+        if not any(wrong.values()):
+            try:
+                _check_members(folder, index, shard)
+            except (ValueError, tarfile.TarError, EOFError) as error:
+                wrong[shard.file] = str(error)
+        damaged.update({name: reason for name, reason in wrong.items() if reason is not None})
+        counter.advance(shard.size + table_size)
+    return damaged
+
+
+def shards_of(index: Index) -> list[ShardEntry]:
+    """The shards of a folder, in stored order."""
+    return [
+        shard
+        for source in index.sources
+        for split in source.splits.values()
+        for shard in split.shards
+    ]
+
+
+def tokenizer_of(folder: Path, entry: TokenizerEntry) -> Tokenizer:
+    """The tokenizer of a folder's tokens, from its own copy where it has one.
+
+    Raises DataError where it isn't the one that the index means.
+    """
+    definition = None if entry.file is None else (folder / entry.file).read_bytes()
+    return tokenizer_from(entry, definition=definition)
+
+
+def _wrong_bytes(path: Path, size: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    if found != size:
+        return f"has {found} bytes and should have {size}"
+    return None if sha256_of(path) == sha256 else "is not what was written: its hash differs"
+
+
+def _check_members(folder: Path, index: Index, shard: ShardEntry) -> None:
+    """Raises ValueError where the members of a tar aren't those that its table and index say."""
+    table: NDArray[np.int64] = np.load(folder / shard.documents, allow_pickle=False)
+    if table.shape != (shard.num_documents, 3) or table.dtype != np.dtype("<i8"):
+        raise ValueError(f"its table of documents is {table.dtype}{list(table.shape)}")
+    rows = iter(table.tolist())
+    with tarfile.open(folder / shard.file, "r:") as tar:
+        for member in tar:
+            _check_name(member, is_text=index.tokenizer is None)
+            if member.name.endswith(".json"):
+                continue
+            file = tar.extractfile(member)
+            assert file is not None, "a regular file"
+            content = file.read()
+            payload, num_items = _payload(content, index, name=member.name)
+            offset = member.offset_data + len(content) - len(payload)
+            found = [offset, num_items, zlib.crc32(payload)]
+            if next(rows, None) != found:
+                raise ValueError(f"{member.name} isn't where and what its table of documents says")
+    if next(rows, None) is not None:
+        raise ValueError("has fewer members than its table of documents")
+    expected = shard.num_bytes if index.tokenizer is None else shard.num_tokens
+    if int(table[:, 1].sum()) != expected:
+        raise ValueError(
+            f"holds {table[:, 1].sum()} tokens or bytes, and the index says {expected}"
+        )
+
+
+def _check_name(member: tarfile.TarInfo, *, is_text: bool) -> None:
+    kind = "bin" if is_text else "npy"
+    if not (member.isreg() and re.fullmatch(rf"[0-9]{{9,}}\.({kind}|json)", member.name)):
+        raise ValueError(f"has a member {member.name!r}, which is no 000000000.{kind} or .json")
+
+
+def _payload(content: bytes, index: Index, *, name: str) -> tuple[bytes, int]:
+    """The bytes of a member's document and its number of tokens (of bytes, for text)."""
+    if index.tokenizer is None:
+        content.decode("utf-8")  # a UnicodeDecodeError is a ValueError
+        return content, len(content)
+    file = io.BytesIO(content)
+    tokens: NDArray[np.integer] = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]
+    if tokens.ndim != 1 or tokens.dtype != np.dtype(index.dtype) or file.tell() != len(content):
+        raise ValueError(
+            f"{name} is {tokens.dtype}{list(tokens.shape)}, not {index.dtype} [tokens]"
+        )
+    entry = index.tokenizer
+    if not tokens.size or tokens[-1] != entry.end_of_document or tokens.max() >= entry.vocab_size:
+        raise ValueError(f"{name} doesn't end its document, or has ids that {entry.name} hasn't")
+    return tokens.tobytes(), len(tokens)

@@ -1,0 +1,320 @@
+"""A build that is stopped at any moment goes on when it is started again, to the same bytes."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import BuildSettings, DataError, build_shards
+from data_pipeline.tokenizers import ByteTokenizer
+from data_pipeline.unfinished import hidden_folder
+from tests.data_pipeline.conftest import build, contents, write_corpus
+
+HIDDEN = ".to.building"
+
+
+def write_sources(root: Path, *, num_documents: int) -> dict[str, Path]:
+    for seed, name in enumerate(("fr", "de")):
+        write_corpus(root / name, num_documents=num_documents, seed=seed)
+    return {"fr": root / "fr", "de": root / "de"}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Starts work in a forked process: a real one, without the seconds that imports take."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def finished_shards(hidden: Path) -> dict[str, tuple[int, int]]:
+    """Which files of finished shards there are, and what would change if they were written anew."""
+    found = {}
+    for record in (hidden / "records").glob("*.json"):
+        for name in (f"{record.stem}.tar", f"{record.stem}.documents.npy"):
+            status = (hidden / "shards" / name).stat()
+            found[name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def num_records(hidden: Path) -> int:
+    try:
+        return len(os.listdir(hidden / "records"))
+    except FileNotFoundError:  # not there yet, or just removed
+        return 0
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are tokenised in this process."""
+    texts: list[str] = []
+    encode = ByteTokenizer.encode
+
+    def watched(self: ByteTokenizer, text: str) -> np.ndarray:
+        texts.append(text)
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", watched)
+    return texts
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "none", "bpe:300"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
+    sources = write_sources(tmp_path, num_documents=100)
+    settings = {"tokenizer": tokenizer, "shard_tokens": 2000, "num_processes": 1}
+    undisturbed = contents(build(sources, tmp_path / "undisturbed", **settings).path)
+    assert len(undisturbed) > 40
+    random = np.random.default_rng(len(tokenizer))
+    hidden = tmp_path / HIDDEN
+    num_kills = 0
+    while not (tmp_path / "to").exists():
+        before = finished_shards(hidden)
+        # Some shards further, and then anywhere in what comes next.
+        awaited, pause = random.integers(0, 4), random.exponential(0.005)
+        child = in_child(lambda: build(sources, tmp_path / "to", **settings))
+        while num_records(hidden) < len(before) // 2 + awaited:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+        time.sleep(pause)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
+        num_kills += status == signal.SIGKILL
+        if not (tmp_path / "to").exists():
+            after = finished_shards(hidden)
+            assert before.items() <= after.items(), "a finished shard is never written again"
+    build(sources, tmp_path / "to", **settings)
+    assert contents(tmp_path / "to") == undisturbed
+    assert num_kills >= 5
+    assert not hidden.exists()
+
+
+def stop_when(
+    tmp_path: Path, is_time: Callable[[], bool], sources: dict[str, Path], **settings: object
+) -> None:
+    """Kills a build at the first moment at which something holds."""
+    child = in_child(lambda: build(sources, tmp_path / "to", **settings))
+    while not is_time():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before its time"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "to").exists()
+
+
+def stop_after(tmp_path: Path, shard: str, sources: dict[str, Path], **settings: object) -> None:
+    record = tmp_path / HIDDEN / "records" / f"{shard}.json"
+    stop_when(tmp_path, record.exists, sources, **settings)
+
+
+def test_documents_of_finished_shards_are_not_tokenised_again(
+    tmp_path: Path, tokenised: list[str]
+) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    stop_after(tmp_path, "de-train-00001", sources, shard_tokens=2000)
+    hidden = tmp_path / HIDDEN
+    num_finished = sum(
+        json.loads(record.read_bytes())["entry"]["num_documents"]
+        for record in (hidden / "records").iterdir()
+    )
+    assert num_finished > 60
+    build(sources, tmp_path / "to", shard_tokens=2000, num_processes=1)
+    assert len(tokenised) == 120 - num_finished
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # In a finished shard; beside it, so that numbers move; at the end of a finished source;
+        # and just behind a shard, where another document would have gone into it.
+        lambda fr: (fr / "0003.txt").write_text("something else"),
+        lambda fr: (fr / "0003.txt").unlink(),
+        lambda fr: (fr / "0000a.txt").write_text("something more"),
+        lambda fr: (fr / "9999.txt").write_text("something more"),
+        lambda fr: [path.unlink() for path in sorted(fr.iterdir())[2:]],
+        lambda fr: [path.write_text(f"{path.name}") for path in sorted(fr.iterdir())[20:]],
+    ],
+)
+def test_changed_text_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object]
+) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    stop_after(tmp_path, "de-train-00000", sources, shard_tokens=2000)
+    change(sources["fr"])
+    fresh = build(sources, tmp_path / "fresh", shard_tokens=2000)
+    settings = BuildSettings(
+        sources={name: {"corpus": str(path)} for name, path in sources.items()},  # type: ignore[misc]
+        to=str(tmp_path / "to"),
+        tokenizer="bytes",
+        shard_tokens=2000,
+        validation_fraction=0.2,
+    )
+    capsys.readouterr()
+    build_shards(settings)
+    assert "the text isn't what the finished shards were made of" in capsys.readouterr().err
+    assert contents(tmp_path / "to") == contents(fresh.path)
+
+
+def test_text_changed_behind_what_is_finished_keeps_it(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    stop_after(tmp_path, "de-train-00000", sources, shard_tokens=2000)
+    (sources["de"] / "9999.txt").write_text("something more")
+    fresh = build(sources, tmp_path / "fresh", shard_tokens=2000)
+    before = finished_shards(tmp_path / HIDDEN)
+    build(sources, tmp_path / "to", shard_tokens=2000)
+    assert contents(tmp_path / "to") == contents(fresh.path)
+    assert {name: (tmp_path / "to" / name).stat().st_ino for name in before} == {
+        name: inode for name, (inode, _) in before.items()
+    }
+
+
+def test_tokenizer_trained_on_other_text_is_trained_again(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    trained = tmp_path / HIDDEN / "trained.json"
+    stop_when(tmp_path, trained.exists, sources, tokenizer="bpe:300")
+    for number in range(3):  # not all of them can be held out
+        (sources["de"] / f"999{number}.txt").write_text(f"{number} lorem ipsum " * 500)
+    fresh = build(sources, tmp_path / "fresh", tokenizer="bpe:300")
+    build(sources, tmp_path / "to", tokenizer="bpe:300")
+    assert contents(tmp_path / "to") == contents(fresh.path)
+
+
+def test_changed_settings_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    stop_after(tmp_path, "fr-train-00001", sources, shard_tokens=2000)
+    settings = BuildSettings(
+        sources={name: {"corpus": str(path)} for name, path in sources.items()},  # type: ignore[misc]
+        to=str(tmp_path / "to"),
+        tokenizer="bytes",
+        shard_tokens=3000,
+        validation_fraction=0.2,
+    )
+    capsys.readouterr()
+    build_shards(settings)
+    assert "was of a build with shard_tokens=2000; beginning anew" in capsys.readouterr().err
+    fresh = build_shards(replace(settings, to=str(tmp_path / "fresh")))
+    assert contents(tmp_path / "to") == contents(fresh.path)
+
+
+@pytest.mark.parametrize("order", [("fr", "de"), ("de", "fr")])
+def test_order_of_sources_is_a_setting(tmp_path: Path, order: tuple[str, str]) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    stop_after(tmp_path, "fr-train-00001", sources, shard_tokens=2000)
+    before = finished_shards(tmp_path / HIDDEN)
+    folder = build({name: sources[name] for name in order}, tmp_path / "to", shard_tokens=2000)
+    assert folder.sources == order
+    kept = [(tmp_path / "to" / name).stat().st_ino == before[name][0] for name in before]
+    assert all(kept) == (order == ("fr", "de"))
+
+
+def test_damaged_record_or_shard_is_written_again(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    fresh = build(sources, tmp_path / "fresh", shard_tokens=2000)
+    stop_after(tmp_path, "de-train-00001", sources, shard_tokens=2000)
+    hidden = tmp_path / HIDDEN
+    (hidden / "records" / "fr-train-00001.json").write_text("{")
+    os.truncate(hidden / "shards" / "de-train-00000.tar", 512)
+    build(sources, tmp_path / "to", shard_tokens=2000)
+    assert contents(tmp_path / "to") == contents(fresh.path)
+
+
+def test_corrupt_text_leaves_what_is_finished(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    last = sources["de"] / "9999.jsonl"
+    last.write_text("{")
+    with pytest.raises(DataError, match=r"9999\.jsonl.*finished shards are kept in .*\.to\.build"):
+        build(sources, tmp_path / "to", shard_tokens=2000)
+    before = finished_shards(tmp_path / HIDDEN)
+    assert before
+    folder = build(sources, tmp_path / "to", shard_tokens=2000, on_corrupt="skip")
+    assert folder.source("de").num_left_out["corrupt"] == 1
+    assert all((folder.path / name).stat().st_ino == inode for name, (inode, _) in before.items())
+
+
+def test_second_builder_waits_and_takes_what_the_first_has_built(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sources = write_sources(tmp_path, num_documents=60)
+    settings = BuildSettings(corpus=str(sources["fr"]), to=str(tmp_path / "to"), tokenizer="bytes")
+    hidden = hidden_folder(settings.to)
+    hidden.mkdir()
+    gate, opened = os.pipe()
+    # Forked before there is the lock, which they would hold too.
+    children = [in_child(lambda: (os.read(gate, 1), build_shards(settings))) for _ in range(3)]
+    with (hidden / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.write(opened, b"123")
+        said = ""
+        while said.count("waiting for the process that builds") < 3:
+            said += capfd.readouterr().err
+            assert os.waitpid(children[0], os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        assert not (tmp_path / "to").exists()
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    build_shards(settings).verify()
+    assert not hidden.exists()
+
+
+def test_full_disk_is_told_and_the_same_build_goes_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small disk can't be mounted: {mounted.stderr.decode().strip()}")
+    try:
+        sources = write_sources(tmp_path, num_documents=150)
+        with pytest.raises(OSError, match=r"No space left.*\.to\.building") as full:
+            build(sources, disk / "to", shard_tokens=5000)
+        assert full.value.errno == errno.ENOSPC
+        assert os.listdir(disk) == [HIDDEN]
+        finished = finished_shards(disk / HIDDEN)
+        assert finished
+        assert set(os.listdir(disk / HIDDEN / "shards")) == set(finished), "half of one is removed"
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        folder = build(sources, disk / "to", shard_tokens=5000)
+        inodes = {name: (folder.path / name).stat().st_ino for name in finished}
+        assert inodes == {name: inode for name, (inode, _) in finished.items()}
+        fresh = build(sources, tmp_path / "fresh", shard_tokens=5000)
+        assert contents(folder.path) == contents(fresh.path)
+        assert os.listdir(disk) == ["to"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", num_documents=100)
+    (tmp_path / "corpus" / "9999.txt").write_text("some words to encode\n" * 200_000)
+    command = [
+        *(sys.executable, "-m", "data_pipeline.build", "corpus=corpus", "to=to"),
+        *("tokenizer=mixtral-v1", "num_processes=2", "shard_tokens=2000", "validation_fraction=0"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list((tmp_path / HIDDEN / "records").glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said.endswith("stopped; the same command goes on from what is finished\n")
+    assert "Traceback" not in said
+    assert not (tmp_path / "to").exists()
+    assert finished_shards(tmp_path / HIDDEN)
