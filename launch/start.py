@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.distributed as dist
 import yaml
 
-from data_pipeline import DataSettings, ShardFolder
+from data_pipeline import DataError, DataSettings, ShardFolder
 from launch.failure import classify
 from launch.plan import Plan
 from launch.ray_cluster import ClusterError, RayCluster
@@ -87,7 +87,7 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
                 display.say(line)
             run = _run_inline if plan.mode == "inline" else _run_on_ray
             outcome = run(config, display, stop)
-    except (RunFailed, ClusterError, CheckpointError, TrainingError, OSError) as error:
+    except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED

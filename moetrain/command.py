@@ -102,7 +102,7 @@ def _with_plusses(argument: str, tree: type) -> str:
 
     Hydra takes keys that no file has with plusses only.
     """
-    key = re.match(r"([\w.]+)=", argument)
+    key = re.match(r"([\w.-]+)=", argument)
     kind: Any = tree
     for part in key[1].split(".") if key else ():
         kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
@@ -190,6 +190,9 @@ def _explained(error: Exception, tree: type) -> str:
     if unknown:
         parent, _, name = key.rpartition(".")
         known = known_keys(tree, parent.split(".") if parent else [])
+        kind = getattr(inner, "object_type", None)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            known = [f.name for f in dataclasses.fields(kind)]  # also of a list's elements
         return f"{key}: {unknown_setting(name or unknown[1], known)}"
     converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
     if converted:

@@ -140,6 +140,47 @@ def test_plus_model_and_model_and_nothing_compose(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["data.weights={en:0.5,fr:0.5}", "data.weights.x-y=2", "+data.epochs.en=3"],
+            {"weights": {"en": 0.5, "fr": 0.5, "x-y": 2.0}, "epochs": {"en": 3.0}},
+        ),
+        (
+            ["data.stages=[{from_step:900,weights:{en:1}}]", "data.packing=best_fit"],
+            {"stages": [{"from_step": 900, "weights": {"en": 1.0}}], "packing": "best_fit"},
+        ),
+    ],
+)
+def test_mappings_and_lists_are_set_on_the_command_line(
+    tmp_path: Path, overrides: list[str], expected: dict[str, Any]
+) -> None:
+    said = moetrain(*overrides, "--cfg", "job", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    composed = yaml.safe_load(said.stdout)["data"]
+    assert {key: composed[key] for key in expected} == expected
+    assert validated({"data": composed} | toy(), Config).data.weights == composed["weights"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.weights={en:much}", "data.weights.en=much: must be of type float"),
+        ("data.stages=[{from_step:9,weight:{en:1}}]", "did you mean 'weights'?"),
+        ("data.wieghts.en=1", "data.wieghts: there is no such setting (did you mean 'weights'?)"),
+        ("data.stages=[{from_step:0,weights:{en:1}}]", "data.stages.0.from_step=0: "),
+        ("data.weights={en:nan}", "data.weights.en=nan: "),
+    ],
+)
+def test_a_mistake_in_a_mapping_is_named(tmp_path: Path, override: str, said: str) -> None:
+    ended = moetrain(override, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_names_groups_and_settings(tmp_path: Path) -> None:
     said = moetrain("--help", cwd=tmp_path)
     assert said.returncode == 0

@@ -11,7 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.model import ModelSettings, RouterSettings, Transformer, initial_values
+from moetrain.model import (
+    Documents,
+    ModelSettings,
+    RouterSettings,
+    Transformer,
+    initial_values,
+)
 from moetrain.optim import OptimSettings, build_optimizer
 from moetrain.parallel import (
     ExchangeSettings,
@@ -98,7 +104,9 @@ LAYOUTS = [
 ]
 
 
-def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str, Any]:
+def train_steps(
+    layout: Layout, settings: ModelSettings, mask: bool, by_document: bool = False
+) -> dict[str, Any]:
     """Trains STEPS steps of SGD as one rank; returns reports, gradients and weights, gathered."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parallel = ParallelSettings(
@@ -138,16 +146,24 @@ def train_steps(layout: Layout, settings: ModelSettings, mask: bool) -> dict[str
         if mask:  # uneven between ranks, one sequence wholly masked
             valid[0] = False
             valid[3, 5:] = False
+        starts = torch.rand(SEQUENCES, SEQ_LEN, generator=generator) < 0.2
         share = slice(rank * SEQUENCES // world, (rank + 1) * SEQUENCES // world)
         size = layout.micro_batch or SEQUENCES // world
         seeds = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)[share]
         micro_batches = [
-            MicroBatch(tokens=x, targets=y, valid=m, noise_seeds=s.tolist())
-            for x, y, m, s in zip(
+            MicroBatch(
+                tokens=x,
+                targets=y,
+                valid=m,
+                noise_seeds=s.tolist(),
+                documents=Documents.of(d, device=CPU) if by_document else None,
+            )
+            for x, y, m, s, d in zip(
                 text[share, :-1].split(size),
                 text[share, 1:].split(size),
                 valid[share].split(size),
                 seeds.split(size),
+                starts[share].split(size),
                 strict=True,
             )
         ]
@@ -204,6 +220,19 @@ def test_loss_gradients_norm_and_sgd_trajectory_equal_one_rank(
     for other in others:  # replicas stay equal to the bit, and so does what all ranks hold
         for name, weight in other["weights"].items():
             np.testing.assert_array_equal(weight, first["weights"][name], err_msg=name)
+
+
+@pytest.mark.trap(3, 8)
+def test_attention_that_stops_at_document_ends_trains_the_same_on_every_layout() -> None:
+    expected = run_ranks(train_steps, 1, Layout(1), MODEL, True, True)[0]
+    across = run_ranks(train_steps, 1, Layout(1), MODEL, True, False)[0]
+    assert expected["reports"][0]["loss"] != pytest.approx(across["reports"][0]["loss"], rel=RTOL)
+    for layout in (
+        Layout(2, expert=2, micro_batch=1, recompute="full"),
+        Layout(4, expert=2, replicate=2),
+    ):
+        ours = run_ranks(train_steps, layout.world, layout, MODEL, True, True)[0]
+        assert_same(ours, expected)
 
 
 def test_more_expert_shards_than_experts_divide_them() -> None:

@@ -105,7 +105,10 @@ def test_an_expert_gradient_of_the_wrong_scale_fails_in_its_column_alone(tmp_pat
 @pytest.mark.slow
 def test_the_users_own_text_is_taken_where_it_is_built(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
-    said = verify(f"data.dir={shards}", "verify.num_ranks=1", "verify.format=json", cwd=tmp_path)
+    masked = ("data.packing=best_fit", "data.mask_documents=true")
+    said = verify(
+        f"data.dir={shards}", *masked, "verify.num_ranks=1", "verify.format=json", cwd=tmp_path
+    )
     assert said.returncode == 0, said.stderr
     found = json.loads(said.stdout)
     assert found["passed"]
