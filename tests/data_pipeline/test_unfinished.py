@@ -54,7 +54,7 @@ def finished_shards(hidden: Path) -> dict[str, tuple[int, int]]:
 
 def num_records(hidden: Path) -> int:
     try:
-        return len(os.listdir(hidden / "records"))
+        return sum(name.endswith(".json") for name in os.listdir(hidden / "records"))
     except FileNotFoundError:  # not there yet, or just removed
         return 0
 
