@@ -47,9 +47,9 @@ class Prepared:
         for source, plan in self.plan.items():
             first, *later = plan.weights.items()
             packing = plan.packing
-            text = f"{source}: {first[1]:.4g} of the samples"
+            text = f"source {source}: {first[1]:.4g} of the samples"
             text += "".join(f", {weight:.4g} from step {step} on" for step, weight in later)
-            text += f"; {plan.epochs:.2f} epochs by the end"
+            text += f"; {plan.epochs:.3g} epochs by the end"
             cut = packing["num_cut_tokens"] / packing["num_tokens"]
             yield f"{text}; {cut:.1%} of its tokens are in documents that are cut"
 

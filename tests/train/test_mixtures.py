@@ -40,9 +40,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = {}
     for name, words in (("prose", "a quick brown fox"), ("code", "def return import x")):
         (folder / name).mkdir()
-        for number in range(60):
-            chosen = random.choice(words.split(), size=random.integers(2, 40))
-            (folder / name / f"{number:02d}.txt").write_text(f"{number} " + " ".join(chosen))
+        for number in range(240):
+            chosen = random.choice(words.split(), size=random.integers(1, 8))
+            (folder / name / f"{number:03d}.txt").write_text(f"{number} " + " ".join(chosen))
         sources[name] = SourceSettings(corpus=str(folder / name))
     to = folder / "shards"
     settings = BuildSettings(
@@ -124,6 +124,22 @@ def test_another_layout_reads_the_same_tokens_and_finds_the_same_losses(
 ) -> None:
     run(tmp_path, shards, world=world, **degrees)
     assert_alike(metrics_of(tmp_path), metrics_of(whole))
+
+
+def test_documents_are_masked_in_training_and_validation_where_that_is_set(
+    tmp_path: Path, shards: Path
+) -> None:
+    one_step = {"train__num_steps": 1, "data__stages": [], "optim__lr": 1e-30}
+    one_step |= {"schedule__warmup_steps": 0}
+    records = []
+    for masked in (True, False):
+        folder = tmp_path / str(masked)
+        run(folder, shards, world=1, data__mask_documents=masked, **one_step)
+        records += metrics_of(folder)
+    ours, across = records
+    assert of_data([ours]) == of_data([across])
+    for name in ("train/cross_entropy", "validation/prose/loss", "validation/code/loss"):
+        assert ours[name] != pytest.approx(across[name], rel=1e-5)
 
 
 def test_stopped_and_gone_on_equals_never_stopped_bit_for_bit(
