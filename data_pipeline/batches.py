@@ -88,7 +88,7 @@ class GlobalBatches:
             "data.shuffle_window": data.shuffle_window,
         }
         used = used_sources(data, sources=folder.sources)
-        places = {} if position is None else position.get("places", {})
+        self._places = {} if position is None else dict(position.get("places", {}))
         text_tokenizer = folder.text_tokenizer
         self._encoder: BackgroundEncoder | None = None
         if text_tokenizer is not None:
@@ -101,7 +101,7 @@ class GlobalBatches:
                 seed=seed,
                 data=data,
                 encoder=self._encoder,
-                place=places.get(name),
+                place=self._places.get(name),
             )
             for name in used
         }
@@ -173,10 +173,13 @@ class GlobalBatches:
         Raises ValueError where no step begins there.
         """
         mixture = self._mixture.position(next_sample)
-        places = {
-            name: place
-            for name, source in self._sources.items()
-            if (place := source.place(mixture.drawn[name])) is not None
+        places = {  # and those of sources that aren't drawn from now
+            **self._places,
+            **{
+                name: place
+                for name, source in self._sources.items()
+                if (place := source.place(mixture.drawn[name])) is not None
+            },
         }
         return {**asdict(mixture), "order": self._order, **({"places": places} if places else {})}
 
@@ -244,7 +247,6 @@ class ValidationBatches:
                 encoded = encoded_documents(
                     documents,
                     encoded=encoder.encoded,
-                    end_of_document=folder.tokenizer.end_of_document,
                     num_tokens=max_sequences and max_sequences * seq_len,
                 )
             self._documents, starts = encoded, encoded.starts

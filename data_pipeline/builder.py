@@ -151,7 +151,7 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
         raise DataError(
             f"to={settings.to!r} is there and is no shard folder; give a folder that doesn't exist"
         )
-    shards = ShardFolder.open(folder)
+    shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     index = shards.index
     wanted, found = asdict(_build_entry(settings)), asdict(index.build)
     if not any(source.num_left_out.get("corrupt") for source in index.sources):

@@ -26,7 +26,7 @@ from data_pipeline.index import (
     TokenizerEntry,
     read_index,
 )
-from data_pipeline.settings import CacheSettings, DataError, OnCorrupt, UnavailableError
+from data_pipeline.settings import CacheSettings, DataError, OnCorrupt
 from data_pipeline.storage import ShardFiles, open_files
 from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
 
@@ -294,8 +294,6 @@ class Documents:
         for shard in set(shards.tolist()):
             try:
                 maps[shard] = self._mapped(shard)
-            except UnavailableError:
-                raise
             except DataError as error:
                 self._lose(shard, str(error))
                 documents, shards = documents[shards != shard], shards[shards != shard]

@@ -31,7 +31,7 @@ class DataError(ValueError):
     """Data, or a setting about data, that can't be used; the message names it and a way out."""
 
 
-class UnavailableError(DataError):
+class UnavailableError(OSError):
     """Data that can't be had just now, of which nothing says that it is damaged: never skipped."""
 
 
@@ -183,7 +183,8 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
 def resolved_dir(settings: DataSettings) -> str:
     """The absolute path of the shard folder that the settings mean, there or not, or its URL."""
     if settings.dir is not None:
-        return settings.dir if "://" in settings.dir else str(Path(settings.dir).absolute())
+        is_path = "://" not in settings.dir and not settings.dir.startswith("pipe:")
+        return str(Path(settings.dir).absolute()) if is_path else settings.dir
     tokenizer = _plain_name(settings.tokenizer)
     return str(Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute())
 

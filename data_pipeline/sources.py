@@ -16,7 +16,7 @@ from data_pipeline.encoding import Encoder
 from data_pipeline.order import Order
 from data_pipeline.packing import PackedDocuments, PackingReport, Pieces, packed
 from data_pipeline.reader import Documents, ShardFolder
-from data_pipeline.settings import DataError, DataSettings, Packing
+from data_pipeline.settings import DataError, DataSettings, OnCorrupt, Packing
 from data_pipeline.text import Place, TextSequences
 from data_pipeline.tokenizers import Tokenizer
 
@@ -184,7 +184,6 @@ def open_source(
             documents,
             order=order,
             encoded=lambda texts: encoder.started().encoded(texts),
-            end_of_document=folder.tokenizer.end_of_document,
             seq_len=seq_len,
             start=Place(**place) if place else Place(),
         )
@@ -211,6 +210,8 @@ def _demand_no_tokens(folder: ShardFolder, data: DataSettings) -> None:
     for key, value, is_set in (
         ("packing", data.packing.value, data.packing is not Packing.stream),
         ("max_epochs", data.max_epochs, data.max_epochs is not None),
+        # Without a document that one rank finds damaged, all after it would stand elsewhere there.
+        ("on_corrupt", data.on_corrupt.value, data.on_corrupt is not OnCorrupt.fail),
     ):
         if is_set:
             raise DataError(

@@ -145,7 +145,12 @@ class RemoteFiles:
         return self._tried(url, lambda: b"".join(self._pieces(url, None)))
 
     def check(self, name: str, *, size: int) -> None:
-        """Nothing: a request for each of thousands of shards would delay every start."""
+        """Raises UnavailableError where the cache is smaller than a file; else nothing is known."""
+        if size > self._settings.max_gib * 2**30:
+            raise UnavailableError(
+                f"{name} of {self.location} has {size} bytes, more than the whole cache: raise "
+                f"data.cache.max_gib={self._settings.max_gib:g}"
+            )
 
     def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
         """The file in the cache, downloaded and hashed where it isn't there yet."""

@@ -11,7 +11,7 @@ each source, as three integers. Every rank tokenises all documents, and so knows
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from data_pipeline.reader import Documents
 _Integers = NDArray[np.int64]
 _Texts = Iterable[tuple[None, bytes | None]]
 Encoded = Callable[[_Texts], Iterator[tuple[None, NDArray[np.integer] | None]]]
+_Tokens = NDArray[np.integer]
 
 _DOCUMENTS_AT_ONCE = 1024  # whose places in the order are asked for together
 _PLACES_KEPT = 4096
@@ -38,24 +39,17 @@ class Place:
 
 
 class EncodedDocuments:
-    """Tokenised documents in memory, each with its end; None for one that isn't what was written.
+    """Tokenised documents in memory, each with its end; read as `reader.Documents` are."""
 
-    Read as `reader.Documents` are.
-    """
-
-    def __init__(
-        self, tokens: Sequence[NDArray[np.integer] | None], *, end_of_document: int
-    ) -> None:
-        self._whole = np.array([found is not None for found in tokens], dtype=np.bool_)
-        self._tokens = [np.array([end_of_document]) if found is None else found for found in tokens]
-        lengths = [len(found) for found in self._tokens]
+    def __init__(self, tokens: Sequence[NDArray[np.integer]]) -> None:
+        self._tokens = tokens
+        lengths = [len(found) for found in tokens]
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         self.dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint32)  # holds any tokenizer's ids
 
     def whole(self, documents: _Integers) -> NDArray[np.bool_]:
-        """Which of the documents [n] are what was written."""
-        whole: NDArray[np.bool_] = self._whole[documents]
-        return whole
+        """All of the documents [n]: they were checked before they were tokenised."""
+        return np.ones(len(documents), dtype=np.bool_)
 
     def read(
         self,
@@ -93,31 +87,29 @@ class TextSequences:
         *,
         order: Order,
         encoded: Encoded,
-        end_of_document: int,
         seq_len: int,
         start: Place,
     ) -> None:
         self._documents = documents
         self._order = order
         self._encoded = encoded
-        self._end_of_document = end_of_document
         self._seq_len = seq_len
         self._places = {start.sequence: start}
         self._here = start
-        self._tokens: Iterator[NDArray[np.integer] | None] | None = None  # as yet unread
-        self._current: NDArray[np.integer] | None = None
+        self._tokens: Iterator[_Tokens] | None = None  # as yet unread
+        self._current: _Tokens = np.zeros(0, np.uint16)
         self._lock = threading.Lock()
 
     def read(self, numbers: _Integers, *, first: int, last: int) -> tuple[EncodedDocuments, Pieces]:
         """What stands in the sequences `numbers` [rows], which are among first … last - 1.
 
-        Raises ValueError for a sequence before the start, DataError for a document that isn't what
-        was written, unless such are skipped: then the sequence where it would begin is lost.
+        Raises ValueError for a sequence before the start, and DataError for a document that isn't
+        what was written.
         """
         with self._lock:
             self._go_to(first)
             wanted = {number: row for row, number in enumerate(numbers.tolist())}
-            found, pieces = list[NDArray[np.integer] | None](), list[tuple[int, ...]]()
+            found, pieces = list[_Tokens](), list[tuple[int, ...]]()
             newest = -1
             for sequence, slot, document, offset, length in self._walk(last):
                 if sequence not in wanted:
@@ -128,9 +120,8 @@ class TextSequences:
                 pieces.append((wanted[sequence], slot, len(found) - 1, offset, length))
             self._remember()
         table = np.array(pieces, np.int64).reshape(-1, 5).T
-        documents = EncodedDocuments(found, end_of_document=self._end_of_document)
         rows, slots, which, offsets, lengths = table
-        return documents, Pieces(
+        return EncodedDocuments(found), Pieces(
             rows=rows, slots=slots, documents=which, offsets=offsets, lengths=lengths
         )
 
@@ -161,7 +152,7 @@ class TextSequences:
     def _remember(self) -> None:
         self._places[self._here.sequence] = self._here
         if len(self._places) > _PLACES_KEPT:
-            del self._places[next(iter(list(self._places)[1:]))]  # the start is always kept
+            del self._places[next(islice(self._places, 1, None))]  # the start is always kept
 
     def _walk(self, end: int) -> Iterator[tuple[int, int, int, int, int]]:
         """Goes on to sequence `end`; yields (sequence, slot, document, offset, length) of pieces.
@@ -172,7 +163,7 @@ class TextSequences:
         tokens, here, slot = self._tokens, self._here, 0
         self._tokens = None  # until the walk has come to its end: what fails on it begins anew
         while here.sequence < end:
-            num_tokens = 1 if self._current is None else len(self._current)
+            num_tokens = len(self._current)
             length = min(num_tokens - here.offset, self._seq_len - slot)
             yield here.sequence, slot, here.document, here.offset, length
             slot += length
@@ -184,31 +175,30 @@ class TextSequences:
             here = Place(sequence=here.sequence + full, document=document, offset=offset)
         self._here, self._tokens = here, tokens
 
-    def _encoded_from(self, document: int) -> Iterator[NDArray[np.integer] | None]:
+    def _encoded_from(self, document: int) -> Iterator[_Tokens]:
         """The tokens of the documents in the order, from number `document` on."""
-        return (tokens for _, tokens in self._encoded(self._texts_from(document)))
+        encoded = self._encoded(self._texts_from(document))
+        return (tokens for _, tokens in encoded if tokens is not None)
 
     def _texts_from(self, document: int) -> Iterator[tuple[None, bytes | None]]:
         for first in count(document, _DOCUMENTS_AT_ONCE):
             _, positions = self._order.at(np.arange(first, first + _DOCUMENTS_AT_ONCE))
             for position in positions.tolist():
-                whole = self._documents.whole(np.array([position]))[0]
-                yield None, self._documents.tokens(position).tobytes() if whole else None
+                yield None, self._documents.tokens(position).tobytes()
 
 
 def encoded_documents(
-    documents: Documents, *, encoded: Encoded, end_of_document: int, num_tokens: int | None
+    documents: Documents, *, encoded: Encoded, num_tokens: int | None
 ) -> EncodedDocuments:
     """The documents in stored order, tokenised: all, or the first ones that have `num_tokens`."""
-    found, so_far = list[NDArray[np.integer] | None](), 0
+    found, so_far = list[_Tokens](), 0
     texts = (
-        (None, documents.tokens(number).tobytes() if whole else None)
-        for number in range(documents.num_documents)
-        for whole in documents.whole(np.array([number]))
+        (None, documents.tokens(number).tobytes()) for number in range(documents.num_documents)
     )
     for _, tokens in encoded(texts):
+        assert tokens is not None
         found.append(tokens)
-        so_far += 1 if tokens is None else len(tokens)
+        so_far += len(tokens)
         if num_tokens is not None and so_far >= num_tokens:
             break
-    return EncodedDocuments(found, end_of_document=end_of_document)
+    return EncodedDocuments(found)

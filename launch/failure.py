@@ -33,9 +33,8 @@ class Failure:
 def classify(error: BaseException) -> Failure:
     """Returns what an exception on a rank means for the run."""
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(
-        error, UnavailableError
-    ):  # a server or a disk, for which others are to be seen to
+    # A server, a disk or a helping process: nothing that another attempt must meet again.
+    if isinstance(error, UnavailableError | ChildProcessError):
         return Failure(kind="died", reason=str(error))
     if isinstance(error, DataError | CheckpointError | ConfigError | TrainingError):
         return Failure(kind="error", reason=str(error))

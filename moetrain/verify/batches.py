@@ -1,5 +1,6 @@
 """The global batches that every layout trains on: the user's own text, or tokens from the seed."""
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def _from_shards(config: Config, *, num_steps: int) -> list[Batch]:
             f"vocabulary has {shards.tokenizer.vocab_size}: use that size, or other shards",
         )
     batches, size = training_batches(config, shards, position=None), config.train.global_batch_size
-    return [_padded(batches.read(step * size, rank=0, num_ranks=1)) for step in range(num_steps)]
+    with closing(batches):
+        whole = [batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps)]
+    return [_padded(batch) for batch in whole]
 
 
 def _synthetic(config: Config, step: int) -> Batch:

@@ -1,6 +1,7 @@
 """Text tokenised while training: the same batches by any ranks, workers and restarts."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from data_pipeline import (
     DataError,
     DataSettings,
     GlobalBatches,
+    OnCorrupt,
+    Packing,
     Prefetcher,
     ShardFolder,
     ValidationBatches,
@@ -169,31 +172,55 @@ def test_validation_text_is_tokenised_whole_or_as_far_as_needed(tmp_path: Path, 
             assert ours.bytes_per_token == theirs.bytes_per_token
 
 
-def test_a_damaged_document_fails_or_costs_its_sequence(text: Path) -> None:
+def test_a_damaged_document_is_refused(text: Path) -> None:
     folder = ShardFolder.open(text, tokenizer="bytes")
     shard = folder.source("corpus").splits["train"].shards[0]
     offset, length, _ = np.load(text / shard.documents)[1].tolist()
     content = bytearray((text / shard.file).read_bytes())
     content[offset + length // 2] ^= 4
     (text / shard.file).write_bytes(content)
-    num_steps = 2 + folder.num_bytes("train") // (BATCH * SEQ_LEN)
-    with pytest.raises(DataError, match=r"isn't what was written.*on_corrupt=skip"):
-        whole(batches_of(text), num_steps)  # on the way there all documents are read
-    skipping = GlobalBatches(
-        folder,
-        seq_len=SEQ_LEN,
-        global_batch_size=BATCH,
-        seed=3,
-        data=DataSettings(on_corrupt="skip"),  # type: ignore[arg-type]
-    )
-    read = [whole(skipping, step) for step in range(num_steps - 2)]
-    assert sum(batch.num_corrupt for batch in read) == 1
-    assert sum(int((~batch.loss_mask).all(1).sum()) for batch in read) == 1
+    last_step = folder.num_bytes("train") // (BATCH * SEQ_LEN) + 2
+    with pytest.raises(DataError, match=r"isn't what was written"):
+        whole(batches_of(text), last_step)  # on the way there all documents are read
+
+
+def test_a_source_that_was_left_out_for_a_while_goes_on_where_it_was(tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "two")):
+        write_corpus(tmp_path / name, seed=number)
+    build({name: tmp_path / name for name in ("one", "two")}, tmp_path / "text", tokenizer="none")
+
+    def mixed(weights: dict[str, float], position: dict[str, Any] | None) -> GlobalBatches:
+        return GlobalBatches(
+            ShardFolder.open(tmp_path / "text", tokenizer="bytes"),
+            seq_len=SEQ_LEN,
+            global_batch_size=BATCH,
+            seed=0,
+            data=DataSettings(weights=weights),
+            position=position,
+        )
+
+    both, one = {"one": 1.0, "two": 1.0}, {"one": 1.0}
+    undisturbed = mixed(both, None)
+    of_two = [
+        batch.targets[batch.sources == 1] for batch in (whole(undisturbed, s) for s in (0, 1))
+    ]
+    begun = mixed(both, None)
+    whole(begun, 0)
+    between = mixed(one, begun.position(BATCH))
+    whole(between, 1)
+    again = mixed(both, between.position(2 * BATCH))
+    batch = whole(again, 2)
+    np.testing.assert_array_equal(batch.targets[batch.sources == 1], of_two[1])
 
 
 def test_what_needs_counted_tokens_is_refused(text: Path) -> None:
     folder = ShardFolder.open(text, tokenizer="bytes")
-    for settings in (DataSettings(packing="best_fit"), DataSettings(max_epochs=2.0)):  # type: ignore[arg-type]
+    refused = (
+        DataSettings(packing=Packing.best_fit),
+        DataSettings(max_epochs=2.0),
+        DataSettings(on_corrupt=OnCorrupt.skip),
+    )
+    for settings in refused:
         with pytest.raises(DataError, match=r"holds text.*build shards with a tokenizer"):
             GlobalBatches(folder, seq_len=8, global_batch_size=1, seed=0, data=settings)
     with pytest.raises(DataError, match=r"by data\.tokenizer"):
