@@ -115,9 +115,15 @@ class GlobalBatches:
         )
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources that are drawn from, in the folder's order."""
+        return tuple(self._sources)
+
+    @property
     def num_sequences(self) -> dict[str, int]:
         """The sequences in an epoch of each source that is drawn from; none for text."""
-        return {name: report.num_sequences for name, report in self.report().items()}
+        sources = self._sources.items() if self._encoder is None else ()
+        return {name: source.size for name, source in sources}
 
     @property
     def max_readers(self) -> int | None:

@@ -225,18 +225,20 @@ def used_sources(data: DataSettings, *, sources: Sequence[str]) -> tuple[str, ..
     chosen = [
         f"data.{name}"
         for name, is_set in (
-            ("weights", bool(data.weights)),
-            ("epochs", bool(data.epochs)),
+            ("weights", bool(_given(data.weights))),
+            ("epochs", bool(_given(data.epochs))),
             ("temperature", data.temperature != 1),
         )
         if is_set
     ]
     if len(chosen) > 1:
         raise DataError(
-            f"{' and '.join(chosen)} each say how to mix the sources: give only one of them"
+            f"{' and '.join(chosen)} each say how to mix the sources: give only one of them "
+            "(data.weights.NAME=null takes back what a file says of a source)"
         )
     used: set[str] = set()
-    for key, weights in (("data.weights", data.weights), ("data.epochs", data.epochs)):
+    for key, given in (("data.weights", data.weights), ("data.epochs", data.epochs)):
+        weights = _given(given)
         if weights:
             used |= _checked(weights, key=key, sources=sources)
     used = used or set(sources)
@@ -258,10 +260,10 @@ def planned_stages(data: DataSettings, *, sizes: Mapping[str, int]) -> list[Stag
 
     Raises DataError where a source's share is less than can be kept to.
     """
-    if data.weights:
-        weights = {name: Fraction(str(weight)) for name, weight in data.weights.items()}
-    elif data.epochs:
-        weights = {name: Fraction(str(n)) * sizes[name] for name, n in data.epochs.items()}
+    if given := _given(data.weights):
+        weights = {name: Fraction(str(weight)) for name, weight in given.items()}
+    elif given := _given(data.epochs):
+        weights = {name: Fraction(str(n)) * sizes[name] for name, n in given.items()}
     elif data.temperature == 1:
         weights = {name: Fraction(size) for name, size in sizes.items()}
     else:
@@ -344,6 +346,10 @@ def position_from(record: Mapping[str, Any]) -> MixturePosition:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"the position in the data is damaged: {where}: {first['msg']}") from error
+
+
+def _given(weights: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _checked(weights: Mapping[str, float], *, key: str, sources: Sequence[str]) -> set[str]:

@@ -84,6 +84,7 @@ class DataSettings:
 
     Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
     1 / `temperature` (1: in proportion; larger: more even); `stages` change the weights later.
+    None takes back what a file says of a source.
     A source that would be read more than `max_epochs` times ends the command before it starts.
 
     `mask_documents` keeps attention inside a document. `shuffle_window` counts shards among which
@@ -94,8 +95,8 @@ class DataSettings:
     dir: str | None = None
     corpus: str = "stdlib"
     tokenizer: str = "bytes"
-    weights: dict[str, float] = field(default_factory=dict)
-    epochs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float | None] = field(default_factory=dict)
+    epochs: dict[str, float | None] = field(default_factory=dict)
     temperature: Positive = 1.0
     stages: list[StageSettings] = field(default_factory=list)
     max_epochs: Positive | None = None

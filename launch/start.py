@@ -198,6 +198,8 @@ def _run_external(
     )
     agreed: list[object] = [None, None]
     if prepared:
+        for line in prepared.lines():
+            print(line, file=sys.stderr)
         run_dir = _open_run(config, prepared)
         agreed = [config.run.name, next_attempt(run_dir / "checkpoints")]
     dist.broadcast_object_list(agreed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, open_folder
+from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches, open_folder
 from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
@@ -42,6 +42,8 @@ class Trainer:
     batches: GlobalBatches
     prefetcher: Prefetcher
     """Reads this rank's part of the batches, ahead of the step."""
+    held_out: dict[str, ValidationBatches]
+    """The validation text of each source."""
     checkpoints: CheckpointStore
     state: TrainState
     sinks: list[Callable[[dict[str, Any]], None]]
@@ -117,6 +119,18 @@ def build_trainer(
         prefetch_batches=config.data.prefetch_batches,
     )
 
+    held_out = {
+        source: ValidationBatches(
+            shards,
+            source=source,
+            seq_len=config.train.seq_len,
+            batch_size=(config.train.micro_batch_size or 1) * place.world_size,
+            max_sequences=config.train.validation_sequences,
+            on_corrupt=config.data.on_corrupt,
+        )
+        for source in shards.sources
+    }
+
     def close_all(exit_code: int) -> None:
         prefetcher.close()
         batches.close()
@@ -133,6 +147,7 @@ def build_trainer(
         shards=shards,
         batches=batches,
         prefetcher=prefetcher,
+        held_out=held_out,
         checkpoints=checkpoints,
         state=state,
         sinks=sinks,

@@ -126,11 +126,9 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
     settings = trainer.config.train
     return validate(
         trainer.model,
-        trainer.shards,
-        seq_len=settings.seq_len,
-        data=trainer.config.data,
+        trainer.held_out,
         micro_batch_size=settings.micro_batch_size or 1,
-        max_sequences=settings.validation_sequences,
+        mask_documents=trainer.config.data.mask_documents,
         rank=trainer.place.rank,
         num_ranks=trainer.place.world_size,
         device=trainer.device,

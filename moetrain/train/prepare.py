@@ -29,10 +29,10 @@ class SourcePlan:
 
     weights: dict[int, float]
     """Its share of the samples, by the step from which on it holds."""
-    epochs: float
-    """How often the source will have been read at the end."""
-    packing: dict[str, int]
-    """What packing it came to, in counts."""
+    epochs: float | None
+    """How often the source will have been read at the end; None for text."""
+    packing: dict[str, int] | None
+    """What packing it came to, in counts; None for text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,13 @@ class Prepared:
         """Yields what a person is told of each source."""
         for source, plan in self.plan.items():
             first, *later = plan.weights.items()
-            packing = plan.packing
             text = f"source {source}: {first[1]:.4g} of the samples"
             text += "".join(f", {weight:.4g} from step {step} on" for step, weight in later)
-            text += f"; {plan.epochs:.3g} epochs by the end"
-            cut = packing["num_cut_tokens"] / packing["num_tokens"]
-            yield f"{text}; {cut:.1%} of its tokens are in documents that are cut"
+            if plan.packing:
+                cut = plan.packing["num_cut_tokens"] / plan.packing["num_tokens"]
+                text += f"; {plan.epochs:.3g} epochs by the end"
+                text += f"; {cut:.1%} of its tokens are in documents that are cut"
+            yield text
 
 
 def as_plain(config: "Config") -> dict[str, Any]:
@@ -113,10 +114,10 @@ def _plan(batches: GlobalBatches, *, num_samples: int) -> dict[str, SourcePlan]:
     return {
         source: SourcePlan(
             weights={stage.from_step: stage.weights.get(source, 0.0) for stage in batches.stages},
-            epochs=drawn[source] / num_sequences,
-            packing=asdict(report[source]),
+            epochs=drawn[source] / report[source].num_sequences if source in report else None,
+            packing=asdict(report[source]) if source in report else None,
         )
-        for source, num_sequences in batches.num_sequences.items()
+        for source in batches.sources
     }
 
 

@@ -1,10 +1,11 @@
 """Held-out loss, source by source: every rank takes its share, none counts a token twice."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from data_pipeline import DataSettings, ShardFolder, ValidationBatches
+from data_pipeline import ValidationBatches
 from moetrain.model import Transformer
 from moetrain.parallel import reshard, sum_over_ranks
 from moetrain.train.step import MicroBatch
@@ -13,12 +14,10 @@ from moetrain.train.step import MicroBatch
 @torch.no_grad()
 def validate(
     model: Transformer,
-    folder: ShardFolder,
+    held_out: Mapping[str, ValidationBatches],
     *,
-    seq_len: int,
-    data: DataSettings,
     micro_batch_size: int,
-    max_sequences: int | None,
+    mask_documents: bool,
     rank: int,
     num_ranks: int,
     device: torch.device,
@@ -31,20 +30,12 @@ def validate(
     """
     metrics: dict[str, float] = {}
     all_nats = all_tokens = 0.0
-    for source in folder.sources:
-        batches = ValidationBatches(
-            folder,
-            source=source,
-            seq_len=seq_len,
-            batch_size=micro_batch_size * num_ranks,
-            max_sequences=max_sequences,
-            on_corrupt=data.on_corrupt,
-        )
+    for source, batches in held_out.items():
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
         for number in range(batches.num_batches):
             batch = batches.read(number, rank=rank, num_ranks=num_ranks)
             for part in MicroBatch.cut(
-                batch, micro_batch_size, device=device, mask_documents=data.mask_documents
+                batch, micro_batch_size, device=device, mask_documents=mask_documents
             ):
                 sums += _nats_and_tokens(model, part)
         nats, tokens = sum_over_ranks(sums).tolist()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import DataError, DataSettings, GlobalBatches, ShardFolder
+from data_pipeline import DataError, DataSettings, GlobalBatches, ShardFolder, UnavailableError
 from data_pipeline.settings import CacheSettings
 from data_pipeline.storage import RemoteFiles, open_files
 from tests.data_pipeline.numbered import write_numbered
@@ -99,7 +99,7 @@ def test_s3_without_credentials_says_so_at_once(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(DataError, match=r"can't be read: NoCredentialsError.*credentials"):
+    with pytest.raises(UnavailableError, match=r"can't be read: NoCredentialsError.*credentials"):
         remote(s3, tmp_path).read_bytes("index.json")
 
 
@@ -159,7 +159,9 @@ def test_object_store_that_stalls_is_asked_again_and_then_named(
         body, files = _BODY[:1000], remote(folder, tmp_path, timeout_seconds=2.0)
         server.files[path] = body
         server.faults[path + query] = [Fault.SILENT, Fault.STOPS_MIDWAY]
-        with pytest.raises(DataError, match=f"{folder}/a.tar .*tried 2 times: nothing came for 2"):
+        with pytest.raises(
+            UnavailableError, match=f"{folder}/a.tar .*tried 2 times: nothing came for 2"
+        ):
             read(files, "a.tar", body)
         assert read(files, "a.tar", body) == body
 
@@ -189,7 +191,7 @@ def test_https_folder_is_read_where_its_certificate_is_trusted(
 def test_certificate_that_is_not_trusted_is_said_at_once(
     https: tuple[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"can't be read: .*certificate"):
+    with pytest.raises(UnavailableError, match=r"can't be read: .*certificate"):
         remote(https[0], tmp_path).read_bytes("index.json")
 
 

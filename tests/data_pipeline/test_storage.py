@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import pytest
 
-from data_pipeline import DataError
+from data_pipeline import DataError, UnavailableError
 from data_pipeline.cache import FileCache
 from data_pipeline.settings import CacheSettings
 from data_pipeline.storage import ShardFiles, open_files
@@ -168,18 +168,23 @@ def test_fault_that_stays_ends_with_the_address_and_what_was_found(
 ) -> None:
     server.faults["/data/a.tar"] = [fault] * 9
     files = remote(server, tmp_path, timeout_seconds=0.2)
-    with pytest.raises(DataError, match=f"{server.address}/data/a.tar .*tried 3 times: .*{said}"):
+    # Wrong bytes may be skipped, a server that is out of reach never: the next rank may reach it.
+    kind = DataError if fault in (Fault.FLIPPED, Fault.SHORT, Fault.LONG) else UnavailableError
+    with pytest.raises(kind, match=f"{server.address}/data/a.tar .*tried 3 times: .*{said}"):
         read(files)
     assert server.requests["/data/a.tar"] == 3
     assert cached(tmp_path) == set()
 
 
-@pytest.mark.parametrize(("status", "said"), [(403, "403.*credentials"), (404, "is missing")])
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [(403, UnavailableError, "403.*credentials"), (404, DataError, "is missing")],
+)
 def test_refusal_is_not_tried_again(
-    status: int, said: str, server: FileServer, tmp_path: Path
+    status: int, kind: type[Exception], said: str, server: FileServer, tmp_path: Path
 ) -> None:
     server.faults["/data/a.tar"] = [status]
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(kind, match=said):
         read(remote(server, tmp_path))
     assert server.requests["/data/a.tar"] == 1
 
@@ -202,7 +207,7 @@ def test_server_that_is_away_is_named(tmp_path: Path) -> None:
     pytest.importorskip("fsspec.implementations.http", reason="needs moetrain[remote]")
     with file_server() as server:
         pass
-    with pytest.raises(DataError, match=f"{server.address}/data/a.tar .*tried 3 times"):
+    with pytest.raises(UnavailableError, match=f"{server.address}/data/a.tar .*tried 3 times"):
         read(remote(server, tmp_path))
 
 
@@ -247,7 +252,7 @@ def test_secrets_of_an_address_are_not_shown(
     files = open_files(folder, cache=settings(tmp_path))
     path = "/data/a.tar?token=secret&x=1"
     server.faults[path] = [503, Fault.CUT, 403]
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(UnavailableError) as raised:
         read(files)
     assert server.requests[path] == 3
     shown = f"{raised.value} {files.location} {caplog.text}"
@@ -376,7 +381,7 @@ def test_processes_with_too_small_a_cache_get_every_file_and_keep_the_bound(
 
 def test_file_larger_than_the_cache_is_refused(server: FileServer, tmp_path: Path) -> None:
     files = remote(server, tmp_path, max_gib=0.5 / 2**10)
-    with pytest.raises(DataError, match=r"a\.tar has 1048576 bytes.*data\.cache\.max_gib"):
+    with pytest.raises(UnavailableError, match=r"a\.tar has 1048576 bytes.*data\.cache\.max_gib"):
         read(files)
     assert server.requests["/data/a.tar"] == 0
 
@@ -391,7 +396,7 @@ def test_index_that_names_no_hash_or_size_is_refused(
 
 def test_cache_in_the_place_of_a_file_is_refused(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"data\.cache\.dir"):
+    with pytest.raises(UnavailableError, match=r"data\.cache\.dir"):
         remote(server, tmp_path, dir=str(tmp_path / "file"))
 
 
@@ -434,7 +439,7 @@ def test_full_disk_without_files_to_delete_is_named(
     (small_disk / "other").write_bytes(bytes(7 * 2**19))
     files = remote(server, tmp_path, dir=str(small_disk))
     said = rf"{small_disk} has no room for .*a\.tar: 1048576 bytes needed, 524288 free.*cache\.dir="
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(UnavailableError, match=said):
         read(files)
     assert {path.name for path in small_disk.iterdir()} <= {"other", "lock"}
     (small_disk / "other").unlink()

@@ -330,3 +330,57 @@ def assert_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
         assert mine["train/tokens"] == other["train/tokens"]
         for name in ("train/loss", "router/load_balance_loss"):
             assert mine[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_text_trains_like_its_tokens_would_and_goes_on_bit_for_bit(
+    tmp_path: Path, shards: Path
+) -> None:
+    """Text tokenised while training, on real ranks; stopped, and gone on."""
+    corpora = ShardFolder.open(shards).index.build.sources
+    text = tmp_path / "text"
+    build_shards(
+        BuildSettings(sources=corpora, tokenizer="none", to=str(text), validation_fraction=0.2),
+        progress=False,
+    )
+    changes: dict[str, Any] = {
+        "data__packing": "stream",
+        "data__tokenizer": "bytes",
+        "train__validate_every_steps": 8,
+    }
+    assert run(tmp_path / "whole", text, **changes).finished
+    run(tmp_path / "stopped", text, stop_at=3, **changes)
+    assert run(tmp_path / "stopped", text, attempt=2, **changes).finished
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+    assert_same_tensors(tmp_path / "stopped", tmp_path / "whole")
+    last = metrics_of(tmp_path / "whole")[-1]
+    assert last["data/prose/share"] == 30 / 64
+    # The whole validation split, as of tokens: the same number of tokens stands behind a byte.
+    for source in ("prose", "code"):
+        tokens = ShardFolder.open(shards).bytes_per_token("validation", source=source)
+        bits = last[f"validation/{source}/loss"] / np.log(2) / tokens
+        assert last[f"validation/{source}/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_batches_of_which_no_token_counts_are_passed_over(tmp_path: Path, shards: Path) -> None:
+    """Whole batches of a lost shard: the run goes on, and never takes them for divergence."""
+    corpora = ShardFolder.open(shards).index.build.sources
+    settings = BuildSettings(
+        sources={"prose": corpora["prose"]}, tokenizer="bytes", to=str(tmp_path / "shards"),
+        validation_fraction=0.2, shard_tokens=1500,
+    )  # fmt: skip
+    folder = build_shards(settings, progress=False)
+    lost, *_ = folder.source("prose").splits["train"].shards
+    (folder.path / lost.file).unlink()
+    outcome = run(
+        tmp_path, folder.path, data__weights={}, data__stages=[], data__packing="stream",
+        data__on_corrupt="skip", data__shuffle_window=1, train__num_steps=60,
+        train__global_batch_size=2, train__max_skipped_steps=2,
+    )  # fmt: skip
+    assert outcome.finished
+    records = metrics_of(tmp_path)
+    reasons = [e["reason"] for e in events_of(tmp_path) if e["event"] == "step_skipped"]
+    assert len(reasons) > 2
+    assert set(reasons) == {"none of its tokens counts: all of its documents are damaged"}
+    assert records[-1]["train/skipped_steps"] == len(reasons)
+    assert records[-1]["data/corrupt_sequences"] >= 2 * len(reasons)
+    assert all(np.isfinite(value) for record in records for value in record.values())
