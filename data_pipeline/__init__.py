@@ -4,7 +4,7 @@ Knows no model and no process group: ranks are two integers, batches are numpy a
 """
 
 from data_pipeline.batches import Batch, GlobalBatches, ValidationBatches
-from data_pipeline.builder import build_shards, open_or_build
+from data_pipeline.builder import build_shards, open_folder, open_or_build
 from data_pipeline.index import Baselines, TokenizerEntry
 from data_pipeline.mixture import Stage
 from data_pipeline.packing import PackingReport
@@ -16,9 +16,10 @@ from data_pipeline.settings import (
     DataSettings,
     OnCorrupt,
     Packing,
+    UnavailableError,
     resolved_dir,
 )
-from data_pipeline.tokenizers import Tokenizer, tokenizer_named
+from data_pipeline.tokenizers import Tokenizer, resolved_tokenizer, tokenizer_named
 
 __all__ = [
     "Baselines",
@@ -35,9 +36,12 @@ __all__ = [
     "Stage",
     "Tokenizer",
     "TokenizerEntry",
+    "UnavailableError",
     "ValidationBatches",
     "build_shards",
+    "open_folder",
     "open_or_build",
     "resolved_dir",
+    "resolved_tokenizer",
     "tokenizer_named",
 ]

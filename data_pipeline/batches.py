@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.encoding import Encoder
 from data_pipeline.mixture import (
     Mixture,
     MixturePosition,
@@ -20,10 +21,11 @@ from data_pipeline.mixture import (
     position_from,
     used_sources,
 )
-from data_pipeline.order import Order
-from data_pipeline.packing import PackedDocuments, PackingReport, Pieces, packed
-from data_pipeline.reader import Documents, ShardFolder
+from data_pipeline.packing import PackingReport, Pieces, packed
+from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import DataError, DataSettings, OnCorrupt, Packing
+from data_pipeline.sources import BackgroundEncoder, ReadsDocuments, open_source
+from data_pipeline.text import encoded_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +51,6 @@ class Batch:
         """Where documents begin in the flattened batch, and its length: int32 [documents + 1]."""
         starts = np.flatnonzero(self.document_starts)
         return np.append(starts, self.document_starts.size).astype(np.int32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    number: int  # in the folder's order
-    documents: Documents
-    sequences: PackedDocuments
-    order: Order
 
 
 class GlobalBatches:
@@ -94,10 +88,24 @@ class GlobalBatches:
             "data.shuffle_window": data.shuffle_window,
         }
         used = used_sources(data, sources=folder.sources)
+        self._places = {} if position is None else dict(position.get("places", {}))
+        text_tokenizer = folder.text_tokenizer
+        self._encoder: BackgroundEncoder | None = None
+        if text_tokenizer is not None:
+            self._encoder = BackgroundEncoder(text_tokenizer, num_processes=data.num_workers)
         self._sources = {
-            name: _opened(folder, name, seq_len=seq_len, seed=seed, data=data) for name in used
+            name: open_source(
+                folder,
+                name,
+                seq_len=seq_len,
+                seed=seed,
+                data=data,
+                encoder=self._encoder,
+                place=self._places.get(name),
+            )
+            for name in used
         }
-        sizes = {name: source.sequences.num_sequences for name, source in self._sources.items()}
+        sizes = {name: source.size for name, source in self._sources.items()}
         self.stages = planned_stages(data, sizes=sizes)
         self._mixture = Mixture(
             folder.sources,
@@ -108,12 +116,23 @@ class GlobalBatches:
 
     @property
     def num_sequences(self) -> dict[str, int]:
-        """The sequences in an epoch of each source that is drawn from."""
-        return {name: source.sequences.num_sequences for name, source in self._sources.items()}
+        """The sequences in an epoch of each source that is drawn from; none for text."""
+        return {name: report.num_sequences for name, report in self.report().items()}
+
+    @property
+    def max_readers(self) -> int | None:
+        """How many may read at a time with profit; None for any number."""
+        return None if self._encoder is None else 1
 
     def report(self) -> dict[str, PackingReport]:
-        """What packing came to, for each source that is drawn from."""
-        return {name: source.sequences.report() for name, source in self._sources.items()}
+        """What packing came to, for each source that is drawn from; none for text."""
+        reports = {name: source.report() for name, source in self._sources.items()}
+        return {name: report for name, report in reports.items() if report is not None}
+
+    def close(self) -> None:
+        """Ends the processes that tokenise text, if there are any."""
+        if self._encoder is not None:
+            self._encoder.close()
 
     def read(self, first_sample: int, *, rank: int, num_ranks: int) -> Batch:
         """Rank's contiguous slice of the global batch that starts at global sample index.
@@ -125,12 +144,18 @@ class GlobalBatches:
         slots = _slots(self.global_batch_size, rank=rank, num_ranks=num_ranks)
         indices = np.arange(first_sample + slots.start, first_sample + slots.stop, dtype=np.int64)
         of, numbers = self._mixture.assigned(indices)
+        # Of text each rank must go through the whole global batch to know where the next begins.
+        whole = self._encoder is not None
+        first = self.drawn(first_sample) if whole else {}
+        last = self.drawn(first_sample + self.global_batch_size) if whole else {}
         parts = []
-        for source in self._sources.values():
+        for name, source in self._sources.items():
             rows = np.flatnonzero(of == source.number)
-            if len(rows):
-                _, positions = source.order.at(numbers[rows])
-                parts.append((rows, source.documents, source.sequences.pieces(positions)))
+            if len(rows) or whole:
+                found = source.pieces(
+                    numbers[rows], first=first.get(name, 0), last=last.get(name, 0)
+                )
+                parts.append((rows, *found))
         return _batch(
             parts,
             sources=of.astype(np.int64),
@@ -147,7 +172,16 @@ class GlobalBatches:
 
         Raises ValueError where no step begins there.
         """
-        return {**asdict(self._mixture.position(next_sample)), "order": self._order}
+        mixture = self._mixture.position(next_sample)
+        places = {  # and those of sources that aren't drawn from now
+            **self._places,
+            **{
+                name: place
+                for name, source in self._sources.items()
+                if (place := source.place(mixture.drawn[name])) is not None
+            },
+        }
+        return {**asdict(mixture), "order": self._order, **({"places": places} if places else {})}
 
     def check_enough(self, num_samples: int) -> None:
         """Raises DataError where a source is over before that many global samples are drawn.
@@ -156,8 +190,7 @@ class GlobalBatches:
         """
         if self._max_epochs is None:
             return
-        for name, source in self._sources.items():
-            num_sequences = source.sequences.num_sequences
+        for name, num_sequences in self.num_sequences.items():
             sample = self._mixture.first_after(
                 name, number=floor(self._max_epochs * num_sequences), end=num_samples
             )
@@ -181,7 +214,9 @@ class GlobalBatches:
                     "the order of samples hangs on it, and some would come twice; go back to that, "
                     "or use another run.name"
                 )
-        return position_from({key: value for key, value in record.items() if key != "order"})
+        return position_from(
+            {key: value for key, value in record.items() if key not in ("order", "places")}
+        )
 
 
 class ValidationBatches:
@@ -204,8 +239,20 @@ class ValidationBatches:
     ) -> None:
         if seq_len < 1 or batch_size < 1:
             raise ValueError(f"{seq_len=} and {batch_size=} must be at least 1")
-        self._documents = folder.documents("validation", source=source, on_corrupt=on_corrupt)
-        self._sequences = packed(self._documents.starts, seq_len=seq_len, packing=Packing.stream)
+        documents = folder.documents("validation", source=source, on_corrupt=on_corrupt)
+        self._documents: ReadsDocuments = documents
+        starts, num_bytes = documents.starts, folder.num_bytes("validation", source=source)
+        if folder.text_tokenizer is not None:
+            with Encoder(folder.text_tokenizer, num_processes=0) as encoder:
+                encoded = encoded_documents(
+                    documents,
+                    encoded=encoder.encoded,
+                    num_tokens=max_sequences and max_sequences * seq_len,
+                )
+            self._documents, starts = encoded, encoded.starts
+            num_bytes = documents.starts.item(len(starts) - 1)  # of the documents that were read
+        self.bytes_per_token = num_bytes / max(1, starts.item(-1))
+        self._sequences = packed(starts, seq_len=seq_len, packing=Packing.stream)
         self._source = folder.sources.index(source)
         self._end_of_document = folder.tokenizer.end_of_document
         self._seq_len = seq_len
@@ -234,30 +281,6 @@ class ValidationBatches:
         )
 
 
-def _opened(
-    folder: ShardFolder, name: str, *, seq_len: int, seed: int, data: DataSettings
-) -> _Source:
-    documents = folder.documents("train", source=name, on_corrupt=data.on_corrupt)
-    if documents.num_tokens < seq_len:
-        others = "; or leave the source out, by naming the others in data.weights"
-        raise DataError(
-            f"the train split of {name!r} in {folder.path} has {documents.num_tokens} tokens, "
-            f"fewer than one sequence of seq_len={seq_len}; use more text or shorter sequences"
-            f"{others if len(folder.sources) > 1 else ''}"
-        )
-    sequences = packed(documents.starts, seq_len=seq_len, packing=data.packing)
-    order = Order(
-        num_samples=sequences.num_sequences,
-        seed=seed,
-        source=name,
-        block_size=-(-sequences.num_sequences // documents.num_shards),
-        window=data.shuffle_window,
-    )
-    return _Source(
-        number=folder.sources.index(name), documents=documents, sequences=sequences, order=order
-    )
-
-
 def _slots(batch_size: int, *, rank: int, num_ranks: int) -> range:
     if not 0 <= rank < num_ranks:
         raise ValueError(f"{rank=} is not in range({num_ranks})")
@@ -268,7 +291,7 @@ def _slots(batch_size: int, *, rank: int, num_ranks: int) -> range:
 
 
 def _batch(
-    parts: Sequence[tuple[NDArray[np.int64], Documents, Pieces]],
+    parts: Sequence[tuple[NDArray[np.int64], ReadsDocuments, Pieces]],
     *,
     sources: NDArray[np.int64],
     seq_len: int,

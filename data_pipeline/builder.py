@@ -4,6 +4,7 @@ Owns the line from text to a complete folder, and what a later start need not do
 each step to the file that is named for it.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -66,14 +67,24 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
     """
     folder = resolved_dir(settings)
     if settings.dir is not None:
-        return ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
+        return open_folder(settings)
     build = BuildSettings(
         corpus=settings.corpus,
         tokenizer=settings.tokenizer,
-        to=str(folder),
+        to=folder,
         on_corrupt=settings.on_corrupt,
     )
     return build_shards(build, progress=progress)
+
+
+def open_folder(settings: DataSettings) -> ShardFolder:
+    """The shards that the settings mean, which are there; raises DataError where they aren't."""
+    return ShardFolder.open(
+        resolved_dir(settings),
+        on_corrupt=settings.on_corrupt,
+        tokenizer=settings.tokenizer,
+        cache=settings.cache,
+    )
 
 
 def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFolder:
@@ -120,9 +131,9 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
                 f"{unfinished.path}, and the same command goes on from there"
             ) from error
         except OSError as error:
-            if error.filename is not None:
+            if error.errno != errno.ENOSPC or error.filename is not None:
                 raise
-            # A disk that is full while a file is written to names no file.
+            # Where the disk is full, who writes to an open file isn't told which.
             raise OSError(error.errno, error.strerror, str(unfinished.path)) from error
         unfinished.complete(folder)
     return ShardFolder.open(folder)
@@ -140,7 +151,7 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
         raise DataError(
             f"to={settings.to!r} is there and is no shard folder; give a folder that doesn't exist"
         )
-    shards = ShardFolder.open(folder)
+    shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     index = shards.index
     wanted, found = asdict(_build_entry(settings)), asdict(index.build)
     if not any(source.num_left_out.get("corrupt") for source in index.sources):

@@ -6,11 +6,11 @@ becomes of its tokens to `builder`.
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -36,15 +36,16 @@ class Encoder:
     """Encodes documents with one tokenizer, in processes that serve any number of sources.
 
     The processes start at once, so that what the caller does meanwhile costs no time. Use as a
-    context manager. With more than one process a script that does must guard its own start with
-    `if __name__ == "__main__"`, as `multiprocessing` asks.
+    context manager, or end with `close()`. With no processes the caller encodes; with any, a
+    script that does must guard its own start with `if __name__ == "__main__"`, as
+    `multiprocessing` asks.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, num_processes: int) -> None:
         self._tokenizer = tokenizer
         self._num_ahead = num_processes * _BATCHES_AHEAD
         self._pool: ProcessPoolExecutor | None = None
-        if num_processes > 1:
+        if num_processes:
             self._pool = ProcessPoolExecutor(
                 num_processes,
                 # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
@@ -63,6 +64,10 @@ class Encoder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -72,8 +77,19 @@ class Encoder:
         """Each tag with its document's token ids [num_tokens], the end of the document included.
 
         Documents are UTF-8. One that is None, as what was written before, comes back as None in
-        its place.
+        its place. Raises ChildProcessError where a process of the pool was killed.
         """
+        try:
+            yield from self._encoded(documents)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process that tokenises was killed, as for want of memory; give fewer with "
+                "num_processes=… (data.num_workers=… in training)"
+            ) from error
+
+    def _encoded(
+        self, documents: Iterable[tuple[_Tag, bytes | None]]
+    ) -> Iterator[tuple[_Tag, _Tokens | None]]:
         ahead: deque[tuple[list[tuple[_Tag, bool]], Future[tuple[_Tokens, list[int]]]]] = deque()
         for batch in _batches(documents):
             contents = [content for _, content in batch if content is not None]
@@ -90,11 +106,11 @@ class Encoder:
 
 
 def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
-    """How many processes tokenise: as many as asked for, else what the tokenizer needs."""
+    """How many processes beside the caller's tokenise: as asked for, else what is needed."""
     if asked is not None:
-        return asked
+        return asked if asked > 1 else 0
     if not tokenizer.needs_processes:
-        return 1
+        return 0
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that a container or a job left us
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -137,8 +153,8 @@ def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, l
 
 
 def _start_process(name: str, definition: str | None, end_of_document: int) -> None:
-    """Leaves Ctrl-C to the parent, and ends this process when the parent is gone, killed or not."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves stops to the parent, and ends this process when the parent is gone, killed or not."""
+    os.setpgrp()  # a Ctrl-C, and a scheduler's SIGTERM, go to the whole group of processes
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in processes of the pool only"
 

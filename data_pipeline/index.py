@@ -23,6 +23,7 @@ from data_pipeline.settings import (
     OnCorrupt,
     SourceSettings,
 )
+from data_pipeline.storage import ShardFiles
 from data_pipeline.tokenizers import token_dtype
 
 FORMAT_VERSION = 2
@@ -132,17 +133,17 @@ def write_index(index: Index, folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps(asdict(index), indent=1) + "\n", encoding="utf-8")
 
 
-def read_index(folder: Path) -> Index:
+def read_index(files: ShardFiles) -> Index:
     """The index of a shard folder; raises DataError where there is none, or it can't be true."""
-    path = folder / INDEX_NAME
+    where = files.location
     try:
-        text = path.read_bytes()
+        text = files.read_bytes(INDEX_NAME)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{folder} is not a shard folder: it has no {INDEX_NAME}; make one with "
-            f"'python -m data_pipeline.build corpus=stdlib tokenizer=bytes to={folder}'"
+            f"{where} is not a shard folder: it has no {INDEX_NAME}; make one with "
+            "'python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=FOLDER'"
         ) from None
-    return parsed_index(text, where=str(path))
+    return parsed_index(text, where=f"{where}/{INDEX_NAME}")
 
 
 def parsed_index(text: bytes, *, where: str) -> Index:

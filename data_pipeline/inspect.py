@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,8 +14,9 @@ from data_pipeline.command import run_command
 from data_pipeline.index import Index, SourceEntry, read_index
 from data_pipeline.progress import byte_progress
 from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import Count, DataError, Natural
-from data_pipeline.verification import damaged_files, shards_of, tokenizer_of
+from data_pipeline.settings import CacheSettings, Count, DataError, Natural
+from data_pipeline.storage import ShardFiles, open_files
+from data_pipeline.verification import damaged_files, open_table, shards_of, tokenizer_of
 
 # No character of UTF-8 is longer.
 _BYTES_PER_CHARACTER = 4
@@ -43,6 +43,7 @@ class InspectSettings:
     sample_tokens: Count = 100
     seed: Natural = 0
     format: Format = Format.text
+    cache: CacheSettings = field(default_factory=CacheSettings)
 
 
 def inspect(settings: InspectSettings) -> None:
@@ -50,31 +51,33 @@ def inspect(settings: InspectSettings) -> None:
 
     Raises DataError naming each file that isn't as it should be.
     """
-    folder = Path(settings.dir).absolute()
-    index = read_index(folder)
-    report = _contents(folder, index)
+    files = open_files(settings.dir, cache=settings.cache)
+    index = read_index(files)
+    report = _contents(files, index)
     if settings.verify:
-        report["damaged"] = _damaged(folder, index)
-    else:
-        ShardFolder.open(folder)  # raises DataError where a file isn't there in its full size
+        report["damaged"] = _damaged(files, index)
+    else:  # raises DataError where a file isn't there in its full size
+        ShardFolder.open(settings.dir, cache=settings.cache)
     if not report.get("damaged"):
         for number, source in enumerate(index.sources):
-            report["sources"][number]["samples"] = _samples(folder, index, number, source, settings)
+            report["sources"][number]["samples"] = _samples(files, index, number, source, settings)
     if settings.format is Format.json:
         print(json.dumps(report))
     else:
         for line in _lines(report):
             print(_printable(line))
     if report.get("damaged"):
-        reasons = "; ".join(f"{name} {reason}" for name, reason in report["damaged"].items())
-        raise DataError(f"{folder} is damaged: {reasons}. Restore it, or build the folder again")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in report["damaged"].items())
+        raise DataError(
+            f"{files.location} is damaged: {reasons}. Restore it, or build the folder again"
+        )
 
 
-def _contents(folder: Path, index: Index) -> dict[str, Any]:
+def _contents(files: ShardFiles, index: Index) -> dict[str, Any]:
     """All that the index says, and what follows from it."""
     num_bytes = sum(shard.num_bytes for shard in shards_of(index))
     return {
-        "dir": str(folder),
+        "dir": files.location,
         "tokenizer": index.tokenizer and asdict(index.tokenizer),
         "dtype": index.dtype,
         "build": asdict(index.build),
@@ -105,14 +108,14 @@ def _contents(folder: Path, index: Index) -> dict[str, Any]:
     }
 
 
-def _damaged(folder: Path, index: Index) -> dict[str, str]:
+def _damaged(files: ShardFiles, index: Index) -> dict[str, str]:
     num_bytes = sum(shard.size for shard in shards_of(index))
-    with byte_progress(f"verifying {folder.name}", num_bytes=num_bytes, shown=True) as counter:
-        return damaged_files(folder, index, counter=counter)
+    with byte_progress("verifying", num_bytes=num_bytes, shown=True) as counter:
+        return damaged_files(files, index, counter=counter)
 
 
 def _samples(
-    folder: Path, index: Index, number: int, source: SourceEntry, settings: InspectSettings
+    files: ShardFiles, index: Index, number: int, source: SourceEntry, settings: InspectSettings
 ) -> list[dict[str, Any]]:
     """The beginnings of some documents of a source, the same for the same seed."""
     shards = [(split, shard) for split, entry in source.splits.items() for shard in entry.shards]
@@ -120,14 +123,14 @@ def _samples(
     total = int(ends[-1])
     random = np.random.default_rng([settings.seed, number])
     drawn = random.choice(total, size=min(settings.num_samples, total), replace=False)
-    tokenizer = None if index.tokenizer is None else tokenizer_of(folder, index.tokenizer)
+    tokenizer = None if index.tokenizer is None else tokenizer_of(files, index.tokenizer)
     samples = []
     for document in sorted(drawn.tolist()):
         place = int(ends.searchsorted(document, side="right"))
         split, shard = shards[place]
-        table = np.load(folder / shard.documents, mmap_mode="r", allow_pickle=False)
+        table = open_table(files, shard)
         offset, length, _ = table[document - int(ends[place])].tolist()  # from the end, so below 0
-        with (folder / shard.file).open("rb") as file:
+        with files.open(shard.file, size=shard.size, sha256=shard.sha256) as file:
             file.seek(offset)
             if tokenizer is None:
                 text = _text_beginning(file, length, num_characters=settings.sample_tokens)

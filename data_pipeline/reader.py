@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,74 +25,57 @@ from data_pipeline.index import (
     SplitEntry,
     TokenizerEntry,
     read_index,
-    sha256_of,
 )
-from data_pipeline.settings import DataError, OnCorrupt
-from data_pipeline.tokenizers import token_dtype
-
-
-class Files(Protocol):
-    """Where the files of a folder come from.
-
-    `max_mapped` is how many shards of a source may be held open at a time, None for all: an open
-    file takes its room on the disk even when a cache has dropped it.
-    """
-
-    max_mapped: int | None
-
-    def check(self, name: str, *, size: int) -> None:
-        """Raises DataError where a file can be known to be missing, or of another size."""
-        ...
-
-    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
-        """A file of this size on a disk of this machine; raises DataError where it can't be had.
-
-        Who reads it checks what is in it.
-        """
-        ...
-
-
-class LocalFiles:
-    """The files of a folder on a disk of this machine."""
-
-    max_mapped: int | None = None
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def check(self, name: str, *, size: int) -> None:
-        """Raises DataError where a file is missing, or of another size."""
-        _check_size(self._folder / name, size)
-
-    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
-        """The file itself."""
-        self.check(name, size=size)
-        return (self._folder / name).open("rb")
+from data_pipeline.settings import CacheSettings, DataError, OnCorrupt
+from data_pipeline.storage import ShardFiles, open_files
+from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
 
 
 class ShardFolder:
     """A complete folder of shards, opened by `ShardFolder.open`.
 
-    `damaged` says of each shard that was found missing or cut short what is wrong with it.
+    `damaged` says of each shard that was found missing or cut short what is wrong with it,
+    `text_tokenizer` is what the text of a folder of text is tokenised with, None in one of tokens.
     """
 
     def __init__(
-        self, path: Path, index: Index, files: Files, *, damaged: Mapping[str, str]
+        self,
+        index: Index,
+        files: ShardFiles,
+        *,
+        damaged: Mapping[str, str],
+        text_tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.path = path
+        self.text_tokenizer = text_tokenizer
         self.index = index
         self.damaged = damaged
         self._files = files
 
     @classmethod
-    def open(cls, path: str | Path, *, on_corrupt: OnCorrupt = OnCorrupt.fail) -> Self:
-        """Opens a folder: reads its index and looks that each file is there in its full size.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        on_corrupt: OnCorrupt = OnCorrupt.fail,
+        tokenizer: str | None = None,
+        cache: CacheSettings | None = None,
+    ) -> Self:
+        """Opens a folder, here or at a URL: reads its index and looks that each file is there.
+
+        Files on a disk must have their full size; those at a URL are checked when they come.
 
         Raises DataError naming the folder or file that isn't as it should be; to skip, shards
-        that aren't are noted in `damaged` instead.
+        that aren't are noted in `damaged` instead. `tokenizer` names what a folder of text is to
+        be tokenised with; a folder of tokens has its own.
         """
-        files, damaged = LocalFiles(Path(path).absolute()), dict[str, str]()
-        folder = cls(Path(path).absolute(), read_index(Path(path)), files, damaged=damaged)
+        files, damaged = open_files(str(path), cache=cache or CacheSettings()), dict[str, str]()
+        index = read_index(files)
+        folder = cls(
+            index,
+            files,
+            damaged=damaged,
+            text_tokenizer=tokenizer_named(tokenizer) if tokenizer and not index.dtype else None,
+        )
         for shard in folder._shards():
             files.check(shard.documents, size=_table_size(shard))
             try:
@@ -104,6 +87,16 @@ class ShardFolder:
         return folder
 
     @property
+    def location(self) -> str:
+        """The folder's absolute path or its URL, without secrets, for people."""
+        return self._files.location
+
+    @property
+    def path(self) -> Path:
+        """Where the folder is, if it is on a disk of this machine."""
+        return Path(self.location)
+
+    @property
     def fingerprint(self) -> str:
         """One hash of the tokenizer and of every shard in order: what the folder's tokens are."""
         hashes = [self.tokenizer.fingerprint, *(shard.sha256 for shard in self._shards())]
@@ -112,8 +105,18 @@ class ShardFolder:
     @property
     def tokenizer(self) -> TokenizerEntry:
         """Name, vocabulary size, end of document and fingerprint of what made the tokens."""
-        assert self.index.tokenizer is not None  # text: see text mode
-        return self.index.tokenizer
+        if self.index.tokenizer is not None:
+            return self.index.tokenizer
+        if self.text_tokenizer is None:
+            raise DataError(
+                f"{self.location} holds text: say what to tokenise it with, by data.tokenizer"
+            )
+        return TokenizerEntry(
+            name=self.text_tokenizer.name,
+            vocab_size=self.text_tokenizer.vocab_size,
+            end_of_document=self.text_tokenizer.end_of_document,
+            fingerprint=self.text_tokenizer.fingerprint,
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -131,7 +134,7 @@ class ShardFolder:
             if source.name == name:
                 return source
         raise DataError(
-            f"source {name!r} is not in {self.path}; there are {', '.join(self.sources)}"
+            f"source {name!r} is not in {self.location}; there are {', '.join(self.sources)}"
         )
 
     def num_tokens(self, split: str, *, source: str | None = None) -> int:
@@ -160,23 +163,6 @@ class ShardFolder:
             on_corrupt=on_corrupt,
             damaged=self.damaged,
         )
-
-    def verify(self) -> None:
-        """Reads every byte; raises DataError naming each file whose hash isn't the index's."""
-        damaged = [
-            name
-            for shard in self._shards()
-            for name, expected in (
-                (shard.file, shard.sha256),
-                (shard.documents, shard.documents_sha256),
-            )
-            if sha256_of(self.path / name) != expected
-        ]
-        if damaged:
-            raise DataError(
-                f"{self.path}: not the bytes that were written: {', '.join(damaged)}; "
-                "restore them, or build the folder again"
-            )
 
     def _splits(self, split: str, source: str | None) -> list[SplitEntry]:
         sources = self.index.sources if source is None else (self.source(source),)
@@ -210,7 +196,7 @@ class Documents:
         self,
         shards: Iterable[ShardEntry],
         *,
-        files: Files,
+        files: ShardFiles,
         dtype: np.dtype[np.unsignedinteger],
         is_text: bool,
         on_corrupt: OnCorrupt,
@@ -358,27 +344,13 @@ class Documents:
             return found
 
 
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} is missing (expected {expected} bytes); restore it, or build the folder again"
-        ) from None
-    if found != expected:
-        raise DataError(
-            f"{path} has {found} bytes and should have {expected}; restore it, or build the "
-            "folder again"
-        )
-
-
 def _table_size(shard: ShardEntry) -> int:
     # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
     return 128 + 24 * shard.num_documents
 
 
 def _table(
-    files: Files, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger], is_text: bool
+    files: ShardFiles, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger], is_text: bool
 ) -> NDArray[np.int64]:
     """The table of a shard's documents [num_documents, 3], checked against hash and index."""
     name, size, sha256 = shard.documents, _table_size(shard), shard.documents_sha256

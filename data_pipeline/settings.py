@@ -31,6 +31,10 @@ class DataError(ValueError):
     """Data, or a setting about data, that can't be used; the message names it and a way out."""
 
 
+class UnavailableError(OSError):
+    """Data that can't be had just now, of which nothing says that it is damaged: never skipped."""
+
+
 class OnCorrupt(StrEnum):
     """What to do with data that isn't what it should be: end, or count it and go on without."""
 
@@ -58,14 +62,16 @@ class CacheSettings:
     """How shards come from a remote folder, and where they are kept meanwhile.
 
     `dir` is a folder on a local disk; none given: `~/.cache/moetrain/shards`. It is kept under
-    `max_gib`. A request that fails, or brings nothing for `timeout_seconds`, is tried again
-    `num_retries` times, after pauses that double.
+    `max_gib`. A file that can't be downloaded, or of which nothing comes for `timeout_seconds`, is
+    tried again `num_retries` times, after random pauses of at most `pause_seconds`, then twice as
+    long each time, up to a minute.
     """
 
     dir: str | None = None
     max_gib: Positive = 50.0
     timeout_seconds: Positive = 60.0
     num_retries: Natural = 5
+    pause_seconds: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -174,12 +180,13 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
     return sources
 
 
-def resolved_dir(settings: DataSettings) -> Path:
-    """The absolute path of the shard folder that the settings mean, there or not."""
+def resolved_dir(settings: DataSettings) -> str:
+    """The absolute path of the shard folder that the settings mean, there or not, or its URL."""
     if settings.dir is not None:
-        return Path(settings.dir).absolute()
+        is_path = "://" not in settings.dir and not settings.dir.startswith("pipe:")
+        return str(Path(settings.dir).absolute()) if is_path else settings.dir
     tokenizer = _plain_name(settings.tokenizer)
-    return Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute()
+    return str(Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute())
 
 
 def source_name(corpus: str) -> str:
@@ -187,8 +194,8 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    suffixes = r"(\.(txt|jsonl|ndjson|parquet|html?|xhtml|tar))?(\.(gz|zst))?$"
-    stem = re.sub(suffixes, "", Path(corpus).absolute().name)
+    endings = r"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|tar|tgz|gz|zst))+$"
+    stem = re.sub(endings, "", Path(corpus).absolute().name)
     name = _plain_name(stem)[:40]
     if not name:
         raise DataError(f"corpus={corpus!r} gives no name for its source; give one with name=NAME")

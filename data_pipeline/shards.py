@@ -4,7 +4,6 @@ Owns the layout of a tar, the table of its documents, and the only import of web
 to `builder` which documents come, and to `reader` the way back.
 """
 
-import io
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -155,6 +154,8 @@ class SplitWriter:
 
 
 def _npy(tokens: NDArray[np.integer]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, tokens, allow_pickle=False)
-    return file.getvalue()
+    """What `np.save` writes for tokens [num_tokens], which takes several times as long."""
+    fields = (
+        f"{{'descr': {tokens.dtype.str!r}, 'fortran_order': False, 'shape': ({len(tokens)},), }}"
+    )
+    return b"\x93NUMPY\x01\x00v\x00" + f"{fields:<117}\n".encode() + tokens.tobytes()

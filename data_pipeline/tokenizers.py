@@ -73,6 +73,11 @@ def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokeniz
     raise DataError(_no_tokenizer(spec))
 
 
+def resolved_tokenizer(spec: str) -> str:
+    """The spec of a tokenizer with its path, if it is one, made absolute."""
+    return spec if spec in _NAMES or not Path(spec).exists() else str(Path(spec).absolute())
+
+
 def tokenizer_from(entry: "TokenizerEntry", *, definition: bytes | None) -> Tokenizer:
     """The tokenizer that made a shard folder, from its index and the bytes of `entry.file`, if any.
 

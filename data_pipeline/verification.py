@@ -4,40 +4,41 @@ Owns what makes a file of a folder damaged. Leaves the index's own sense to `ind
 people are told to `inspect`.
 """
 
+import hashlib
 import io
 import re
 import tarfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.index import Index, ShardEntry, TokenizerEntry, sha256_of
+from data_pipeline.index import Index, ShardEntry, TokenizerEntry
 from data_pipeline.progress import ByteCounter
 from data_pipeline.settings import DataError
+from data_pipeline.storage import ShardFiles
 from data_pipeline.tokenizers import Tokenizer, tokenizer_from
 
 
-def damaged_files(folder: Path, index: Index, *, counter: ByteCounter) -> dict[str, str]:
+def damaged_files(files: ShardFiles, index: Index, *, counter: ByteCounter) -> dict[str, str]:
     """What is wrong with each file that isn't as it should be, by its name."""
     damaged: dict[str, str] = {}
     if index.tokenizer is not None:
         try:
-            tokenizer_of(folder, index.tokenizer)
+            tokenizer_of(files, index.tokenizer)
         except (DataError, OSError) as error:
             damaged[index.tokenizer.file or f"tokenizer {index.tokenizer.name}"] = str(error)
     for shard in shards_of(index):
         table_size = 128 + 24 * shard.num_documents  # a header, then three int64 a document
         wrong = {
-            shard.file: _wrong_bytes(folder / shard.file, shard.size, shard.sha256),
+            shard.file: _wrong_bytes(files, shard.file, shard.size, shard.sha256),
             shard.documents: _wrong_bytes(
-                folder / shard.documents, table_size, shard.documents_sha256
+                files, shard.documents, table_size, shard.documents_sha256
             ),
         }
         if not any(wrong.values()):
             try:
-                _check_members(folder, index, shard)
+                _check_members(files, index, shard)
             except (ValueError, tarfile.TarError, EOFError) as error:
                 wrong[shard.file] = str(error)
         damaged.update({name: reason for name, reason in wrong.items() if reason is not None})
@@ -55,31 +56,42 @@ def shards_of(index: Index) -> list[ShardEntry]:
     ]
 
 
-def tokenizer_of(folder: Path, entry: TokenizerEntry) -> Tokenizer:
+def tokenizer_of(files: ShardFiles, entry: TokenizerEntry) -> Tokenizer:
     """The tokenizer of a folder's tokens, from its own copy where it has one.
 
     Raises DataError where it isn't the one that the index means.
     """
-    definition = None if entry.file is None else (folder / entry.file).read_bytes()
+    definition = None if entry.file is None else files.read_bytes(entry.file)
     return tokenizer_from(entry, definition=definition)
 
 
-def _wrong_bytes(path: Path, size: int, sha256: str) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    found = path.stat().st_size
-    if found != size:
-        return f"has {found} bytes and should have {size}"
-    return None if sha256_of(path) == sha256 else "is not what was written: its hash differs"
+def _wrong_bytes(files: ShardFiles, name: str, size: int, sha256: str) -> str | None:
+    try:
+        with files.open(name, size=size, sha256=sha256) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except DataError as error:
+        return str(error)
+    return None if found == sha256 else "is not what was written: its hash differs"
 
 
-def _check_members(folder: Path, index: Index, shard: ShardEntry) -> None:
+def open_table(files: ShardFiles, shard: ShardEntry) -> NDArray[np.int64]:
+    """The table of a shard's documents [num_documents, 3], as it is."""
+    size = 128 + 24 * shard.num_documents  # a header, then three int64 a document
+    with files.open(shard.documents, size=size, sha256=shard.documents_sha256) as file:
+        table: NDArray[np.int64] = np.load(io.BytesIO(file.read()), allow_pickle=False)
+    return table
+
+
+def _check_members(files: ShardFiles, index: Index, shard: ShardEntry) -> None:
     """Raises ValueError where the members of a tar aren't those that its table and index say."""
-    table: NDArray[np.int64] = np.load(folder / shard.documents, allow_pickle=False)
+    table = open_table(files, shard)
     if table.shape != (shard.num_documents, 3) or table.dtype != np.dtype("<i8"):
         raise ValueError(f"its table of documents is {table.dtype}{list(table.shape)}")
     rows = iter(table.tolist())
-    with tarfile.open(folder / shard.file, "r:") as tar:
+    with (
+        files.open(shard.file, size=shard.size, sha256=shard.sha256) as opened,
+        tarfile.open(fileobj=opened, mode="r:") as tar,
+    ):
         for member in tar:
             _check_name(member, is_text=index.tokenizer is None)
             if member.name.endswith(".json"):

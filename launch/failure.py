@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from data_pipeline import DataError, UnavailableError
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.train import TrainingError
@@ -32,7 +33,10 @@ class Failure:
 def classify(error: BaseException) -> Failure:
     """Returns what an exception on a rank means for the run."""
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, CheckpointError | ConfigError | TrainingError):
+    # A server, a disk or a helping process: nothing that another attempt must meet again.
+    if isinstance(error, UnavailableError | ChildProcessError):
+        return Failure(kind="died", reason=str(error))
+    if isinstance(error, DataError | CheckpointError | ConfigError | TrainingError):
         return Failure(kind="error", reason=str(error))
     if isinstance(error, dist.DistError):
         return Failure(kind="peer", reason=reason)

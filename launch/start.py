@@ -241,7 +241,7 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
         event(
             "data",
             source=source,
-            path=str(shards.path),
+            path=shards.location,
             baselines=vars(baselines),
             **(vars(plan) if plan else {"weights": {}}),
         )

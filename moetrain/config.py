@@ -17,7 +17,7 @@ import torch
 from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_pipeline import DataSettings, resolved_dir
+from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checks import ConfigError, nearest
@@ -259,14 +259,13 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
             dir=str(Path(config.run.dir).absolute()),
             name=config.run.name or _new_name(config, now),
         ),
-        data=replace(config.data, dir=shard_dir(config.data)),
+        data=replace(
+            config.data,
+            dir=resolved_dir(config.data),
+            tokenizer=resolved_tokenizer(config.data.tokenizer),
+        ),
         launch=replace(config.launch, num_workers=num_workers),
     )
-
-
-def shard_dir(data: DataSettings) -> str:
-    """Returns where the shards are that the settings mean: an absolute path, or a URL as it is."""
-    return data.dir if data.dir and "://" in data.dir else str(resolved_dir(data).absolute())
 
 
 def _fitting_micro_batch(share: int, *, seq_len: int) -> int:

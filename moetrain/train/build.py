@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data_pipeline import GlobalBatches, Prefetcher, ShardFolder
+from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, open_folder
 from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
@@ -62,7 +62,7 @@ def build_trainer(
         config, world_size=place.world_size, device=device, timeout_seconds=patience
     )
 
-    shards = ShardFolder.open(str(config.data.dir), on_corrupt=config.data.on_corrupt)
+    shards = open_folder(config.data)
 
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
@@ -119,6 +119,7 @@ def build_trainer(
 
     def close_all(exit_code: int) -> None:
         prefetcher.close()
+        batches.close()
         close(exit_code)
 
     return Trainer(

@@ -96,7 +96,8 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         state.source_tokens[source] = state.source_tokens.get(source, 0) + tokens
     state.corrupt_sequences += num_corrupt
     state.skipped += report.skipped
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
+    diverges = report.skipped and report.num_tokens > 0
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if diverges else 0
     if report.skipped:
         _tell_of_skip(trainer, report)
     return report
@@ -164,12 +165,17 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
 
 
 def data_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns what was read of each source so far: tokens, and epochs of those drawn from."""
+    """Returns what was read of each source so far: tokens, share of the samples, and epochs.
+
+    Epochs are of those sources whose sequences are counted beforehand, which text isn't.
+    """
     state = trainer.state
     metrics: dict[str, float] = {
         f"data/{source}/tokens": tokens for source, tokens in state.source_tokens.items()
     }
     drawn = trainer.batches.drawn(state.samples)
+    for source, samples in drawn.items():
+        metrics[f"data/{source}/share"] = samples / max(1, state.samples)
     for source, num_sequences in trainer.batches.num_sequences.items():
         metrics[f"data/{source}/epochs"] = drawn[source] / num_sequences
     if state.corrupt_sequences:
@@ -183,8 +189,8 @@ def router_metrics(report: StepReport, *, first_layer: int = 0) -> dict[str, flo
     Layers have the model's numbers: `first_layer` is the first one with a router.
     """
     counts = report.expert_counts  # [layers, experts]
-    mean = counts.mean(1)
-    loads = counts / counts.sum(1, keepdim=True)
+    total = counts.sum(1, keepdim=True).clamp_min(1)  # none where no token counted
+    mean, loads = total.squeeze(1) / counts.shape[1], counts / total
     metrics = {
         "router/load_balance_loss": report.load_balance_loss,
         "router/z_loss": report.z_loss,
@@ -261,6 +267,8 @@ def _warn(trainer: Trainer, reason: str) -> None:
 def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
     state = trainer.state
     reason = f"loss {report.loss}, gradient norm {report.grad_norm}"
+    if not report.num_tokens:
+        reason = "none of its tokens counts: all of its documents are damaged"
     trainer.event("step_skipped", step=state.step, reason=reason)
     trainer.control.publish("say", f"step {state.step} was skipped: {reason}")
     if state.skipped_in_a_row >= trainer.config.train.max_skipped_steps:

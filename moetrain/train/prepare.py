@@ -127,7 +127,7 @@ def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -
     if before != tokenizer.fingerprint:
         raise ConfigError(
             "data.dir",
-            shards.path,
+            shards.location,
             f"its text is in tokens of {tokenizer.name} with fingerprint "
             f"{tokenizer.fingerprint[:12]}, and run {config.run.name} was trained with a tokenizer "
             f"of fingerprint {before[:12]} up to step {newest.step}: what it learned means nothing "
@@ -136,7 +136,7 @@ def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -
     if newest.state.get("data") != shards.fingerprint:
         raise ConfigError(
             "data.dir",
-            shards.path,
+            shards.location,
             f"run {config.run.name} was trained on other shards up to step {newest.step}, and "
             "where it stands means nothing in these: use those, or another run.name",
         )

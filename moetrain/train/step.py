@@ -76,7 +76,7 @@ class StepReport:
     grad_norm: float
     num_tokens: int
     skipped: bool
-    """Whether loss or gradients were not finite, so that the weights were left as they were."""
+    """Whether loss or gradients were not finite, or no token counted: the weights were left."""
     data_counts: tuple[int, ...] = ()
     """What each rank counted in its part of the batch, summed over ranks."""
 
@@ -94,7 +94,8 @@ def train_step(
 
     `data_counts` are as many on every rank.
     """
-    num_tokens = sum_over_ranks(torch.stack([b.valid.sum() for b in micro_batches]).sum())
+    counted = sum_over_ranks(torch.stack([b.valid.sum() for b in micro_batches]).sum())
+    num_tokens = counted.clamp_min(1)  # none count where all documents of a batch are damaged
     counts = _expert_counts_ahead(micro_batches, model)
     sums = _Sums(model, device=num_tokens.device, data_counts=data_counts)
     for batch in micro_batches:
@@ -103,7 +104,7 @@ def train_step(
         loss.backward()
         sums.add(loss, output, batch, model=model)
     norm = gradients.clip()
-    report = sums.report(model=model, num_tokens=num_tokens, grad_norm=norm)
+    report = sums.report(model=model, num_tokens=counted, grad_norm=norm)
     if not report.skipped:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -220,7 +221,8 @@ class _Sums:
         # Counts are exact: float64 holds integers up to 2**53.
         sums = sum_over_ranks(torch.cat((self._data_counts, self._sums))).cpu()
         data_counts, sums = sums.tensor_split([len(self._data_counts)])
-        tokens, (layers, experts) = int(num_tokens.item()), self._shape
+        num_counted, (layers, experts) = int(num_tokens.item()), self._shape
+        tokens = max(1, num_counted)
         loss, cross_entropy, z, entropy, balance = sums[:SCALARS].tolist()
         counts, probabilities = sums[SCALARS:].view(2, layers, experts)
         if model.settings.router.load_balance_scope == "global_batch":
@@ -240,7 +242,7 @@ class _Sums:
             entropy=entropy * per_layer,
             expert_counts=counts,
             grad_norm=grad_norm,
-            num_tokens=tokens,
-            skipped=not (math.isfinite(loss) and math.isfinite(grad_norm)),
+            num_tokens=num_counted,
+            skipped=not (num_counted and math.isfinite(loss) and math.isfinite(grad_norm)),
             data_counts=tuple(int(count) for count in data_counts.tolist()),
         )

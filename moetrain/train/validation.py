@@ -50,10 +50,9 @@ def validate(
         nats, tokens = sum_over_ranks(sums).tolist()
         if not tokens:
             continue
-        bytes_per_token = folder.bytes_per_token("validation", source=source)
         metrics[f"validation/{source}/loss"] = nats / tokens
         metrics[f"validation/{source}/bits_per_byte"] = (
-            nats / tokens / math.log(2) / bytes_per_token
+            nats / tokens / math.log(2) / batches.bytes_per_token
         )
         all_nats, all_tokens = all_nats + nats, all_tokens + tokens
     reshard(model)  # a forward pass without a backward one leaves the root's weights gathered

@@ -1,13 +1,14 @@
 """The global batches that every layout trains on: the user's own text, or tokens from the seed."""
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import Batch, DataError, ShardFolder
+from data_pipeline import Batch, DataError, open_folder, resolved_dir
 from moetrain.checks import ConfigError
-from moetrain.config import Config, shard_dir
+from moetrain.config import Config
 from moetrain.train.prepare import global_batches as training_batches
 
 
@@ -19,11 +20,11 @@ def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]
     unlike numbers of tokens, without which a mean over each would look like the global mean.
     Raises ConfigError or DataError where `data.dir` is given and can't be used.
     """
-    folder, given = shard_dir(config.data), config.data.dir is not None
+    folder, given = resolved_dir(config.data), config.data.dir is not None
     why = f"{_short(folder)} is not built"
     if given or Path(folder).is_dir():
         try:
-            return _from_shards(folder, config, num_steps=num_steps), f"text of {_short(folder)}"
+            return _from_shards(config, num_steps=num_steps), f"text of {_short(folder)}"
         except (ConfigError, DataError) as error:
             if given:
                 raise
@@ -32,8 +33,9 @@ def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]
     return batches, f"synthetic tokens of seed {config.seed} ({why})"
 
 
-def _from_shards(folder: str, config: Config, *, num_steps: int) -> list[Batch]:
-    shards = ShardFolder.open(folder, on_corrupt=config.data.on_corrupt)
+def _from_shards(config: Config, *, num_steps: int) -> list[Batch]:
+    shards = open_folder(config.data)
+    folder = shards.location
     if shards.tokenizer.vocab_size != config.model.vocab_size:
         raise ConfigError(
             "model.vocab_size",
@@ -42,7 +44,9 @@ def _from_shards(folder: str, config: Config, *, num_steps: int) -> list[Batch]:
             f"vocabulary has {shards.tokenizer.vocab_size}: use that size, or other shards",
         )
     batches, size = training_batches(config, shards, position=None), config.train.global_batch_size
-    return [_padded(batches.read(step * size, rank=0, num_ranks=1)) for step in range(num_steps)]
+    with closing(batches):
+        whole = [batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps)]
+    return [_padded(batch) for batch in whole]
 
 
 def _synthetic(config: Config, step: int) -> Batch:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from data_pipeline import BuildSettings, ShardFolder, build_shards
-from data_pipeline.verification import tokenizer_of
+from data_pipeline.progress import byte_progress
+from data_pipeline.settings import CacheSettings
+from data_pipeline.storage import ShardFiles, open_files
+from data_pipeline.verification import damaged_files, tokenizer_of
 
 
 def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[str]:
@@ -41,7 +44,7 @@ def build(corpus: Path | dict[str, Path], to: Path, **settings: object) -> Shard
 def documents_of(folder: ShardFolder, split: str, *, source: str | None = None) -> list[str]:
     """The texts of a split of a source (the first) in stored order, read without our reader."""
     entry = folder.index.tokenizer
-    tokenizer = None if entry is None else tokenizer_of(folder.path, entry)
+    tokenizer = None if entry is None else tokenizer_of(files_of(folder), entry)
     texts = []
     for shard in folder.source(source or folder.sources[0]).splits[split].shards:
         with tarfile.open(folder.path / shard.file) as tar:
@@ -56,6 +59,17 @@ def documents_of(folder: ShardFolder, split: str, *, source: str | None = None) 
                     assert tokens[-1] == tokenizer.end_of_document
                     texts.append(tokenizer.decode(tokens[:-1]))
     return texts
+
+
+def files_of(folder: ShardFolder) -> ShardFiles:
+    """The folder's files."""
+    return open_files(str(folder.path), cache=CacheSettings())
+
+
+def damaged(folder: ShardFolder) -> dict[str, str]:
+    """What verification finds in a folder."""
+    with byte_progress("verifying", num_bytes=1, shown=False) as counter:
+        return damaged_files(files_of(folder), folder.index, counter=counter)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

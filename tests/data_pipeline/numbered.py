@@ -97,7 +97,7 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
     return Index(
         format_version=FORMAT_VERSION,
         build=BuildEntry(
-            sources={name: SourceSettings(corpus=name) for name in splits},
+            sources={name: SourceSettings(corpus="numbers") for name in splits},
             tokenizer="numbers",
             end_of_document=None,
             validation_fraction=0.5,
@@ -105,7 +105,7 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
             on_corrupt=OnCorrupt.fail,
         ),
         tokenizer=TokenizerEntry(
-            name="numbers", vocab_size=VOCAB_SIZE, end_of_document=END, fingerprint="0" * 64
+            name="numbers", vocab_size=VOCAB_SIZE, end_of_document=END, fingerprint=64 * "0"
         ),
         dtype="uint32",
         sources=tuple(

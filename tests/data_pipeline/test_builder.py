@@ -1,6 +1,7 @@
 """A shard folder holds its text, is the same however it is built, and appears whole or not."""
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -24,8 +25,10 @@ from data_pipeline import (
     resolved_dir,
 )
 from data_pipeline.settings import SourceSettings
+from data_pipeline.shards import SplitWriter
 from data_pipeline.splits import split_of
-from tests.data_pipeline.conftest import build, contents, documents_of, write_corpus
+from data_pipeline.unfinished import FinishedShard
+from tests.data_pipeline.conftest import build, contents, damaged, documents_of, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -53,7 +56,7 @@ def test_text_survives_the_round_trip(tmp_path: Path, tokenizer: str) -> None:
         assert documents_of(folder, split) == expected
         assert folder.num_bytes(split) == sum(len(text.encode()) for text in expected)
     assert len(folder.source("corpus").splits["train"].shards) > 1
-    folder.verify()
+    assert not damaged(folder)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "mixtral-v3"])
@@ -114,7 +117,7 @@ def test_sources_stay_apart_in_the_order_given(tmp_path: Path) -> None:
         for split in ("train", "validation"):
             assert documents_of(folder, split, source=name) == expected_documents(expected, split)
         assert all(shard.file.startswith(f"{name}-") for shard in source.splits["train"].shards)
-    folder.verify()
+    assert not damaged(folder)
     turned = dict(reversed(settings.sources.items()))
     with pytest.raises(DataError, match="holds shards built with sources="):
         build_shards(replace(settings, sources=turned), progress=False)
@@ -158,7 +161,7 @@ def test_file_with_blanks_and_letters_of_its_own_is_built(tmp_path: Path) -> Non
     corpus = write_json_lines(tmp_path / "a b" / "ü.jsonl", ["größer", "naïve"])
     folder = build(corpus, tmp_path / "ein Ordner für é", name="u", validation_fraction=0.0)
     assert documents_of(folder, "train", source="u") == ["größer", "naïve"]
-    folder.verify()
+    assert not damaged(folder)
 
 
 def test_trained_tokenizer_lies_in_the_folder(tmp_path: Path) -> None:
@@ -284,11 +287,30 @@ def test_plain_webdataset_reads_the_shards(folder: ShardFolder) -> None:
     shards = folder.source("corpus").splits["train"].shards
     urls = [str(folder.path / shard.file) for shard in shards]
     samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
-    found = np.concatenate([sample["npy"] for sample in samples])
-    documents = folder.documents("train", source="corpus")
-    ours = [documents.tokens(number) for number in range(documents.num_documents)]
-    assert np.array_equal(found, np.concatenate(ours))
-    assert found.dtype == np.uint16
+    found = [sample["npy"] for sample in samples]
+    assert all(tokens.dtype == np.uint16 for tokens in found)
+    texts = [bytes(tokens[:-1].tolist()).decode() for tokens in found]
+    assert texts == documents_of(folder, "train")
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_members_are_what_numpy_saves(tmp_path: Path, dtype: str) -> None:
+    sizes = [1, 9, 10, 100_000]
+    kept: list[FinishedShard] = []
+    with SplitWriter(
+        tmp_path, source="a", split="train", shard_tokens=10**9, keep=kept.append
+    ) as writer:
+        for number, size in enumerate(sizes):
+            tokens = np.arange(size).astype(dtype)
+            writer.write(tokens, content=b"a", number=number, digest=bytes(32))
+    assert kept[0].entry.num_tokens == sum(sizes)
+    with tarfile.open(tmp_path / kept[0].entry.file) as tar:
+        for member, size in zip(tar, sizes, strict=True):
+            saved = io.BytesIO()
+            np.save(saved, np.arange(size).astype(dtype))
+            file = tar.extractfile(member)
+            assert file is not None
+            assert file.read() == saved.getvalue()
 
 
 def test_document_longer_than_a_shard_has_one_to_itself(tmp_path: Path) -> None:
@@ -339,9 +361,9 @@ def test_open_or_build_makes_the_corpus_of_the_settings(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = DataSettings(corpus=str(corpus))
-    assert resolved_dir(settings) == tmp_path / "data" / "corpus-bytes"
+    assert resolved_dir(settings) == str(tmp_path / "data" / "corpus-bytes")
     folder = open_or_build(settings, progress=False)
-    assert folder.path == resolved_dir(settings)
+    assert str(folder.path) == resolved_dir(settings)
     assert open_or_build(settings, progress=False).index == folder.index
     with pytest.raises(DataError, match="not a shard folder"):
         open_or_build(DataSettings(dir=str(tmp_path / "nowhere")), progress=False)

@@ -9,7 +9,9 @@ import pytest
 
 from data_pipeline import DataError, ShardFolder
 from data_pipeline.index import parsed_index, read_index
-from tests.data_pipeline.conftest import build, write_corpus
+from data_pipeline.settings import CacheSettings
+from data_pipeline.storage import open_files
+from tests.data_pipeline.conftest import build, files_of, write_corpus
 
 Lie = Callable[[dict[str, Any]], Any]
 
@@ -138,9 +140,9 @@ def test_cut_index_is_refused_wherever_it_is_cut(folder: ShardFolder) -> None:
     for length in range(0, len(text) - 2, 97):
         path.write_bytes(text[:length])
         with pytest.raises(DataError, match=r"index\.json is damaged"):
-            read_index(folder.path)
+            read_index(files_of(folder))
 
 
 def test_folder_without_index_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data_pipeline\.build corpus="):
-        read_index(tmp_path)
+        read_index(open_files(str(tmp_path), cache=CacheSettings()))

@@ -104,7 +104,7 @@ def test_shard_that_was_changed_with_its_hash_is_named(
     name = change_shard(folder, change)
     with pytest.raises(DataError) as damaged:
         report(folder, capsys)
-    assert f"{name} " in str(damaged.value)
+    assert f"{name}: " in str(damaged.value)
     assert reason in str(damaged.value)
     assert list(json.loads(capsys.readouterr().out)["damaged"]) == [name]
 
@@ -150,8 +150,8 @@ def test_every_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
         train[2].documents,
         validation[0].file,
     }
-    assert found[train[1].file] == "is missing"
-    assert found[validation[0].file] == f"has 1000 bytes and should have {validation[0].size}"
+    assert "is missing" in found[train[1].file]
+    assert f"has 1000 bytes and should have {validation[0].size}" in found[validation[0].file]
     assert all(name in str(damaged.value) for name in found)
 
 

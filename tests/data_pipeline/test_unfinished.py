@@ -18,7 +18,7 @@ import pytest
 from data_pipeline import BuildSettings, DataError, build_shards
 from data_pipeline.tokenizers import ByteTokenizer
 from data_pipeline.unfinished import hidden_folder
-from tests.data_pipeline.conftest import build, contents, write_corpus
+from tests.data_pipeline.conftest import build, contents, damaged, write_corpus
 
 HIDDEN = ".to.building"
 
@@ -54,7 +54,7 @@ def finished_shards(hidden: Path) -> dict[str, tuple[int, int]]:
 
 def num_records(hidden: Path) -> int:
     try:
-        return len(os.listdir(hidden / "records"))
+        return sum(name.endswith(".json") for name in os.listdir(hidden / "records"))
     except FileNotFoundError:  # not there yet, or just removed
         return 0
 
@@ -265,7 +265,7 @@ def test_second_builder_waits_and_takes_what_the_first_has_built(
             time.sleep(0.01)
         assert not (tmp_path / "to").exists()
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
-    build_shards(settings).verify()
+    assert not damaged(build_shards(settings))
     assert not hidden.exists()
 
 
@@ -297,24 +297,47 @@ def test_full_disk_is_told_and_the_same_build_goes_on(tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
+def start_long_build(tmp_path: Path) -> subprocess.Popen[str]:
+    """A command that builds with two processes and has finished a shard."""
     write_corpus(tmp_path / "corpus", num_documents=100)
-    (tmp_path / "corpus" / "9999.txt").write_text("some words to encode\n" * 200_000)
-    command = [
-        *(sys.executable, "-m", "data_pipeline.build", "corpus=corpus", "to=to"),
-        *("tokenizer=mixtral-v1", "num_processes=2", "shard_tokens=2000", "validation_fraction=0"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not list((tmp_path / HIDDEN / "records").glob("*.json")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+    numbers = np.random.default_rng(0).integers(0, 10**9, size=(40, 40_000))  # no word twice
+    for number, row in enumerate(numbers.tolist()):
+        (tmp_path / "corpus" / f"long{number}.txt").write_text(" ".join(map(str, row)))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "data_pipeline.build", "corpus=corpus", "to=to"),
+            *("tokenizer=mixtral-v1", "num_processes=2", "shard_tokens=2000"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not num_records(tmp_path / HIDDEN):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
+    with start_long_build(tmp_path) as process:
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: its workers get it too
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said.endswith("stopped; the same command goes on from what is finished\n")
     assert "Traceback" not in said
     assert not (tmp_path / "to").exists()
+    assert finished_shards(tmp_path / HIDDEN)
+
+
+def test_killed_worker_ends_the_command_with_a_message(tmp_path: Path) -> None:
+    with start_long_build(tmp_path) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)  # after the tracker of resources
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a process that tokenises was killed" in said
+    assert said.endswith("; the same command goes on from what is finished\n")
+    assert "Traceback" not in said
     assert finished_shards(tmp_path / HIDDEN)

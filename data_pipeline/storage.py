@@ -1,0 +1,315 @@
+"""Where the files of a shard folder come from: a disk of this machine, or a server.
+
+Owns the only import of fsspec and of its parts for each protocol, the retries, and the check of
+what was downloaded. Leaves the downloaded files to `cache`, and their meaning to `reader`.
+
+Credentials and servers other than the usual ones are set where these libraries look for them, in
+the environment: `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the like for s3://,
+`GOOGLE_APPLICATION_CREDENTIALS` and the like for gs://, and `FSSPEC_S3`, `FSSPEC_GS`,
+`FSSPEC_HTTP` with a JSON object of any options of fsspec's, as `FSSPEC_S3='{"anon": true}'`.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+from urllib.parse import quote, urlsplit
+
+from data_pipeline.cache import NO_ROOM, FileCache
+from data_pipeline.settings import CacheSettings, DataError, UnavailableError
+
+PROTOCOLS = ("s3", "gs", "https", "http")
+
+_DEFAULT_CACHE = "~/.cache/moetrain/shards"
+_PIECE_BYTES = 8 * 2**20
+_LONGEST_PAUSE_SECONDS = 60.0
+# Of HTTP's answers that put the blame on who asks, those that say: ask again.
+_RETRIED_STATUSES = (408, 425, 429)
+
+Result = TypeVar("Result")
+_logger = logging.getLogger(__name__)
+
+
+class ShardFiles(Protocol):
+    """The files of one folder, by name.
+
+    `max_mapped` is how many shards of a source should be held open at a time, None for all: an
+    open file takes its room on the disk even when the cache has deleted it.
+    """
+
+    max_mapped: int | None
+
+    @property
+    def location(self) -> str:
+        """What messages call the folder; no secrets are in it."""
+        ...
+
+    def read_bytes(self, name: str) -> bytes:
+        """A small file as it is now; raises FileNotFoundError, or DataError where it can't be."""
+        ...
+
+    def check(self, name: str, *, size: int) -> None:
+        """Raises DataError where a file is known, without a request, not to be as it should."""
+        ...
+
+    def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
+        """A file of this size, open for reading, on a disk of this machine.
+
+        Its bytes are those of `sha256` if they were downloaded; else who reads them checks them.
+        Raises DataError naming the file, and what was found in its place.
+        """
+        ...
+
+
+def open_files(folder: str, *, cache: CacheSettings) -> ShardFiles:
+    """The files of a folder: a path, or a URL of one of `PROTOCOLS`.
+
+    Raises DataError for any other protocol, `pipe:` included, and where a library is missing.
+    """
+    protocol, separator, _ = folder.partition("://")
+    if folder.startswith("pipe:") or (separator and "/" not in protocol):
+        if protocol not in PROTOCOLS:
+            raise DataError(
+                f"{_shown(folder)!r} is neither a path nor a URL that shards are read from; those "
+                f"begin with {', '.join(f'{name}://' for name in PROTOCOLS)}"
+            )
+        return RemoteFiles(folder, cache=cache)
+    return LocalFiles(Path(folder))
+
+
+class LocalFiles:
+    """The files of a folder on a disk of this machine."""
+
+    max_mapped: int | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+
+    @property
+    def location(self) -> str:
+        """The folder's absolute path."""
+        return str(self._folder)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file; raises FileNotFoundError where there is none."""
+        return (self._folder / name).read_bytes()
+
+    def check(self, name: str, *, size: int) -> None:
+        """Raises DataError where a file is missing, or of another size."""
+        path = self._folder / name
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} is missing (expected {size} bytes); restore it, or build the folder again"
+            ) from None
+        if found != size:
+            raise DataError(
+                f"{path} has {found} bytes and should have {size}; restore it, or build the "
+                "folder again"
+            )
+
+    def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
+        """The file itself; its size is checked, and its bytes by who reads them."""
+        self.check(name, size=size)
+        return (self._folder / name).open("rb")
+
+
+class RemoteFiles:
+    """The files of a folder at a URL, downloaded as they are needed and kept in a bounded cache."""
+
+    max_mapped: int | None = 8
+
+    def __init__(self, folder: str, *, cache: CacheSettings) -> None:
+        self._folder = folder.rstrip("/")
+        self._protocol = folder.partition("://")[0]
+        self._settings = cache
+        directory = Path(cache.dir or _DEFAULT_CACHE).expanduser().absolute()
+        self._cache = FileCache(directory, max_bytes=int(cache.max_gib * 2**30))
+        self._filesystems = {os.getpid(): self._new_filesystem()}
+
+    @property
+    def location(self) -> str:
+        """The folder's URL without user, password and query."""
+        return _shown(self._folder)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file, asked for each time; raises FileNotFoundError where there is none."""
+        url = self._url(name)
+        return self._tried(url, lambda: b"".join(self._pieces(url, None)))
+
+    def check(self, name: str, *, size: int) -> None:
+        """Raises UnavailableError where the cache is smaller than a file; else nothing is known."""
+        if size > self._settings.max_gib * 2**30:
+            raise UnavailableError(
+                f"{name} of {self.location} has {size} bytes, more than the whole cache: raise "
+                f"data.cache.max_gib={self._settings.max_gib:g}"
+            )
+
+    def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
+        """The file in the cache, downloaded and hashed where it isn't there yet."""
+        url = self._url(name)
+
+        def download(file: BinaryIO) -> None:
+            try:
+                self._tried(url, lambda: self._download(url, file, size=size, sha256=sha256))
+            except FileNotFoundError:
+                raise DataError(
+                    f"{_shown(url)} is missing (expected {size} bytes); restore it, or build the "
+                    "folder again"
+                ) from None
+
+        return self._cache.open(sha256, size=size, name=_shown(url), write=download)
+
+    def _download(self, url: str, file: BinaryIO, *, size: int, sha256: str) -> None:
+        file.seek(0)
+        digest, found = hashlib.sha256(), 0
+        for piece in self._pieces(url, size):
+            found += len(piece)
+            if found > size:
+                break
+            digest.update(piece)
+            file.write(piece)
+        if found != size:
+            many = f"more than {size}" if found > size else str(found)
+            raise _WrongBytesError(f"{many} bytes were sent and {size} were expected")
+        if digest.hexdigest() != sha256:
+            raise _WrongBytesError(f"its SHA-256 is {digest.hexdigest()} and should be {sha256}")
+
+    def _pieces(self, url: str, size: int | None) -> Iterator[bytes]:
+        """A file's bytes in order, of `size` at most where it is given.
+
+        Raises what the library for the protocol raises, and TimeoutError where nothing comes.
+        """
+        from fsspec.asyn import sync
+
+        filesystem, seconds = self._filesystem(), self._settings.timeout_seconds
+
+        def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            return sync(filesystem.loop, function, *args, timeout=seconds, **options)
+
+        if self._protocol in ("http", "https"):
+            import aiohttp
+
+            # One stream, since many servers know no ranges. By itself aiohttp would end it after
+            # five minutes, however well it goes; here each read has its own time. What is given
+            # to open_async() as options gets lost on the way.
+            stream = call(lambda: filesystem.open_async(url, size=0))
+            stream.kwargs = {**filesystem.kwargs, "timeout": aiohttp.ClientTimeout(total=None)}
+            try:
+                while piece := call(stream.read, _PIECE_BYTES):
+                    yield piece
+            finally:
+                call(stream.close)
+        elif size is None:
+            yield call(filesystem._cat_file, url)
+        else:
+            for start in range(0, size, _PIECE_BYTES):
+                end = min(start + _PIECE_BYTES, size)
+                piece = call(filesystem._cat_file, url, start=start, end=end)
+                yield piece
+                if len(piece) != end - start:
+                    return
+
+    def _tried(self, url: str, work: Callable[[], Result]) -> Result:
+        """What `work` returns, done again where it fails for a reason that may pass."""
+        num_tries = self._settings.num_retries + 1
+        for number in range(1, num_tries + 1):
+            try:
+                return work()
+            except (DataError, TypeError, AttributeError):  # the last two: bugs
+                raise
+            except Exception as error:
+                if getattr(error, "errno", None) in NO_ROOM:
+                    raise
+                # Not `from error`: its own text may have the URL with all secrets in it.
+                if isinstance(error, FileNotFoundError):
+                    raise FileNotFoundError(_shown(url)) from None
+                why = self._reason(error)
+                if _is_final(error):
+                    raise UnavailableError(
+                        f"{_shown(url)} can't be read: {why}; check the address and credentials"
+                    ) from None
+                if number == num_tries:
+                    what = f"{_shown(url)} can't be read, tried {number} times: {why}"
+                    if isinstance(error, _WrongBytesError):
+                        raise DataError(f"{what}; restore it, or build the folder again") from None
+                    raise UnavailableError(
+                        f"{what}; see to the server or the network, or raise data.cache.num_retries"
+                    ) from None
+                longest = min(
+                    self._settings.pause_seconds * 2 ** (number - 1), _LONGEST_PAUSE_SECONDS
+                )
+                # Anything up to it, so that many ranks don't come back together. Not of the
+                # program's own random numbers: a bad network must not change a run.
+                pause = random.SystemRandom().uniform(0.0, longest)
+                _logger.warning("%s: %s; trying again in %.1f s", _shown(url), why, pause)
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"nothing came for {self._settings.timeout_seconds:g} s"
+        return f"{type(error).__name__}: {_shown(str(error))}"
+
+    def _url(self, name: str) -> str:
+        if self._protocol not in ("http", "https"):
+            return f"{self._folder}/{name}"
+        parts = urlsplit(self._folder)  # a query, such as a signature, goes with every file
+        return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
+
+    def _filesystem(self) -> Any:
+        """fsspec's filesystem; a forked process has one of its own, for it has no parent's threads.
+
+        The parent's is kept there unused: if it were closed, it would take the parent's
+        connections out of the event loop that both still share.
+        """
+        process = os.getpid()
+        if process not in self._filesystems:
+            self._filesystems[process] = self._new_filesystem()
+        return self._filesystems[process]
+
+    def _new_filesystem(self) -> Any:
+        try:
+            if self._protocol == "gs":
+                # The class that fsspec would take asks by gRPC for each bucket's kind first, with
+                # threads that a fork breaks. Zonal buckets need it; they aren't read here.
+                from gcsfs.core import GCSFileSystem
+
+                return GCSFileSystem(skip_instance_cache=True)
+            import fsspec
+
+            return fsspec.filesystem(self._protocol, skip_instance_cache=True)
+        except ImportError as error:
+            raise DataError(
+                f"{self.location}: reading {self._protocol}:// needs more packages ({error}): "
+                "pip install 'moetrain[remote]'"
+            ) from error
+
+
+class _WrongBytesError(Exception):
+    """What was sent isn't what the index says."""
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the same request would fail again."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return (
+        # ValueError: an address that can't be, and a certificate that isn't to be trusted.
+        isinstance(error, (PermissionError, ValueError))
+        or "Credentials" in type(error).__name__
+        or str(error).startswith("Forbidden")  # gcsfs
+        or (isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUSES)
+    )
+
+
+def _shown(text: str) -> str:
+    """A text without what may be secret in its URLs: users, passwords and queries."""
+    text = re.sub(r"://[^/\s]*@", "://", text)
+    return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)
