@@ -34,6 +34,7 @@ def training_flops_per_token(settings: ModelSettings, *, seq_len: int) -> float:
     Six for each active parameter of a matrix product (the embedding is a look-up), and the
     causal attention's scores and sums: 12 · heads · head_dim · seq_len / 2 a layer
     (arXiv 2204.02311, appendix B, halved for the causal mask). Recomputation is not counted.
+    Attention counts as over whole sequences, also where it stops at document ends and costs less.
     """
     matrices = active_parameters(settings) - settings.vocab_size * settings.dim
     attention = 6 * settings.num_layers * settings.num_heads * settings.head_dim * seq_len

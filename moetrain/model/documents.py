@@ -7,6 +7,7 @@ here is of size seq × seq.
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 class Documents:
     """The documents of a batch of sequences, one after the other; none crosses a sequence's end."""
 
-    lengths: list[int]
-    """Tokens of each."""
+    runs: list[tuple[int, int]]
+    """How many neighbours have the same length, and that length, run after run."""
     positions: Int64[Tensor, "batch seq"]
     """Of each token in its own document."""
     cu_seqlens: Int32[Tensor, " bounds"]
@@ -36,7 +37,7 @@ class Documents:
         lengths = bounds.diff()
         positions = torch.arange(starts.numel()) - firsts.repeat_interleave(lengths)
         return Documents(
-            lengths=lengths.tolist(),
+            runs=[(len(list(run)), length) for length, run in groupby(lengths.tolist())],
             positions=positions.view_as(starts).to(device),
             cu_seqlens=bounds.int().to(device),
         )
@@ -50,32 +51,37 @@ def attend_documents(
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     """Returns causal attention of each document to itself alone.
 
-    In half precision on CUDA by torch's kernel for documents of any lengths, else one after the
-    other. Measured on a CPU, that takes the time of attention across the borders where documents
-    are as long as sequences, and less where they are shorter; groups padded to like lengths are
-    faster for documents of a dozen tokens, and slower for all others.
+    In half precision on CUDA by torch's kernel for documents of any lengths, else one run of like
+    lengths after the other. Measured on a CPU, that takes the time of attention across the borders
+    where documents are as long as sequences, and less where they are shorter; groups padded to
+    like lengths are faster for documents of a dozen tokens, and slower for all others.
     """
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [tokens, heads, head_dim]
     grouped = q.shape[1] != k.shape[1]
     varlen = _varlen_attention() if _has_flash(q) else None
     if varlen is not None:
-        longest = max(documents.lengths)
+        longest = max(length for _, length in documents.runs)
         bounds = documents.cu_seqlens
         y: Tensor = varlen(
             *packed, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=grouped
         )
     else:
-        parts = zip(*(x.split(documents.lengths) for x in packed), strict=True)
-        y = torch.cat([_attend(*part, grouped=grouped) for part in parts])
+        sizes = [count * length for count, length in documents.runs]
+        runs = zip(documents.runs, *(x.split(sizes) for x in packed), strict=True)
+        y = torch.cat(
+            [
+                _attend(*(x.unflatten(0, shape) for x in run), grouped=grouped)
+                for shape, *run in runs
+            ]
+        )
     return y.view(q.shape[0], q.shape[2], *y.shape[1:]).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool) -> Tensor:
-    """Returns one document's causal attention, [length, heads, head_dim] as all its arguments."""
-    # A batch of one: without it torch takes the kernel that makes the whole score matrix.
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    """Returns the causal attention of [documents, length, heads, head_dim], as [tokens, …]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return y.squeeze(0).transpose(0, 1)
+    return y.transpose(1, 2).flatten(0, 1)
 
 
 def _has_flash(x: Tensor) -> bool:

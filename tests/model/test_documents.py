@@ -35,7 +35,7 @@ def alone(batch: Tensor) -> list[Tensor]:
 
 def test_documents_know_where_they_stand() -> None:
     documents = documents_of(LENGTHS)
-    assert documents.lengths == [n for row in LENGTHS for n in row]
+    assert documents.runs == [(1, 5), (1, 1), (1, 30), (1, 2), (1, 38), (2, 1), (1, 36)]
     assert documents.cu_seqlens.tolist() == [0, 5, 6, 36, 38, 76, 77, 78, 114]
     expected = [[p for n in row for p in range(n)] for row in LENGTHS]
     assert documents.positions.tolist() == expected
@@ -43,7 +43,13 @@ def test_documents_know_where_they_stand() -> None:
 
 def test_a_sequence_begins_a_document_whether_it_says_so_or_not() -> None:
     documents = Documents.of(torch.zeros(2, 3, dtype=torch.bool), device=CPU)
-    assert documents.lengths == [3, 3]
+    assert documents.runs == [(2, 3)]
+
+
+def test_sequences_of_one_document_are_to_the_bit_what_they_are_without() -> None:
+    model = _initialised(SMALL)
+    tokens = torch.randint(0, 101, (3, 38))
+    assert torch.equal(model(tokens, documents=documents_of([[38]] * 3)), model(tokens))
 
 
 @pytest.mark.parametrize("name", MOE_AND_DENSE)
