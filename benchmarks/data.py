@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--document-tokens", nargs="+", type=int, default=[300, 1000, 5000], help="mean lengths"
     )
     parser.add_argument("--megatokens", type=float, default=32, help="to read (%(default)s)")
-    parser.add_argument("--megabytes", type=float, default=60, help="to build (%(default)s)")
+    parser.add_argument("--megabytes", type=float, default=120, help="to build (%(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of the toy (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
