@@ -181,6 +181,22 @@ def shard_files(source: str, split: str, number: int) -> tuple[str, str]:
     return f"{stem}.tar", f"{stem}.documents.npy"
 
 
+def shards_of(index: Index) -> list[ShardEntry]:
+    """The shards of a folder, in stored order."""
+    return [
+        shard
+        for source in index.sources
+        for split in source.splits.values()
+        for shard in split.shards
+    ]
+
+
+def table_size(shard: ShardEntry) -> int:
+    """Bytes of a shard's table of documents."""
+    # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
+    return 128 + 24 * shard.num_documents
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:

@@ -11,12 +11,12 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.command import run_command
-from data_pipeline.index import Index, SourceEntry, read_index
+from data_pipeline.index import Index, SourceEntry, read_index, shards_of
 from data_pipeline.progress import byte_progress
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import CacheSettings, Count, DataError, Natural
 from data_pipeline.storage import ShardFiles, open_files
-from data_pipeline.verification import damaged_files, open_table, shards_of, tokenizer_of
+from data_pipeline.verification import damaged_files, open_table, tokenizer_of
 
 # No character of UTF-8 is longer.
 _BYTES_PER_CHARACTER = 4

@@ -25,6 +25,8 @@ from data_pipeline.index import (
     SplitEntry,
     TokenizerEntry,
     read_index,
+    shards_of,
+    table_size,
 )
 from data_pipeline.settings import CacheSettings, DataError, OnCorrupt
 from data_pipeline.storage import ShardFiles, open_files
@@ -76,8 +78,8 @@ class ShardFolder:
             damaged=damaged,
             text_tokenizer=tokenizer_named(tokenizer) if tokenizer and not index.dtype else None,
         )
-        for shard in folder._shards():
-            files.check(shard.documents, size=_table_size(shard))
+        for shard in shards_of(index):
+            files.check(shard.documents, size=table_size(shard))
             try:
                 files.check(shard.file, size=shard.size)
             except DataError as error:
@@ -99,7 +101,7 @@ class ShardFolder:
     @property
     def fingerprint(self) -> str:
         """One hash of the tokenizer and of every shard in order: what the folder's tokens are."""
-        hashes = [self.tokenizer.fingerprint, *(shard.sha256 for shard in self._shards())]
+        hashes = [self.tokenizer.fingerprint, *(shard.sha256 for shard in shards_of(self.index))]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     @property
@@ -169,14 +171,6 @@ class ShardFolder:
         if split not in sources[0].splits:
             raise DataError(f"split {split!r} is none of {', '.join(sources[0].splits)}")
         return [entry.splits[split] for entry in sources]
-
-    def _shards(self) -> list[ShardEntry]:
-        return [
-            shard
-            for source in self.index.sources
-            for split in source.splits.values()
-            for shard in split.shards
-        ]
 
 
 # What is known of a document.
@@ -344,16 +338,11 @@ class Documents:
             return found
 
 
-def _table_size(shard: ShardEntry) -> int:
-    # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
-    return 128 + 24 * shard.num_documents
-
-
 def _table(
     files: ShardFiles, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger], is_text: bool
 ) -> NDArray[np.int64]:
     """The table of a shard's documents [num_documents, 3], checked against hash and index."""
-    name, size, sha256 = shard.documents, _table_size(shard), shard.documents_sha256
+    name, size, sha256 = shard.documents, table_size(shard), shard.documents_sha256
     with files.open(name, size=size, sha256=sha256) as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != sha256:

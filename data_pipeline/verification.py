@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.index import Index, ShardEntry, TokenizerEntry
+from data_pipeline.index import Index, ShardEntry, TokenizerEntry, shards_of, table_size
 from data_pipeline.progress import ByteCounter
 from data_pipeline.settings import DataError
 from data_pipeline.storage import ShardFiles
@@ -29,12 +29,10 @@ def damaged_files(files: ShardFiles, index: Index, *, counter: ByteCounter) -> d
         except (DataError, OSError) as error:
             damaged[index.tokenizer.file or f"tokenizer {index.tokenizer.name}"] = str(error)
     for shard in shards_of(index):
-        table_size = 128 + 24 * shard.num_documents  # a header, then three int64 a document
+        size = table_size(shard)
         wrong = {
             shard.file: _wrong_bytes(files, shard.file, shard.size, shard.sha256),
-            shard.documents: _wrong_bytes(
-                files, shard.documents, table_size, shard.documents_sha256
-            ),
+            shard.documents: _wrong_bytes(files, shard.documents, size, shard.documents_sha256),
         }
         if not any(wrong.values()):
             try:
@@ -42,18 +40,8 @@ def damaged_files(files: ShardFiles, index: Index, *, counter: ByteCounter) -> d
             except (ValueError, tarfile.TarError, EOFError) as error:
                 wrong[shard.file] = str(error)
         damaged.update({name: reason for name, reason in wrong.items() if reason is not None})
-        counter.advance(shard.size + table_size)
+        counter.advance(shard.size + size)
     return damaged
-
-
-def shards_of(index: Index) -> list[ShardEntry]:
-    """The shards of a folder, in stored order."""
-    return [
-        shard
-        for source in index.sources
-        for split in source.splits.values()
-        for shard in split.shards
-    ]
 
 
 def tokenizer_of(files: ShardFiles, entry: TokenizerEntry) -> Tokenizer:
@@ -76,8 +64,7 @@ def _wrong_bytes(files: ShardFiles, name: str, size: int, sha256: str) -> str | 
 
 def open_table(files: ShardFiles, shard: ShardEntry) -> NDArray[np.int64]:
     """The table of a shard's documents [num_documents, 3], as it is."""
-    size = 128 + 24 * shard.num_documents  # a header, then three int64 a document
-    with files.open(shard.documents, size=size, sha256=shard.documents_sha256) as file:
+    with files.open(shard.documents, size=table_size(shard), sha256=shard.documents_sha256) as file:
         table: NDArray[np.int64] = np.load(io.BytesIO(file.read()), allow_pickle=False)
     return table
 
