@@ -48,7 +48,7 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("selectolax", {"data_pipeline/html_text.py"}),
         ("tokenizers", {"data_pipeline/json_tokenizer.py"}),
         ("sentencepiece", {"data_pipeline/mixtral_tokenizer.py"}),
-        # Shards and checkpoints; data_pipeline and moetrain.checkpoint import nothing of each other.
+        # Shards and checkpoints, which import nothing of each other.
         ("fsspec", {"data_pipeline/storage.py", "moetrain/checkpoint/object_folder.py"}),
         ("gcsfs", {"data_pipeline/storage.py", "moetrain/checkpoint/object_folder.py"}),
         ("aiohttp", {"data_pipeline/storage.py"}),

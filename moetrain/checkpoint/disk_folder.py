@@ -6,7 +6,7 @@ Owns that each file there is seen whole or not at all, whenever the writer is ki
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,17 +29,14 @@ class DiskFolder:
         return f"file://{self._folder}"
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Walks the folder; files that begin with a dot are not yet, or no longer, there."""
+        """Walks the folder; what killed writers left is listed too, under names with a dot."""
         with self._told():
             folder, found = self._folder / below, {}
             for parent, _, names in os.walk(folder, onerror=_raise):
                 for name in names:
                     path = Path(parent, name)
-                    try:
-                        if not name.startswith("."):
-                            found[path.relative_to(folder).as_posix()] = path.stat().st_size
-                    except FileNotFoundError:
-                        continue  # another process deletes
+                    with suppress(FileNotFoundError):  # another process deletes
+                        found[path.relative_to(folder).as_posix()] = path.stat().st_size
             return found
 
     def read(self, name: str) -> bytes:
@@ -92,14 +89,14 @@ class DiskFolder:
         with self._told():
             path = self._folder / name
             path.unlink(missing_ok=True)
-            if path.parent.is_dir() and not any(path.parent.iterdir()):
+            with suppress(OSError):  # others are in it, or another thread was first
                 path.parent.rmdir()
 
     def forget_uploads(self, below: str) -> None:
         """Deletes what killed writers left."""
         with self._told():
             for path in (self._folder / below).glob(".*.new"):
-                path.unlink(missing_ok=True)
+                self.delete(f"{below}/{path.name}")
 
     def stop(self) -> None:
         """Takes effect with the next piece."""

@@ -15,7 +15,7 @@ from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, folder_name
 from moetrain.checkpoint.remote import RemoteCheckpoint, RemoteCheckpoints, demand_file_names
 from moetrain.checkpoint.remote_folder import RemoteFolder, in_parallel
 
-# Step, attempt and the size of each listed file of a folder that holds a manifest, and maybe no more.
+# Step, attempt and the sizes of the listed files, of a folder that may hold its manifest alone.
 Describe = Callable[[Path], tuple[int, int, Mapping[str, int]]]
 
 _STAGED = "staged_download_"
