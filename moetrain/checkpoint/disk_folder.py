@@ -5,6 +5,7 @@ Owns that each file there is seen whole or not at all, whenever the writer is ki
 
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -111,7 +112,8 @@ class DiskFolder:
         """A file beside the one to be, filled and on the disk; gone afterwards."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
+        # Of this writer alone: threads, and machines that share the disk, may write one name.
+        new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
         try:
             with new.open("wb") as file:
                 fill(file)

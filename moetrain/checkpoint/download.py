@@ -160,9 +160,6 @@ class _Fetch:
 
     def _download(self, sizes: Mapping[str, int]) -> None:
         total = sum(sizes.values())
-        for path in self.staged.iterdir():
-            if path.name != MANIFEST and path.name not in sizes:
-                path.unlink()
         have = {name: self._have(name, size) for name, size in sizes.items()}
         self._done = sum(have.values())
         needed, free = total - self._done, shutil.disk_usage(self.staged).free

@@ -223,7 +223,11 @@ class RemoteCheckpoints:
                 )
 
     def _demand_same_manifest(self, saved: RemoteCheckpoint, manifest: bytes) -> None:
-        if self._files.read(f"{saved.name}/{MANIFEST}") != manifest:
+        try:
+            there = self._files.read(f"{saved.name}/{MANIFEST}")
+        except FileNotFoundError:
+            there = b""  # deleted by another attempt since
+        if there != manifest:
             raise CheckpointError(
                 f"{self.location}/{saved.name} holds another checkpoint, and nothing is written "
                 "into one; upload this run elsewhere, under another run.name"

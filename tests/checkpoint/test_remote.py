@@ -307,6 +307,17 @@ def test_two_that_start_at_once_get_two_numbers(store: str, request: pytest.Fixt
     assert remote.newest_attempt() == max(taken)
 
 
+@pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
+def test_store_that_knows_no_exclusive_creation_is_asked_before_it_is_written_to(
+    status: int, code: str, on_s3: RemoteCheckpoints, server: S3Server, tmp_path: Path
+) -> None:
+    server.hook = lambda request: (status, code) if request.exclusive else None
+    assert on_s3.take_attempt(0) == 1
+    assert on_s3.take_attempt(0) == 2
+    assert not on_s3.files.create("attempts/00000002", b"again")
+    assert on_s3.files.read("attempts/00000002") == b"2\n"
+
+
 @pytest.mark.trap(21)
 def test_attempt_that_is_taken_over_during_its_upload_commits_nothing(
     on_s3: RemoteCheckpoints, server: S3Server, tmp_path: Path
@@ -679,7 +690,6 @@ def test_damaged_part_of_an_earlier_download_is_begun_anew(
     stale.mkdir()
     flip(staged)
     (staged / "rank_00002.safetensors").write_bytes(bytes(5000))
-    (staged / "unlisted").write_bytes(b"x")
     fetched = fetch(on_disk, tmp_path / "there")
     assert fetched is not None
     assert contents(fetched) == contents(folder)
@@ -981,16 +991,34 @@ def test_close_gives_a_server_that_stalls_up_after_its_time(
     go_on.set()
 
 
+def test_close_tries_at_once_what_waits_for_the_end_of_an_outage(
+    on_s3: RemoteCheckpoints, server: S3Server, tmp_path: Path
+) -> None:
+    events = Events()
+    server.hook = lambda request: 503
+    uploader = started(on_s3, events, retry_seconds=3600.0)
+    submit(uploader, save(tmp_path / "here", 100))
+    events.wait_for("upload_failed")
+    server.hook = None
+    assert uploader.close(timeout=30) is None
+    assert events.steps("upload") == [100]
+
+
 def test_event_that_cannot_be_written_does_not_end_the_uploads(
     on_disk: RemoteCheckpoints, tmp_path: Path
 ) -> None:
+    events = Events()
+
     def fail(kind: str, **fields: Any) -> None:
+        events(kind, **fields)
         raise OSError("no space left")
 
     uploader = started(on_disk, fail)
-    submit(uploader, save(tmp_path / "here", 100))
+    for number, step in enumerate((100, 200), start=1):
+        submit(uploader, save(tmp_path / "here", step))
+        events.wait_for("upload", number)
     assert uploader.close() is None
-    assert latest(on_disk) == "step_00000100_attempt_1"
+    assert latest(on_disk) == "step_00000200_attempt_1"
 
 
 def test_program_that_ends_does_not_wait_for_an_upload(server: S3Server, tmp_path: Path) -> None:

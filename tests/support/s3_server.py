@@ -19,6 +19,8 @@ class Request:
     """Bucket and key."""
     query: str
     body: bytes
+    exclusive: bool
+    """Whether it may only create, and not replace."""
 
     @property
     def writes(self) -> bool:
@@ -30,7 +32,8 @@ class S3Server:
     """Moto's objects over HTTP.
 
     `hook` sees each request before it takes effect, one at a time, and may answer with a status
-    in its place. As on S3, an object whose body was cut off isn't there.
+    in its place, or a status and S3's code for an error. As on S3, an object whose body was cut off
+    isn't there.
     """
 
     def __init__(self) -> None:
@@ -41,7 +44,7 @@ class S3Server:
             def log(self, type: str, message: str, *args: Any) -> None:
                 pass
 
-        self.hook: Callable[[Request], int | None] | None = None
+        self.hook: Callable[[Request], int | tuple[int, str] | None] | None = None
         self.requests: list[Request] = []
         self._lock = threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -62,15 +65,18 @@ class S3Server:
             environment["PATH_INFO"].lstrip("/"),
             environment.get("QUERY_STRING", ""),
             body,
+            environment.get("HTTP_IF_NONE_MATCH") == "*",
         )
         with self._lock:
             self.requests.append(request)
-            status = self.hook(request) if self.hook is not None else None
-            if status is None:
+            answer = self.hook(request) if self.hook is not None else None
+            if answer is None:
                 # One at a time: moto's look before an exclusive creation isn't atomic.
                 return self._moto(environment, start)
-        start(f"{status} Fault", [("Content-Length", "0")])
-        return []
+        status, code = answer if isinstance(answer, tuple) else (answer, None)
+        text = "" if code is None else f"<Error><Code>{code}</Code><Message>no</Message></Error>"
+        start(f"{status} Fault", [("Content-Length", str(len(text)))])
+        return [text.encode()]
 
     def client(self) -> Any:
         """A client of the S3 library of others."""
