@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 
-from moetrain.checkpoint.download import fetch_newest
 from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.remote import (
+from moetrain.checkpoint.remote.checkpoints import (
     RemoteCheckpoint,
     RemoteCheckpoints,
     SupersededError,
     open_remote,
 )
-from moetrain.checkpoint.remote_folder import Patience, RemoteUnavailableError, check_url
-from moetrain.checkpoint.uploader import Uploader
+from moetrain.checkpoint.remote.download import fetch_newest
+from moetrain.checkpoint.remote.folder import Patience, RemoteUnavailableError, check_url
+from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checks import ConfigError
 from tests.support.s3_server import Request, S3Server, s3_server
 from tests.support.servers import Fault, file_server

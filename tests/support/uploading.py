@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.remote import RemoteCheckpoints, open_remote
-from moetrain.checkpoint.remote_folder import Patience
-from moetrain.checkpoint.uploader import Uploader
+from moetrain.checkpoint.remote.checkpoints import RemoteCheckpoints, open_remote
+from moetrain.checkpoint.remote.folder import Patience
+from moetrain.checkpoint.remote.uploader import Uploader
 
 PROCESSES = multiprocessing.get_context("forkserver")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.remote_folder import SETTING, RemoteUnavailableError
+from moetrain.checkpoint.remote.folder import SETTING, RemoteUnavailableError
 
 _PIECE_BYTES = 8 * 2**20
 

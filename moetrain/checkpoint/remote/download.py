@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, folder_name
-from moetrain.checkpoint.remote import RemoteCheckpoint, RemoteCheckpoints, demand_file_names
-from moetrain.checkpoint.remote_folder import RemoteFolder, in_parallel
+from moetrain.checkpoint.remote.checkpoints import (
+    RemoteCheckpoint,
+    RemoteCheckpoints,
+    demand_file_names,
+)
+from moetrain.checkpoint.remote.folder import RemoteFolder, in_parallel
 
 # Step, attempt and the sizes of the listed files, of a folder that may hold its manifest alone.
 Describe = Callable[[Path], tuple[int, int, Mapping[str, int]]]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.remote_folder import SETTING, Patience, RemoteUnavailableError, shown
+from moetrain.checkpoint.remote.folder import SETTING, Patience, RemoteUnavailableError, shown
 from moetrain.checks import ConfigError
 
 _LONGEST_PAUSE_SECONDS = 60.0

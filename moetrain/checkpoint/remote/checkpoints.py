@@ -19,16 +19,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.checkpoint.disk_folder import DiskFolder
-from moetrain.checkpoint.manifest import LATEST, MANIFEST, CheckpointError, folder_name
-from moetrain.checkpoint.object_folder import ObjectFolder
-from moetrain.checkpoint.remote_folder import (
+from moetrain.checkpoint.folders import LATEST
+from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, folder_name
+from moetrain.checkpoint.remote.disk_folder import DiskFolder
+from moetrain.checkpoint.remote.folder import (
     Patience,
     RemoteFolder,
     RemoteUnavailableError,
     check_url,
     in_parallel,
 )
+from moetrain.checkpoint.remote.object_folder import ObjectFolder
 
 ATTEMPTS = "attempts"
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.remote import RemoteCheckpoints
-from moetrain.checkpoint.remote_folder import RemoteUnavailableError
+from moetrain.checkpoint.manifest import CheckpointError, Manifest
+from moetrain.checkpoint.remote.checkpoints import RemoteCheckpoints
+from moetrain.checkpoint.remote.folder import RemoteUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +60,20 @@ class Uploader:
         self._thread = threading.Thread(target=self._run, name="checkpoint_upload", daemon=True)
         self._thread.start()
 
-    def submit(self, folder: Path, *, step: int, attempt: int, files: Mapping[str, int]) -> None:
-        """Has a complete local checkpoint uploaded, instead of one that still waits.
-
-        `files` are the sizes that its manifest lists, `attempt` the one that saved it.
-        """
+    def submit(self, folder: Path, manifest: Manifest) -> None:
+        """Has a complete local checkpoint uploaded, instead of one that still waits."""
+        step = manifest.step
+        task = _Task(
+            folder=folder,
+            step=step,
+            attempt=manifest.attempt,
+            files={name: entry.size for name, entry in manifest.files.items()},
+        )
         with self._changed:
             if self._closing:
                 raise RuntimeError(f"{folder} came after the uploader was closed")
             skipped = self._next
-            self._next, self._not_before = (
-                _Task(folder=folder, step=step, attempt=attempt, files=dict(files)),
-                0.0,
-            )
+            self._next, self._not_before = task, 0.0
             self._changed.notify_all()
         if skipped is not None and skipped.folder != folder:
             self._tell("upload_skipped", step=skipped.step, reason=f"step {step} is newer")
