@@ -122,7 +122,7 @@ def register(tree: type, *, name: str) -> None:
 
 
 def _spelt(field: str) -> str:
-    """Returns the setting that a field stands for: `from` for `from_`, as Python has a use for it."""
+    """Returns the setting that a field stands for: `from` for `from_`, a word of Python's own."""
     bare = field.removesuffix("_")
     return bare if keyword.iskeyword(bare) else field
 

@@ -6,6 +6,7 @@ Owns the command: its order of work and what is said. Leaves names, configuratio
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -123,15 +124,13 @@ def _import(source: Path, to: Path) -> None:
         print(f"note      {note}")
     print(
         f"imported  {source}: {len(files.tensors)} tensors, "
-        f"{total_parameters(imported.settings) / 1e9:.3g} B parameters\n"
+        f"{total_parameters(imported.settings):,} parameters\n"
         f"to        {to}, as step 0 of a run\n"
         f"next      {training_command(to)} data.dir=SHARDS"
     )
     if has_tokenizer:
-        tokenizer_at = to / "tokenizer"
-        print(
-            f"shards    python -m data_pipeline.build corpus=TEXT tokenizer={tokenizer_at} to=SHARDS"
-        )
+        build = shlex.join(["python", "-m", "data_pipeline.build", f"tokenizer={to / 'tokenizer'}"])
+        print(f"shards    {build} corpus=TEXT to=SHARDS")
 
 
 def _read_config(source: Path) -> dict[str, Any]:

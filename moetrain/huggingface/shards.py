@@ -43,7 +43,7 @@ def write_shards(
     names = names if len(names) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
         entries = {place.theirs: (dtype, place.theirs_shape) for place in shard}
-        with TensorFileWriter(to / name, entries, METADATA) as file:
+        with TensorFileWriter(to / name, entries, metadata=METADATA) as file:
             for place in shard:
                 file.write(place.theirs, _rounded(read(place), dtype, name=place.theirs))
     if len(names) > 1:
@@ -74,10 +74,11 @@ def _cut(placed: Sequence[Place], *, dtype: torch.dtype, max_shard_bytes: int) -
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
     rounded = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise ConversionError(f"{name} has NaN or infinity in the checkpoint: use another step")
     if not rounded.isfinite().all():
-        largest = tensor.abs().max().item()
         raise ConversionError(
-            f"{name} has a number that {str(dtype).removeprefix('torch.')} can't hold (its largest "
-            f"is {largest:g}, and {torch.finfo(dtype).max:g} the dtype's): use dtype=float32"
+            f"{name} has a number that {str(dtype).removeprefix('torch.')} can't hold: "
+            f"{tensor.abs().max():g} is above {torch.finfo(dtype).max:g}: use dtype=float32"
         )
     return rounded
