@@ -127,13 +127,12 @@ def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[Plac
             ("down", "w2", None),
             ("up", "w3", slice(hidden, 2 * hidden)),
         ):
-            shape = (dim, hidden) if half is None else (hidden, dim)
-            if fused:
-                name = "down_proj" if half is None else "gate_up_proj"
-                shape = (experts, *(shape if half is None else (2 * hidden, dim)))
-                index = (one,) if half is None else (one, half)
-            else:
-                name, index = f"{expert}.{published}.weight", WHOLE
+            name, index = f"{expert}.{published}.weight", WHOLE
+            shape: Shape = (dim, hidden) if half is None else (hidden, dim)
+            if fused and half is None:
+                name, index, shape = "down_proj", (one,), (experts, *shape)
+            elif fused and half:
+                name, index, shape = "gate_up_proj", (one, half), (experts, 2 * hidden, dim)
             yield Place(
                 ours=f"model.{ours}.experts.{matrix}",
                 ours_index=(one,),
