@@ -128,16 +128,16 @@ def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[Plac
             ("up", "w3", slice(hidden, 2 * hidden)),
         ):
             name, index = f"{expert}.{published}.weight", WHOLE
-            shape: Shape = (dim, hidden) if half is None else (hidden, dim)
+            whole: Shape = (dim, hidden) if half is None else (hidden, dim)
             if fused and half is None:
-                name, index, shape = "down_proj", (one,), (experts, *shape)
+                name, index, whole = "down_proj", (one,), (experts, *whole)
             elif fused and half:
-                name, index, shape = "gate_up_proj", (one, half), (experts, 2 * hidden, dim)
+                name, index, whole = "gate_up_proj", (one, half), (experts, 2 * hidden, dim)
             yield Place(
                 ours=f"model.{ours}.experts.{matrix}",
                 ours_index=(one,),
                 theirs=f"{theirs}.experts.{name}",
-                theirs_shape=shape,
+                theirs_shape=whole,
                 theirs_index=index,
                 transposed=half is None,
             )
