@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -233,6 +234,8 @@ def test_memory_holds_a_few_tensors_whatever_the_size_of_the_model(tmp_path: Pat
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD],
         cwd=tmp_path,
+        # What is freed goes back at once, and isn't there for the next to be taken from.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -243,11 +246,11 @@ def test_memory_holds_a_few_tensors_whatever_the_size_of_the_model(tmp_path: Pat
     finally:
         child.kill()
         child.wait()
-    # A matrix as it was saved, turned, rounded, and turned into a row of bytes: 4 at most; and
-    # what the allocator has not given back yet, as much again.
-    assert export_peak < 8 * MATRIX
+    # A matrix as it was saved, whether its numbers are finite, it rounded, and it as a row of
+    # bytes, together with what a process takes for other things.
+    assert export_peak < 4 * MATRIX
     # A stack of experts goes into our file at once (up to 256 MiB), and what goes into it.
-    assert import_peak < (LARGE.num_experts + 8) * MATRIX
+    assert import_peak < (LARGE.num_experts + 4) * MATRIX
     assert max(export_peak, import_peak) < model
 
 

@@ -77,6 +77,14 @@ def first_shard_twice(folder: Path) -> None:
     shutil.copyfile(shard(folder, 1), shard(folder, 2))
 
 
+def one_tensor_twice(folder: Path) -> None:
+    """With an index that names the second of the two."""
+    first, *_, last = (p for p in sorted(folder.glob("model-*")) if len(load_file(p)) > 1)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: tensor + 1}, last)
+    with_map(lambda m: m.update({name: last.name}))(folder)
+
+
 DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a tensor is missing": ("whole", with_tensors(lambda t: t.pop(W1)), f"no tensor {W1}"),
     "one too many": (
@@ -133,6 +141,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         ".safetensors can't be read: No such file",
     ),
     "a shard of other tensors": ("sharded", first_shard_twice, "is in model-0000"),
+    "a tensor in two shards": ("sharded", one_tensor_twice, " and in model-000"),
     "an index that leaves a tensor out": ("sharded", with_map(lambda m: m.pop(W1)), f"{W1} is in"),
     "an index that has one too many": (
         "sharded",
