@@ -172,7 +172,6 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.trap(15)
-@pytest.mark.trap(22)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_folder_that_is_not_whole_is_refused(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
