@@ -136,6 +136,14 @@ def check(config: Config) -> None:
             f"is more than train.num_steps={train.num_steps}, so that the rate would never be "
             f"reached: use at most {train.num_steps}",
         )
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if kept is not None and kept % every:
+        raise ConfigError(
+            "checkpoint.keep_every",
+            kept,
+            f"is not a multiple of checkpoint.every_steps={every}, so that few of those steps "
+            f"would be saved: use {max(1, kept // every) * every} or {-(-kept // every) * every}",
+        )
     for number, stage in enumerate(config.data.stages):
         if stage.from_step >= train.num_steps:
             raise ConfigError(

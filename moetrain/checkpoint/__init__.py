@@ -1,29 +1,40 @@
 """Checkpoints: complete or not there, and provably what was saved."""
 
-from moetrain.checkpoint.manifest import (
-    CheckpointError,
-    Manifest,
+from moetrain.checkpoint.folders import (
     candidates,
+    newest_good,
     next_attempt,
     read_attempt,
     read_latest,
-    read_manifest,
     replace_text,
-    step_folders,
 )
+from moetrain.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+    verify_files,
+)
+from moetrain.checkpoint.offline import write_checkpoint
 from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
 
 __all__ = [
     "CheckpointError",
+    "CheckpointReader",
     "CheckpointSettings",
     "CheckpointStore",
     "Manifest",
+    "TensorEntry",
+    "TensorFileWriter",
     "candidates",
+    "newest_good",
     "next_attempt",
     "read_attempt",
     "read_latest",
     "read_manifest",
     "replace_text",
-    "step_folders",
+    "verify_files",
+    "write_checkpoint",
 ]

@@ -1,35 +1,51 @@
-"""What makes a folder a checkpoint: a manifest that lists its tensors and the hash of each file.
+"""What a checkpoint says of itself, and whether its files are what it says.
 
-Owns names, hashes, the `latest` pointer and the order in which things reach the disk. Knows
-no process group and imports no torch: a launcher may read it.
+Owns the manifest's format and the hashes. Knows no process group and imports no torch: a
+launcher may read it.
 """
 
-import hashlib
 import json
 import os
 import re
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-FORMAT_VERSION = 1
+import xxhash
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-LATEST = "latest"
-ATTEMPT = "attempt"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_READ_BYTES = 8 << 20
 
 
 class CheckpointError(Exception):
     """A checkpoint that can't be written, read or trusted; the message names it and why."""
 
 
+class Block(NamedTuple):
+    """A part of a tensor: where it begins in each dimension, and how far it goes."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Global shape and dtype of a saved tensor."""
+    """Global shape and dtype of a saved tensor, and which file holds which block of it."""
 
     shape: tuple[int, ...]
     dtype: str
+    blocks: dict[str, Block] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """Size in bytes and XXH3-128 of a file."""
+
+    size: int
+    xxh3_128: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +55,20 @@ class Manifest:
     step: int
     attempt: int
     state: dict[str, Any]
-    """The trainer's counters: step, samples, tokens, …"""
+    """The trainer's counters: step, samples, tokens, position in the data, …"""
     config: dict[str, Any]
+    mesh: dict[str, Any] = field(default_factory=dict)
+    """The layout that wrote it, for people to read: no loading depends on it."""
     tensors: dict[str, TensorEntry]
-    files: dict[str, dict[str, Any]]
-    """Size in bytes and sha256 of every other file in the folder."""
+    files: dict[str, FileEntry]
+    """Every other file in the folder."""
     format_version: int = FORMAT_VERSION
+
+
+def step_of(name: str) -> int | None:
+    """Returns the step that a folder's name stands for, None where it is no checkpoint's name."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def folder_name(step: int) -> str:
@@ -52,32 +76,16 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def step_folders(directory: Path) -> list[Path]:
-    """Returns the folders of complete checkpoints, newest step first."""
-    found = [p for p in directory.glob("step_*") if _STEP_FOLDER.fullmatch(p.name)]
-    complete = [p for p in found if (p / MANIFEST).is_file()]
-    return sorted(complete, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
-
-
-def read_latest(directory: Path) -> Path | None:
-    """Returns the folder that `latest` names, if it names a complete checkpoint."""
-    try:
-        name = (directory / LATEST).read_text().strip()
-    except FileNotFoundError:
-        return None
-    folder = directory / name
-    complete = _STEP_FOLDER.fullmatch(name) and (folder / MANIFEST).is_file()
-    return folder if complete else None
-
-
-def candidates(directory: Path) -> list[Path]:
-    """Returns the checkpoints to try in turn: the one that `latest` names, then the others."""
-    latest, folders = read_latest(directory), step_folders(directory)
-    return ([latest] if latest else []) + [f for f in folders if f != latest]
+def manifest_text(manifest: Manifest) -> str:
+    """Returns the manifest as JSON, a line for each field, its own hash last."""
+    fields = asdict(manifest)
+    fields["xxh3_128"] = _digest_of_fields(fields)
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a folder's manifest; raises CheckpointError where it isn't one of ours."""
+    """Reads a folder's manifest; raises CheckpointError where it isn't one of ours, or unharmed."""
     path = folder / MANIFEST
     try:
         fields = json.loads(path.read_text())
@@ -86,32 +94,37 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(
                 f"{path}: format version {version}, but this moetrain reads {FORMAT_VERSION}"
             )
+        if fields.pop("xxh3_128", None) != _digest_of_fields(fields):
+            raise CheckpointError(f"{path} does not have the hash that it says itself")
         tensors = {
-            name: TensorEntry(shape=tuple(entry["shape"]), dtype=entry["dtype"])
+            name: TensorEntry(
+                shape=tuple(entry["shape"]),
+                dtype=entry["dtype"],
+                blocks={f: Block(*map(tuple, b)) for f, b in entry["blocks"].items()},
+            )
             for name, entry in fields.pop("tensors").items()
         }
-        return Manifest(tensors=tensors, **fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+        manifest = Manifest(tensors=tensors, files=files, **fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
-
-
-def describe_files(folder: Path, pattern: str = "*") -> dict[str, dict[str, Any]]:
-    """Returns size and sha256 of the files in a folder whose names match a pattern."""
-    return {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.glob(pattern))
-    }
+    if step_of(folder.name) not in (None, manifest.step):
+        raise CheckpointError(f"{path} is of step {manifest.step}, not of this folder's")
+    return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th listed file, from `part`: there, whole and unchanged.
 
-    Raises CheckpointError naming the file. Nothing is unpickled before this has passed.
+    Raises CheckpointError naming the file. No tensor is read before this has passed.
     """
     listed = {MANIFEST, *manifest.files}
-    found = (p.name for p in folder.iterdir())  # file managers and NFS leave dot files
-    counted = (n for n in found if not n.startswith(".") or n == ".metadata")
-    if unlisted := sorted(n for n in counted if n not in listed):
+    try:
+        found = {p.name for p in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read: {error}") from error
+    # File managers and network file systems leave files that begin with a dot.
+    if unlisted := sorted(n for n in found - listed if not n.startswith(".")):
         raise CheckpointError(f"{folder / unlisted[0]} is not listed in the manifest")
     for name, entry in sorted(manifest.files.items())[part::parts]:
         path = folder / name
@@ -119,94 +132,34 @@ def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int 
             raise CheckpointError(f"{folder}: the manifest lists {name!r}, outside the folder")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if (size := path.stat().st_size) != entry["size"]:
-            raise CheckpointError(f"{path} has {size} bytes, its manifest says {entry['size']}")
-        if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} does not have the sha256 that its manifest lists")
+        try:
+            ours = describe_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read: {error}") from error
+        if ours.size != entry.size:
+            raise CheckpointError(f"{path} has {ours.size} bytes, its manifest says {entry.size}")
+        if ours != entry:
+            raise CheckpointError(f"{path} does not have the hash that its manifest lists")
 
 
-def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
-    """Makes a staged folder the checkpoint of its step, and `latest` name it.
-
-    In this order: manifest, fsync, rename, fsync, `latest` by rename. Killed in between, the
-    folder either is a whole checkpoint or has no name that counts. Raises CheckpointError where
-    a newer attempt owns the run: a worker that was cut off must not win over its successor.
-    """
-    _demand_ownership(directory, manifest)
-    _write(staged / MANIFEST, json.dumps(asdict(manifest), indent=1))
-    _sync_folder(staged)
-    target = directory / folder_name(manifest.step)
-    if target.exists():  # the same step of an older attempt, which a fall-back left behind
-        replaced = directory / f"replaced_{target.name}_by_attempt_{manifest.attempt}"
-        os.rename(target, replaced)
-    os.rename(staged, target)
-    _sync_folder(directory)
-    _demand_ownership(directory, manifest)  # again: what comes before may have taken a while
-    replace_text(directory / LATEST, target.name)
-    return target
+def describe_file(path: Path) -> FileEntry:
+    """Returns size and hash of a file."""
+    digest, size, buffer = xxhash.xxh3_128(), 0, bytearray(_READ_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            size += count
+    return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
 
-def _demand_ownership(directory: Path, manifest: Manifest) -> None:
-    if (owner := read_attempt(directory)) > manifest.attempt:
-        raise CheckpointError(
-            f"attempt {manifest.attempt} may not save step {manifest.step} in {directory}: "
-            f"attempt {owner} has taken the run over"
-        )
+def forget_cached(path: Path) -> None:
+    """Has the next read of a file come from the disk, where the system can be asked to."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def delete_old(directory: Path, *, keep_last: int, attempt: int) -> None:
-    """Deletes checkpoints past the newest `keep_last`, and what killed saves left behind.
-
-    A checkpoint beyond the one that `latest` names was passed over as damaged: it doesn't count,
-    and stays until its step is saved again. Staged folders of a newer attempt are not ours.
-    """
-    latest = read_latest(directory)
-    counted = [f for f in step_folders(directory) if latest is None or f.name <= latest.name]
-    leftovers = [*directory.glob("staged_*"), *directory.glob("replaced_*")]
-    own = [f for f in leftovers if int(f.name.rpartition("_")[2]) <= attempt]
-    for folder in [*counted[keep_last:], *own]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def next_attempt(directory: Path) -> int:
-    """Takes the run over: returns the number of the new attempt, one above all before."""
-    directory.mkdir(parents=True, exist_ok=True)
-    attempt = read_attempt(directory) + 1
-    replace_text(directory / ATTEMPT, str(attempt))
-    return attempt
-
-
-def read_attempt(directory: Path) -> int:
-    """Returns the number of the newest attempt, 0 where there was none."""
-    try:
-        return int((directory / ATTEMPT).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file so that it is seen whole, old or new, whenever the writer is killed."""
-    new = path.with_name(f".{path.name}.new")
-    _write(new, text)
-    os.replace(new, path)
-    _sync_folder(path.parent)
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest_of_fields(fields: Mapping[str, Any]) -> str:
+    """Returns a hash of values, not of how they were written down."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())

@@ -16,7 +16,10 @@ class CheckpointSettings:
     every_steps: PositiveInt = 500
     keep_last: Annotated[int, Ge(2)] = 3
     """Complete checkpoints that stay; two at least, so that a bad newest one has a fall-back."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides stay for good; a multiple of `every_steps`."""
     resume: Annotated[str, AfterValidator(one_of("auto", "never"))] = "auto"
     """`auto` goes on from the newest good checkpoint; `never` refuses a run that has one."""
-    async_save: bool = False
-    """Whether training goes on while a checkpoint is being written."""
+    async_save: bool = True
+    """Whether training goes on while a checkpoint is being written. It takes host memory for a
+    copy of what a rank has of the model and its optimizer."""

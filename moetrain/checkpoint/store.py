@@ -1,42 +1,72 @@
 """Writing and reading a run's checkpoints from all ranks at once.
 
-torch's distributed checkpoint writes and reshards the tensors; what counts as a checkpoint is
-decided by `manifest.py`. The folder must be one that all ranks see.
+Every rank writes a file with its part of the tensors; what counts as a checkpoint is decided by
+`manifest.py` and `folders.py`. The folder must be one that all ranks see.
 """
 
-import errno
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from moetrain.checkpoint.manifest import (
-    CheckpointError,
-    Manifest,
-    TensorEntry,
+from moetrain.checkpoint.blocks import (
+    Held,
+    Staging,
+    as_block,
+    describe,
+    held,
+    num_bytes,
+    to_write,
+)
+from moetrain.checkpoint.folders import (
+    Save,
+    broken,
     candidates,
     commit,
-    delete_old,
-    describe_files,
+    delete,
+    demand_space,
+    saves,
+    staged_folder,
+    to_delete,
+)
+from moetrain.checkpoint.manifest import (
+    Block,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    folder_name,
+    forget_cached,
     read_manifest,
     verify_files,
 )
 from moetrain.checkpoint.settings import CheckpointSettings
+from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What one rank has written: its file, and the blocks in it."""
+
+    file: str
+    entry: FileEntry
+    blocks: dict[str, Block]
 
 
 class CheckpointStore:
     """The checkpoints of one run, as seen by one rank of one attempt.
 
-    Every method is collective: all ranks call it alike. `event` is told of saves and of
-    checkpoints that had to be passed over.
+    Every method but `failed` is collective: all ranks call it alike. `event` is told of saves and
+    of checkpoints that had to be passed over.
     """
 
     def __init__(
@@ -46,73 +76,71 @@ class CheckpointStore:
         *,
         attempt: int,
         config: Mapping[str, Any],
-        timeout: Any,
+        mesh: Mapping[str, Any],
+        timeout: timedelta,
         event: Callable[..., None],
+        committed: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
+        in_use: Callable[[], set[str]] = set,
     ) -> None:
+        """`committed` is told on the first rank of each new checkpoint, and `in_use` asked there
+        which folders must not be deleted now."""
         self._directory = directory
         self._settings = settings
         self._attempt = attempt
-        self._config = dict(config)
-        self._event = event
-        # Collectives of a save in the background must not mix with those of training.
+        self._config, self._mesh = dict(config), dict(mesh)
+        self._event, self._committed, self._in_use = event, committed, in_use
+        # Collectives of a save in the background must not mix with those of training: after
+        # loading, this group is the background thread's alone.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._leads = dist.get_rank() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[None] | None = None
+        self._running: list[Future[None]] = []
+        self._staging = Staging()
         self._demand_shared()
 
-    def save(self, tensors: dict[str, Tensor], *, step: int, state: dict[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], *, step: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint; returns when it is complete, or at once with `async_save`.
 
-        Raises CheckpointError, on all ranks alike, if this save or the one before it failed.
+        One is in flight: a save waits for the one before. Raises CheckpointError, on all ranks
+        alike, if this save or the one before it failed.
         """
         self.wait()
-        staged = self._directory / f"staged_{step:08d}_attempt_{self._attempt}"
-        failure: BaseException | None = None
-        if self._leads:
-            try:
-                shutil.rmtree(staged, ignore_errors=True)
-                staged.mkdir(parents=True)
-                _demand_space(staged, tensors)
-            except OSError as error:
-                failure = error
-        self._agree(failure, f"checkpoint of step {step} can't be written to {staged}")
+        parts = to_write(tensors)
+        if self._settings.async_save:
+            parts = self._staging.copy(parts)
         manifest = Manifest(
             step=step,
             attempt=self._attempt,
             state=state,
             config=self._config,
-            tensors=_describe(tensors),
+            mesh=self._mesh,
+            tensors=describe(tensors),
             files={},
         )
-        writer = dcp.FileSystemWriter(staged, sync_files=True, overwrite=False)
-        if self._settings.async_save:
-            # Returns once the tensors are copied; the rest happens behind the training steps.
-            writing = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
-            self._running = self._background.submit(self._finish, writing, staged, manifest)
-            return
-        try:
-            dcp.save(tensors, storage_writer=writer, process_group=self._group)
-            self._commit(staged, manifest)
-        except (Exception, dcp.api.CheckpointException) as error:
-            failure = error
-        self._agree(failure, f"checkpoint of step {step} can't be written to {staged}")
+        writing = self._background.submit(self._write, parts, manifest)
+        self._running = [writing, self._background.submit(self._tidy)]
+        if not self._settings.async_save:
+            writing.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed: look at every step, then call `wait`."""
+        return any(job.done() and job.exception() is not None for job in self._running)
 
     def wait(self) -> None:
         """Waits for a save in the background; raises CheckpointError if it failed."""
-        running, self._running = self._running, None
-        failure = None
-        if running is None:
-            return
-        try:
-            running.result()
-        except (Exception, dcp.api.CheckpointException) as error:
-            failure = error
-        self._agree(failure, "the checkpoint that was written in the background failed")
+        running, self._running = self._running, []
+        for job in running:
+            job.result()
+
+    def close(self, *, timeout_seconds: float) -> None:
+        """Lets a save in the background come to its end, whatever that is."""
+        wait(self._running, timeout=timeout_seconds)
+        self._background.shutdown(wait=False, cancel_futures=True)
 
     def load_newest(
         self,
-        tensors: Callable[[Manifest], dict[str, Tensor]],
+        tensors: Callable[[Manifest], Mapping[str, Tensor]],
         *,
         same_model: Callable[[Manifest], None],
     ) -> dict[str, Any] | None:
@@ -123,30 +151,39 @@ class CheckpointStore:
         model (`same_model` raises, or names, shapes or dtypes differ), or where none is left.
         """
         rejected = []
-        names = [folder.name for folder in candidates(self._directory)]
-        for name in self._gather_objects(names)[0]:  # the first rank's view decides for all
+
+        def reject(name: str, reason: str) -> None:
+            rejected.append(reason)
+            log.warning("passing over %s: %s", name, reason)
+            if self._leads:
+                self._event("checkpoint_rejected", reason=reason, checkpoint=name)
+
+        # The first rank's view decides for all.
+        bad, names = self._gather((broken(self._directory), self._names()))[0]
+        for name, reason in bad:
+            reject(name, reason)
+        for name in names:
             folder = self._directory / name
-            failure: BaseException | None = None
+            failure: CheckpointError | None = None
             try:
                 manifest = read_manifest(folder)
                 verify_files(folder, manifest, part=dist.get_rank(), parts=dist.get_world_size())
             except CheckpointError as error:
                 failure = error
-            reasons = [r for r in self._gather(failure) if r]
-            if reasons:
-                rejected.append(reasons[0])
-                log.warning("passing over %s: %s", folder, reasons[0])
-                if self._leads:
-                    self._event("checkpoint_rejected", reason=reasons[0], checkpoint=folder.name)
+            if reasons := self._reasons(failure):
+                reject(name, reasons[0])
                 continue
             same_model(manifest)
             wanted = tensors(manifest)
-            _demand_equal(_describe(wanted), manifest.tensors, folder)
+            _demand_equal(describe(wanted), manifest.tensors, folder)
             try:
-                reader = dcp.FileSystemReader(folder)
-                dcp.load(wanted, storage_reader=reader, process_group=self._group)
-            except dcp.api.CheckpointException as error:  # no Exception, and nobody expects that
-                raise CheckpointError(f"{folder} can't be read: {_root_cause(error)}") from error
+                with CheckpointReader(folder) as reader:
+                    for tensor_name, tensor in wanted.items():
+                        part = held(tensor)
+                        reader.read_into(tensor_name, part.local, offset=part.offset)
+            except CheckpointError as error:
+                failure = error
+            self._agree(failure, f"{folder} can't be read")
             return manifest.state
         if rejected:
             raise CheckpointError(
@@ -155,41 +192,82 @@ class CheckpointStore:
             )
         return None
 
-    def _finish(self, writing: Any, staged: Path, manifest: Manifest) -> None:
-        writing.result()
-        self._commit(staged, manifest)
+    def _names(self) -> list[str]:
+        return [folder.name for folder in candidates(self._directory)]
 
-    def _commit(self, staged: Path, manifest: Manifest) -> None:
-        """Gathers what every rank wrote, each having hashed its own; the first rank commits."""
+    def _write(self, parts: Mapping[str, Held], manifest: Manifest) -> None:
+        """Writes this rank's file; the first rank makes a checkpoint of all of them."""
+        what = f"checkpoint of step {manifest.step} can't be written to {self._directory}"
+        staged = staged_folder(self._directory, Save(manifest.step, manifest.attempt))
+        failure: Exception | None = None
         try:
-            own: Any = describe_files(staged, f"__{dist.get_rank()}_*")
+            if self._leads:
+                demand_space(self._directory, sum(map(num_bytes, manifest.tensors.values())))
+                staged.mkdir()
         except OSError as error:
-            own = error
-        parts = self._gather_objects(own)
-        if failed := [part for part in parts if isinstance(part, OSError)]:
-            raise failed[0]
+            failure = error
+        self._agree(failure, what)
+        written = None
+        try:
+            written = _write_file(staged, parts)
+        except Exception as error:
+            failure = error
+        gathered: list[Any] | None = [None] * dist.get_world_size() if self._leads else None
+        dist.gather_object((written, _reason(failure)), gathered, dst=0, group=self._group)
+        if gathered is not None:
+            try:
+                if reasons := [reason for _, reason in gathered if reason]:
+                    raise CheckpointError(reasons[0])
+                manifest = _complete(manifest, [written for written, _ in gathered])
+                folder = commit(self._directory, staged, manifest)
+                size = sum(entry.size for entry in manifest.files.values())
+                self._event("save", step=manifest.step, checkpoint=folder.name, bytes=size)
+                self._committed(folder, manifest)
+            except Exception as error:
+                failure = error
+                shutil.rmtree(staged, ignore_errors=True)
+        self._agree(failure, what)
+
+    def _tidy(self) -> None:
+        """Deletes what needn't stay, once the newest checkpoint has been read back and is good."""
+        old: list[Save] = []
+        if self._leads:
+            old = to_delete(
+                saves(self._directory),
+                keep_last=self._settings.keep_last,
+                keep_every=self._settings.keep_every,
+            )
+            delete(self._directory, [], attempt=self._attempt)
+        old, names = self._gather((old, self._names() if self._leads else []))[0]
+        if not old:
+            return
+        newest, failure = self._directory / names[0], None
+        try:
+            manifest = read_manifest(newest)
+            for name in manifest.files:
+                forget_cached(newest / name)
+            verify_files(newest, manifest, part=dist.get_rank(), parts=dist.get_world_size())
+        except (CheckpointError, OSError) as error:
+            failure = error
+        reasons = self._reasons(failure)
         if not self._leads:
             return
-        files = describe_files(staged, ".metadata") | {n: d for p in parts for n, d in p.items()}
-        complete = Manifest(**{**vars(manifest), "files": files})
-        target = commit(self._directory, staged, complete)
-        delete_old(self._directory, keep_last=self._settings.keep_last, attempt=self._attempt)
-        size = sum(entry["size"] for entry in files.values())
-        self._event("save", step=manifest.step, checkpoint=target.name, bytes=size)
+        if reasons:  # the older ones stay for this
+            self._event("checkpoint_rejected", reason=reasons[0], checkpoint=newest.name)
+            return
+        busy = self._in_use()
+        free = [save for save in old if folder_name(save.step) not in busy]
+        delete(self._directory, free, attempt=self._attempt)
 
-    def _agree(self, failure: BaseException | None, what: str) -> None:
+    def _agree(self, failure: Exception | None, what: str) -> None:
         """Raises CheckpointError on every rank if any of them failed."""
-        reasons = [r for r in self._gather(failure) if r]
-        if reasons:
-            if self._leads:
-                for leftover in self._directory.glob(f"staged_*_attempt_{self._attempt}"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+        if reasons := self._reasons(failure):
             raise CheckpointError(f"{what}: {reasons[0]}") from failure
 
-    def _gather(self, failure: BaseException | None) -> list[str | None]:
-        return self._gather_objects(None if failure is None else _root_cause(failure))
+    def _reasons(self, failure: Exception | None) -> list[str]:
+        return [reason for reason in self._gather(_reason(failure)) if reason]
 
-    def _gather_objects(self, own: Any) -> list[Any]:
+    def _gather(self, own: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, own, group=self._group)
         return gathered
@@ -217,40 +295,39 @@ class CheckpointStore:
                 marker.unlink(missing_ok=True)
 
 
-def _demand_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises OSError before anything is written where the disk can't hold the tensors."""
-    needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"No space left: {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",
-        )
+def _write_file(staged: Path, parts: Mapping[str, Held]) -> Written:
+    """Writes the parts of one rank into a file of its own."""
+    # Wide elements first, so that all begin at a multiple of their size.
+    names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
+    file = f"rank_{dist.get_rank():05d}.safetensors"
+    entries = {n: (parts[n].local.dtype, tuple(parts[n].local.shape)) for n in names}
+    with TensorFileWriter(staged / file, entries) as writer:
+        for name in names:
+            writer.write(name, parts[name].local)
+    blocks = {name: as_block(parts[name]) for name in names}
+    return Written(file=file, entry=writer.entry, blocks=blocks)
 
 
-def _describe(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    return {
-        name: TensorEntry(shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."))
-        for name, t in tensors.items()
-    }
+def _complete(manifest: Manifest, parts: list[Written]) -> Manifest:
+    """Returns the manifest with what all ranks have written."""
+    for part in parts:
+        for name, block in part.blocks.items():
+            manifest.tensors[name].blocks[part.file] = block
+    return replace(manifest, files={part.file: part.entry for part in parts})
 
 
 def _demand_equal(
     ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], folder: Path
 ) -> None:
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
+    saved = {name: replace(entry, blocks={}) for name, entry in theirs.items()}
+    for name in sorted(ours.keys() | saved.keys()):
+        if ours.get(name) != saved.get(name):
             raise CheckpointError(
-                f"{folder} is of another model: tensor {name} is {theirs.get(name) or 'absent'} "
+                f"{folder} is of another model: tensor {name} is {saved.get(name) or 'absent'} "
                 f"there and {ours.get(name) or 'absent'} here. Use the configuration that it was "
                 "trained with, or another run.name"
             )
 
 
-def _root_cause(error: BaseException) -> str:
-    """Returns the message at the root of torch's nested report of failures on ranks."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        inner = next(iter(failures.values()))
-        error = inner[0] if isinstance(inner, tuple) else inner
-    return f"{type(error).__name__}: {error}"
+def _reason(failure: Exception | None) -> str | None:
+    return None if failure is None else f"{type(failure).__name__}: {failure}"

@@ -73,6 +73,14 @@ def build_trainer(
         config.checkpoint,
         attempt=place.attempt,
         config=as_plain(config),
+        mesh={
+            "world_size": place.world_size,
+            "data_replicate": config.parallel.data_replicate_degree,
+            "data_shard": config.parallel.data_shard_degree,
+            "expert": config.parallel.expert_degree,
+            "device": device.type,
+            "compute_dtype": str(compute_dtype(config.train.dtype, device)).removeprefix("torch."),
+        },
         timeout=timedelta(seconds=patience),
         event=event,
     )
@@ -132,6 +140,7 @@ def build_trainer(
     }
 
     def close_all(exit_code: int) -> None:
+        checkpoints.close(timeout_seconds=patience)
         prefetcher.close()
         batches.close()
         close(exit_code)

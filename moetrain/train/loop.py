@@ -43,7 +43,8 @@ def train(trainer: Trainer) -> Outcome:
         _warn(trainer, FORCED_BALANCE)
     while state.step < settings.num_steps:
         control.beat("step", state.step)
-        if any_rank(control.stop_requested, device=trainer.device):
+        leaves = control.stop_requested or trainer.checkpoints.failed
+        if any_rank(leaves, device=trainer.device):
             break
         report = take_step(trainer, stopwatch)
         is_last = state.step == settings.num_steps
@@ -58,7 +59,8 @@ def train(trainer: Trainer) -> Outcome:
             last = record
             stopwatch.restart()
         if is_last or _due(state.step, checkpoint.every_steps):
-            save(trainer)
+            with stopwatch.saving():
+                save(trainer)
             saved_step = state.step
     if state.step > saved_step:
         save(trainer)
@@ -153,6 +155,8 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         "perf/data_wait_seconds": stopwatch.data_wait_seconds(),
         "memory/peak_gib": _peak_gib(trainer.device),
     }
+    if (stalled := stopwatch.stall_seconds()) is not None:
+        record["checkpoint/stall_seconds"] = stalled
     if peak := config.cluster.peak_tflops_per_gpu:
         flops = training_flops_per_token(config.model, seq_len=config.train.seq_len) * speed
         record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
@@ -213,6 +217,7 @@ class Stopwatch:
         self._start = time.perf_counter()
         self._steps = self._tokens = 0
         self._waited = 0.0
+        self._stalled: float | None = None
 
     def count(self, tokens: int) -> None:
         """Counts a step and its tokens."""
@@ -226,6 +231,13 @@ class Stopwatch:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts the time inside as one in which training stood still for a checkpoint."""
+        start = time.perf_counter()
+        yield
+        self._stalled = (self._stalled or 0.0) + time.perf_counter() - start
+
     def step_seconds(self) -> float:
         """Mean duration of a step in the span."""
         return (time.perf_counter() - self._start) / max(1, self._steps)
@@ -237,6 +249,10 @@ class Stopwatch:
     def data_wait_seconds(self) -> float:
         """Mean time a step waited for its data."""
         return self._waited / max(1, self._steps)
+
+    def stall_seconds(self) -> float | None:
+        """Time that training stood still for checkpoints in the span; None where none was saved."""
+        return self._stalled
 
 
 def _noise_seeds(trainer: Trainer, num_sequences: int) -> list[int] | None:

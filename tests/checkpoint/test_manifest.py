@@ -1,6 +1,5 @@
 """What counts as a checkpoint, and the order in which one comes to be."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,21 @@ from moetrain.checkpoint import (
     CheckpointError,
     Manifest,
     candidates,
+    newest_good,
     next_attempt,
     read_latest,
     read_manifest,
+    verify_files,
 )
-from moetrain.checkpoint.manifest import commit, delete_old, describe_files, verify_files
+from moetrain.checkpoint.folders import Save, broken, commit, delete, in_order, saves, to_delete
+from moetrain.checkpoint.manifest import FileEntry, describe_file, manifest_text
+
+
+def delete_old(
+    directory: Path, *, keep_last: int, attempt: int, keep_every: int | None = None
+) -> None:
+    old = to_delete(saves(directory), keep_last=keep_last, keep_every=keep_every)
+    delete(directory, old, attempt=attempt)
 
 
 def stage(directory: Path, step: int, *, content: bytes = b"tensors", attempt: int = 1) -> Path:
@@ -23,7 +32,7 @@ def stage(directory: Path, step: int, *, content: bytes = b"tensors", attempt: i
     (staged / "shard").write_bytes(content)
     manifest = Manifest(
         step=step, attempt=attempt, state={"step": step}, config={}, tensors={},
-        files=describe_files(staged),
+        files={"shard": describe_file(staged / "shard")},
     )  # fmt: skip
     return commit(directory, staged, manifest)
 
@@ -31,7 +40,7 @@ def stage(directory: Path, step: int, *, content: bytes = b"tensors", attempt: i
 def test_a_committed_folder_is_the_latest_checkpoint(tmp_path: Path) -> None:
     folder = stage(tmp_path, 100)
     assert folder.name == "step_00000100"
-    assert read_latest(tmp_path) == folder
+    assert read_latest(tmp_path) == folder.name
     verify_files(folder, read_manifest(folder))
     assert not list(tmp_path.glob("staged_*"))
 
@@ -59,18 +68,17 @@ def test_a_harmed_file_is_named(tmp_path: Path, harm: str) -> None:
 
 def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
     folder = stage(tmp_path, 1)
-    fields = json.loads((folder / "manifest.json").read_text())
-    fields["files"]["../../etc/passwd"] = {"size": 1, "sha256": "0"}
-    (folder / "manifest.json").write_text(json.dumps(fields))
+    manifest = read_manifest(folder)
+    manifest.files["../../etc/passwd"] = FileEntry(size=1, xxh3_128="0")
+    (folder / "manifest.json").write_text(manifest_text(manifest))
     with pytest.raises(CheckpointError, match="outside the folder"):
         verify_files(folder, read_manifest(folder))
 
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
-    """Torch unpickles `.metadata`: one that no hash was checked of must not be there."""
     folder = stage(tmp_path, 1)
-    (folder / ".metadata").write_bytes(b"anything")
-    with pytest.raises(CheckpointError, match=r"\.metadata is not listed"):
+    (folder / "other").write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match="other is not listed"):
         verify_files(folder, read_manifest(folder))
 
 
@@ -88,7 +96,7 @@ def test_an_older_attempt_may_not_commit(tmp_path: Path) -> None:
     kept = stage(tmp_path, 5, attempt=2)
     with pytest.raises(CheckpointError, match="attempt 2 has taken the run over"):
         stage(tmp_path, 6, attempt=1)
-    assert read_latest(tmp_path) == kept
+    assert read_latest(tmp_path) == kept.name
 
 
 def test_saving_a_step_again_never_writes_into_its_folder(tmp_path: Path) -> None:
@@ -101,20 +109,87 @@ def test_saving_a_step_again_never_writes_into_its_folder(tmp_path: Path) -> Non
     assert (replaced / "shard").read_bytes() == b"old"
 
 
-def test_deleting_keeps_the_newest_and_what_latest_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["step", "case", "space", "attempt"])
+def test_a_manifest_knows_when_it_was_changed(tmp_path: Path, harm: str) -> None:
+    folder = stage(tmp_path, 1)
+    path = folder / "manifest.json"
+    before = path.read_text()
+    changed = {
+        "step": before.replace('"state": {"step": 1}', '"state": {"step": 3}'),
+        "case": before.replace('"shard"', '"sharD"'),
+        "space": before.replace('"state"', '"state "'),
+        "attempt": before.replace('"attempt": 1', '"attempt": 3'),
+    }[harm]
+    assert changed != before
+    path.write_text(changed)
+    with pytest.raises(CheckpointError, match="the hash that it says itself"):
+        read_manifest(folder)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> None:
+    stage(tmp_path, 1).rename(tmp_path / "step_00000007")
+    assert candidates(tmp_path) == []
+    ((name, reason), (latest, gone)) = broken(tmp_path)
+    assert name == "step_00000007"
+    assert "of step 1, not of this folder's" in reason
+    assert latest == "latest"
+    assert "'step_00000001', which is not there" in gone
+
+
+def test_the_newest_good_one_is_found_and_the_others_are_told_of(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         stage(tmp_path, step)
-    (tmp_path / "latest").write_text("step_00000001")
-    delete_old(tmp_path, keep_last=2, attempt=1)
-    left = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
-    assert "step_00000001" in left
+    (tmp_path / "step_00000004/manifest.json").unlink()
+    (tmp_path / "step_00000003/shard").write_bytes(b"other")
+    rejected: dict[str, str] = {}
+    good = newest_good(tmp_path, rejected=rejected.__setitem__)
+    assert good == tmp_path / "step_00000002"
+    assert rejected.keys() == {"step_00000004", "step_00000003"}
+
+
+def test_the_newest_attempts_line_comes_first() -> None:
+    """Attempt 2 went on from step 3; what attempt 1 had saved from 4 on is beside the line."""
+    one, two = [Save(s, 1) for s in (1, 2, 3, 5, 9)], [Save(4, 2), Save(7, 2)]
+    assert in_order([*one, *two]) == (
+        [Save(7, 2), Save(4, 2), Save(3, 1), Save(2, 1), Save(1, 1)],
+        [Save(9, 1), Save(5, 1)],
+    )
+    assert in_order([]) == ([], [])
+
+
+def test_latest_has_no_say_in_what_is_loaded(tmp_path: Path) -> None:
+    """Killed between rename and `latest`, or one bit of it flipped: the newest stays the newest."""
+    for step in (1, 2, 3):
+        stage(tmp_path, step)
+    (tmp_path / "latest").write_text("step_00000002")
+    assert candidates(tmp_path)[0].name == "step_00000003"
+
+
+def test_what_stays() -> None:
+    line = [Save(step, 1) for step in range(10, 110, 10)]
+    assert to_delete(line, keep_last=2, keep_every=50) == [
+        Save(s, 1) for s in (80, 70, 60, 40, 30, 20, 10)
+    ]
+    assert to_delete([*line, Save(15, 2)], keep_last=2, keep_every=None) == []
+    assert to_delete([*line, Save(15, 2), Save(35, 2)], keep_last=2, keep_every=None) == [
+        Save(10, 1), Save(30, 1), Save(20, 1),
+    ]  # fmt: skip
+
+
+def test_a_lost_attempt_file_never_makes_an_attempt_older_than_what_it_finds(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "attempt").write_text("5")
+    stage(tmp_path, 1, attempt=5)
+    (tmp_path / "attempt").unlink()
+    assert next_attempt(tmp_path) == 6
 
 
 def test_deleting_keeps_two_good_ones_beside_a_damaged_newer_one(tmp_path: Path) -> None:
     """A run that went back to step 2 and saved step 3 must not count the damaged step 9."""
-    for step in (1, 2, 9, 3):
-        stage(tmp_path, step)
-    delete_old(tmp_path, keep_last=2, attempt=1)
+    for step, attempt in ((1, 1), (2, 1), (9, 1), (3, 2)):
+        stage(tmp_path, step, attempt=attempt)
+    delete_old(tmp_path, keep_last=2, attempt=2)
     left = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert left == ["step_00000002", "step_00000003", "step_00000009"]
 

@@ -9,7 +9,7 @@ from data_pipeline import BuildSettings, build_shards
 from moetrain.config import Config, resolve, validated
 from moetrain.train import Control, Outcome, Place, run_rank
 
-TIMING = ("perf/", "memory/")
+TIMING = ("perf/", "memory/", "checkpoint/")
 
 
 def write_shards(folder: Path) -> Path:

@@ -1,0 +1,236 @@
+"""The folder of a run's checkpoints: which there are, in which order they count, how one comes in.
+
+Owns names, `latest`, the attempts' numbers and deletion. Knows no process group and imports no
+torch: a launcher may use it.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    folder_name,
+    manifest_text,
+    read_manifest,
+    step_of,
+    verify_files,
+)
+
+LATEST = "latest"
+ATTEMPT = "attempt"
+_LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
+
+
+class Save(NamedTuple):
+    """Which step a checkpoint is of, and which attempt wrote it."""
+
+    step: int
+    attempt: int
+
+
+def in_order(saves: Iterable[Save]) -> tuple[list[Save], list[Save]]:
+    """Returns the saves of the run's own line, newest first, and those beside it.
+
+    An attempt goes on from some step, and what older attempts had saved from there on is beside
+    the line from then on: it was passed over as damaged, or somebody went back. The newest attempt
+    decides, so that a worker of an older one, cut off and come back, never gets ahead of it.
+    """
+    line: list[Save] = []
+    beside: list[Save] = []
+    lowest, current, lowest_of_newer = None, None, None
+    for save in sorted(saves, key=lambda s: (s.attempt, s.step), reverse=True):
+        if save.attempt != current:
+            current, lowest_of_newer = save.attempt, lowest
+        if lowest_of_newer is not None and save.step >= lowest_of_newer:
+            beside.append(save)
+            continue
+        line.append(save)
+        lowest = save.step
+    return line, sorted(beside, reverse=True)
+
+
+def to_delete(saves: Collection[Save], *, keep_last: int, keep_every: int | None) -> list[Save]:
+    """Returns the saves that need not stay.
+
+    Of the line, the newest `keep_last` stay and those whose step is a multiple of `keep_every`.
+    What is beside it stays until the line has passed its step.
+    """
+    assert keep_last >= 2, "a bad newest one needs a fall-back"
+    line, beside = in_order(saves)
+    old = [s for s in line[keep_last:] if keep_every is None or s.step % keep_every]
+    return old + [s for s in beside if s.step <= line[0].step]
+
+
+def candidates(directory: Path) -> list[Path]:
+    """Returns the checkpoints to try in turn: the run's own line, newest first, then the others.
+
+    A folder without a valid manifest is no checkpoint. `latest` is for people and other programs;
+    it may point back where a kill came in between.
+    """
+    line, beside = in_order(saves(directory))
+    return [directory / folder_name(save.step) for save in (*line, *beside)]
+
+
+def saves(directory: Path) -> list[Save]:
+    """Returns the checkpoints of a directory, in no order."""
+    found = []
+    for folder in directory.glob("step_*"):
+        if step_of(folder.name) is not None:
+            with contextlib.suppress(CheckpointError):
+                manifest = read_manifest(folder)
+                found.append(Save(manifest.step, manifest.attempt))
+    return found
+
+
+def broken(directory: Path) -> list[tuple[str, str]]:
+    """Returns what looks like a checkpoint and is none: its name, and why."""
+    found = []
+    for folder in sorted(directory.glob("step_*")):
+        if step_of(folder.name) is not None:
+            try:
+                read_manifest(folder)
+            except CheckpointError as error:
+                found.append((folder.name, str(error)))
+    name = read_latest(directory)
+    if name is not None and not (step_of(name) is not None and (directory / name).is_dir()):
+        found.append((LATEST, f"{directory / LATEST} names {name!r}, which is not there"))
+    return found
+
+
+def read_latest(directory: Path) -> str | None:
+    """Returns the name in `latest`, None where there is no such file."""
+    try:
+        return (directory / LATEST).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def newest_good(directory: Path, *, rejected: Callable[[str, str], None]) -> Path | None:
+    """Returns the newest checkpoint whose files verify, None where there is none.
+
+    `rejected` is told name and reason of each that had to be passed over.
+    """
+    for name, reason in broken(directory):
+        rejected(name, reason)
+    for folder in candidates(directory):
+        try:
+            verify_files(folder, read_manifest(folder))
+        except CheckpointError as error:
+            rejected(folder.name, str(error))
+            continue
+        return folder
+    return None
+
+
+def staged_folder(directory: Path, save: Save) -> Path:
+    """Returns where a checkpoint is written before it is one."""
+    return directory / f"staged_{save.step:08d}_attempt_{save.attempt}"
+
+
+def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
+    """Makes a staged folder the checkpoint of its step, and `latest` name it.
+
+    In this order: manifest, fsync, rename, fsync, `latest` by rename. Killed in between, the
+    folder either is a whole checkpoint or has no name that counts. Raises CheckpointError where
+    a newer attempt owns the run: a worker that was cut off must not win over its successor.
+    """
+    _demand_ownership(directory, manifest)
+    _write(staged / MANIFEST, manifest_text(manifest))
+    _sync_folder(staged)
+    target = directory / folder_name(manifest.step)
+    if target.exists():  # the same step of an older attempt, which a fall-back left behind
+        os.rename(target, _free(directory, f"replaced_{target.name}", attempt=manifest.attempt))
+    os.rename(staged, target)
+    _sync_folder(directory)
+    _demand_ownership(directory, manifest)  # again: what comes before may have taken a while
+    replace_text(directory / LATEST, target.name)
+    return target
+
+
+def _demand_ownership(directory: Path, manifest: Manifest) -> None:
+    if (owner := read_attempt(directory)) > manifest.attempt:
+        raise CheckpointError(
+            f"attempt {manifest.attempt} may not save step {manifest.step} in {directory}: "
+            f"attempt {owner} has taken the run over"
+        )
+
+
+def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
+    """Deletes checkpoints, and what killed saves of this and older attempts left behind.
+
+    A folder loses its name first, so that a deletion killed halfway leaves no half checkpoint.
+    """
+    for save in old:
+        name = folder_name(save.step)
+        with contextlib.suppress(OSError):
+            os.rename(directory / name, _free(directory, f"deleted_{name}", attempt=attempt))
+    for folder in directory.iterdir():
+        match = _LEFTOVER.match(folder.name)
+        if match and int(match[1]) <= attempt:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free(directory: Path, name: str, *, attempt: int) -> Path:
+    """Returns a name that isn't taken, of something that this attempt may delete."""
+    path, number = directory / f"{name}_attempt_{attempt}", 1
+    while path.exists():
+        path, number = directory / f"{name}_{number}_attempt_{attempt}", number + 1
+    return path
+
+
+def next_attempt(directory: Path) -> int:
+    """Takes the run over: returns the number of the new attempt, one above all before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # The file may have been lost; what the attempts before have saved may not.
+    attempt = max([read_attempt(directory), *(save.attempt for save in saves(directory))]) + 1
+    replace_text(directory / ATTEMPT, str(attempt))
+    return attempt
+
+
+def read_attempt(directory: Path) -> int:
+    """Returns the number of the newest attempt, 0 where there was none."""
+    try:
+        return int((directory / ATTEMPT).read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def demand_space(folder: Path, num_bytes: int) -> None:
+    """Raises OSError before anything is written where the disk can't hold so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        needed, left = num_bytes / 2**20, free / 2**20
+        raise OSError(
+            errno.ENOSPC, f"No space left: {needed:.1f} MiB are needed, {left:.1f} MiB are free"
+        )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is seen whole, old or new, whenever the writer is killed."""
+    new = path.with_name(f".{path.name}.new")
+    _write(new, text)
+    os.replace(new, path)
+    _sync_folder(path.parent)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,199 @@
+"""Tensors in files: safetensors, written as a stream with its hash, read block by block.
+
+Nothing in such a file is ever unpickled. Owns the format; leaves what a file means to others.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moetrain.checkpoint.blocks import dtype_of
+from moetrain.checkpoint.manifest import (
+    Block,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+)
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class TensorFileWriter:
+    """Writes a new safetensors file, tensor after tensor in the order of `entries`.
+
+    Nothing is held in memory, and the hash is that of the bytes as they were handed over. Leaving
+    the context syncs the file to disk. Raises FileExistsError where there is one already.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._path = path
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._left: dict[str, int] = {}
+        """Bytes that are still to come of each tensor, in order."""
+        begin = 0
+        for name, (dtype, shape) in entries.items():
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _CODES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, begin + size],
+            }
+            self._left[name] = size
+            begin += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that tensors begin at whole words
+        self._hash, self._size = xxhash.xxh3_128(), 0
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 – closed by close()
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a tensor, or the next rows of one; raises ValueError out of turn or too long."""
+        for first, left in self._left.items():
+            if left or first == name:
+                break
+        size = tensor.numel() * tensor.element_size()
+        if name != first or size > left:
+            raise ValueError(f"{self._path}: {size} bytes of {name}, but {left} of {first} are due")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._put(flat.view(torch.uint8).numpy().data)
+        self._left[name] -= size
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and hash of what was written so far."""
+        return FileEntry(size=self._size, xxh3_128=self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Syncs the file to disk; raises ValueError where a tensor is incomplete."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if missing := [name for name, left in self._left.items() if left]:
+            raise ValueError(f"{self._path}: {missing[0]} was not written whole")
+
+    def __enter__(self) -> "TensorFileWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+    def _put(self, content: bytes | memoryview) -> None:
+        self._hash.update(content)
+        self._file.write(content)
+        self._size += len(content)
+
+
+class CheckpointReader:
+    """Reads tensors of a checkpoint, or parts of them, whatever layout wrote it.
+
+    Reads what is asked for and no more; no process group is needed. The files should have been
+    verified before. Raises CheckpointError where the checkpoint doesn't hold what is asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest: Manifest = read_manifest(folder)
+        self._folder = folder
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()  # the last reference unmaps a file
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+        """Returns a tensor, or the part of it that slices without steps say, in memory of its own.
+
+        Dimensions that `index` doesn't reach are taken whole.
+        """
+        entry = self._entry(name)
+        ranges = [
+            part.indices(length) for part, length in zip(index or (), entry.shape, strict=False)
+        ]
+        ranges += [(0, length, 1) for length in entry.shape[len(ranges) :]]
+        block = Block(
+            tuple(start for start, _, _ in ranges),
+            tuple(max(0, stop - start) for start, stop, _ in ranges),
+        )
+        target = torch.empty(block.shape, dtype=dtype_of(entry))
+        self.read_into(name, target, offset=block.offset)
+        return target
+
+    def read_into(self, name: str, target: Tensor, *, offset: tuple[int, ...]) -> None:
+        """Fills a tensor with the part of a saved one that begins at `offset`."""
+        wanted, filled = Block(offset, tuple(target.shape)), 0
+        for file, saved in self._entry(name).blocks.items():
+            if (both := overlap(wanted, saved)) is None:
+                continue
+            ours, theirs = both
+            part = self._slice(file, name, theirs, whole=saved.shape)
+            target[ours].copy_(part)
+            filled += part.numel()
+        if filled != target.numel():  # blocks are disjoint: whoever wrote them made sure
+            raise CheckpointError(
+                f"{self._folder} holds {filled} of the {target.numel()} elements of {name} from "
+                f"{list(offset)} to {[o + s for o, s in zip(offset, target.shape, strict=True)]}"
+            )
+
+    def _slice(
+        self, file: str, name: str, index: tuple[slice, ...], *, whole: tuple[int, ...]
+    ) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self._folder / file, framework="pt")
+            if all(i == slice(0, n) for i, n in zip(index, whole, strict=True)):
+                part: Tensor = self._open[file].get_tensor(name)
+            else:
+                part = self._open[file].get_slice(name)[index]
+            return part
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self._folder / file}: {name} can't be read: {error}"
+            ) from error
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self.manifest.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self._folder} has no tensor {name}") from None
+
+
+def overlap(ours: Block, theirs: Block) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Returns where two blocks of a tensor meet, as an index into each; None where they don't."""
+    left, right = [], []
+    for a, m, b, n in zip(ours.offset, ours.shape, theirs.offset, theirs.shape, strict=True):
+        begin, end = max(a, b), min(a + m, b + n)
+        if begin >= end:
+            return None
+        left.append(slice(begin - a, end - a))
+        right.append(slice(begin - b, end - b))
+    return tuple(left), tuple(right)
