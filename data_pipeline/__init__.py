@@ -19,6 +19,7 @@ from data_pipeline.settings import (
     UnavailableError,
     resolved_dir,
 )
+from data_pipeline.storage import without_secrets
 from data_pipeline.tokenizer_json import TokenizerJson, tokenizer_json
 from data_pipeline.tokenizers import Tokenizer, resolved_tokenizer, tokenizer_named
 
@@ -47,4 +48,5 @@ __all__ = [
     "resolved_tokenizer",
     "tokenizer_json",
     "tokenizer_named",
+    "without_secrets",
 ]
