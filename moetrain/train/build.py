@@ -197,6 +197,8 @@ def build_model(
 
 def order_change(state: TrainState, batches: GlobalBatches) -> str | None:
     """Returns what is told of a restored run whose samples come otherwise than they would have."""
+    if not state.samples:
+        return None
     if not state.position:
         return (
             f"the checkpoint of step {state.step} is of a version that ordered samples otherwise: "
