@@ -27,7 +27,13 @@ from launch.failure import classify
 from launch.plan import Plan
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
-from moetrain.checkpoint import CheckpointError, next_attempt, replace_text
+from moetrain.checkpoint import (
+    CheckpointError,
+    newest_good,
+    next_attempt,
+    read_manifest,
+    replace_text,
+)
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
@@ -70,10 +76,9 @@ def start(
 def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Path], object]) -> int:
     run_dir, shards = _open_run(config, prepared), prepared.shards
     event = EventLog(run_dir / "events.jsonl").write
-    newest = newest_manifest(run_dir)
-    if newest and newest.step >= config.train.num_steps:
-        print(f"complete  run {config.run.name} has all its {newest.step} steps")
-        outcome = Outcome(finished=True, step=newest.step, last={})
+    if _is_complete(run_dir, num_steps=config.train.num_steps):
+        print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
+        outcome = Outcome(finished=True, step=config.train.num_steps, last={})
         return _close_run(config, outcome, shards, report)
     stop = StopRequest()
     display = ProgressDisplay(
@@ -92,6 +97,15 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
     return _close_run(config, outcome, shards, report)
+
+
+def _is_complete(run_dir: Path, *, num_steps: int) -> bool:
+    """Returns whether a run has a good checkpoint of its last step; reads one only if it may be."""
+    newest = newest_manifest(run_dir)
+    if newest is None or newest.step < num_steps:
+        return False
+    good = newest_good(run_dir / "checkpoints", rejected=lambda name, reason: None)
+    return good is not None and read_manifest(good).step >= num_steps
 
 
 class StopRequest:

@@ -31,23 +31,31 @@ def held(tensor: Tensor) -> Held:
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    local: Tensor = tensor.to_local().detach()
+    local = _local(tensor)
     assert tuple(local.shape) == tuple(shape), f"{tuple(local.shape)} is not {tuple(shape)}"
     return Held(local, tuple(offset))
 
 
-def to_write(tensors: Mapping[str, Tensor]) -> dict[str, Held]:
-    """Returns the parts that this rank is the one to write, of tensors that all ranks name alike.
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
+
+
+def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns the offsets of the parts that this rank is the one to write, of named tensors.
 
     Where several ranks hold the same part, one of them writes it: which one, the name decides, so
     that the work is spread. Parts without elements are nobody's.
     """
-    mine = {}
-    for name, tensor in tensors.items():
-        part = held(tensor)
-        if part.local.numel() and _writes(name, tensor):
-            mine[name] = part
-    return mine
+    parts = {name: held(tensor) for name, tensor in tensors.items() if _writes(name, tensor)}
+    return {name: part.offset for name, part in parts.items() if part.local.numel()}
+
+
+def parts_at(
+    tensors: Mapping[str, Tensor], places: Mapping[str, tuple[int, ...]]
+) -> dict[str, Held]:
+    """Returns this rank's parts of the tensors that have a place, as they are now."""
+    return {name: Held(_local(tensors[name]), offset) for name, offset in places.items()}
 
 
 def _writes(name: str, tensor: Tensor) -> bool:

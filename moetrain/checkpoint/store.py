@@ -23,7 +23,8 @@ from moetrain.checkpoint.blocks import (
     describe,
     held,
     num_bytes,
-    to_write,
+    parts_at,
+    places_to_write,
 )
 from moetrain.checkpoint.folders import (
     Save,
@@ -95,6 +96,7 @@ class CheckpointStore:
         self._leads = dist.get_rank() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: list[Future[None]] = []
+        self._places: dict[str, tuple[int, ...]] | None = None
         self._staging = Staging()
         self._demand_shared()
 
@@ -105,7 +107,9 @@ class CheckpointStore:
         alike, if this save or the one before it failed.
         """
         self.wait()
-        parts = to_write(tensors)
+        if self._places is None:  # the layout stays as it is
+            self._places = places_to_write(tensors)
+        parts = parts_at(tensors, self._places)
         if self._settings.async_save:
             parts = self._staging.copy(parts)
         manifest = Manifest(

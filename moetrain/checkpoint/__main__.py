@@ -1,0 +1,82 @@
+"""`python -m moetrain.checkpoint verify=DIR`: is every byte of a run's checkpoints what was saved?
+
+Owns the command's settings and its messages. Leaves the checks to `manifest.py`.
+"""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from moetrain.checkpoint.folders import broken, candidates
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    read_manifest,
+    step_of,
+    verify_files,
+)
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class VerifySettings:
+    """What to verify."""
+
+    verify: str
+    """A run's folder, its checkpoints, or one of them."""
+
+
+def main(settings: VerifySettings) -> int:
+    """Verifies one checkpoint or all of a run; returns the exit code."""
+    folder = Path(settings.verify)
+    one = step_of(folder.absolute().name) is not None or (folder / MANIFEST).exists()
+    directory = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    folders = [folder] if one else candidates(directory) if directory.is_dir() else []
+    damaged = [] if one or not directory.is_dir() else broken(directory)
+    if not folder.is_dir() or not (folders or damaged):
+        reason = "has no checkpoints" if folder.is_dir() else "is not a folder"
+        print(
+            f"verify={folder}: it {reason}: give a run's folder, its checkpoints, or one of them",
+            file=sys.stderr,
+        )
+        return BAD_CONFIGURATION
+    for checkpoint in folders:
+        try:
+            manifest = read_manifest(checkpoint)
+            _verify(checkpoint, manifest)
+        except CheckpointError as error:
+            damaged.append((checkpoint.name, str(error)))
+            continue
+        print(f"good      {checkpoint.name}  {_described(manifest)}", flush=True)
+    for name, reason in damaged:
+        print(f"damaged   {name}: {reason}")
+    return FAILED if damaged else DONE
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    """Checks all files, several at a time; raises CheckpointError naming a bad one."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{folder.name}: {_described(manifest)} …\r", end="", file=sys.stderr)
+    parts = max(1, min(len(manifest.files), len(os.sched_getaffinity(0))))
+    check = partial(verify_files, folder, manifest, parts=parts)
+    with ThreadPoolExecutor(parts) as pool:
+        for result in [pool.submit(check, part=part) for part in range(parts)]:
+            result.result()
+
+
+def _described(manifest: Manifest) -> str:
+    size = sum(entry.size for entry in manifest.files.values())
+    return (
+        f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files, {len(manifest.tensors)} tensors, "
+        f"attempt {manifest.attempt}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, tree=VerifySettings, module="moetrain.checkpoint")
