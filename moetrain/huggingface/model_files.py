@@ -46,7 +46,11 @@ def exportable_places(
     }
     expected = model_tensors(model)
     for name in sorted(saved.keys() ^ expected.keys()):
-        where = "checkpoint, and not in the model" if name in saved else "model, and not in the checkpoint"
+        where = (
+            "checkpoint, and not in the model"
+            if name in saved
+            else "model, and not in the checkpoint"
+        )
         raise ConversionError(f"{name} is in the {where}: all of it must be exported")
     for name, shape in saved.items():
         if shape != expected[name]:
@@ -106,9 +110,7 @@ def write_model(
         advance(part.numel() * DTYPES[dtype].itemsize)
         return part.t() if place.transposed else part
 
-    return write_shards(
-        to, placed, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes, read=read
-    )
+    return write_shards(to, placed, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes, read=read)
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:
