@@ -215,6 +215,9 @@ def test_rules_of_a_file_that_ours_does_not_keep_to_are_left_out(
     config = a_run(tmp_path, vocab_size=ours.vocab_size)
     write_tokenizer(tmp_path, config=config, tokenizer=str(path), fingerprint=ours.fingerprint)
     assert_same(ours, loaded(tmp_path), HARD)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert all(token["special"] for token in rules["added_tokens"])
+    assert {rules[key] for key in ("post_processor", "truncation", "padding")} == {None}
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path: Path, bpe_shards: Path) -> None:

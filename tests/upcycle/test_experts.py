@@ -92,6 +92,7 @@ def test_a_fraction_of_the_units_begins_anew_in_all_three_matrices(fraction: flo
 
 def test_fresh_units_are_normal_as_those_they_take_the_place_of() -> None:
     changes = replace(COPIES, reinitialize=0.25)
+    draws = []
     for matrix, stack in stacks(changes).items():
         for expert, units in enumerate(changed_units(stack, matrix)):
             before, fresh = Dense().units(matrix)[units], stack[expert][units]
@@ -99,9 +100,12 @@ def test_fresh_units_are_normal_as_those_they_take_the_place_of() -> None:
             assert abs(drawn.mean()) < 5 * drawn.numel() ** -0.5
             assert abs((drawn**2).mean() - 1) < 5 * (2 / drawn.numel()) ** 0.5
             assert abs((drawn**4).mean() - 3) < 5 * (96 / drawn.numel()) ** 0.5
+            draws.append(drawn.flatten())
             # Not the old values in another order or another scale.
             rest = (before - before.mean()) / before.std(correction=0)
             assert abs((drawn * rest).mean()) < 5 * drawn.numel() ** -0.5
+    for one, other in combinations(draws, 2):
+        assert abs((one * other).mean()) < 5 * one.numel() ** -0.5
 
 
 def test_units_are_drawn_evenly() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.checkpoint import CheckpointReader, read_manifest, verify_files
+from moetrain.checkpoint import (
+    CheckpointReader,
+    TensorEntry,
+    read_manifest,
+    verify_files,
+    write_checkpoint,
+)
 from moetrain.config import Config, validated
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.tokenizer import write_tokenizer
@@ -131,6 +138,8 @@ def test_an_export_finds_tokenizer_and_origin(dense: Path, tmp_path: Path) -> No
     checkpoint = upcycled(dense, tmp_path / "moe")
     manifest = read_manifest(checkpoint)
     config = validated(manifest.config, Config)
+    before = read_manifest(dense / "checkpoints/step_00000016")
+    assert manifest.config["data"] == before.config["data"]
     ids = write_tokenizer(
         tmp_path, config=config, tokenizer=None, fingerprint=manifest.state["tokenizer"],
         run_dir=tmp_path / "moe",
@@ -189,6 +198,55 @@ def test_what_is_there_is_neither_taken_for_dense_nor_written_over(
     assert upcycle(nothing) == 2
     assert "has no checkpoints/" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["moe"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"model.norm.weight": None}, "model.norm.weight is missing"),
+        ({"model.norm.weight": (16,)}, "model.norm.weight is missing, or of another shape"),
+        ({"model.layers.0.adapter.weight": (4,)}, "adapter.weight is no tensor of the dense model"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_refused(
+    dense: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...] | None], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    manifest = read_manifest(dense / "checkpoints/step_00000016")
+    shapes: dict[str, tuple[int, ...] | None] = {n: e.shape for n, e in manifest.tensors.items()}
+    write_checkpoint(
+        tmp_path / "other/checkpoints",
+        step=16,
+        state=manifest.state,
+        config=manifest.config,
+        mesh={},
+        tensors={
+            name: TensorEntry(shape=shape, dtype="float32")
+            for name, shape in (shapes | tensors).items()
+            if shape is not None
+        },
+        read=lambda name, _: torch.zeros((shapes | tensors)[name] or ()),
+    )
+    settings = UpcycleSettings(
+        from_=str(tmp_path / "other"), to=str(tmp_path / "moe"), num_experts=4, top_k=2
+    )
+    assert upcycle(settings) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dense / "checkpoints", tmp_path / "run/checkpoints")
+    path = tmp_path / "run/checkpoints/step_00000016/rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    upcycled(tmp_path / "run", tmp_path / "moe")
+    said = capsys.readouterr()
+    assert "passing over step_00000016" in said.err
+    assert "of step 15" in said.out
 
 
 def test_a_top_1_model_is_told_apart_from_the_dense_one(
