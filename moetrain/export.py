@@ -52,6 +52,7 @@ class ExportSettings:
 def export(settings: ExportSettings) -> int:
     """Exports a run; returns the exit code."""
     try:
+        demand_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
         folder = _checkpoint(Path(settings.run), settings.step)
         with CheckpointReader(folder) as reader:
             _export(settings, folder, reader)
@@ -88,15 +89,16 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
 
 
 def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
-    from moetrain.huggingface.model_card import write_model_card
-    from moetrain.huggingface.tokenizer import write_tokenizer
-
     run_dir, to, manifest = Path(settings.run), Path(settings.to), reader.manifest
     config = validated(manifest.config, Config)
     placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)
     dtype = export_dtype(settings.dtype, manifest)
     size = num_bytes(placed, DTYPES[dtype])
     demand_new(to, num_bytes=size)
+
+    from moetrain.huggingface.model_card import write_model_card
+    from moetrain.huggingface.tokenizer import write_tokenizer
+
     with new_folder(to) as staged:
         tokens = write_tokenizer(
             staged,

@@ -127,18 +127,17 @@ def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[Plac
             ("down", "w2", None),
             ("up", "w3", slice(hidden, 2 * hidden)),
         ):
-            shape = (dim, hidden) if half is None else (hidden, dim)
-            if fused:
-                name = "down_proj" if half is None else "gate_up_proj"
-                shape = (experts, *(shape if half is None else (2 * hidden, dim)))
-                index = (one,) if half is None else (one, half)
-            else:
-                name, index = f"{expert}.{published}.weight", WHOLE
+            name, index = f"{expert}.{published}.weight", WHOLE
+            whole: Shape = (dim, hidden) if half is None else (hidden, dim)
+            if fused and half is None:
+                name, index, whole = "down_proj", (one,), (experts, *whole)
+            elif fused and half:
+                name, index, whole = "gate_up_proj", (one, half), (experts, 2 * hidden, dim)
             yield Place(
                 ours=f"model.{ours}.experts.{matrix}",
                 ours_index=(one,),
                 theirs=f"{theirs}.experts.{name}",
-                theirs_shape=shape,
+                theirs_shape=whole,
                 theirs_index=index,
                 transposed=half is None,
             )

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,8 @@ def test_an_export_says_both_what_old_and_new_transformers_read(tmp_path: Path) 
     assert index["weight_map"].keys() == tensors.keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert all(t.dtype == torch.bfloat16 for t in tensors.values())
+    with safe_open(tmp_path / "theirs" / next(iter(index["weight_map"].values())), "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "version 4 refuses a file without"
     assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in tensors, "as published"
 
 
@@ -122,6 +126,4 @@ def _random(settings: ModelSettings) -> Transformer:
 
 
 def _tensors(path: Path) -> list[Tensor]:
-    from safetensors.torch import load_file
-
     return list(load_file(path).values())

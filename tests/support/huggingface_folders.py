@@ -38,7 +38,7 @@ def imported(source: Path, to: Path) -> Path:
 
 
 def exported(checkpoint: Path, to: Path, settings: ModelSettings, **how: Any) -> list[str]:
-    """Writes a checkpoint's model as Hugging Face files without a tokenizer; returns their names."""
+    """Writes a checkpoint's model as Hugging Face files; returns the names of its weights'."""
     to.mkdir()
     with CheckpointReader(checkpoint) as reader:
         return write_model(
