@@ -105,7 +105,7 @@ def _introduction(facts: RunFacts, config: "Config", *, dtype: str) -> str:
     trained = (
         f"trained with moetrain on {facts.tokens:,} tokens"
         if facts.tokens
-        else "not trained by moetrain yet"
+        else "not trained in this run yet"
     )
     text = f"A {kind} with {size}, {trained}. Weights are in {dtype}."
     for origin in facts.origins:

@@ -132,6 +132,8 @@ def _write(to: Path, tokenizer: Tokenizer, *, config: "Config") -> TokenIds:
         # The class that takes a tokenizer.json as it is; transformers 5 knows it by this name, too.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
+        # Else transformers 4 adds token_type_ids, which the model doesn't take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.model.max_seq_len,
         "clean_up_tokenization_spaces": False,
         # Text that spells a special token is text, as it was in training.

@@ -178,7 +178,7 @@ def test_a_run_with_nothing_but_a_checkpoint_has_a_card(trained: Path, tmp_path:
     run_dir = tmp_path / "bare"
     shutil.copytree(trained / "runs/tiny/checkpoints", run_dir / "checkpoints")
     card = card_of(tmp_path, run_dir, state={"step": 0, "tokens": 0}, mesh={})
-    assert "not trained by moetrain yet" in card
+    assert "not trained in this run yet" in card
     assert "Which text the model was trained on is not recorded" in card
     assert "No validation is recorded" in card
     assert "Balance of the experts" not in card

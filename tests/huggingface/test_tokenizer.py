@@ -129,6 +129,7 @@ def test_ids_of_a_named_tokenizer_are_ours(name: str, beside_a_model: bool, tmp_
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ids.bos_token_id, ids.eos_token_id)
     assert theirs.model_max_length == config.model.max_seq_len
     assert theirs.chat_template is None
+    assert list(theirs("a")) == theirs.model_input_names == ["input_ids", "attention_mask"]
     bos = None if name == "bytes" else 1
     assert ids == TokenIds(
         bos_token_id=bos, eos_token_id=ours.end_of_document, vocab_size=ours.vocab_size
