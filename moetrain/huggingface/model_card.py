@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data_pipeline import without_secrets
+from moetrain.huggingface.markdown import fenced, line, table
 from moetrain.huggingface.run_facts import RunFacts, Source, read_facts
 from moetrain.model import active_parameters, total_parameters
 
@@ -49,7 +49,7 @@ def write_model_card(
     are of the checkpoint's step or the last before it at which they were taken.
     """
     facts = read_facts(run_dir, manifest=manifest, config=config)
-    name = _line(config.run.name or run_dir.name)
+    name = line(config.run.name or run_dir.name)
     parts = [
         f"# {name}",
         _introduction(facts, config, dtype=dtype),
@@ -108,9 +108,7 @@ def _introduction(facts: RunFacts, config: "Config", *, dtype: str) -> str:
         else "not trained in this run yet"
     )
     text = f"A {kind} with {size}, {trained}. Weights are in {dtype}."
-    for origin in facts.origins:
-        text += f" {_line(origin)}"
-    return text
+    return " ".join([text, *map(line, facts.origins)])
 
 
 def _how_to_load(facts: RunFacts, *, dtype: str) -> str:
@@ -155,7 +153,7 @@ def _architecture(config: "Config") -> str:
         "longest sequence": model.max_seq_len,
         "base of rotary positions": f"{model.rope_theta:g}",
     }
-    return _table(["", ""], rows.items())
+    return table(["", ""], rows.items())
 
 
 def _training_text(facts: RunFacts) -> Iterator[str]:
@@ -163,7 +161,7 @@ def _training_text(facts: RunFacts) -> Iterator[str]:
         yield "Which text the model was trained on is not recorded in this run."
         return
     total = sum(source.tokens for source in facts.sources)
-    yield _table(
+    yield table(
         ["source", "text", "licence", "tokens trained on", "share", "epochs"],
         (
             (
@@ -186,7 +184,7 @@ def _training_text(facts: RunFacts) -> Iterator[str]:
         )
     if licence := _one_licence(facts.sources):
         notes.append(
-            f"The card names {_line(licence)}, the licence of all of this text; what that means "
+            f"The card names {line(licence)}, the licence of all of this text; what that means "
             "for the weights is for whoever uses them to judge."
         )
     if notes:
@@ -217,7 +215,7 @@ def _training(facts: RunFacts, config: "Config") -> Iterator[str]:
         "seed": config.seed,
         "layout": ", ".join(f"{key} {value}" for key, value in facts.mesh.items()) or UNKNOWN,
     }
-    yield _table(["", ""], rows.items())
+    yield table(["", ""], rows.items())
 
 
 def _loss(facts: RunFacts) -> Iterator[str]:
@@ -240,7 +238,7 @@ def _loss(facts: RunFacts) -> Iterator[str]:
         )
     if facts.validation_loss is not None:
         rows.append(("all", _figure(facts.validation_loss), "", "", ""))
-    yield _table(["source", "loss", "bits per byte", "byte bigrams'", "zlib's"], rows)
+    yield table(["source", "loss", "bits per byte", "byte bigrams'", "zlib's"], rows)
 
 
 def _router(facts: RunFacts) -> Iterator[str]:
@@ -261,7 +259,7 @@ def _router(facts: RunFacts) -> Iterator[str]:
         )
     yield "## Balance of the experts"
     yield f"Over the global batch of step {facts.router_step:,}."
-    yield _table(["", ""], rows)
+    yield table(["", ""], rows)
 
 
 def _limits(facts: RunFacts, config: "Config") -> Iterator[str]:
@@ -284,25 +282,11 @@ def _limits(facts: RunFacts, config: "Config") -> Iterator[str]:
 
 
 def _configuration(config: Mapping[str, Any]) -> str:
-    text = without_secrets(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     return (
         "## Configuration\n\n<details>\n<summary>The whole configuration of the run</summary>\n\n"
-        f"{fence}yaml\n{text}{fence}\n\n</details>"
+        f"{fenced(text, language='yaml')}\n\n</details>"
     )
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([_line(str(cell)) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _line(text: str) -> str:
-    """Text of others as one line in which nothing is markup."""
-    text = " ".join(without_secrets(text).split())
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 
 
 def _figure(value: float | None) -> str:
