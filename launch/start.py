@@ -33,7 +33,7 @@ from moetrain.checkpoint import (
     read_manifest,
     replace_text,
 )
-from moetrain.checkpoint.remote import fetch_newer, take_over
+from moetrain.checkpoint.remote import fetch_newer, is_newer_there, take_over
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
@@ -102,14 +102,15 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
 
 def _fetch(config: "Config") -> None:
     """Brings a newer checkpoint than the run's folder has from where it is uploaded to, if any."""
-    if config.checkpoint.upload_to is None:
+    run_dir, name = Path(config.run.dir, config.run.name or ""), config.run.name or ""
+    directory = run_dir / "checkpoints"
+    if not is_newer_there(config.checkpoint, run=name, directory=directory):
         return
-    run_dir = Path(config.run.dir, config.run.name or "")
     with _held(run_dir):
         fetch_newer(
             config.checkpoint,
-            run=config.run.name or "",
-            directory=run_dir / "checkpoints",
+            run=name,
+            directory=directory,
             event=EventLog(run_dir / "events.jsonl").write,
             say=lambda text: print(text, file=sys.stderr),
         )

@@ -29,6 +29,18 @@ log = logging.getLogger(__name__)
 _SAY_SECONDS = 5.0
 
 
+def is_newer_there(settings: CheckpointSettings, *, run: str, directory: Path) -> bool:
+    """Returns whether the remote folder, if there is one, has a checkpoint newer than all here.
+
+    Writes nothing. Raises ConfigError or CheckpointError where it can't be asked.
+    """
+    if settings.upload_to is None:
+        return False
+    there = open_remote(settings.upload_to, run=run).list_complete()
+    line, _ = in_order(saves(directory))
+    return bool(there) and (not line or (there[0].attempt, there[0].step) > line[0][::-1])
+
+
 def fetch_newer(
     settings: CheckpointSettings,
     *,
@@ -41,8 +53,7 @@ def fetch_newer(
 
     Raises CheckpointError where the remote folder can't be asked, or this disk has no room.
     """
-    if settings.upload_to is None:
-        return
+    assert settings.upload_to is not None
     line, _ = in_order(saves(directory))
     said = time.monotonic()
 
