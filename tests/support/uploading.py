@@ -4,17 +4,17 @@ A fork takes milliseconds where a fresh Python would import for seconds. What fo
 with one thread, since those of pytest and of the servers must not be copied halfway.
 """
 
-import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint.manifest import CheckpointError
+from moetrain.checkpoint.folders import Save, to_delete
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.remote.checkpoints import RemoteCheckpoints, open_remote
 from moetrain.checkpoint.remote.folder import Patience
 from moetrain.checkpoint.remote.uploader import Uploader
@@ -22,27 +22,15 @@ from moetrain.checkpoint.remote.uploader import Uploader
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
-def describe(folder: Path) -> tuple[int, int, Mapping[str, int]]:
-    """Step, attempt and sizes that a manifest tells."""
-    try:
-        fields = json.loads((folder / "manifest.json").read_text())
-        sizes = {name: entry["size"] for name, entry in fields["files"].items()}
-        return fields["step"], fields["attempt"], sizes
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"no manifest: {error!r}") from error
-
-
 def upload(remote: RemoteCheckpoints, folder: Path, *, owner: int | None = None) -> int:
     """Uploads a local checkpoint, by the attempt that saved it unless told otherwise."""
-    step, attempt, files = describe(folder)
-    return remote.upload(
-        folder, step=step, attempt=attempt, files=files, owner=attempt if owner is None else owner
-    )
+    manifest = read_manifest(folder)
+    return remote.upload(folder, manifest, owner=manifest.attempt if owner is None else owner)
 
 
-def keep_two(found: list[tuple[int, int]]) -> set[tuple[int, int]]:
-    """The newest two."""
-    return set(found[:2])
+def but_two(saves: Collection[Save]) -> list[Save]:
+    """All but the newest two."""
+    return to_delete(saves, keep_last=2, keep_every=None)
 
 
 class Uploads:
@@ -90,7 +78,7 @@ def _fork_for_each(connection: Connection) -> None:
                 os.environ.update(variables)
                 remote = open_remote(address, run="toy", patience=Patience(num_tries=1))
                 upload(remote, folder)
-                remote.delete_old(keep_two, owner=1)
+                remote.delete_old(but_two, owner=1)
                 code = 0
             finally:
                 os._exit(code)
@@ -102,9 +90,8 @@ def end_during_upload(address: str, folder: Path, variables: dict[str, str], beg
     """A program that ends while its uploader is at work, without closing it."""
     os.environ.update(variables)
     remote = open_remote(address, run="toy")
-    uploader = Uploader(remote, owner=1, keep=keep_two, event=lambda kind, **fields: None)
-    step, attempt, files = describe(folder)
-    uploader.submit(folder, step=step, attempt=attempt, files=files)
+    uploader = Uploader(remote, owner=1, old=but_two, event=lambda kind, **fields: None)
+    uploader.submit(folder, read_manifest(folder))
     assert began.wait(30)
 
 

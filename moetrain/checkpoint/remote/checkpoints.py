@@ -5,22 +5,20 @@
     checkpoints/latest                            names the newest, after all else
 
 Owns names, order and the fence. A folder without manifest.json is no checkpoint, and nothing is
-written into one that has it. The newest is the one of the newest attempt, and among those of
-the newest step: whoever goes on from a checkpoint has a higher attempt than whoever saved it.
-`latest` is for people and other tools; what is read follows from the listing alone, so that a
-worker that was cut off can't win by writing it late.
+written into one that has it. Which is the newest follows from the listing, by the order that
+`folders` has for those of this machine. `latest` is for people and other programs; what is read
+doesn't depend on it, so that a worker that was cut off can't win by writing it late.
 
 Leaves transfers to `object_folder` and `disk_folder`, reading back to `download`, and the time
 of an upload to `uploader`.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
-from moetrain.checkpoint.folders import LATEST
-from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, folder_name
+from moetrain.checkpoint.folders import LATEST, Save, in_order
+from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, folder_name
 from moetrain.checkpoint.remote.disk_folder import DiskFolder
 from moetrain.checkpoint.remote.folder import (
     Patience,
@@ -44,35 +42,26 @@ class SupersededError(CheckpointError):
     """A newer attempt has taken the run over; this one may write no more."""
 
 
-@dataclass(frozen=True, order=True)
-class RemoteCheckpoint:
-    """One checkpoint on the remote folder; the greatest is the newest."""
-
-    attempt: int
-    """The attempt that saved it."""
-    step: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{folder_name(self.step)}_attempt_{self.attempt}"
+def remote_name(save: Save) -> str:
+    """Returns the name of a checkpoint's folder."""
+    return f"{folder_name(save.step)}_attempt_{save.attempt}"
 
 
-def parse_name(name: str) -> RemoteCheckpoint | None:
-    """The checkpoint that a folder is named after; None for any other name."""
+def parse_name(name: str) -> Save | None:
+    """Returns the checkpoint that a folder is named after; None for any other name."""
     found = _FOLDER.fullmatch(name)
     if found is None:
         return None
-    checkpoint = RemoteCheckpoint(step=int(found[1]), attempt=int(found[2]))
-    return checkpoint if checkpoint.name == name else None
+    save = Save(step=int(found[1]), attempt=int(found[2]))
+    return save if remote_name(save) == name else None
 
 
-def demand_file_names(names: Mapping[str, object], *, source: str) -> None:
+def demand_file_names(names: Iterable[str]) -> None:
     """Raises CheckpointError for names that could leave a folder, or hide in it."""
     for name in names:
         if not _FILE.fullmatch(name) or name == MANIFEST:
             raise CheckpointError(
-                f"{source} lists {name[:200]!r}, which can't be a file of its own"
+                f"its {MANIFEST} lists {name[:200]!r}, which can't be a file of the folder"
             )
 
 
@@ -87,6 +76,12 @@ def open_remote(upload_to: str, *, run: str, patience: Patience = _PATIENCE) -> 
     if protocol == "file":
         return RemoteCheckpoints(DiskFolder(Path(path or "/"), below))
     return RemoteCheckpoints(ObjectFolder(protocol, f"{path}/{below}", patience=patience))
+
+
+def complete_of(folders: Mapping[Save, Mapping[str, int]]) -> list[Save]:
+    """Returns which of them are checkpoints, in the order in which they are to be tried."""
+    line, beside = in_order(save for save, sizes in folders.items() if MANIFEST in sizes)
+    return line + beside
 
 
 class RemoteCheckpoints:
@@ -126,120 +121,116 @@ class RemoteCheckpoints:
         found = self._files.sizes(ATTEMPTS)
         return max((int(name) for name in found if _ATTEMPT.fullmatch(name)), default=0)
 
-    def list_folders(self) -> dict[RemoteCheckpoint, dict[str, int]]:
+    def list_folders(self) -> dict[Save, dict[str, int]]:
         """Sizes of the files of each folder, complete or not."""
-        folders: dict[RemoteCheckpoint, dict[str, int]] = {}
+        folders: dict[Save, dict[str, int]] = {}
         for path, size in self._files.sizes().items():
             folder, _, name = path.partition("/")
-            if (checkpoint := parse_name(folder)) and name:
-                folders.setdefault(checkpoint, {})[name] = size
+            if (save := parse_name(folder)) and name:
+                folders.setdefault(save, {})[name] = size
         return folders
 
-    def list_complete(self) -> list[RemoteCheckpoint]:
-        """All checkpoints, the newest first."""
-        folders = self.list_folders()
-        return sorted((c for c, files in folders.items() if MANIFEST in files), reverse=True)
+    def list_complete(self) -> list[Save]:
+        """All checkpoints in the order in which they are to be tried."""
+        return complete_of(self.list_folders())
 
-    def upload(
-        self, folder: Path, *, step: int, attempt: int, files: Mapping[str, int], owner: int
-    ) -> int:
+    def upload(self, folder: Path, manifest: Manifest, *, owner: int) -> int:
         """Uploads a complete local checkpoint and lets `latest` name the newest; returns bytes.
 
-        `files` are the sizes that its manifest lists, `attempt` the one that saved it, `owner`
-        the one that uploads. Killed at any moment, it leaves a checkpoint or none. One that is
-        there already is left as it is.
+        `owner` is the attempt that uploads; another may have saved it. Killed at any moment, it
+        leaves a checkpoint or none. One that is there already is left as it is.
         """
-        saved = RemoteCheckpoint(step=step, attempt=attempt)
-        demand_file_names(files, source=f"{folder / MANIFEST}")
-        self._demand_ownership(saved, owner)
+        save = Save(manifest.step, manifest.attempt)
+        name, sizes = remote_name(save), {n: entry.size for n, entry in manifest.files.items()}
+        demand_file_names(sizes)
+        self._demand_ownership(save, owner)
         try:
-            manifest = (folder / MANIFEST).read_bytes()
-            for name, size in files.items():
-                if (found := (folder / name).stat().st_size) != size:
+            text = (folder / MANIFEST).read_bytes()
+            for file, size in sizes.items():
+                if (found := (folder / file).stat().st_size) != size:
                     raise CheckpointError(
-                        f"{folder / name} has {found} bytes, its manifest says {size}; it is not "
+                        f"{folder / file} has {found} bytes, its manifest says {size}; it is not "
                         "uploaded"
                     )
             uploaded = 0
-            if MANIFEST not in self._files.sizes(saved.name):
-                in_parallel(lambda n: self._files.upload(f"{saved.name}/{n}", folder / n), files)
-                uploaded = sum(files.values()) + len(manifest)
+            if MANIFEST not in self._files.sizes(name):
+                in_parallel(lambda n: self._files.upload(f"{name}/{n}", folder / n), sizes)
+                uploaded = sum(sizes.values()) + len(text)
         except OSError as error:
             raise CheckpointError(f"{folder} can't be uploaded: {error}") from error
-        self._demand_sizes(saved, files)
-        self._demand_ownership(saved, owner)
-        if not self._files.create(f"{saved.name}/{MANIFEST}", manifest):
-            self._demand_same_manifest(saved, manifest)
-        self._name_latest(saved, owner)
+        self._demand_sizes(name, sizes)
+        self._demand_ownership(save, owner)
+        if not self._files.create(f"{name}/{MANIFEST}", text):
+            self._demand_same_manifest(name, text)
+        self._name_latest(save, owner)
         return uploaded
 
     def delete_old(
-        self, keep: Callable[[list[tuple[int, int]]], set[tuple[int, int]]], *, owner: int
+        self, old: Callable[[Collection[Save]], Collection[Save]], *, owner: int
     ) -> list[str]:
-        """Deletes the checkpoints that `keep` leaves out, and what killed uploads left behind.
+        """Deletes the checkpoints that `old` picks, and what killed uploads left behind.
 
-        `keep` is given (step, attempt) of all, the newest first, and returns those that stay;
-        the newest always does. Returns the names of the deleted.
+        `old` is given all checkpoints; the newest stays whatever it says. Returns the names of
+        the deleted.
         """
         folders = self.list_folders()
-        complete = sorted((c for c, files in folders.items() if MANIFEST in files), reverse=True)
-        kept = keep([(c.step, c.attempt) for c in complete])
-        old = [c for c in complete[1:] if (c.step, c.attempt) not in kept]
+        complete = complete_of(folders)
+        picked = set(old(complete)) & set(complete[1:])
         # Of a newer attempt they may be under way.
-        partial = [c for c, files in folders.items() if MANIFEST not in files]
-        old += [c for c in partial if c.attempt <= owner]
-        for checkpoint in old:
-            self._demand_ownership(checkpoint, owner)
-            self._delete(checkpoint, set(folders[checkpoint]))
-        return [checkpoint.name for checkpoint in old if checkpoint in complete]
+        partial = [s for s in folders if s.attempt <= owner and MANIFEST not in folders[s]]
+        for save in sorted(picked) + partial:
+            self._demand_ownership(save, owner)
+            self._delete(remote_name(save), set(folders[save]))
+        return [remote_name(save) for save in sorted(picked)]
 
     def stop(self) -> None:
         """Makes a transfer that is under way, and every later call, end soon with an error."""
         self._files.stop()
 
-    def _delete(self, checkpoint: RemoteCheckpoint, names: set[str]) -> None:
+    def _delete(self, folder: str, names: set[str]) -> None:
         """The manifest first: what a killed deletion leaves is no checkpoint."""
         if MANIFEST in names:
-            self._files.delete(f"{checkpoint.name}/{MANIFEST}")
-        self._files.forget_uploads(checkpoint.name)
+            self._files.delete(f"{folder}/{MANIFEST}")
+        self._files.forget_uploads(folder)
         # Names that could never be a checkpoint's are not touched; nobody here put them there.
         own = sorted(n for n in names - {MANIFEST} if _FILE.fullmatch(n))
-        in_parallel(lambda name: self._files.delete(f"{checkpoint.name}/{name}"), own)
+        in_parallel(lambda name: self._files.delete(f"{folder}/{name}"), own)
 
-    def _demand_ownership(self, saved: RemoteCheckpoint, owner: int) -> None:
+    def _demand_ownership(self, save: Save, owner: int) -> None:
         if (newest := self.newest_attempt()) > owner:
             raise SupersededError(
-                f"attempt {owner} may not change {saved.name} in {self.location}: attempt "
+                f"attempt {owner} may not change {remote_name(save)} in {self.location}: attempt "
                 f"{newest} has taken the run over"
             )
 
-    def _demand_sizes(self, saved: RemoteCheckpoint, files: Mapping[str, int]) -> None:
-        found = self._files.sizes(saved.name)
-        for name, size in files.items():
+    def _demand_sizes(self, folder: str, sizes: Mapping[str, int]) -> None:
+        found = self._files.sizes(folder)
+        for name, size in sizes.items():
             if found.get(name) != size:
                 there = "is missing" if name not in found else f"has {found[name]} bytes"
                 raise RemoteUnavailableError(
-                    f"{self.location}/{saved.name}/{name} {there} after its upload, and should "
-                    f"have {size} bytes; see to the server, which said that it has them all"
+                    f"{self.location}/{folder}/{name} {there} after its upload, and should have "
+                    f"{size} bytes; see to the server, which said that it has them all"
                 )
 
-    def _demand_same_manifest(self, saved: RemoteCheckpoint, manifest: bytes) -> None:
+    def _demand_same_manifest(self, folder: str, text: bytes) -> None:
         try:
-            there = self._files.read(f"{saved.name}/{MANIFEST}")
+            there = self._files.read(f"{folder}/{MANIFEST}")
         except FileNotFoundError:
             there = b""  # deleted by another attempt since
-        if there != manifest:
+        if there != text:
             raise CheckpointError(
-                f"{self.location}/{saved.name} holds another checkpoint, and nothing is written "
-                "into one; upload this run elsewhere, under another run.name"
+                f"{self.location}/{folder} holds another checkpoint, and nothing is written into "
+                "one; upload this run elsewhere, under another run.name"
             )
 
-    def _name_latest(self, saved: RemoteCheckpoint, owner: int) -> None:
-        self._demand_ownership(saved, owner)
-        self._files.write(LATEST, self._newest(saved).name.encode())
+    def _name_latest(self, save: Save, owner: int) -> None:
+        self._demand_ownership(save, owner)
+        self._write_latest(save)
         if self.newest_attempt() > owner:  # taken over in between: it may have flipped before us
-            self._files.write(LATEST, self._newest(saved).name.encode())
-            self._demand_ownership(saved, owner)
+            self._write_latest(save)
+            self._demand_ownership(save, owner)
 
-    def _newest(self, saved: RemoteCheckpoint) -> RemoteCheckpoint:
-        return max([saved, *self.list_complete()])
+    def _write_latest(self, save: Save) -> None:
+        line, _ = in_order({save, *self.list_complete()})
+        self._files.write(LATEST, remote_name(line[0]).encode())

@@ -1,8 +1,8 @@
 """Bringing the newest good checkpoint from a remote folder to this machine.
 
-Owns that what is downloaded becomes a checkpoint by one rename, after all of it was verified.
-Leaves the meaning of a manifest to the caller. What stands in a remote folder is not trusted: no
-name may leave the folder, and nothing is parsed but by the caller's functions.
+Owns that what is downloaded becomes a checkpoint by one rename, after all of it was verified. What
+stands in a remote folder is not trusted: no name may leave the folder, and nothing is used before
+its hash is checked.
 """
 
 import os
@@ -11,16 +11,22 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, folder_name
+from moetrain.checkpoint.folders import Save, demand_space, in_order
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    folder_name,
+    read_manifest,
+    verify_files,
+)
 from moetrain.checkpoint.remote.checkpoints import (
-    RemoteCheckpoint,
     RemoteCheckpoints,
+    complete_of,
     demand_file_names,
+    remote_name,
 )
 from moetrain.checkpoint.remote.folder import RemoteFolder, in_parallel
-
-# Step, attempt and the sizes of the listed files, of a folder that may hold its manifest alone.
-Describe = Callable[[Path], tuple[int, int, Mapping[str, int]]]
 
 _STAGED = "staged_download_"
 # Thousands of ranks and tensors need some tens of MiB; more is no manifest of ours.
@@ -35,44 +41,47 @@ def fetch_newest(
     remote: RemoteCheckpoints,
     directory: Path,
     *,
-    newer_than: tuple[int, int] | None,
-    describe: Describe,
-    verify: Callable[[Path], None],
+    newer_than: Save | None,
     rejected: Callable[[str, str], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path | None:
     """Downloads the newest remote checkpoint that verifies, as a step folder of `directory`.
 
-    `newer_than` is (step, attempt) of the newest good one there, if there is one. `describe`
-    reads the manifest of a folder that has nothing else yet, `verify` checks a whole folder; both
-    raise CheckpointError. `rejected` is told name and reason
-    of each that is passed over, `progress` how many bytes of how many are there, from several
-    threads. What was downloaded before a kill is used again.
+    `newer_than` is the newest good one there, if there is one. `rejected` is told name and
+    reason of each that is passed over, `progress` how many bytes of how many are there, from
+    several threads. What was downloaded before a kill is used again.
 
     Returns None where nothing newer is there, or nothing newer is good. Raises
     RemoteUnavailableError where the server can't be asked, CheckpointError where the disk of this
     machine has no room or fails.
     """
-    limit = None if newer_than is None else RemoteCheckpoint(newer_than[1], newer_than[0])
     folders = remote.list_folders()
-    complete = sorted((c for c, files in folders.items() if MANIFEST in files), reverse=True)
-    wanted = [c for c in complete if limit is None or c > limit]
+    wanted = _newer(complete_of(folders), newer_than)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if wanted:
             _delete_staged(directory, but=wanted[0])
-        for checkpoint in wanted:
-            fetch = _Fetch(remote.files, directory, checkpoint, folders[checkpoint], progress)
+        for save in wanted:
+            fetch = _Fetch(remote.files, directory, save, folders[save], progress)
             try:
-                return fetch.run(describe, verify)
+                return fetch.run()
             except _DamagedError as error:
                 shutil.rmtree(fetch.staged, ignore_errors=True)
-                rejected(f"{remote.location}/{checkpoint.name}", str(error))
+                rejected(f"{remote.location}/{remote_name(save)}", str(error))
     except OSError as error:
         raise CheckpointError(
             f"no checkpoint of {remote.location} can be brought to {directory}: {error}"
         ) from error
     return None
+
+
+def _newer(complete: list[Save], than: Save | None) -> list[Save]:
+    """Returns those that would be tried before one of this machine."""
+    if than is None:
+        return complete
+    line, beside = in_order({than, *complete})
+    order = line + beside
+    return order[: order.index(than)]
 
 
 class _Fetch:
@@ -82,39 +91,44 @@ class _Fetch:
         self,
         files: RemoteFolder,
         directory: Path,
-        checkpoint: RemoteCheckpoint,
+        save: Save,
         there: Mapping[str, int],
         progress: Callable[[int, int], None],
     ) -> None:
         self._files, self._there, self._progress = files, there, progress
-        self._name, self._attempt = checkpoint.name, checkpoint.attempt
-        self.staged = directory / f"{_STAGED}{checkpoint.step:08d}_attempt_{checkpoint.attempt}"
-        self._target = directory / folder_name(checkpoint.step)
+        self._save, self._name = save, remote_name(save)
+        self.staged = directory / f"{_STAGED}{save.step:08d}_attempt_{save.attempt}"
+        self._target = directory / folder_name(save.step)
         self._lock, self._done = threading.Lock(), 0
 
-    def run(self, describe: Describe, verify: Callable[[Path], None]) -> Path:
-        manifest = self._read_manifest()
-        resumed = self._prepare(manifest)
+    def run(self) -> Path:
+        """Brings it; raises _DamagedError."""
+        text = self._read_manifest()
+        resumed = self._prepare(text)
         try:
-            step, attempt, sizes = describe(self.staged)
-            demand_file_names(sizes, source=f"{self._name}/{MANIFEST}")
+            manifest = read_manifest(self.staged)
+            demand_file_names(manifest.files)
         except CheckpointError as error:
             raise _DamagedError(str(error)) from error
-        if RemoteCheckpoint(step=step, attempt=attempt).name != self._name:
-            raise _DamagedError(f"its {MANIFEST} is that of step {step} and attempt {attempt}")
+        if (found := Save(manifest.step, manifest.attempt)) != self._save:
+            raise _DamagedError(
+                f"its {MANIFEST} is that of step {found.step} and attempt {found.attempt}"
+            )
+        sizes = {name: entry.size for name, entry in manifest.files.items()}
         self._demand_sizes(sizes)
-        if self._is_here(manifest, sizes, verify):
+        if self._is_here(text, manifest):
+            self._progress(sum(sizes.values()), sum(sizes.values()))
             shutil.rmtree(self.staged)
             return self._target
         self._download(sizes)
         try:
-            verify(self.staged)
+            verify_files(self.staged, manifest)
         except CheckpointError as error:
             if not resumed:
                 raise _DamagedError(str(error)) from error
             # What lay here from before may be to blame, and not what is there.
             shutil.rmtree(self.staged)
-            return self.run(describe, verify)
+            return self.run()
         self._commit()
         return self._target
 
@@ -149,29 +163,21 @@ class _Fetch:
                 there = "is missing" if found is None else f"has {found} bytes"
                 raise _DamagedError(f"{name} {there}, and its manifest says {size} bytes")
 
-    def _is_here(
-        self, manifest: bytes, sizes: Mapping[str, int], verify: Callable[[Path], None]
-    ) -> bool:
+    def _is_here(self, text: bytes, manifest: Manifest) -> bool:
         """Whether this very checkpoint is whole in `directory`: killed after the rename, say."""
         try:
-            if (self._target / MANIFEST).read_bytes() != manifest:
+            if (self._target / MANIFEST).read_bytes() != text:
                 return False
-            verify(self._target)
+            verify_files(self._target, manifest)
         except (OSError, CheckpointError):
             return False
-        self._progress(sum(sizes.values()), sum(sizes.values()))
         return True
 
     def _download(self, sizes: Mapping[str, int]) -> None:
         total = sum(sizes.values())
         have = {name: self._have(name, size) for name, size in sizes.items()}
         self._done = sum(have.values())
-        needed, free = total - self._done, shutil.disk_usage(self.staged).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self._name} needs {needed / 2**20:.1f} MiB in {self.staged.parent}, where "
-                f"{free / 2**20:.1f} MiB are free; make room, or choose another run.dir"
-            )
+        demand_space(self.staged, total - self._done)
         self._progress(self._done, total)
 
         def bring(name: str) -> None:
@@ -204,14 +210,14 @@ class _Fetch:
         """Gives the checkpoint its name; what had it, damaged or of another attempt, moves."""
         _sync(self.staged)
         if self._target.exists():
-            replaced = f"replaced_{self._target.name}_by_attempt_{self._attempt}"
+            replaced = f"replaced_{self._target.name}_attempt_{self._save.attempt}"
             shutil.rmtree(self._target.with_name(replaced), ignore_errors=True)
             os.rename(self._target, self._target.with_name(replaced))
         os.rename(self.staged, self._target)
         _sync(self._target.parent)
 
 
-def _delete_staged(directory: Path, *, but: RemoteCheckpoint) -> None:
+def _delete_staged(directory: Path, *, but: Save) -> None:
     """Deletes what is left of downloads that aren't the next."""
     kept = f"{_STAGED}{but.step:08d}_attempt_{but.attempt}"
     for folder in directory.glob(f"{_STAGED}*"):

@@ -5,7 +5,7 @@ Owns nothing of transfers. Everything here does next to nothing where `upload_to
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from moetrain.checkpoint.folders import (
@@ -17,7 +17,6 @@ from moetrain.checkpoint.folders import (
     saves,
     to_delete,
 )
-from moetrain.checkpoint.manifest import read_manifest, verify_files
 from moetrain.checkpoint.remote.checkpoints import open_remote
 from moetrain.checkpoint.remote.download import fetch_newest
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
@@ -67,19 +66,11 @@ def fetch_newer(
         open_remote(settings.upload_to, run=run),
         directory,
         newer_than=line[0] if line else None,
-        describe=_describe,
-        verify=lambda folder: verify_files(folder, read_manifest(folder)),
         rejected=lambda name, reason: event("checkpoint_rejected", checkpoint=name, reason=reason),
         progress=progress,
     )
     if fetched is not None:
         event("download", checkpoint=fetched.name, reason=f"newest in {settings.upload_to}")
-
-
-def _describe(folder: Path) -> tuple[int, int, Mapping[str, int]]:
-    manifest = read_manifest(folder)
-    sizes = {name: entry.size for name, entry in manifest.files.items()}
-    return manifest.step, manifest.attempt, sizes
 
 
 def take_over(
@@ -112,10 +103,8 @@ def start_uploads(
     if settings.upload_to is None:
         return None
 
-    def kept(found: list[tuple[int, int]]) -> set[tuple[int, int]]:
-        all_ = [Save(*save) for save in found]
-        old = to_delete(all_, keep_last=settings.keep_last, keep_every=settings.keep_every)
-        return {(save.step, save.attempt) for save in set(all_) - set(old)}
+    def old(saves: Collection[Save]) -> list[Save]:
+        return to_delete(saves, keep_last=settings.keep_last, keep_every=settings.keep_every)
 
     remote = open_remote(settings.upload_to, run=run)
-    return Uploader(remote, owner=attempt, keep=kept, event=event)
+    return Uploader(remote, owner=attempt, old=old, event=event)

@@ -7,10 +7,11 @@ what is written, and in which order, to `remote`.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetrain.checkpoint.folders import Save
 from moetrain.checkpoint.manifest import CheckpointError, Manifest
 from moetrain.checkpoint.remote.checkpoints import RemoteCheckpoints
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
@@ -21,12 +22,10 @@ log = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Task:
     folder: Path
-    step: int
-    attempt: int
-    files: Mapping[str, int]
+    manifest: Manifest
 
 
 class Uploader:
@@ -37,7 +36,7 @@ class Uploader:
 
     `event` is told, from the thread, of `upload` (step, checkpoint, bytes, seconds),
     `upload_failed` (step, reason), `upload_skipped` (step, reason), `remote_deleted` (checkpoints)
-    and `remote_delete_failed` (reason). `keep` is that of `RemoteCheckpoints.delete_old`.
+    and `remote_delete_failed` (reason). `old` is that of `RemoteCheckpoints.delete_old`.
     """
 
     def __init__(
@@ -45,11 +44,11 @@ class Uploader:
         remote: RemoteCheckpoints,
         *,
         owner: int,
-        keep: Callable[[list[tuple[int, int]]], set[tuple[int, int]]],
+        old: Callable[[Collection[Save]], Collection[Save]],
         event: Callable[..., None],
         retry_seconds: float = 300.0,
     ) -> None:
-        self._remote, self._owner, self._keep, self._event = remote, owner, keep, event
+        self._remote, self._owner, self._old, self._event = remote, owner, old, event
         self._retry_seconds = retry_seconds
         self._changed = threading.Condition()
         self._next: _Task | None = None
@@ -62,21 +61,18 @@ class Uploader:
 
     def submit(self, folder: Path, manifest: Manifest) -> None:
         """Has a complete local checkpoint uploaded, instead of one that still waits."""
-        step = manifest.step
-        task = _Task(
-            folder=folder,
-            step=step,
-            attempt=manifest.attempt,
-            files={name: entry.size for name, entry in manifest.files.items()},
-        )
         with self._changed:
             if self._closing:
                 raise RuntimeError(f"{folder} came after the uploader was closed")
             skipped = self._next
-            self._next, self._not_before = task, 0.0
+            self._next, self._not_before = _Task(folder, manifest), 0.0
             self._changed.notify_all()
         if skipped is not None and skipped.folder != folder:
-            self._tell("upload_skipped", step=skipped.step, reason=f"step {step} is newer")
+            self._tell(
+                "upload_skipped",
+                step=skipped.manifest.step,
+                reason=f"step {manifest.step} is newer",
+            )
 
     def busy(self) -> set[str]:
         """Names of the local folders that must not be deleted now."""
@@ -97,7 +93,7 @@ class Uploader:
             self._thread.join(_STOP_SECONDS)
             return (
                 f"{self._remote.location}: the newest checkpoint was still being uploaded after "
-                f"{timeout:g} s; it stays on this machine, and the next start uploads it"
+                f"{timeout:g} s; it stays on this machine"
             )
         return self._failure
 
@@ -126,27 +122,21 @@ class Uploader:
     def _upload(self, task: _Task) -> Exception | None:
         began = time.monotonic()
         try:
-            num_bytes = self._remote.upload(
-                task.folder,
-                step=task.step,
-                attempt=task.attempt,
-                files=task.files,
-                owner=self._owner,
-            )
+            num_bytes = self._remote.upload(task.folder, task.manifest, owner=self._owner)
         except Exception as error:
             what = str(error) if isinstance(error, CheckpointError) else repr(error)
-            log.warning("the checkpoint of step %d isn't uploaded: %s", task.step, what)
-            self._tell("upload_failed", step=task.step, reason=what)
+            log.warning("the checkpoint of step %d isn't uploaded: %s", task.manifest.step, what)
+            self._tell("upload_failed", step=task.manifest.step, reason=what)
             return error
         self._tell(
             "upload",
-            step=task.step,
+            step=task.manifest.step,
             checkpoint=task.folder.name,
             bytes=num_bytes,
             seconds=time.monotonic() - began,
         )
         try:
-            if deleted := self._remote.delete_old(self._keep, owner=self._owner):
+            if deleted := self._remote.delete_old(self._old, owner=self._owner):
                 self._tell("remote_deleted", checkpoints=deleted)
         except Exception as error:  # the next upload tries again
             log.warning("old checkpoints in %s stay: %s", self._remote.location, error)
