@@ -240,7 +240,7 @@ class CheckpointStore:
     def _tidy(self, writing: Future[None]) -> None:
         """Deletes what needn't stay, once the newest checkpoint has been read back and is good."""
         if writing.exception() is not None:
-            return  # on all ranks: nothing is newer than it was, and a lost rank is waited for once
+            return  # on all ranks: nothing is newer than it was
         reason, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
         if reason:
             raise CheckpointError(f"old checkpoints of {self._directory} can't be found: {reason}")
