@@ -75,6 +75,7 @@ def train_as_rank(config: Config, stop_at: int | None, attempt: int) -> Outcome:
     place = Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        local_world_size=dist.get_world_size(),  # a thread each: more would wait for each other
         rendezvous="joined",
         attempt=attempt,
     )
