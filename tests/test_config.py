@@ -83,6 +83,7 @@ def toy(**changes: Any) -> dict[str, Any]:
         ({"run__device": "cuda"}, "run.device", "use cpu or auto"),
         ({"run__name": "a/b"}, "run.name", "no slash"),
         ({"checkpoint__keep_last": 1}, "checkpoint.keep_last", "greater than or equal to 2"),
+        ({"checkpoint__keep_every": 1200}, "checkpoint.keep_every", "use 1000 or 1500"),
         ({"parallel__expert_degree": 3}, "parallel.expert_degree", "use one of [1, 2, 4]"),
         ({"parallel__data_replicate_degree": 3}, "parallel.data_replicate_degree", "[1, 2, 4]"),
         ({"train__global_batch_size": 18}, "train.global_batch_size", "use 16 or 20"),

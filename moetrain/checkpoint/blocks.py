@@ -3,7 +3,6 @@
 Owns the way from a distributed tensor to its place in the whole one. Knows no files.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -44,11 +43,21 @@ def _local(tensor: Tensor) -> Tensor:
 def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Returns the offsets of the parts that this rank is the one to write, of named tensors.
 
-    Where several ranks hold the same part, one of them writes it: which one, the name decides, so
-    that the work is spread. Parts without elements are nobody's.
+    Ranks that hold the same parts take turns at them, the largest first, so that one of them writes
+    at most a part more than another. Parts without elements are nobody's.
     """
-    parts = {name: held(tensor) for name, tensor in tensors.items() if _writes(name, tensor)}
-    return {name: part.offset for name, part in parts.items() if part.local.numel()}
+    shared: dict[tuple[int, ...], list[tuple[int, str, Held]]] = {}
+    for name, tensor in tensors.items():
+        part = held(tensor)
+        if part.local.numel():
+            size = part.local.numel() * part.local.element_size()
+            shared.setdefault(_holders(name, tensor), []).append((-size, name, part))
+    places = {}
+    for ranks, parts in shared.items():
+        turn = ranks.index(dist.get_rank())
+        for _, name, part in sorted(parts, key=lambda p: p[:2])[turn :: len(ranks)]:
+            places[name] = part.offset
+    return places
 
 
 def parts_at(
@@ -58,20 +67,18 @@ def parts_at(
     return {name: Held(_local(tensors[name]), offset) for name, offset in places.items()}
 
 
-def _writes(name: str, tensor: Tensor) -> bool:
-    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+def _holders(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """Returns the ranks that hold the same part of a tensor as this one."""
     if not isinstance(tensor, DTensor):
-        return draw % dist.get_world_size() == dist.get_rank()
-    mesh = tensor.device_mesh
-    coordinates = mesh.get_coordinate()
+        return tuple(range(dist.get_world_size()))
+    coordinates = tensor.device_mesh.get_coordinate()
     assert coordinates is not None, f"this rank has no part in the mesh of {name}"
-    for placement, size, coordinate in zip(tensor.placements, mesh.shape, coordinates, strict=True):
-        assert not placement.is_partial(), f"{name} is a sum that was not taken"
-        if placement.is_replicate():
-            if draw % size != coordinate:
-                return False
-            draw //= size
-    return True
+    assert not any(p.is_partial() for p in tensor.placements), f"{name} is a sum that was not taken"
+    index = tuple(
+        slice(None) if placement.is_replicate() else coordinate
+        for placement, coordinate in zip(tensor.placements, coordinates, strict=True)
+    )
+    return tuple(tensor.device_mesh.mesh[index].flatten().tolist())
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:

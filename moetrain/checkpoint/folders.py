@@ -57,15 +57,28 @@ def in_order(saves: Iterable[Save]) -> tuple[list[Save], list[Save]]:
     return line, sorted(beside, reverse=True)
 
 
-def to_delete(saves: Collection[Save], *, keep_last: int, keep_every: int | None) -> list[Save]:
+def to_delete(
+    saves: Collection[Save],
+    *,
+    keep_last: int,
+    keep_every: int | None,
+    damaged: Collection[Save] = (),
+) -> list[Save]:
     """Returns the saves that need not stay.
 
     Of the line, the newest `keep_last` stay and those whose step is a multiple of `keep_every`.
-    What is beside it stays until the line has passed its step.
+    What is known to be damaged counts as neither. What is beside the line stays until the line has
+    passed its step.
     """
     assert keep_last >= 2, "a bad newest one needs a fall-back"
     line, beside = in_order(saves)
-    old = [s for s in line[keep_last:] if keep_every is None or s.step % keep_every]
+    old, num_good = [], 0
+    for save in line:
+        good = save not in damaged
+        stays_for_good = good and keep_every is not None and save.step % keep_every == 0
+        if num_good >= keep_last and not stays_for_good:
+            old.append(save)
+        num_good += good
     return old + [s for s in beside if s.step <= line[0].step]
 
 

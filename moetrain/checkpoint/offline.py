@@ -1,6 +1,8 @@
 """Writing a checkpoint from one process, tensor by tensor: for what comes from elsewhere."""
 
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,8 @@ from torch import Tensor
 
 from moetrain.checkpoint.blocks import dtype_of, num_bytes
 from moetrain.checkpoint.folders import Save, commit, demand_space, next_attempt, staged_folder
-from moetrain.checkpoint.manifest import Block, FileEntry, Manifest, TensorEntry
+from moetrain.checkpoint.manifest import Block, Manifest, TensorEntry
 from moetrain.checkpoint.tensor_files import TensorFileWriter
-
-_PIECE_BYTES = 256 << 20
 
 
 def write_checkpoint(
@@ -24,38 +24,59 @@ def write_checkpoint(
     tensors: Mapping[str, TensorEntry],
     read: Callable[[str, tuple[slice, ...]], Tensor],
     max_file_bytes: int = 4 << 30,
+    max_piece_bytes: int = 256 << 20,
 ) -> Path:
     """Writes and commits a checkpoint; returns its folder.
 
     `read(name, index)` is asked for one tensor at a time, or for rows of its first dimension where
-    it has more than a piece may have: no more than that is ever in memory.
+    it has more than a piece may have: no more than that is ever in memory. Of `tensors`, shapes and
+    dtypes count. Raises OSError before a tensor is written where the disk can't hold it.
     """
+    tensors = {name: replace(entry, blocks={}) for name, entry in tensors.items()}
     attempt = next_attempt(directory)
-    staged = staged_folder(directory, Save(step, attempt))
-    staged.mkdir()
-    demand_space(staged, sum(map(num_bytes, tensors.values())))
-    files: dict[str, FileEntry] = {}
-    for number, names in enumerate(_in_files(tensors, max_file_bytes)):
-        file = f"rank_{number:05d}.safetensors"
-        entries = {n: (dtype_of(tensors[n]), tensors[n].shape) for n in names}
-        with TensorFileWriter(staged / file, entries) as writer:
-            for name in names:
-                for index in _pieces(tensors[name]):
-                    writer.write(name, read(name, index))
-        files[file] = writer.entry
-        for name in names:
-            shape = tensors[name].shape
-            tensors[name].blocks[file] = Block((0,) * len(shape), shape)
+    demand_space(directory, sum(map(num_bytes, tensors.values())))
     manifest = Manifest(
         step=step,
         attempt=attempt,
         state=dict(state),
         config=dict(config),
         mesh=dict(mesh),
-        tensors=dict(tensors),
-        files=files,
+        tensors=tensors,
+        files={},
     )
-    return commit(directory, staged, manifest)
+    staged = staged_folder(directory, Save(step, attempt))
+    staged.mkdir()
+    try:
+        _write_files(
+            staged, manifest, read, max_file_bytes=max_file_bytes, max_piece_bytes=max_piece_bytes
+        )
+        return commit(directory, staged, manifest)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _write_files(
+    staged: Path,
+    manifest: Manifest,
+    read: Callable[[str, tuple[slice, ...]], Tensor],
+    *,
+    max_file_bytes: int,
+    max_piece_bytes: int,
+) -> None:
+    """Writes the tensors into files and both into the manifest."""
+    tensors = manifest.tensors
+    for number, names in enumerate(_in_files(tensors, max_file_bytes)):
+        file = f"rank_{number:05d}.safetensors"
+        entries = {n: (dtype_of(tensors[n]), tensors[n].shape) for n in names}
+        with TensorFileWriter(staged / file, entries) as writer:
+            for name in names:
+                for index in _pieces(tensors[name], max_piece_bytes):
+                    writer.write(name, read(name, index))
+        manifest.files[file] = writer.entry
+        for name in names:
+            shape = tensors[name].shape
+            tensors[name].blocks[file] = Block((0,) * len(shape), shape)
 
 
 def _in_files(tensors: Mapping[str, TensorEntry], max_file_bytes: int) -> list[list[str]]:
@@ -71,9 +92,9 @@ def _in_files(tensors: Mapping[str, TensorEntry], max_file_bytes: int) -> list[l
     return files
 
 
-def _pieces(entry: TensorEntry) -> list[tuple[slice, ...]]:
-    """Returns indices of the parts in which a tensor is written."""
-    if not entry.shape or num_bytes(entry) <= _PIECE_BYTES:
+def _pieces(entry: TensorEntry, max_piece_bytes: int) -> list[tuple[slice, ...]]:
+    """Returns indices of the parts in which a tensor is written: one row at least."""
+    if not entry.shape or num_bytes(entry) <= max_piece_bytes:
         return [()]
-    rows = max(1, _PIECE_BYTES * entry.shape[0] // num_bytes(entry))
+    rows = max(1, max_piece_bytes * entry.shape[0] // num_bytes(entry))
     return [(slice(a, min(a + rows, entry.shape[0])),) for a in range(0, entry.shape[0], rows)]

@@ -5,6 +5,7 @@ Every rank writes a file with its part of the tensors; what counts as a checkpoi
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,6 +34,7 @@ from moetrain.checkpoint.folders import (
     commit,
     delete,
     demand_space,
+    in_order,
     saves,
     staged_folder,
     to_delete,
@@ -96,8 +98,11 @@ class CheckpointStore:
         self._leads = dist.get_rank() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: list[Future[None]] = []
-        self._places: dict[str, tuple[int, ...]] | None = None
+        self._names: set[str] = set()
+        self._places: dict[str, tuple[int, ...]] = {}
         self._staging = Staging()
+        self._damaged: set[Save] = set()
+        """What did not verify when it was read back; only the first rank knows."""
         self._demand_shared()
 
     def save(self, tensors: Mapping[str, Tensor], *, step: int, state: dict[str, Any]) -> None:
@@ -107,8 +112,8 @@ class CheckpointStore:
         alike, if this save or the one before it failed.
         """
         self.wait()
-        if self._places is None:  # the layout stays as it is
-            self._places = places_to_write(tensors)
+        if self._names != tensors.keys():  # an optimizer has no state before its first step
+            self._names, self._places = set(tensors), places_to_write(tensors)
         parts = parts_at(tensors, self._places)
         if self._settings.async_save:
             parts = self._staging.copy(parts)
@@ -122,7 +127,7 @@ class CheckpointStore:
             files={},
         )
         writing = self._background.submit(self._write, parts, manifest)
-        self._running = [writing, self._background.submit(self._tidy)]
+        self._running = [writing, self._background.submit(self._tidy, writing)]
         if not self._settings.async_save:
             writing.result()
 
@@ -163,7 +168,7 @@ class CheckpointStore:
                 self._event("checkpoint_rejected", reason=reason, checkpoint=name)
 
         # The first rank's view decides for all.
-        bad, names = self._gather((broken(self._directory), self._names()))[0]
+        bad, names = self._gather((broken(self._directory), self._checkpoints()))[0]
         for name, reason in bad:
             reject(name, reason)
         for name in names:
@@ -198,7 +203,7 @@ class CheckpointStore:
             )
         return None
 
-    def _names(self) -> list[str]:
+    def _checkpoints(self) -> list[str]:
         return [folder.name for folder in candidates(self._directory)]
 
     def _write(self, parts: Mapping[str, Held], manifest: Manifest) -> None:
@@ -234,36 +239,54 @@ class CheckpointStore:
                 shutil.rmtree(staged, ignore_errors=True)
         self._agree(failure, what)
 
-    def _tidy(self) -> None:
+    def _tidy(self, writing: Future[None]) -> None:
         """Deletes what needn't stay, once the newest checkpoint has been read back and is good."""
-        old: list[Save] = []
-        if self._leads:
-            old = to_delete(
-                saves(self._directory),
-                keep_last=self._settings.keep_last,
-                keep_every=self._settings.keep_every,
-            )
-            delete(self._directory, [], attempt=self._attempt)
-        old, names = self._gather((old, self._names() if self._leads else []))[0]
+        if writing.exception() is not None:
+            return  # on all ranks: nothing is newer than it was
+        reason, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
+        if reason:
+            raise CheckpointError(f"old checkpoints of {self._directory} can't be found: {reason}")
         if not old:
             return
-        newest, failure = self._directory / names[0], None
+        newest = self._directory / folder_name(manifest.step)
+        failure: Exception | None = None
         try:
-            manifest = read_manifest(newest)
             for name in manifest.files:
                 forget_cached(newest / name)
             verify_files(newest, manifest, part=dist.get_rank(), parts=dist.get_world_size())
         except (CheckpointError, OSError) as error:
             failure = error
         reasons = self._reasons(failure)
-        if not self._leads:
-            return
-        if reasons:  # the older ones stay for this
+        if self._leads and reasons:  # the older ones stay for this
+            self._damaged.add(Save(manifest.step, manifest.attempt))
             self._event("checkpoint_rejected", reason=reasons[0], checkpoint=newest.name)
-            return
-        busy = self._in_use()
-        free = [save for save in old if folder_name(save.step) not in busy]
-        delete(self._directory, free, attempt=self._attempt)
+        elif self._leads:
+            try:
+                busy = self._in_use()
+                free = [save for save in old if folder_name(save.step) not in busy]
+                delete(self._directory, free, attempt=self._attempt)
+            except Exception as error:
+                failure = error
+        self._agree(failure if not reasons else None, f"{self._directory} can't be tidied")
+
+    def _to_tidy(self) -> tuple[str | None, list[Save], Manifest | None]:
+        """Returns why it can't be said, or what may be deleted and the newest one's manifest."""
+        try:
+            delete(self._directory, [], attempt=self._attempt)
+            found = saves(self._directory)
+            old = to_delete(
+                found,
+                keep_last=self._settings.keep_last,
+                keep_every=self._settings.keep_every,
+                damaged=self._damaged,
+            )
+            if not old:
+                return None, [], None
+            newest = in_order(found)[0][0]
+            manifest = read_manifest(self._directory / folder_name(newest.step))
+            return None, old, replace(manifest, tensors={})  # which may be many, and aren't needed
+        except Exception as error:
+            return _reason(error), [], None
 
     def _agree(self, failure: Exception | None, what: str) -> None:
         """Raises CheckpointError on every rank if any of them failed."""
@@ -289,10 +312,12 @@ class CheckpointStore:
             except OSError as error:
                 failure = error
         self._agree(failure, f"{self._directory} can't be written to")
-        if not marker.exists():
-            failure = FileNotFoundError(
+        try:
+            marker.stat()
+        except OSError as error:
+            failure = OSError(
                 f"rank {dist.get_rank()} does not see what rank 0 wrote there: run.dir must be a "
-                "folder that all machines share"
+                f"folder that all machines share ({error})"
             )
         try:
             self._agree(failure, f"{self._directory} is not one folder for all ranks")
@@ -319,6 +344,10 @@ def _complete(manifest: Manifest, parts: list[Written]) -> Manifest:
     for part in parts:
         for name, block in part.blocks.items():
             manifest.tensors[name].blocks[part.file] = block
+    for name, entry in manifest.tensors.items():
+        written = sum(math.prod(block.shape) for block in entry.blocks.values())
+        if written != math.prod(entry.shape):
+            raise CheckpointError(f"{written} of the {math.prod(entry.shape)} elements of {name}")
     return replace(manifest, files={part.file: part.entry for part in parts})
 
 

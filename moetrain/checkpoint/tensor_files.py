@@ -49,6 +49,7 @@ class TensorFileWriter:
     ) -> None:
         self._path = path
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._entries = dict(entries)
         self._left: dict[str, int] = {}
         """Bytes that are still to come of each tensor, in order."""
         begin = 0
@@ -68,14 +69,24 @@ class TensorFileWriter:
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor, or the next rows of one; raises ValueError out of turn or too long."""
-        for first, left in self._left.items():
-            if left or first == name:
-                break
-        size = tensor.numel() * tensor.element_size()
-        if name != first or size > left:
-            raise ValueError(f"{self._path}: {size} bytes of {name}, but {left} of {first} are due")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        """Writes a tensor, or the next rows of one.
+
+        Raises ValueError out of turn, too long, or of another dtype or shape than was said.
+        """
+        due = next((n for n, left in self._left.items() if left or n == name), None)
+        if due is None or name != due:
+            raise ValueError(f"{self._path}: {name} is written, but {due or 'nothing'} is due")
+        dtype, shape = self._entries[name]
+        if tensor.dtype != dtype or tensor.ndim != len(shape) or tensor.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"{self._path}: {name} is {tensor.dtype} {list(tensor.shape)}, but {dtype} "
+                f"{list(shape)} or rows of it are due"
+            )
+        size, left = tensor.numel() * tensor.element_size(), self._left[name]
+        if size > left:
+            raise ValueError(f"{self._path}: {size} bytes of {name}, but {left} are due")
+        # Strided anew: a single element is contiguous whatever its stride, and has no view as bytes.
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
         self._put(flat.view(torch.uint8).numpy().data)
         self._left[name] -= size
 
@@ -133,12 +144,13 @@ class CheckpointReader:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         """Returns a tensor, or the part of it that slices without steps say, in memory of its own.
 
-        Dimensions that `index` doesn't reach are taken whole.
+        Dimensions that `index` doesn't reach are taken whole. Raises ValueError where it has more
+        than the tensor, or a step.
         """
-        entry = self._entry(name)
-        ranges = [
-            part.indices(length) for part, length in zip(index or (), entry.shape, strict=False)
-        ]
+        entry, index = self._entry(name), index or ()
+        if len(index) > len(entry.shape) or any(part.step not in (None, 1) for part in index):
+            raise ValueError(f"{index} is no part of {name}, which is {list(entry.shape)}")
+        ranges = [part.indices(length) for part, length in zip(index, entry.shape, strict=False)]
         ranges += [(0, length, 1) for length in entry.shape[len(ranges) :]]
         block = Block(
             tuple(start for start, _, _ in ranges),

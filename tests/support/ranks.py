@@ -16,16 +16,20 @@ from moetrain.parallel import join_ranks
 # A server that has imported torch once and forks ranks from a single-threaded state: forking
 # pytest itself would copy the locks of its thread pools.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "moetrain.parallel", "moetrain.train"])
+_CONTEXT.set_forkserver_preload(["torch", "moetrain.parallel", "moetrain.config"])
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 120,
+    may_be_lost: int | None = None,
 ) -> list[Any]:
     """Runs `function(*arguments)` as each of `world_size` gloo ranks; returns what each returned.
 
     The function and its results must pickle. A rank that raises or dies fails the test with
-    its traceback, and the others are ended.
+    its traceback, and the others are ended. `may_be_lost` is a rank that needn't answer, or live.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"
@@ -40,15 +44,15 @@ def run_ranks(
             ends.append(ours)
             processes.append(process)
         try:
-            return _collect(ends, timeout=timeout)
+            return _collect(ends, timeout=timeout, may_be_lost=may_be_lost)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(ends: list[Connection], *, timeout: float) -> list[Any]:
-    results: dict[int, Any] = {}
+def _collect(ends: list[Connection], *, timeout: float, may_be_lost: int | None) -> list[Any]:
+    results: dict[int, Any] = {} if may_be_lost is None else {may_be_lost: None}
     while len(results) < len(ends):
         pending = [end for rank, end in enumerate(ends) if rank not in results]
         ready = wait(pending, timeout=timeout)

@@ -1,6 +1,7 @@
 """Small real runs for tests: a tiny model on a small folder of shards."""
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def train_as_rank(config: Config, stop_at: int | None, attempt: int) -> Outcome:
     place = Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        local_world_size=os.cpu_count() or 1,  # a thread each: more would wait for each other
         rendezvous="joined",
         attempt=attempt,
     )

@@ -226,45 +226,6 @@ def test_a_run_folder_that_is_not_shared_is_refused_at_the_start(
         run_ranks(train_in_own_folder, 2, config, str(tmp_path))
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer.", "samples", "step", "router.bias"])
-def test_what_a_checkpoint_forgets_changes_the_curve(
-    tmp_path: Path, shards: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The resume test can fail: leaving out any one part of the state shows in the metrics."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    large_bias = {"model__router__bias_update_rate": 0.5}
-    run(whole, shards, **large_bias)
-    run(parts, shards, stop_at=3, **large_bias)
-    config = tiny_config(parts, shards=shards, num_workers=2, **large_bias)
-    run_ranks(forget_and_train, 2, config, forgotten)
-    assert metrics_of(parts) != metrics_of(whole)
-
-
-def forget_and_train(config: Any, forgotten: str) -> None:
-    """Resumes as a rank after undoing one part of what was restored."""
-    from moetrain.train import build, rank
-
-    original = build.build_trainer
-
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
-        trainer = original(*args, **kwargs)
-        if forgotten == "samples":
-            trainer.state.samples = 0
-        elif forgotten == "step":
-            trainer.state.step -= 1
-        elif forgotten == "router.bias":
-            for layer in trainer.model.moe_layers():
-                layer.router.bias.zero_()
-        else:
-            for state in trainer.optimizer.state.values():
-                for value in state.values():
-                    value.zero_()
-        return trainer
-
-    rank.build_trainer = forgetful
-    train_as_rank(config, None, 2)
-
-
 def test_a_harmed_checkpoint_is_passed_over_with_an_event(tmp_path: Path, shards: Path) -> None:
     whole, harmed = tmp_path / "whole", tmp_path / "harmed"
     run(whole, shards)
