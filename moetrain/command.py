@@ -71,7 +71,8 @@ def run_command(
     job.__module__ = module  # Hydra names the job after it
     entry = hydra.main(
         version_base="1.3",
-        config_path=str(files) if files else None,
+        # With none Hydra would search the module's package, whose folders it takes for groups.
+        config_path=str(files or "pkg://hydra.conf"),
         config_name=config_name if files else module,
     )(job)
     try:
