@@ -7,6 +7,7 @@ operation on the folder of checkpoints. Leaves it to others which moment that is
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -34,12 +35,15 @@ _OPERATIONS = {
     "open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir",
 }  # fmt: skip
 
+_STAGED = re.compile(r"staged_\d+_attempt_\d+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ambush:
-    """A signal that a rank sends before its n-th operation on the folder since its first save."""
+    """A signal that a rank sends itself before its n-th operation from the k-th save on."""
 
     rank: int
+    save: int
     operation: int
     number: signal.Signals = signal.SIGKILL
     whole_group: bool = False
@@ -195,17 +199,18 @@ def _lie_in_wait(ambush: Ambush, directory: str) -> None:
     Python's own audit events tell of operations before they happen: nothing of the code under
     test is replaced.
     """
-    count, saving = 0, False
+    count = 0
+    saves: set[str] = set()
 
     def before(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count, saving
+        nonlocal count
         if event not in _OPERATIONS or not arguments:
             return
         paths = " -> ".join(str(a) for a in arguments[:2] if isinstance(a, str | os.PathLike))
         if not paths.startswith(directory):
             return
-        saving = saving or "/staged_" in paths
-        if saving:
+        saves.update(_STAGED.findall(paths))
+        if len(saves) >= ambush.save:
             count += 1
             if count == ambush.operation:
                 text = f"{event} {paths.replace(directory + '/', '')}\n"

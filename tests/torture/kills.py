@@ -110,7 +110,8 @@ class Run:
         if not spared and self.draw.random() < 0.5:
             ambush = Ambush(
                 rank=rank or 0,
-                operation=self.draw.randint(1, 20 if rank == 1 else 120),
+                save=self.draw.choice((1, 1, 2, 3, 4)),
+                operation=self._draw_operation(rank),
                 whole_group=rank is None,
                 note=note,
             )
@@ -133,13 +134,24 @@ class Run:
             raise Lost(f"attempt {number} failed, though nobody killed it: {answers}")
         return killed
 
+    def _draw_operation(self, rank: int | None) -> int:
+        """Returns which operation of a save: mostly of the commit, else of what follows it.
+
+        On rank 0 the folder is staged by the 1st, renamed by the 6th, named in `latest` by the
+        10th, acknowledged at the 13th; then come reading back and deletion, up to the 31st. Rank 1
+        only opens its file and reads back.
+        """
+        if rank == 1:
+            return self.draw.randint(1, 7)
+        return self.draw.randint(1, 13) if self.draw.random() < 0.7 else self.draw.randint(14, 32)
+
     def _strike(self, attempt: Attempt, number: int, rank: int | None) -> bool:
         """Kills at a random moment of a save, or of what is around it."""
         if self.draw.random() < 0.05:
             time.sleep(self.draw.uniform(0.0, 1.0))  # joining, loading
         else:
             saves = self.draw.choice((1, 1, 2, 2, 3, 4))
-            delay = self.draw.uniform(0.0, 2.0 * self.whole.save_seconds)
+            delay = self.draw.uniform(0.0, 1.5 * self.whole.save_seconds)
             seen: set[str] = set()
             while len(seen) < saves:
                 if attempt.any_ended():
