@@ -26,6 +26,8 @@ from moetrain.checkpoint.manifest import (
 
 LATEST = "latest"
 ATTEMPT = "attempt"
+_NAME_CHARACTERS = 255
+"""No name is longer; what is, need not be told whole."""
 _LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
 
 
@@ -99,16 +101,20 @@ def broken(directory: Path) -> list[tuple[str, str]]:
                 read_manifest(folder)
             except CheckpointError as error:
                 found.append((folder.name, str(error)))
-    name = read_latest(directory)
+    try:
+        name = read_latest(directory)
+    except OSError as error:  # a folder, say
+        return [*found, (LATEST, f"{directory / LATEST} can't be read: {error}")]
     if name is not None and not (step_of(name) is not None and (directory / name).is_dir()):
         found.append((LATEST, f"{directory / LATEST} names {name!r}, which is not there"))
     return found
 
 
 def read_latest(directory: Path) -> str | None:
-    """Returns the name in `latest`, None where there is no such file."""
+    """Returns the name in `latest`, None where there is no such file; raises other OSErrors."""
     try:
-        return (directory / LATEST).read_text(errors="replace").strip()
+        with open(directory / LATEST, errors="replace") as file:
+            return file.read(_NAME_CHARACTERS).strip()
     except FileNotFoundError:
         return None
 

@@ -16,7 +16,7 @@ import xxhash
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_STEP_FOLDER = re.compile(r"step_([0-9]{8,18})")
 _READ_BYTES = 8 << 20
 
 
@@ -68,7 +68,9 @@ class Manifest:
 def step_of(name: str) -> int | None:
     """Returns the step that a folder's name stands for, None where it is no checkpoint's name."""
     match = _STEP_FOLDER.fullmatch(name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else None
+    # With more zeros before it, it would be a second folder of the step.
+    return step if step is not None and name == folder_name(step) else None
 
 
 def folder_name(step: int) -> str:
