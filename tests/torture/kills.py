@@ -151,7 +151,7 @@ class Run:
             time.sleep(self.draw.uniform(0.0, 1.0))  # joining, loading
         else:
             saves = self.draw.choice((1, 1, 2, 2, 3, 4))
-            delay = self.draw.uniform(0.0, 1.5 * self.whole.save_seconds)
+            delay = self.draw.uniform(0.0, 1.1 * self.whole.save_seconds)
             seen: set[str] = set()
             while len(seen) < saves:
                 if attempt.any_ended():
