@@ -185,38 +185,46 @@ def _rank(
             device=torch.device("cpu"),
             timeout_seconds=60,
         )
-        if ambush and ambush.rank == rank:
-            _lie_in_wait(ambush, str(directory))
+        if ambush and directory and ambush.rank == rank:
+            _lie_in_wait(ambush, directory)
         answer.send((True, function(*arguments)))
     except BaseException:
         answer.send((False, traceback.format_exc()))
     os._exit(0)  # tearing gloo down now and then aborts after success
 
 
-def _lie_in_wait(ambush: Ambush, directory: str) -> None:
-    """Has this process send itself a signal right before an operation.
+def on_each_operation(directory: Path, act: Callable[[str], None]) -> None:
+    """Has this process call `act` right before each operation on what is in a folder, for good.
 
     Python's own audit events tell of operations before they happen: nothing of the code under
     test is replaced.
     """
+    inside = f"{directory}/"
+
+    def before(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _OPERATIONS and arguments:
+            paths = " -> ".join(str(a) for a in arguments[:2] if isinstance(a, str | os.PathLike))
+            if paths.startswith(str(directory)):
+                act(f"{event} {paths.replace(inside, '')}")
+
+    sys.addaudithook(before)
+
+
+def _lie_in_wait(ambush: Ambush, directory: Path) -> None:
+    """Has this process send itself a signal right before an operation."""
     count = 0
     saves: set[str] = set()
 
-    def before(event: str, arguments: tuple[Any, ...]) -> None:
+    def strike(operation: str) -> None:
         nonlocal count
-        if event not in _OPERATIONS or not arguments:
+        saves.update(_STAGED.findall(operation))
+        if len(saves) < ambush.save:
             return
-        paths = " -> ".join(str(a) for a in arguments[:2] if isinstance(a, str | os.PathLike))
-        if not paths.startswith(directory):
-            return
-        saves.update(_STAGED.findall(paths))
-        if len(saves) >= ambush.save:
-            count += 1
-            if count == ambush.operation:
-                text = f"{event} {paths.replace(directory + '/', '')}\n"
-                ambush.note.write_text(text)
-                if ambush.whole_group:
-                    os.killpg(0, ambush.number)
-                os.kill(os.getpid(), ambush.number)
+        count += 1
+        if count == ambush.operation:
+            ambush.note.write_text(f"{operation}\n")
+            if ambush.whole_group:
+                os.killpg(0, ambush.number)
+            os.kill(os.getpid(), ambush.number)
 
-    sys.addaudithook(before)
+    on_each_operation(directory, strike)

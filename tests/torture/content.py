@@ -50,3 +50,9 @@ def equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 def as_bytes(tensor: Tensor) -> Tensor:
     """Returns the bytes of a tensor in the host's memory."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def drawn(*, attempt: int, step: int, rows: int = 64) -> dict[str, Tensor]:
+    """Returns the tensors that an attempt has at a step, unlike those of any other."""
+    numbers = torch.Generator().manual_seed(attempt * 10**6 + step)
+    return {f"model.{name}": torch.randn(rows, 256, generator=numbers) for name in "abcdef"}

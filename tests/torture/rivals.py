@@ -12,9 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moetrain.checkpoint import (
     CheckpointSettings,
@@ -27,7 +25,7 @@ from moetrain.checkpoint import (
 )
 from moetrain.observe import EventLog, read_events
 from tests.torture.attempts import Ambush, Attempt
-from tests.torture.content import equal
+from tests.torture.content import drawn, equal
 from tests.torture.tally import Tally
 
 _NUM_OPERATIONS = 34
@@ -152,23 +150,15 @@ def save_on(folder: Path, attempt: int, num_saves: int, pause_seconds: float) ->
         timeout=timedelta(seconds=60),
         event=partial(log.write, by=attempt),
     )
-    targets = content(attempt=0, step=0)
+    targets = drawn(attempt=0, step=0)
     loaded = store.load_newest(lambda _: targets, same_model=lambda _: None)
     loaded = loaded or {"attempt": 0, "step": 0}
-    assert equal(targets, content(attempt=loaded["attempt"], step=loaded["step"])), loaded
+    assert equal(targets, drawn(attempt=loaded["attempt"], step=loaded["step"])), loaded
     first = loaded["step"] + 1
     for step in range(first, first + num_saves):
         state = {"attempt": attempt, "step": step}
-        store.save(content(attempt=attempt, step=step), step=step, state=state)
+        store.save(drawn(attempt=attempt, step=step), step=step, state=state)
         time.sleep(pause_seconds)
     store.wait()
     dist.barrier()
     return loaded
-
-
-def content(*, attempt: int, step: int) -> dict[str, Tensor]:
-    """Returns the tensors that an attempt has at a step, unlike those of any other."""
-    random_numbers = torch.Generator().manual_seed(attempt * 10**6 + step)
-    return {
-        f"model.{name}": torch.randn(64, 256, generator=random_numbers) for name in "abcdef"
-    }
