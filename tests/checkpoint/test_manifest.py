@@ -100,7 +100,6 @@ def test_an_older_attempt_may_not_commit(tmp_path: Path) -> None:
     assert read_latest(tmp_path) == kept.name
 
 
-@pytest.mark.trap(21)
 def test_an_older_attempt_displaces_no_checkpoint_of_a_newer_one(tmp_path: Path) -> None:
     """Not even where the file that says whose the run is has been lost, or read too early."""
     kept = stage(tmp_path, 5, attempt=2, content=b"newer")

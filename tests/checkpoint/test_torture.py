@@ -13,7 +13,7 @@ from tests.torture.undisturbed import Undisturbed, run_undisturbed
 
 SEED = 5
 
-pytestmark = [pytest.mark.slow, pytest.mark.trap(21, 22)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,5 +48,3 @@ def test_a_disk_that_fails_costs_no_older_checkpoint(tmp_path: Path) -> None:
 
 def test_of_two_attempts_at_once_the_newer_one_wins(tmp_path: Path) -> None:
     assert_nothing_is_lost(*torture_by_rivals(tmp_path, num_rounds=8, seed=SEED))
-
-

@@ -1,10 +1,13 @@
 """`python -m tests.torture [kills=200] [flips=400] [damages=200] [rounds=60] [disks=40] [seed=0]`
 
-Breaks checkpoints in so many ways and prints the table of what came of it, as Markdown; `to=FOLDER`
-keeps what went wrong. Exits with 1 where anything was lost or silent.
+Breaks checkpoints in so many ways, in a new folder within `to=` (or the system's for such), and
+prints the table of what came of it, as Markdown. Where anything was lost or silent, it exits with
+1 and the folder stays.
 """
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,11 +38,15 @@ def main(arguments: list[str]) -> int:
         values[name] = value
     numbers = {name: int(values[name]) for name in NUMBERS}
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=values["to"] or None, delete=False) as folder:
-        tallies = torture(Path(folder).resolve(), **numbers)
+    folder = Path(tempfile.mkdtemp(prefix="torture_", dir=values["to"] or None)).resolve()
+    tallies = torture(folder, **numbers)
     print(heading(time.monotonic() - start, numbers))
     print(table(tallies))
-    return int(any(tally.bad for tally in tallies))
+    if any(tally.bad for tally in tallies):
+        print(f"\nwhat they left is in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 def torture(
@@ -71,7 +78,7 @@ def heading(seconds: float, numbers: dict[str, int]) -> str:
     return (
         f"{TERMS}\n"
         f"`python -m tests.torture {command}`, commit {commit or 'unknown'}, "
-        f"{len(__import__('os').sched_getaffinity(0))} cores of {processor()}, "
+        f"{len(os.sched_getaffinity(0))} cores of {processor()}, "
         f"Linux {platform.release()}, torch {torch.__version__}, {seconds:.0f} s.\n"
     )
 

@@ -33,7 +33,7 @@ def digest(folder: Path) -> str:
     content = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        content.update(as_bytes(tensor).numpy())
+        content.update(as_bytes(tensor).numpy().data)
     return content.hexdigest()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,12 @@ class _Trial:
         state = {"attempt": self.attempt, "step": step}
         failure: Exception | None = None
         start = time.monotonic()
-        for act in (
-            lambda: store.save(drawn(**state, rows=ROWS), step=step, state=state),
-            store.wait,
-        ):
-            try:
-                act()
-            except Exception as error:
-                failure = failure or error
+        try:
+            store.save(drawn(**state, rows=ROWS), step=step, state=state)
+            store.wait()
+        except Exception as error:
+            failure = error
+            store.close(timeout_seconds=2 * _PATIENCE_SECONDS)  # as a run ends
         errors: list[str | None] = [None] * dist.get_world_size()
         named = failure and ("" if isinstance(failure, CheckpointError) else "unnamed: ")
         dist.all_gather_object(errors, failure and f"{named}{type(failure).__name__}: {failure}")
@@ -225,14 +224,10 @@ def save_on_a_rotting_disk(directory: Path, num: int, seed: int) -> list[Verdict
         draw = random.Random(f"rotting {seed} {number}")
         rotten = {step for step in range(2, 8) if draw.random() < 0.7}
 
-        def rot(folder: Path, manifest: Manifest, rotten: set[int] = rotten) -> None:
-            if manifest.step in rotten:
-                flip(draw.choice(sorted(folder.glob("*.safetensors"))), draw)
-
         if trial.leads:
             shutil.rmtree(directory, ignore_errors=True)
         dist.barrier()
-        store = trial.open(committed=rot)
+        store = trial.open(committed=partial(_rot, rotten=rotten, draw=draw))
         errors = [trial.save(store, step)[0][0] for step in range(1, 8)]
         good = max(set(range(1, 8)) - rotten)
         if trial.leads:
@@ -244,6 +239,11 @@ def save_on_a_rotting_disk(directory: Path, num: int, seed: int) -> list[Verdict
             verdicts.append(("lost" if problem else outcome, "rotten", problem))
             trial.events.clear()
     return verdicts
+
+
+def _rot(folder: Path, manifest: Manifest, *, rotten: set[int], draw: random.Random) -> None:
+    if manifest.step in rotten:
+        flip(draw.choice(sorted(folder.glob("*.safetensors"))), draw)
 
 
 def _refused_at_the_start(trial: _Trial, note: str) -> None:

@@ -21,7 +21,8 @@ from moetrain.checkpoint import (
 )
 from tests.torture.attempts import Attempt
 from tests.torture.content import as_bytes, equal, read_plainly
-from tests.torture.harms import FLIPS, HOSTILE, STRUCTURE, Kind
+from tests.torture.harms import FLIPS, STRUCTURE, Kind
+from tests.torture.hostile import HOSTILE
 from tests.torture.tally import Tally
 
 _GROUPS = {"flips": FLIPS, "structure": STRUCTURE, "hostile": HOSTILE}
@@ -90,8 +91,9 @@ class _Loader:
         try:
             state = self.store.load_newest(lambda _: self.targets, same_model=_any_model)
         except Exception as failure:
-            error, clean = f"{type(failure).__name__}: {failure}", isinstance(
-                failure, CheckpointError
+            error, clean = (
+                f"{type(failure).__name__}: {failure}",
+                isinstance(failure, CheckpointError),
             )
             self.store = None  # its group may be out of step
         if state is not None and not isinstance(state, dict):
