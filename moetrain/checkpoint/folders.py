@@ -212,7 +212,11 @@ def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
         name = folder_name(save.step)
         with contextlib.suppress(OSError):
             os.rename(directory / name, _free(directory, f"deleted_{name}", attempt=attempt))
-    for folder in directory.iterdir():
+    try:
+        folders = list(directory.iterdir())
+    except OSError:
+        return  # the next save says why, on all ranks; here, others would wait for this one
+    for folder in folders:
         match = _LEFTOVER.match(folder.name)
         if match and int(match[1]) <= attempt:
             shutil.rmtree(folder, ignore_errors=True)
