@@ -83,6 +83,18 @@ def flip_manifest(directory: Path, draw: random.Random) -> set[int]:
     return {step(folder)}
 
 
+def flip_state(directory: Path, draw: random.Random) -> set[int]:
+    """Flips a bit of the counters: a small part of the manifest, and wrong ones load like right."""
+    folder = pick(directory, draw)
+    path = folder / "manifest.json"
+    content = bytearray(path.read_bytes())
+    begin = content.index(b'"state"')
+    bit = draw.randrange(begin * 8, content.index(b"\n", begin) * 8)
+    content[bit // 8] ^= 1 << bit % 8
+    replace(path, bytes(content))
+    return {step(folder)}
+
+
 def flip_latest(directory: Path, draw: random.Random) -> set[int]:
     flip(directory / "latest", draw)
     return set()
@@ -98,7 +110,7 @@ FLIPS = [
     Kind("shard", flip_shard),
     Kind("shard's header", flip_header),
     Kind("manifest", flip_manifest),
-    Kind("manifest", flip_manifest),
+    Kind("manifest's state", flip_state),
     Kind("latest", flip_latest),
     Kind("attempt", flip_attempt),
 ]

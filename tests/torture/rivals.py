@@ -55,38 +55,45 @@ class _Round:
         self.folder, self.draw = folder, draw
         self.checkpoints = folder / "checkpoints"
         self.log = folder / "ranks.log"
+        self.where = "at the start"
 
     def play(self, tally: Tally, *, operation: int | None) -> None:
         """Plays the round, with the old attempt stopped before an operation if one is given."""
         self.folder.mkdir(parents=True)
+        try:
+            problem = self._overlap(operation)
+        except AssertionError as error:
+            problem = f"silent: {error}"
+        if problem:
+            outcome = "silent" if problem.startswith("silent") else "lost"
+            tally.add(outcome, note=self.where, problem=f"{self.folder}: {problem}")
+        else:
+            tally.add("detected", note=self.where)
+
+    def _overlap(self, operation: int | None) -> str | None:
         note = self.folder / "stopped"
         first_save = self.draw.randint(3, 5)
         ambush = operation and Ambush(
             rank=0, save=first_save, operation=operation, number=signal.SIGSTOP, note=note
         )
         with self._attempt(next_attempt(self.checkpoints), 1000, ambush=ambush or None) as old:
-            where, stopped = "at any time", True
             if ambush:
                 self._wait_for(note.exists, old)
                 time.sleep(0.02)  # the signal follows the note
-                where = re.sub(r"\d+", "N", note.read_text().strip())
+                self.where = re.sub(r"\d+", "N", note.read_text().strip())
             elif self.draw.random() < 0.5:
-                where = "old one stopped beside its manifest"
+                self.where = "old one stopped beside its manifest"
                 manifests = f"staged_*{first_save}_attempt_1/manifest.json"
                 self._wait_for(lambda: any(self.checkpoints.glob(manifests)), old)
                 time.sleep(self.draw.uniform(0.0, 0.004))
                 old.send(signal.SIGSTOP, rank=0)
             else:
+                self.where = "at any time"
                 saved = self.checkpoints / f"step_{first_save:08d}"
                 self._wait_for(saved.exists, old)
                 time.sleep(self.draw.uniform(0.0, 0.1))
-                stopped = False
-            problem = self._take_over(old, stopped=stopped)
-        if problem:
-            outcome = "silent" if problem.startswith("silent") else "lost"
-            tally.add(outcome, note=where, problem=f"{self.folder}: {problem}")
-        else:
-            tally.add("detected", note=where)
+                return self._take_over(old, stopped=False)
+            return self._take_over(old, stopped=True)
 
     def _take_over(self, old: Attempt, *, stopped: bool) -> str | None:
         """Starts the second attempt, continues the first, and returns what is wrong at the end."""
