@@ -124,7 +124,8 @@ def _plan(batches: GlobalBatches, *, num_samples: int) -> dict[str, SourcePlan]:
 def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -> None:
     """Raises ConfigError where a run was trained on other tokens than those of the shards."""
     tokenizer = shards.tokenizer
-    before = newest.state.get("tokenizer", tokenizer.fingerprint)
+    # A model that was imported has seen neither tokenizer nor shards of ours.
+    before = newest.state.get("tokenizer") or tokenizer.fingerprint
     if before != tokenizer.fingerprint:
         raise ConfigError(
             "data.dir",
@@ -134,7 +135,7 @@ def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -
             f"of fingerprint {before[:12]} up to step {newest.step}: what it learned means nothing "
             "in these tokens: use shards of that tokenizer, or another run.name",
         )
-    if newest.state.get("data") != shards.fingerprint:
+    if (newest.state.get("data") or shards.fingerprint) != shards.fingerprint:
         raise ConfigError(
             "data.dir",
             shards.location,
@@ -166,12 +167,15 @@ def newest_manifest(run_dir: Path) -> Manifest | None:
 
 def demand_same_model(config: "Config", manifest: Manifest) -> None:
     """Raises ConfigError where a checkpoint is of a model with another shape, or other samples."""
+    samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
     for group, key in (
         ("", "seed"),
         ("train", "seq_len"),
         ("data", "packing"),
         ("data", "shuffle_window"),
     ):
+        if not samples:  # none has come, so that none can come twice
+            break
         ours, theirs = as_plain(config), manifest.config
         if group:
             ours, theirs = ours[group], theirs.get(group, {})
@@ -186,7 +190,6 @@ def demand_same_model(config: "Config", manifest: Manifest) -> None:
                 "use that, or another run.name",
             )
     batch = config.train.global_batch_size
-    samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
     if "position" not in manifest.state and samples != step * batch:
         raise ConfigError(
             "train.global_batch_size",

@@ -34,6 +34,8 @@ class TrainState:
     """Tokens trained on, by source."""
     corrupt_sequences: int = 0
     """Sequences that were left out because of damaged documents."""
+    imported_dtype: str | None = None
+    """The dtype of the weights that the run began with, where they were imported."""
 
     @classmethod
     def restored(cls, counters: Mapping[str, Any], *, sources: Sequence[str]) -> "TrainState":

@@ -1,0 +1,137 @@
+"""`python -m moetrain.export run=DIR to=DIR`: a run's newest good checkpoint for Hugging Face.
+
+Owns the command: which checkpoint, where to, and what is said. Leaves the files to
+`moetrain.huggingface`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from data_pipeline import DataError
+from data_pipeline.progress import byte_progress
+from moetrain.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    newest_good,
+    read_manifest,
+    verify_files,
+)
+from moetrain.checks import ConfigError, one_of
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.config import Config, validated
+from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
+from moetrain.huggingface.names import ConversionError
+from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.shards import num_bytes
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ExportSettings:
+    """Which checkpoint is exported, and how."""
+
+    run: str
+    """The run's own folder."""
+    to: str
+    """The folder to make."""
+    step: NonNegativeInt | None = None
+    """None: that of the newest good checkpoint."""
+    dtype: Annotated[str, AfterValidator(one_of("auto", *DTYPES))] = "auto"
+    """auto: that of the model that was imported, else what the run multiplied in."""
+    max_shard_bytes: PositiveInt = 5_000_000_000
+    """What the tensors of one file have at most."""
+    tokenizer: str | None = None
+    """A name, or the path of a tokenizer's file; None: the one that the run was trained with."""
+    drop_router_bias: bool = False
+    """Whether the routers' selection biases, which Mixtral has not, may be left out."""
+
+
+def export(settings: ExportSettings) -> int:
+    """Exports a run; returns the exit code."""
+    try:
+        demand_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
+        folder = _checkpoint(Path(settings.run), settings.step)
+        with CheckpointReader(folder) as reader:
+            _export(settings, folder, reader)
+    except (ConfigError, DataError, ConversionError) as error:
+        print(f"moetrain.export: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    except (CheckpointError, OSError) as error:
+        print(f"moetrain.export: {error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> Path:
+    """Returns the folder of the checkpoint to export, its files verified."""
+    directory = run_dir / "checkpoints"
+    if not directory.is_dir():
+        raise ConfigError("run", run_dir, "has no checkpoints/: use the own folder of a run")
+    _say(f"checking the files of a checkpoint in {directory}")
+    if step is None:
+        found = newest_good(
+            directory, rejected=lambda name, why: _say(f"passing over {name}: {why}")
+        )
+        if found is None:
+            raise ConfigError("run", run_dir, "has no good checkpoint: use another run")
+        return found
+    folder = directory / f"step_{step:08d}"
+    if not folder.is_dir():
+        there = [str(int(p.name.removeprefix("step_"))) for p in sorted(directory.glob("step_*"))]
+        raise ConfigError(
+            "step", step, f"{directory} has no such step: use one of {', '.join(there) or 'none'}"
+        )
+    verify_files(folder, read_manifest(folder))
+    return folder
+
+
+def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
+    run_dir, to, manifest = Path(settings.run), Path(settings.to), reader.manifest
+    config = validated(manifest.config, Config)
+    placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)
+    dtype = export_dtype(settings.dtype, manifest)
+    size = num_bytes(placed, DTYPES[dtype])
+    demand_new(to, num_bytes=size)
+
+    from moetrain.huggingface.model_card import write_model_card
+    from moetrain.huggingface.tokenizer import write_tokenizer
+
+    with new_folder(to) as staged:
+        tokens = write_tokenizer(
+            staged,
+            config=config,
+            tokenizer=settings.tokenizer,
+            fingerprint=manifest.state.get("tokenizer") or None,
+            run_dir=run_dir,
+        )
+        write_model_card(staged, run_dir=run_dir, manifest=manifest, config=config, dtype=dtype)
+        with byte_progress("exporting", num_bytes=size, shown=True) as progress:
+            files = write_model(
+                staged,
+                reader,
+                model=config.model,
+                placed=placed,
+                dtype=dtype,
+                max_shard_bytes=settings.max_shard_bytes,
+                bos_token_id=tokens.bos_token_id,
+                eos_token_id=tokens.eos_token_id,
+                advance=progress.advance,
+            )
+    kind = "Mixtral" if config.model.is_moe else "Mistral"
+    print(
+        f"exported  {folder} as {kind}: {len(placed)} tensors of {dtype}, {size / 1e9:.3g} GB in "
+        f"{len(files)} {'file' if len(files) == 1 else 'files'}\n"
+        f"to        {to}\n"
+        f"next      AutoModelForCausalLM.from_pretrained({str(to)!r}), or vllm serve {to}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(export, tree=ExportSettings, module="moetrain.export")

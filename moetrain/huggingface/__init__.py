@@ -1,0 +1,1 @@
+"""Hugging Face folders of Mixtral and Mistral: their names, configuration and files."""

@@ -1,0 +1,212 @@
+"""A model's settings as a Hugging Face config.json of Mixtral or Mistral, and back.
+
+Owns what either side can't express, and says so. Leaves the tensors to `names.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moetrain.checks import ConfigError
+from moetrain.config import validated
+from moetrain.huggingface.names import ConversionError
+from moetrain.model import ModelSettings, RouterSettings
+
+MIXTRAL, MISTRAL = "mixtral", "mistral"
+# What transformers takes where a config.json says nothing: the same in versions 4 and 5.
+_SILENT: dict[str, dict[str, Any]] = {
+    MIXTRAL: {"rope_theta": 1e6, "sliding_window": None},
+    MISTRAL: {"rope_theta": 1e4, "sliding_window": 4096},
+}
+_SHAPE = {
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+}
+_EXPERTS = {"num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedModel:
+    """What a config.json says, in our words."""
+
+    settings: ModelSettings
+    tied: bool
+    """Whether the head is the embedding."""
+    notes: list[str]
+    """What a person should know of the difference to theirs."""
+
+
+def demand_expressible(settings: ModelSettings) -> None:
+    """Raises ConfigError, with the setting, where Mixtral or Mistral compute something else."""
+    only = {
+        "num_shared_experts": (settings.num_shared_experts, 0),
+        "num_dense_layers": (settings.num_dense_layers, 0),
+        "qk_norm": (settings.qk_norm, False),
+    }
+    router, plain = settings.router, RouterSettings()
+    for name in (
+        "score_function",
+        "normalize_gates",
+        "routed_scaling_factor",
+        "num_groups",
+        "force_balance",
+    ):
+        if settings.is_moe:
+            only[f"router.{name}"] = (getattr(router, name), getattr(plain, name))
+    for name, (value, expressible) in only.items():
+        if value != expressible:
+            raise ConfigError(
+                f"model.{name}",
+                value,
+                f"Hugging Face's {'Mixtral' if settings.is_moe else 'Mistral'} has {expressible} "
+                "and nothing else there, and would compute another function with these weights: "
+                "a run with this setting can't be exported",
+            )
+
+
+def config_json(
+    settings: ModelSettings, *, dtype: str, bos_token_id: int | None, eos_token_id: int | None
+) -> dict[str, Any]:
+    """Returns the config.json of a model, for transformers 4 and 5 alike.
+
+    A token that the tokenizer doesn't have is None. Raises ConfigError where Mixtral or Mistral
+    can't express the model.
+    """
+    demand_expressible(settings)
+    names = _SHAPE | (_EXPERTS if settings.is_moe else {})
+    kind = MIXTRAL if settings.is_moe else MISTRAL
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        **{theirs: getattr(settings, ours) for ours, theirs in names.items()},
+        "head_dim": settings.head_dim,
+        "max_position_embeddings": settings.max_seq_len,
+        # Version 5 reads the second; version 4, and what was made for it, the first.
+        "rope_theta": settings.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+        "sliding_window": None,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        # Spelt out where there is none: theirs are 1 and 2 if nothing is said.
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def imported_model(config: Mapping[str, Any]) -> ImportedModel:
+    """Returns the model of a config.json.
+
+    Raises ConversionError for what it leaves open and for what this decoder doesn't compute.
+    """
+    kind = config.get("model_type")
+    if kind not in _SILENT:
+        raise ConversionError(
+            f"config.json: model_type={kind!r}: only {MIXTRAL!r} and {MISTRAL!r} can be imported"
+        )
+    _demand_computable(config)
+    names = _SHAPE | (_EXPERTS if kind == MIXTRAL else {})
+    if missing := [theirs for theirs in names.values() if config.get(theirs) is None]:
+        raise ConversionError(f"config.json has no {missing[0]}")
+    values = {ours: config[theirs] for ours, theirs in names.items()}
+    if kind == MISTRAL:
+        values |= {"num_experts": 1, "top_k": 1}
+    elif values["num_experts"] == 1 or values["top_k"] == 1:
+        name = "num_local_experts" if values["num_experts"] == 1 else "num_experts_per_tok"
+        raise ConversionError(
+            f"config.json: {name}=1: a lone expert's gate is 1 whatever its router says, so that "
+            "the router is without use and could not be trained; import a model with two or more"
+        )
+    notes: list[str] = []
+    values["max_seq_len"] = _max_seq_len(config, notes, silent=_SILENT[kind]["sliding_window"])
+    values["rope_theta"] = _rope_theta(config, silent=_SILENT[kind]["rope_theta"])
+    try:
+        head_dim = config.get("head_dim") or values["dim"] // values["num_heads"]
+        settings = validated({**values, "head_dim": head_dim}, ModelSettings)
+    except (ConfigError, TypeError, ZeroDivisionError) as error:
+        raise ConversionError(f"config.json: {error}") from None
+    tied = bool(config.get("tie_word_embeddings", False))
+    if tied:
+        notes.append(
+            "its head is tied to its embedding: here the head is a copy, and the two train apart"
+        )
+    return ImportedModel(settings=settings, tied=tied, notes=notes)
+
+
+def _demand_computable(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    layers = config.get("layer_types") or []
+    wrong = {
+        "quantization_config": (config.get("quantization_config"), "its weights are quantised"),
+        "auto_map": (config.get("auto_map"), "it brings code of its own, which is not run"),
+        "attention_bias": (config.get("attention_bias"), "attention has no biases here"),
+        "mlp_bias": (config.get("mlp_bias"), "feed-forward layers have no biases here"),
+        "hidden_act": (
+            None if activation in ("silu", "swish") else activation,
+            "the experts' activation is silu here",
+        ),
+        "layer_types": (
+            [kind for kind in layers if kind not in ("full_attention", "sliding_attention")],
+            "attention is over all positions before, in every layer",
+        ),
+        "partial_rotary_factor": (
+            None if config.get("partial_rotary_factor", 1.0) == 1.0 else "another than 1",
+            "rotary positions turn whole heads here",
+        ),
+    }
+    for name, (value, reason) in wrong.items():
+        if value:
+            shown = value if isinstance(value, str | bool | list) else "(given)"
+            raise ConversionError(f"config.json: {name}={shown}: {reason}: it can't be imported")
+
+
+def _rope_theta(config: Mapping[str, Any], *, silent: float) -> Any:
+    """Returns the base of rotary positions: named by itself, as of old, or in rope_parameters."""
+    thetas = {}
+    if config.get("rope_theta") is not None:
+        thetas["rope_theta"] = config["rope_theta"]
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        if not isinstance(rope, Mapping):
+            raise ConversionError(f"config.json: {name}={rope!r}: must be an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        scaled = sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        if kind != "default" or scaled or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConversionError(
+                f"config.json: {name}={dict(rope)}: scaled or partial rotary positions are not "
+                "computed here: it can't be imported"
+            )
+        if "rope_theta" in rope:
+            thetas[f"{name}.rope_theta"] = rope["rope_theta"]
+    if len(set(thetas.values())) > 1:
+        told = " and ".join(f"{name}={theta}" for name, theta in thetas.items())
+        raise ConversionError(f"config.json: {told}: which of them holds can't be known")
+    return next(iter(thetas.values()), silent)
+
+
+def _max_seq_len(config: Mapping[str, Any], notes: list[str], *, silent: int | None) -> Any:
+    """Returns the longest sequence over which theirs and ours attend alike."""
+    length = config.get("max_position_embeddings")
+    window = config.get("sliding_window", silent)
+    if not isinstance(length, int):
+        raise ConversionError(f"config.json: max_position_embeddings={length!r}: must be a number")
+    if window is not None and not isinstance(window, int):
+        raise ConversionError(f"config.json: sliding_window={window!r}: must be a number or null")
+    if window is None or window >= length:
+        return length
+    said = "" if "sliding_window" in config else ", which is what transformers takes where no"
+    notes.append(
+        f"its sliding_window={window}{said and said + ' window is given'} is shorter than its "
+        f"max_position_embeddings={length}: max_seq_len is {window}, up to which a window changes "
+        "nothing"
+    )
+    return window

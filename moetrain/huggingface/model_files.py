@@ -1,0 +1,117 @@
+"""A checkpoint's model as Hugging Face files: config.json, generation_config.json, safetensors.
+
+Owns that all of the model is written and nothing is lost on the way. Leaves tokenizer and model
+card to their own files.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moetrain.checkpoint import CheckpointReader, Manifest
+from moetrain.checks import ConfigError
+from moetrain.huggingface.configuration import config_json, demand_expressible
+from moetrain.huggingface.names import (
+    ConversionError,
+    Place,
+    demand_complete,
+    is_selection_bias,
+    model_tensors,
+    places,
+)
+from moetrain.huggingface.shards import write_shards
+from moetrain.model import ModelSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def exportable_places(
+    reader: CheckpointReader, model: ModelSettings, *, drop_router_bias: bool
+) -> list[Place]:
+    """Returns where all tensors of a checkpoint's model stand in a folder of theirs.
+
+    Raises ConfigError for a model that Mixtral or Mistral can't express, or whose routers choose
+    with a bias that is not to be dropped, and ConversionError where the checkpoint doesn't hold the
+    model that its configuration says, all of it and nothing else.
+    """
+    demand_expressible(model)
+    placed = list(places(model))
+    saved = {
+        name: entry.shape
+        for name, entry in reader.manifest.tensors.items()
+        if not name.startswith("optimizer.")
+    }
+    expected = model_tensors(model)
+    for name in sorted(saved.keys() ^ expected.keys()):
+        where = (
+            "checkpoint, and not in the model"
+            if name in saved
+            else "model, and not in the checkpoint"
+        )
+        raise ConversionError(f"{name} is in the {where}: all of it must be exported")
+    for name, shape in saved.items():
+        if shape != expected[name]:
+            raise ConversionError(f"{name} is {list(shape)} and not {list(expected[name])}")
+    demand_complete(placed, saved)
+    if not drop_router_bias:
+        _demand_no_bias(reader)
+    return placed
+
+
+def _demand_no_bias(reader: CheckpointReader) -> None:
+    for name in filter(is_selection_bias, reader.manifest.tensors):
+        bias = reader.read(name)
+        if bias.any():
+            expert = int(bias.abs().argmax())
+            raise ConfigError(
+                "drop_router_bias",
+                False,
+                f"{name} is {bias[expert]:.4g} for expert {expert}, and Mixtral has no selection "
+                "bias: what is exported would choose other experts than were trained; use "
+                "drop_router_bias=true to leave the biases out all the same",
+            )
+
+
+def export_dtype(wanted: str, manifest: Manifest) -> str:
+    """Returns the dtype that `auto` means: of the weights imported, else what was multiplied in."""
+    if wanted != "auto":
+        return wanted
+    found = manifest.state.get("imported_dtype") or manifest.mesh.get("compute_dtype")
+    return found if found in DTYPES else "float32"
+
+
+def write_model(
+    to: Path,
+    reader: CheckpointReader,
+    *,
+    model: ModelSettings,
+    placed: Sequence[Place],
+    dtype: str,
+    max_shard_bytes: int,
+    bos_token_id: int | None,
+    eos_token_id: int | None,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Writes the files of a model into a folder that is there; returns the names of its weights'.
+
+    `advance` is told of bytes written. Memory holds one tensor at a time, of a layer's experts one
+    matrix. Raises ConversionError for a number that the dtype can't hold.
+    """
+    ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    _write_json(to / "config.json", config_json(model, dtype=dtype, **ids))
+    _write_json(to / "generation_config.json", {"_from_model_config": True, **ids})
+
+    def read(place: Place) -> Tensor:
+        part = reader.read(place.ours, place.ours_index)
+        part = part.reshape(part.shape[-2:])  # of a stack, one expert's matrix
+        advance(part.numel() * DTYPES[dtype].itemsize)
+        return part.t() if place.transposed else part
+
+    return write_shards(to, placed, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes, read=read)
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

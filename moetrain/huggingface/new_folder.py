@@ -1,0 +1,54 @@
+"""A folder that appears with everything in it, or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moetrain.checks import ConfigError
+
+
+def demand_new(to: Path, *, num_bytes: int) -> None:
+    """Raises ConfigError where `to` is taken, or has no room for so many bytes."""
+    if to.is_symlink() or (to.exists() and not (to.is_dir() and not any(to.iterdir()))):
+        raise ConfigError("to", to, "is there already: use a folder that is new or empty")
+    above = next(p for p in to.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise ConfigError("to", to, f"{above} is no folder: use a folder that can be made")
+    if (free := shutil.disk_usage(above).free) < num_bytes:
+        raise ConfigError(
+            "to",
+            to,
+            f"{num_bytes / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free there: "
+            "use another disk",
+        )
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """Yields a folder beside `to` that takes its name once everything in it is on disk.
+
+    After an error it is deleted, and `to` is as it was.
+    """
+    to = to.absolute()
+    staged = to.with_name(f".{to.name}.unfinished-{os.getpid()}")
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        for path in sorted(staged.rglob("*"), reverse=True):  # what is in a folder before it
+            _sync(path)
+        _sync(staged)
+        os.rename(staged, to)
+        _sync(to.parent)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""`python -m moetrain.import_hf from=DIR to=DIR`: a Hugging Face model becomes a run's folder.
+
+Owns the command: its order of work and what is said. Leaves names, configuration and files to
+`moetrain.huggingface`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from data_pipeline import DataError
+from data_pipeline.progress import byte_progress
+from moetrain.checkpoint import CheckpointError
+from moetrain.checks import ConfigError
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.huggingface.configuration import ImportedModel, imported_model
+from moetrain.huggingface.names import (
+    EMBEDDING,
+    HEAD,
+    ConversionError,
+    Index,
+    Place,
+    demand_complete,
+    is_selection_bias,
+    model_tensors,
+    places,
+)
+from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.run_folder import starting_config, training_command, write_run
+from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
+from moetrain.model import total_parameters
+from moetrain.observe import EventLog
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+    "tekken.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ImportSettings:
+    """What is imported, and where to."""
+
+    from_: str
+    """A folder of transformers' or the Hub's: config.json and safetensors."""
+    to: str
+    """The run's folder to make."""
+
+
+def import_folder(settings: ImportSettings) -> int:
+    """Imports a folder; returns the exit code."""
+    try:
+        _import(Path(settings.from_), Path(os.path.abspath(settings.to)))
+    except (ConfigError, DataError) as error:
+        print(f"moetrain.import_hf: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    except ConversionError as error:
+        print(f"moetrain.import_hf: from={settings.from_}: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    except (CheckpointError, OSError) as error:
+        print(f"moetrain.import_hf: {error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _import(source: Path, to: Path) -> None:
+    imported = imported_model(_read_config(source))
+    with WeightFiles(source) as files:
+        placed = match(files, _places(files, imported))
+        shapes = model_tensors(imported.settings)
+        demand_complete(placed, shapes)
+        notes = [*imported.notes, *_notes(files)]
+        tokenizer = sorted({p for glob in TOKENIZER_FILES for p in source.glob(glob)})
+        tokenizer = [path for path in tokenizer if path.is_file()]
+        has_tokenizer = (source / "tokenizer.json").is_file()
+        config = starting_config(imported.settings, to=to, has_tokenizer=has_tokenizer)
+        size = 4 * total_parameters(imported.settings)
+        demand_new(to, num_bytes=size)
+        by_name: dict[str, list[Place]] = {}
+        for place in placed:
+            by_name.setdefault(place.ours, []).append(place)
+        with (
+            new_folder(to) as staged,
+            byte_progress("importing", num_bytes=size, shown=True) as progress,
+        ):
+            if tokenizer:
+                (staged / "tokenizer").mkdir()
+            for path in tokenizer:
+                shutil.copyfile(path, staged / "tokenizer" / path.name)
+
+            def read(name: str, index: Index) -> Tensor:
+                if is_selection_bias(name):
+                    return torch.zeros(shapes[name])[index]
+                part = read_as_ours(files, by_name[name], shape=shapes[name], index=index)
+                progress.advance(part.numel() * part.element_size())
+                return part
+
+            write_run(
+                staged,
+                config,
+                to=to,
+                has_tokenizer=has_tokenizer,
+                state={"imported_dtype": str(_dtype(files)).removeprefix("torch.")},
+                read=read,
+            )
+            event = EventLog(staged / "events.jsonl").write
+            event("import", source=str(source.absolute()), tensors=len(files.tensors))
+    for note in notes:
+        print(f"note      {note}")
+    print(
+        f"imported  {source}: {len(files.tensors)} tensors, "
+        f"{total_parameters(imported.settings):,} parameters\n"
+        f"to        {to}, as step 0 of a run\n"
+        f"next      {training_command(to)} data.dir=SHARDS"
+    )
+    if has_tokenizer:
+        build = shlex.join(["python", "-m", "data_pipeline.build", f"tokenizer={to / 'tokenizer'}"])
+        print(f"shards    {build} corpus=TEXT to=SHARDS")
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path} is no JSON object")
+    return config
+
+
+def _places(files: WeightFiles, imported: ImportedModel) -> Iterator[Place]:
+    """Returns the places of the model in the form in which the folder has them."""
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files.tensors)
+    tied = imported.tied
+    if tied and {EMBEDDING, HEAD} <= files.tensors.keys():
+        if not torch.equal(files.read(EMBEDDING), files.read(HEAD)):
+            raise ConversionError(
+                f"config.json: tie_word_embeddings=true, and {HEAD} is not {EMBEDDING}: which of "
+                "them is the head can't be known"
+            )
+        tied = False
+    return places(imported.settings, fused=fused, tied=tied)
+
+
+def _dtype(files: WeightFiles) -> torch.dtype:
+    """Returns the dtype that holds all weights exactly."""
+    dtypes = {stored.dtype for stored in files.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _notes(files: WeightFiles) -> Iterator[str]:
+    dtypes = sorted({str(stored.dtype).removeprefix("torch.") for stored in files.tensors.values()})
+    if len(dtypes) > 1:
+        yield f"its weights are {' and '.join(dtypes)}: an export will have them all in float32"
+    used = {stored.file for stored in files.tensors.values()}
+    if unused := sorted({p.name for p in files.folder.glob("*.safetensors")} - used):
+        yield f"{', '.join(unused)} in {files.folder} belong to no model there and were not read"
+
+
+if __name__ == "__main__":
+    run_command(import_folder, tree=ImportSettings, module="moetrain.import_hf")

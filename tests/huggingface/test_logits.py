@@ -1,0 +1,122 @@
+"""An imported model computes what transformers computes, to rounding, at shapes drawn at random."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moetrain.model import ModelSettings, Transformer
+from tests.model.test_transformer import tolerance
+from tests.support.huggingface_folders import imported, loaded, save_oracle
+
+NUM_SHAPES = 15
+GROUPS = (1, 2, 8)
+
+
+def drawn(seed: int) -> ModelSettings:
+    """Returns a random shape: every third of a group size, every fifth dense."""
+    draw = random.Random(seed)
+    dense = seed % 5 == 4
+    kv_heads, head_dim, experts = (
+        draw.choice((1, 2, 3)),
+        2 * draw.randint(3, 12),
+        draw.randint(2, 9),
+    )
+    dim = draw.choice([d for d in range(24, 80, 4) if d % head_dim])
+    return ModelSettings(
+        dim=dim,
+        num_layers=draw.randint(1, 4),
+        num_heads=kv_heads * GROUPS[seed % 3],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_hidden_dim=4 * draw.randint(4, 30),
+        num_experts=1 if dense else experts,
+        top_k=1 if dense else draw.randint(2, experts),
+        vocab_size=draw.randint(20, 200),
+        max_seq_len=64,
+        rope_theta=draw.choice((1e4, 1e5, 1e6)),
+        norm_eps=draw.choice((1e-5, 1e-6)),
+    )
+
+
+def test_the_shapes_are_as_different_as_they_should_be() -> None:
+    shapes = [drawn(seed) for seed in range(NUM_SHAPES)]
+    for dense in (True, False):
+        kind = [s for s in shapes if s.is_moe != dense]
+        assert {s.num_heads // s.num_kv_heads for s in kind} == set(GROUPS)
+    assert all(s.dim % s.head_dim for s in shapes)
+    assert len({s.top_k for s in shapes}) > 3
+
+
+@pytest.mark.trap(15)
+@pytest.mark.parametrize("seed", range(NUM_SHAPES))
+def test_logits_equal_transformers_in_float32(tmp_path: Path, seed: int) -> None:
+    """From weights saved as float32, bfloat16 and float16 in turn."""
+    settings = drawn(seed)
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[seed // 3 % 3]
+    ours, theirs, tokens = _both(tmp_path, settings, saved=dtype, computed=torch.float32, seed=seed)
+    with torch.no_grad():
+        expected, logits = theirs(tokens).logits, ours(tokens)
+    assert (logits - expected).norm() / expected.norm() < tolerance(settings)
+
+
+@pytest.mark.trap(15)
+@pytest.mark.parametrize("seed", range(NUM_SHAPES))
+def test_logits_equal_transformers_in_bfloat16(tmp_path: Path, seed: int) -> None:
+    """With transformers' choice of experts, from which ours differs at near-ties alone.
+
+    transformers multiplies the router in bfloat16 and we in float32, so that a near-tie may go
+    either way; a token that goes elsewhere has another output, not a rounded one.
+    """
+    settings = drawn(seed)
+    ours, theirs, tokens = _both(
+        tmp_path, settings, saved=torch.bfloat16, computed=torch.bfloat16, seed=seed
+    )
+    # Both round what they hand on, independently: in a layer the two norms, queries, keys, values,
+    # the two of rotation, scores, attention, its output, gate, silu, product, expert, weighted sum
+    # and the two residuals; embedding is exact; and at the end norm and logits. A rounding is at
+    # most half an eps, and they add up as a random walk does.
+    roundings = 2 * (17 * settings.num_layers + 2)
+    bound = torch.finfo(torch.bfloat16).eps / 2 * roundings**0.5
+    chosen: list[Tensor] = []
+    for layer in theirs.model.layers if settings.is_moe else ():
+        layer.mlp.gate.register_forward_hook(lambda *args: chosen.append(args[-1][-1]))
+    with torch.no_grad():
+        expected = theirs(tokens).logits.float()
+        replayed = iter(chosen)
+
+        def as_theirs(scores: Tensor) -> Tensor:
+            experts = next(replayed)
+            ours = scores.topk(settings.top_k).values[:, -1]
+            regret = ours - scores.gather(1, experts).amin(1)  # 0 where the choice is the same
+            assert (regret <= 2 * bound * scores.norm(dim=1)).all(), "no near-tie"
+            return experts
+
+        for moe in ours.moe_layers():
+            moe.router.select = as_theirs
+        logits = ours(tokens).float()
+    assert next(replayed, None) is None
+    assert (logits - expected).norm() / expected.norm() < bound
+
+
+def _both(
+    tmp_path: Path,
+    settings: ModelSettings,
+    *,
+    saved: torch.dtype,
+    computed: torch.dtype,
+    seed: int,
+) -> tuple[Transformer, nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    save_oracle(tmp_path / "theirs", settings, dtype=saved, save_original_format=seed % 2 == 0)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "theirs",
+        dtype=computed,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    ours = loaded(imported(tmp_path / "theirs", tmp_path / "run"), settings).to(computed)
+    return ours, theirs.eval(), torch.randint(0, settings.vocab_size, (2, 40))
