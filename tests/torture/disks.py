@@ -227,7 +227,7 @@ def save_on_a_rotting_disk(directory: Path, num: int, seed: int) -> list[Verdict
         if trial.leads:
             shutil.rmtree(directory, ignore_errors=True)
         dist.barrier()
-        store = trial.open(committed=partial(_rot, rotten=rotten, draw=draw))
+        store = trial.open(good=partial(_rot, rotten=rotten, draw=draw))
         errors = [trial.save(store, step)[0][0] for step in range(1, 8)]
         good = max(set(range(1, 8)) - rotten)
         if trial.leads:
