@@ -7,12 +7,13 @@ INSTALLED := .venv/.installed
 KERNELS := .venv/.kernels
 RUN ?= toy
 
-.PHONY: toy kernels test check format clean help
+.PHONY: toy kernels test torture check format clean help
 
 help:
 	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
 	@echo "make kernels install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
 	@echo "make test    run the whole test suite"
+	@echo "make torture break checkpoints in every way, count what is lost (10 minutes)"
 	@echo "make check   format, lint, types and the direction of imports"
 	@echo "make format  put the code into its format"
 	@echo "make clean   delete the environment (runs/ and data/ stay)"
@@ -44,6 +45,9 @@ kernels: $(KERNELS)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+torture: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

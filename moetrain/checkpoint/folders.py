@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from moetrain.checkpoint.manifest import (
 
 LATEST = "latest"
 ATTEMPT = "attempt"
+_NAME_CHARACTERS = 255
+"""No name is longer; what is, need not be told whole."""
 _LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
 
 
@@ -112,16 +115,20 @@ def broken(directory: Path) -> list[tuple[str, str]]:
                 read_manifest(folder)
             except CheckpointError as error:
                 found.append((folder.name, str(error)))
-    name = read_latest(directory)
+    try:
+        name = read_latest(directory)
+    except OSError as error:  # a folder, say
+        return [*found, (LATEST, f"{directory / LATEST} can't be read: {error}")]
     if name is not None and not (step_of(name) is not None and (directory / name).is_dir()):
         found.append((LATEST, f"{directory / LATEST} names {name!r}, which is not there"))
     return found
 
 
 def read_latest(directory: Path) -> str | None:
-    """Returns the name in `latest`, None where there is no such file."""
+    """Returns the name in `latest`, None where there is no such file; raises other OSErrors."""
     try:
-        return (directory / LATEST).read_text(errors="replace").strip()
+        with open(directory / LATEST, errors="replace") as file:
+            return file.read(_NAME_CHARACTERS).strip()
     except FileNotFoundError:
         return None
 
@@ -153,27 +160,60 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
 
     In this order: manifest, fsync, rename, fsync, `latest` by rename. Killed in between, the
     folder either is a whole checkpoint or has no name that counts. Raises CheckpointError where
-    a newer attempt owns the run: a worker that was cut off must not win over its successor.
+    a newer attempt owns the run: a worker that was cut off must not win over its successor. It may
+    have been cut off at any line of this, so that every line looks whose the run is.
     """
     _demand_ownership(directory, manifest)
     _write(staged / MANIFEST, manifest_text(manifest))
     _sync_folder(staged)
     target = directory / folder_name(manifest.step)
     if target.exists():  # the same step of an older attempt, which a fall-back left behind
-        os.rename(target, _free(directory, f"replaced_{target.name}", attempt=manifest.attempt))
+        _demand_ownership(directory, manifest)
+        _put_aside(target, manifest)
     os.rename(staged, target)
     _sync_folder(directory)
-    _demand_ownership(directory, manifest)  # again: what comes before may have taken a while
+    _demand_ownership(directory, manifest)
     replace_text(directory / LATEST, target.name)
+    try:
+        _demand_ownership(directory, manifest)
+    except CheckpointError:
+        replace_text(directory / LATEST, candidates(directory)[0].name)
+        raise
     return target
+
+
+def _put_aside(target: Path, manifest: Manifest) -> None:
+    """Takes the name off an older attempt's checkpoint; raises CheckpointError for a newer's."""
+    directory = target.parent
+    _demand_older(target, manifest)
+    aside = _free(directory, f"replaced_{target.name}", attempt=manifest.attempt)
+    os.rename(target, aside)
+    try:
+        _demand_older(aside, manifest)
+    except CheckpointError:  # it came in between
+        os.rename(aside, target)
+        raise
+
+
+def _demand_older(folder: Path, manifest: Manifest) -> None:
+    try:
+        owner = read_manifest(folder).attempt
+    except CheckpointError:
+        return  # nobody's checkpoint
+    if owner > manifest.attempt:
+        raise _taken_over(folder.parent, manifest, owner)
 
 
 def _demand_ownership(directory: Path, manifest: Manifest) -> None:
     if (owner := read_attempt(directory)) > manifest.attempt:
-        raise CheckpointError(
-            f"attempt {manifest.attempt} may not save step {manifest.step} in {directory}: "
-            f"attempt {owner} has taken the run over"
-        )
+        raise _taken_over(directory, manifest, owner)
+
+
+def _taken_over(directory: Path, manifest: Manifest, owner: int) -> CheckpointError:
+    return CheckpointError(
+        f"attempt {manifest.attempt} may not save step {manifest.step} in {directory}: "
+        f"attempt {owner} has taken the run over"
+    )
 
 
 def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
@@ -185,7 +225,11 @@ def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
         name = folder_name(save.step)
         with contextlib.suppress(OSError):
             os.rename(directory / name, _free(directory, f"deleted_{name}", attempt=attempt))
-    for folder in directory.iterdir():
+    try:
+        folders = list(directory.iterdir())
+    except OSError:
+        return  # the next save says why, on all ranks; here, others would wait for this one
+    for folder in folders:
         match = _LEFTOVER.match(folder.name)
         if match and int(match[1]) <= attempt:
             shutil.rmtree(folder, ignore_errors=True)
@@ -202,6 +246,8 @@ def _free(directory: Path, name: str, *, attempt: int) -> Path:
 def next_attempt(directory: Path) -> int:
     """Takes the run over: returns the number of the new attempt, one above all before."""
     directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".*.new"):  # of attempts that were killed
+        leftover.unlink(missing_ok=True)
     # The file may have been lost; what the attempts before have saved may not.
     attempt = max([read_attempt(directory), *(save.attempt for save in saves(directory))]) + 1
     replace_text(directory / ATTEMPT, str(attempt))
@@ -228,7 +274,8 @@ def demand_space(folder: Path, num_bytes: int) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a small file so that it is seen whole, old or new, whenever the writer is killed."""
-    new = path.with_name(f".{path.name}.new")
+    # A name of its own: an attempt that was cut off may be writing the same file.
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     _write(new, text)
     os.replace(new, path)
     _sync_folder(path.parent)

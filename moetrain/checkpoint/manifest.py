@@ -5,6 +5,7 @@ launcher may read it.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import xxhash
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_STEP_FOLDER = re.compile(r"step_([0-9]{8,18})")
 _READ_BYTES = 8 << 20
 
 
@@ -68,7 +69,9 @@ class Manifest:
 def step_of(name: str) -> int | None:
     """Returns the step that a folder's name stands for, None where it is no checkpoint's name."""
     match = _STEP_FOLDER.fullmatch(name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else None
+    # With more zeros before it, it would be a second folder of the step.
+    return step if step is not None and name == folder_name(step) else None
 
 
 def folder_name(step: int) -> str:
@@ -108,15 +111,23 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(tensors=tensors, files=files, **fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
+    for field_name in ("step", "attempt"):
+        if not _is_count(value := getattr(manifest, field_name)):
+            raise CheckpointError(f"{path}: {field_name} is {value!r}, which is no count")
+    for field_name in ("state", "config", "mesh"):
+        if not isinstance(value := getattr(manifest, field_name), dict):
+            raise CheckpointError(f"{path}: {field_name} is {value!r}, not an object")
     if step_of(folder.name) not in (None, manifest.step):
         raise CheckpointError(f"{path} is of step {manifest.step}, not of this folder's")
     return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
-    """Checks every `parts`-th listed file, from `part`: there, whole and unchanged.
+    """Checks every `parts`-th file and tensor, from `part`.
 
-    Raises CheckpointError naming the file. No tensor is read before this has passed.
+    A listed file must be there, whole and unchanged; the blocks of a tensor must be all of it, each
+    element once, in listed files. Raises CheckpointError naming what isn't so. No tensor is read
+    before this has passed.
     """
     listed = {MANIFEST, *manifest.files}
     try:
@@ -140,6 +151,48 @@ def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int 
             raise CheckpointError(f"{path} has {ours.size} bytes, its manifest says {entry.size}")
         if ours != entry:
             raise CheckpointError(f"{path} does not have the hash that its manifest lists")
+    for name, tensor in sorted(manifest.tensors.items())[part::parts]:
+        if reason := _unsound(tensor, manifest.files):
+            raise CheckpointError(f"{folder / MANIFEST}: tensor {name} {reason}")
+
+
+def _unsound(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str | None:
+    """Returns what is wrong with a tensor's blocks; None where they are all of it, once."""
+    if not isinstance(tensor.dtype, str) or not all(map(_is_count, tensor.shape)):
+        return f"has dtype {tensor.dtype!r} and shape {tensor.shape!r}"
+    blocks = tensor.blocks.values()
+    for file, (offset, shape) in tensor.blocks.items():
+        if file not in files:
+            return f"is in {file!r}, which the manifest doesn't list"
+        if not (
+            len(offset) == len(shape) == len(tensor.shape)
+            and all(map(_is_count, (*offset, *shape)))
+            and all(o + n <= whole for o, n, whole in zip(offset, shape, tensor.shape, strict=True))
+        ):
+            return f"of shape {tensor.shape} has a block from {offset} of shape {shape}"
+    if sum(math.prod(block.shape) for block in blocks) != math.prod(tensor.shape):
+        return "has other parts in its files than make it up"
+    if len(blocks) > 1 and _meet(list(blocks), num_dims=len(tensor.shape)):
+        return "has a part that is there twice"
+    return None
+
+
+def _meet(blocks: list[Block], *, num_dims: int) -> bool:
+    """Returns whether any two blocks share an element; fast for blocks that form a grid."""
+    dim = max(range(num_dims), key=lambda d: len({block.offset[d] for block in blocks}), default=0)
+    reaching: list[Block] = []
+    for block in sorted(blocks, key=lambda b: b.offset[dim : dim + 1]):
+        reaching = [b for b in reaching if b.offset[dim] + b.shape[dim] > block.offset[dim]]
+        for other in reaching:
+            pairs = zip(block.offset, block.shape, other.offset, other.shape, strict=True)
+            if all(a < b + n and b < a + m for a, m, b, n in pairs):
+                return True
+        reaching.append(block)
+    return False
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def describe_file(path: Path) -> FileEntry:

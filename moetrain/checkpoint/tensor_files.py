@@ -168,9 +168,13 @@ class CheckpointReader:
                 continue
             ours, theirs = both
             part = self._slice(file, name, theirs, whole=saved.shape)
+            if part.dtype != target.dtype:  # copying would convert
+                raise CheckpointError(
+                    f"{self._folder / file}: {name} is {part.dtype}, not {target.dtype}"
+                )
             target[ours].copy_(part)
             filled += part.numel()
-        if filled != target.numel():  # blocks are disjoint: whoever wrote them made sure
+        if filled != target.numel():  # blocks are disjoint, if the files were verified
             raise CheckpointError(
                 f"{self._folder} holds {filled} of the {target.numel()} elements of {name} from "
                 f"{list(offset)} to {[o + s for o, s in zip(offset, target.shape, strict=True)]}"
@@ -182,10 +186,16 @@ class CheckpointReader:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self._folder / file, framework="pt")
+            saved = self._open[file].get_slice(name)
+            if tuple(saved.get_shape()) != whole:
+                raise CheckpointError(
+                    f"{self._folder / file}: {name} has shape {saved.get_shape()}, and the "
+                    f"manifest says {list(whole)}"
+                )
             if all(i == slice(0, n) for i, n in zip(index, whole, strict=True)):
                 part: Tensor = self._open[file].get_tensor(name)
             else:
-                part = self._open[file].get_slice(name)[index]
+                part = saved[index]
             return part
         except (OSError, SafetensorError) as error:
             raise CheckpointError(

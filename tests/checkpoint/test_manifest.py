@@ -1,5 +1,6 @@
 """What counts as a checkpoint, and the order in which one comes to be."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,45 @@ def test_an_older_attempt_may_not_commit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="attempt 2 has taken the run over"):
         stage(tmp_path, 6, attempt=1)
     assert read_latest(tmp_path) == kept.name
+
+
+def test_an_older_attempt_displaces_no_checkpoint_of_a_newer_one(tmp_path: Path) -> None:
+    """Not even where the file that says whose the run is has been lost, or read too early."""
+    kept = stage(tmp_path, 5, attempt=2, content=b"newer")
+    with pytest.raises(CheckpointError, match="attempt 2 has taken the run over"):
+        stage(tmp_path, 5, attempt=1, content=b"older")
+    assert (kept / "shard").read_bytes() == b"newer"
+    assert not list(tmp_path.glob("replaced_*"))
+
+
+def test_what_a_killed_write_of_a_small_file_left_goes_with_the_next_attempt(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".latest.0badcafe.new").write_text("step_")
+    next_attempt(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt"]
+
+
+@pytest.mark.parametrize("number", ["0000000001", "٠٠٠٠٠٠٠١"])
+def test_a_second_folder_of_a_step_is_no_checkpoint(tmp_path: Path, number: str) -> None:
+    """It would count as one of those to keep, in the place of a real one."""
+    shutil.copytree(stage(tmp_path, 1), tmp_path / f"step_{number}")
+    assert saves(tmp_path) == [Save(1, 1)]
+
+
+@pytest.mark.parametrize("latest", ["a folder", "too many digits"])
+def test_no_form_of_latest_keeps_a_run_from_loading(tmp_path: Path, latest: str) -> None:
+    folder = stage(tmp_path, 1)
+    (tmp_path / "latest").unlink()
+    if latest == "a folder":
+        (tmp_path / "latest").mkdir()
+    else:
+        (tmp_path / "latest").write_text("step_" + "1" * 5000)
+    rejected = []
+    assert newest_good(tmp_path, rejected=lambda *told: rejected.append(told)) == folder
+    ((name, reason),) = rejected
+    assert name == "latest"
+    assert len(reason) < 1000
 
 
 def test_saving_a_step_again_never_writes_into_its_folder(tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Manifests that somebody wrote with intent, or a bug of ours did: each has its proper hash.
+
+Every edit is told the manifest's fields, its folder and a seeded generator.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from tests.torture.harms import Harm, Kind, checkpoints, replace, shard, step
+
+
+def sealed(edit: Callable[[dict[str, Any], Path, random.Random], None]) -> Harm:
+    """Returns the harm that edits the newest manifest and gives it its proper hash."""
+
+    def harm(directory: Path, draw: random.Random) -> set[int]:
+        newest = checkpoints(directory)[0]
+        path = newest / "manifest.json"
+        fields = json.loads(path.read_text())
+        del fields["xxh3_128"]
+        edit(fields, newest, draw)
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        fields["xxh3_128"] = xxhash.xxh3_128_hexdigest(text.encode())
+        replace(path, json.dumps(fields).encode())
+        return {step(newest)}
+
+    return harm
+
+
+def describe(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+
+
+def matrix(fields: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Returns the entry of a tensor that several files hold parts of."""
+    split = [e for e in fields["tensors"].values() if len(e["blocks"]) > 1 and e["shape"][0] > 1]
+    entry: dict[str, Any] = draw.choice(split)
+    return entry
+
+
+def set_field(name: str, *values: Any) -> Harm:
+    """Returns the harm that puts one of some values in a field's place; without any, removes it."""
+
+    def edit(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+        if values:
+            fields[name] = draw.choice(values)
+        else:
+            del fields[name]
+
+    return sealed(edit)
+
+
+def list_a_file_elsewhere(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """Lists the other step's file, by a path, with its right size and hash."""
+    other = checkpoints(folder.parent)[1]
+    name = f"../{other.name}/rank_00000.safetensors"
+    if draw.random() < 0.5:
+        name = str(other / "rank_00000.safetensors")
+    fields["files"][name] = describe(other / "rank_00000.safetensors")
+    del fields["files"]["rank_00000.safetensors"]
+    (folder / "rank_00000.safetensors").unlink()
+    for entry in fields["tensors"].values():
+        entry["blocks"] = {
+            name if file == "rank_00000.safetensors" else file: block
+            for file, block in entry["blocks"].items()
+        }
+
+
+def read_a_file_elsewhere(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """Has a block point at another step's file, and says nothing of that under files."""
+    other = checkpoints(folder.parent)[1]
+    for entry in fields["tensors"].values():
+        entry["blocks"] = {
+            f"../{other.name}/{file}": block for file, block in entry["blocks"].items()
+        }
+
+
+def hold_a_part_twice(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """Two blocks with as many elements as the tensor, that hold one part of it twice."""
+    entry = matrix(fields, draw)
+    first, *others = entry["blocks"].values()
+    for other in others:
+        other[:] = [list(first[0]), list(first[1])]
+
+
+def leave_a_part_out(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    blocks = matrix(fields, draw)["blocks"]
+    del blocks[draw.choice(sorted(blocks))]
+
+
+def move_a_block(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    offset, _ = draw.choice(list(matrix(fields, draw)["blocks"].values()))
+    offset[0] += draw.choice((-1, 1, 10**6, -(10**6), 2**70))
+
+
+def bend_a_block(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """A block of other dimensions, or of none, or of no numbers."""
+    blocks = matrix(fields, draw)["blocks"]
+    file = draw.choice(sorted(blocks))
+    offset, shape = blocks[file]
+    blocks[file] = draw.choice(
+        (
+            [[*offset, 0], [*shape, 1]], [offset[1:], shape[1:]], [[], []], [offset, ["1"] * 9],
+            [offset], [offset, [-n for n in shape]], [offset, shape[::-1]], None, "block",
+            [offset, [float(n) for n in shape]],
+        )
+    )  # fmt: skip
+
+
+def bend_a_shape(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    entry = matrix(fields, draw)
+    entry["shape"] = draw.choice(
+        ([*entry["shape"], 1], [*entry["shape"][::-1], 1], [], None, [2**62] * 2, [-1])
+    )
+
+
+def change_a_dtype(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    names = ("bfloat16", "int32", "float64", "object", "load", "", None, 7)
+    matrix(fields, draw)["dtype"] = draw.choice(names)
+
+
+def forget_a_tensor(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    del fields["tensors"][draw.choice(sorted(fields["tensors"]))]
+
+
+def add_a_tensor(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    fields["tensors"]["model.spare"] = matrix(fields, draw)
+
+
+def pickle_in_a_shard(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """A pickle that would leave a file, listed with its right hash."""
+    path = shard(folder, draw)
+    replace(path, f"cposix\nsystem\n(S'touch {folder.parent}/unpickled'\ntR.".encode())
+    fields["files"][path.name] = describe(path)
+
+
+def retype_a_shard(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """A shard whose own header has another dtype or shape of as many bytes, and the right hash."""
+    path = shard(folder, draw)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    names = [n for n, e in header.items() if n in fields["tensors"] and len(e["shape"]) > 1]
+    entry = header[draw.choice(names)]
+    if draw.random() < 0.5:
+        entry["dtype"] = "I32"
+    else:
+        entry["shape"] = [entry["shape"][0] * entry["shape"][1], 1, *entry["shape"][2:]]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    replace(path, len(text).to_bytes(8, "little") + text + content[8 + length :])
+    fields["files"][path.name] = describe(path)
+
+
+def nest_deeply(directory: Path, draw: random.Random) -> set[int]:
+    newest = checkpoints(directory)[0]
+    replace(newest / "manifest.json", draw.choice((b"[" * 10**5, b"9" * 10**5, b"{}", b"null")))
+    return {step(newest)}
+
+
+HOSTILE = [
+    Kind("format of version 1", set_field("format_version", 1)),
+    Kind("format of another version", set_field("format_version", 3, "2", None, [])),
+    Kind("no format version", set_field("format_version")),
+    Kind("attempt is no number", set_field("attempt", "3", None, 1.5, [], -1)),
+    Kind("step is no number", set_field("step", "3", None, [], {})),
+    Kind("state is no object", set_field("state", None, [], "x", 3), may_refuse=True),
+    Kind("no files", set_field("files", {}, [], None)),
+    Kind("no tensors", set_field("tensors", {}, [], None), may_refuse=True),
+    Kind("unknown field", set_field("extra", 1)),
+    Kind("field missing", set_field("config")),
+    Kind("lists a file elsewhere", sealed(list_a_file_elsewhere)),
+    Kind("reads a file elsewhere", sealed(read_a_file_elsewhere)),
+    Kind("a part held twice", sealed(hold_a_part_twice)),
+    Kind("a part left out", sealed(leave_a_part_out)),
+    Kind("a block moved", sealed(move_a_block)),
+    Kind("a block bent", sealed(bend_a_block)),
+    Kind("another shape", sealed(bend_a_shape), may_refuse=True),
+    Kind("another dtype", sealed(change_a_dtype), may_refuse=True),
+    Kind("a tensor forgotten", sealed(forget_a_tensor), may_refuse=True),
+    Kind("a tensor too many", sealed(add_a_tensor), may_refuse=True),
+    Kind("a pickle in a shard", sealed(pickle_in_a_shard), may_refuse=True),
+    Kind("a shard of another header", sealed(retype_a_shard), may_refuse=True),
+    Kind("no manifest's JSON", nest_deeply),
+]
