@@ -19,6 +19,8 @@ from data_pipeline.settings import (
     UnavailableError,
     resolved_dir,
 )
+from data_pipeline.storage import without_secrets
+from data_pipeline.tokenizer_json import TokenizerJson, tokenizer_json
 from data_pipeline.tokenizers import Tokenizer, resolved_tokenizer, tokenizer_named
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Stage",
     "Tokenizer",
     "TokenizerEntry",
+    "TokenizerJson",
     "UnavailableError",
     "ValidationBatches",
     "build_shards",
@@ -43,5 +46,7 @@ __all__ = [
     "open_or_build",
     "resolved_dir",
     "resolved_tokenizer",
+    "tokenizer_json",
     "tokenizer_named",
+    "without_secrets",
 ]

@@ -68,6 +68,28 @@ class JsonTokenizer:
         array = np.asarray(ids)
         return self._tokenizer.decode(array[array != self.end_of_document].tolist())
 
+    def spelled(self, id: int) -> str:
+        """How the vocabulary spells a token."""
+        token = self._tokenizer.id_to_token(id)
+        assert token is not None, f"{self.name} has no token {id}"
+        return token
+
+    def standalone_definition(self) -> str:
+        """The `tokenizer.json` as it is, less those of its rules that are not kept to here.
+
+        Elsewhere they would cut documents, pad them, add tokens to them, or find the end of one in
+        its text.
+        """
+        assert self.definition is not None
+        before = json.loads(self.definition)
+        content = _with_special(_content(self.definition, where=self.name), self.end_of_document)
+        added = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        if added:
+            content["post_processor"] = None
+        missing = {key: None for key in ("truncation", "padding", "post_processor")}
+        kept = missing | {"added_tokens": []} | before == missing | {"added_tokens": []} | content
+        return self.definition if kept else json.dumps(content, ensure_ascii=False)
+
 
 def read_tokenizer_json(path: Path, *, end_of_document: str | None) -> JsonTokenizer:
     """The tokenizer of a `tokenizer.json`, named after its folder.
@@ -143,17 +165,23 @@ def _tokenizer(
     content: dict[str, Any], *, where: str, end_of_document: int | None = None
 ) -> Tokenizer:
     try:
-        # What ends a document must never come from text, so it counts as special whatever the
-        # file says; special tokens are not looked for in text.
-        added = [
-            token | {"special": True} if token["id"] == end_of_document else token
-            for token in content.get("added_tokens") or []
-        ]
-        tokenizer = Tokenizer.from_str(json.dumps(content | {"added_tokens": added}))
+        tokenizer = Tokenizer.from_str(json.dumps(_with_special(content, end_of_document)))
     except Exception as error:  # the package has no other type
         raise DataError(f"{where} is no tokenizer.json that can be read: {error}") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _with_special(content: dict[str, Any], end_of_document: int | None) -> dict[str, Any]:
+    """The fields with the end of a document as a special token, whatever the file says.
+
+    It must never come from text, and special tokens are not looked for in text.
+    """
+    added = [
+        token | {"special": True} if token["id"] == end_of_document else token
+        for token in content.get("added_tokens") or []
+    ]
+    return content | {"added_tokens": added}
 
 
 def _end_of_document(path: Path, vocabulary: dict[str, int], *, asked: str | None) -> str:

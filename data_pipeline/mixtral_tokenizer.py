@@ -52,6 +52,7 @@ class MixtralTokenizer:
         self.name = name
         self.vocab_size: int = self._model.vocab_size()
         self.end_of_document: int = self._model.eos_id()
+        self.beginning: int = self._model.bos_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._ids_of_word = _IdsOfWord(self._model)
         self._spanning = spanning_pieces(_pieces(self._model))
@@ -67,6 +68,31 @@ class MixtralTokenizer:
         """The text of token ids, control tokens left out."""
         text: str = self._model.decode(np.asarray(ids).tolist())
         return text
+
+    def pieces(self) -> list[str]:
+        """Every token's spelling, by its id; the unknown token's is the first."""
+        return [self._model.id_to_piece(id) for id in range(self.vocab_size)]
+
+    def is_special(self, id: int) -> bool:
+        """Whether a token is a control token or the unknown one, which no text has."""
+        return bool(self._model.is_control(id) or self._model.is_unknown(id))
+
+    def scores(self) -> dict[str, float]:
+        """The score of each piece that text can be joined to; the best is joined first."""
+        scored = self._model.piece_to_id(_pieces(self._model))
+        return {self._model.id_to_piece(id): self._model.get_score(id) for id in scored}
+
+    def whole_pieces(self) -> list[str]:
+        """The pieces that are taken out of a text before others are joined.
+
+        They are those that span words, in Mixtral's vocabularies; no joined piece does.
+        """
+        return _spanning(_pieces(self._model))
+
+    @property
+    def words(self) -> str:
+        """The pattern of the words between which nothing else is joined."""
+        return _WORDS.pattern
 
 
 class _IdsOfWord(dict[str, bytes]):
@@ -113,9 +139,13 @@ def spanning_pieces(pieces: Sequence[str]) -> re.Pattern[str] | None:
 
     Of Mixtral's these are some that v3 reserved, such as `[REFERENCE_DOC_1]`.
     """
-    spanning = [piece for piece in pieces if _WORDS.findall(piece) != [piece]]
+    spanning = _spanning(pieces)
     spellings = (re.escape(piece).replace(_SPACE, f"[ {_SPACE}]") for piece in spanning)
     return re.compile("|".join(spellings)) if spanning else None
+
+
+def _spanning(pieces: Sequence[str]) -> list[str]:
+    return [piece for piece in pieces if _WORDS.findall(piece) != [piece]]
 
 
 def _pieces(model: SentencePieceProcessor) -> list[str]:

@@ -30,7 +30,7 @@ from data_pipeline.index import (
 )
 from data_pipeline.settings import CacheSettings, DataError, OnCorrupt
 from data_pipeline.storage import ShardFiles, open_files
-from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
+from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_from, tokenizer_named
 
 
 class ShardFolder:
@@ -119,6 +119,17 @@ class ShardFolder:
             end_of_document=self.text_tokenizer.end_of_document,
             fingerprint=self.text_tokenizer.fingerprint,
         )
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer itself, from the folder's own copy where it has one.
+
+        Raises DataError where it isn't the one that made the tokens.
+        """
+        if self.text_tokenizer is not None:
+            return self.text_tokenizer
+        entry = self.tokenizer
+        definition = None if entry.file is None else self._files.read_bytes(entry.file)
+        return tokenizer_from(entry, definition=definition)
 
     @property
     def sources(self) -> tuple[str, ...]:

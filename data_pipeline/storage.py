@@ -76,8 +76,8 @@ def open_files(folder: str, *, cache: CacheSettings) -> ShardFiles:
     if folder.startswith("pipe:") or (separator and "/" not in protocol):
         if protocol not in PROTOCOLS:
             raise DataError(
-                f"{_shown(folder)!r} is neither a path nor a URL that shards are read from; those "
-                f"begin with {', '.join(f'{name}://' for name in PROTOCOLS)}"
+                f"{without_secrets(folder)!r} is neither a path nor a URL that shards are read "
+                f"from; those begin with {', '.join(f'{name}://' for name in PROTOCOLS)}"
             )
         return RemoteFiles(folder, cache=cache)
     return LocalFiles(Path(folder))
@@ -137,7 +137,7 @@ class RemoteFiles:
     @property
     def location(self) -> str:
         """The folder's URL without user, password and query."""
-        return _shown(self._folder)
+        return without_secrets(self._folder)
 
     def read_bytes(self, name: str) -> bytes:
         """A whole file, asked for each time; raises FileNotFoundError where there is none."""
@@ -161,11 +161,11 @@ class RemoteFiles:
                 self._tried(url, lambda: self._download(url, file, size=size, sha256=sha256))
             except FileNotFoundError:
                 raise DataError(
-                    f"{_shown(url)} is missing (expected {size} bytes); restore it, or build the "
-                    "folder again"
+                    f"{without_secrets(url)} is missing (expected {size} bytes); restore it, or "
+                    "build the folder again"
                 ) from None
 
-        return self._cache.open(sha256, size=size, name=_shown(url), write=download)
+        return self._cache.open(sha256, size=size, name=without_secrets(url), write=download)
 
     def _download(self, url: str, file: BinaryIO, *, size: int, sha256: str) -> None:
         file.seek(0)
@@ -230,14 +230,15 @@ class RemoteFiles:
                     raise
                 # Not `from error`: its own text may have the URL with all secrets in it.
                 if isinstance(error, FileNotFoundError):
-                    raise FileNotFoundError(_shown(url)) from None
+                    raise FileNotFoundError(without_secrets(url)) from None
                 why = self._reason(error)
                 if _is_final(error):
                     raise UnavailableError(
-                        f"{_shown(url)} can't be read: {why}; check the address and credentials"
+                        f"{without_secrets(url)} can't be read: {why}; check the address and "
+                        "credentials"
                     ) from None
                 if number == num_tries:
-                    what = f"{_shown(url)} can't be read, tried {number} times: {why}"
+                    what = f"{without_secrets(url)} can't be read, tried {number} times: {why}"
                     if isinstance(error, _WrongBytesError):
                         raise DataError(f"{what}; restore it, or build the folder again") from None
                     raise UnavailableError(
@@ -249,14 +250,14 @@ class RemoteFiles:
                 # Anything up to it, so that many ranks don't come back together. Not of the
                 # program's own random numbers: a bad network must not change a run.
                 pause = random.SystemRandom().uniform(0.0, longest)
-                _logger.warning("%s: %s; trying again in %.1f s", _shown(url), why, pause)
+                _logger.warning("%s: %s; trying again in %.1f s", without_secrets(url), why, pause)
                 time.sleep(pause)
         raise AssertionError("unreachable")
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
             return f"nothing came for {self._settings.timeout_seconds:g} s"
-        return f"{type(error).__name__}: {_shown(str(error))}"
+        return f"{type(error).__name__}: {without_secrets(str(error))}"
 
     def _url(self, name: str) -> str:
         if self._protocol not in ("http", "https"):
@@ -309,7 +310,7 @@ def _is_final(error: Exception) -> bool:
     )
 
 
-def _shown(text: str) -> str:
+def without_secrets(text: str) -> str:
     """A text without what may be secret in its URLs: users, passwords and queries."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)

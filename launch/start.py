@@ -30,10 +30,10 @@ from launch.supervisor import RunFailed, Supervisor
 from moetrain.checkpoint import (
     CheckpointError,
     newest_good,
-    next_attempt,
     read_manifest,
     replace_text,
 )
+from moetrain.checkpoint.remote import fetch_newer, is_newer_there, take_over
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
@@ -67,8 +67,9 @@ def start(
     """
     if plan.mode == "external":
         _run_external(config, data=data, report=report)
-    prepared = prepare(config, data, progress=True)
     run_dir = Path(config.run.dir, config.run.name or "")
+    _fetch(config)
+    prepared = prepare(config, data, progress=True)
     with _held(run_dir):
         return _run(config, plan, prepared, report)
 
@@ -97,6 +98,27 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
     return _close_run(config, outcome, shards, report)
+
+
+def _fetch(config: "Config") -> None:
+    """Brings a newer checkpoint than the run's folder has from where it is uploaded to, if any."""
+    run_dir, name = Path(config.run.dir, config.run.name or ""), config.run.name or ""
+    directory = run_dir / "checkpoints"
+    if not is_newer_there(config.checkpoint, run=name, directory=directory):
+        return
+    with _held(run_dir):
+        fetch_newer(
+            config.checkpoint,
+            run=name,
+            directory=directory,
+            event=EventLog(run_dir / "events.jsonl").write,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+
+
+def _take_over(config: "Config") -> int:
+    directory = Path(config.run.dir, config.run.name or "", "checkpoints")
+    return take_over(config.checkpoint, run=config.run.name or "", directory=directory)
 
 
 def _is_complete(run_dir: Path, *, num_steps: int) -> bool:
@@ -153,7 +175,7 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
                 return
 
     run_dir = Path(config.run.dir, config.run.name or "")
-    attempt = next_attempt(run_dir / "checkpoints")
+    attempt = _take_over(config)
     watcher = threading.Thread(target=watch, name="display", daemon=True)
     watcher.start()
     with (
@@ -199,6 +221,8 @@ def _run_external(
     leads = rank == 0
     # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
     # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
+    if leads:
+        _fetch(config)
     prepared = prepare(config, data, progress=True) if leads else None
     held = ExitStack()  # until this process ends
     if leads:
@@ -214,8 +238,8 @@ def _run_external(
     if prepared:
         for line in prepared.lines():
             print(line, file=sys.stderr)
-        run_dir = _open_run(config, prepared)
-        agreed = [config.run.name, next_attempt(run_dir / "checkpoints")]
+        _open_run(config, prepared)
+        agreed = [config.run.name, _take_over(config)]
     dist.broadcast_object_list(agreed)
     name, attempt = str(agreed[0]), int(str(agreed[1]))
     config = replace(config, run=replace(config.run, name=name))

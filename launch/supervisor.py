@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.failure import Failure
 from launch.ray_cluster import RayCluster, Worker, WorkersLost, answer, answered
-from moetrain.checkpoint import next_attempt
+from moetrain.checkpoint.remote import take_over
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.train import Outcome, Place, newest_manifest
 
@@ -53,7 +53,7 @@ class Supervisor:
         failures = preemptions = 0
         saved = self._saved_step()
         while True:
-            ended = self._attempt()
+            ended = self._attempt(again=failures + preemptions > 0)
             if isinstance(ended, Outcome):
                 return ended
             if self._saved_step() > saved:  # progress: older failures don't count any more
@@ -73,10 +73,15 @@ class Supervisor:
             self._event("restart", step=saved)
             self._display.say(f"{ended.reason}; starting again from step {saved}")
 
-    def _attempt(self) -> Outcome | Failure:
+    def _attempt(self, *, again: bool) -> Outcome | Failure:
         """Runs all ranks once; returns the outcome, or the failure that ended it."""
         config = self._config
-        attempt = next_attempt(self._run_dir / "checkpoints")
+        attempt = take_over(
+            config.checkpoint,
+            run=config.run.name or "",
+            directory=self._run_dir / "checkpoints",
+            may_be_alone=again,
+        )
         world_size = config.launch.num_workers or 1
         self._display.phase(f"starting {world_size} ranks")
         workers: list[Worker] = []

@@ -5,6 +5,7 @@ from datetime import datetime
 
 from data_pipeline import DataError
 from launch import ClusterError, choose_plan, start
+from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
 from moetrain.config import Config, check, resolve
@@ -21,7 +22,7 @@ def train(config: Config) -> int:
     except (ConfigError, DataError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return BAD_CONFIGURATION
-    except (ClusterError, OSError) as error:
+    except (ClusterError, CheckpointError, OSError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
 

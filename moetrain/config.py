@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
+from moetrain.checkpoint.remote import check_url
 from moetrain.checks import ConfigError, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
@@ -144,6 +145,8 @@ def check(config: Config) -> None:
             f"is not a multiple of checkpoint.every_steps={every}, so that few of those steps "
             f"would be saved: use {max(1, kept // every) * every} or {-(-kept // every) * every}",
         )
+    if config.checkpoint.upload_to is not None:
+        check_url(config.checkpoint.upload_to)
     for number, stage in enumerate(config.data.stages):
         if stage.from_step >= train.num_steps:
             raise ConfigError(

@@ -23,3 +23,5 @@ class CheckpointSettings:
     async_save: bool = True
     """Whether training goes on while a checkpoint is being written. It takes host memory for a
     copy of what a rank has of the model and its optimizer."""
+    upload_to: str | None = None
+    """The address of a folder, such as s3://bucket/runs, that gets a copy of each checkpoint."""

@@ -80,16 +80,16 @@ class CheckpointStore:
         mesh: Mapping[str, Any],
         timeout: timedelta,
         event: Callable[..., None],
-        committed: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
+        good: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
         in_use: Callable[[], set[str]] = set,
     ) -> None:
-        """`committed` is told on the first rank of each new checkpoint, and `in_use` asked there
-        which folders must not be deleted now."""
+        """`good` is told on the first rank of each checkpoint that was saved or loaded, and
+        `in_use` asked there which folders must not be deleted now."""
         self._directory = directory
         self._settings = settings
         self._attempt = attempt
         self._config, self._mesh = dict(config), dict(mesh)
-        self._event, self._committed, self._in_use = event, committed, in_use
+        self._event, self._good, self._in_use = event, good, in_use
         # Collectives of a save in the background must not mix with those of training: after
         # loading, this group is the background thread's alone.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
@@ -188,6 +188,8 @@ class CheckpointStore:
             except CheckpointError as error:
                 failure = error
             self._agree(failure, f"{folder} can't be read")
+            if self._leads:
+                self._good(folder, manifest)
             return manifest.state
         if rejected:
             raise CheckpointError(
@@ -226,7 +228,7 @@ class CheckpointStore:
                 folder = commit(self._directory, staged, manifest)
                 size = sum(entry.size for entry in manifest.files.values())
                 self._event("save", step=manifest.step, checkpoint=folder.name, bytes=size)
-                self._committed(folder, manifest)
+                self._good(folder, manifest)
             except Exception as error:
                 failure = error
                 shutil.rmtree(staged, ignore_errors=True)

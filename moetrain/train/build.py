@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches, open_folder
 from moetrain.checkpoint import CheckpointStore, Manifest
+from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
 from moetrain.optim import allocate_state, build_optimizer
@@ -45,6 +46,8 @@ class Trainer:
     held_out: dict[str, ValidationBatches]
     """The validation text of each source."""
     checkpoints: CheckpointStore
+    uploader: Uploader | None
+    """Brings checkpoints elsewhere; on one rank, if they are to go anywhere."""
     state: TrainState
     sinks: list[Callable[[dict[str, Any]], None]]
     """Where metric records go; empty on every rank but one."""
@@ -68,6 +71,13 @@ def build_trainer(
 
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
+    uploader = (
+        start_uploads(
+            config.checkpoint, run=config.run.name or "", attempt=place.attempt, event=event
+        )
+        if leads
+        else None
+    )
     checkpoints = CheckpointStore(
         run_dir / "checkpoints",
         config.checkpoint,
@@ -83,6 +93,8 @@ def build_trainer(
         },
         timeout=timedelta(seconds=patience),
         event=event,
+        good=_tell_nobody if uploader is None else uploader.submit,
+        in_use=set if uploader is None else uploader.busy,
     )
 
     def loading(manifest: Manifest) -> dict[str, Tensor]:
@@ -158,6 +170,7 @@ def build_trainer(
         prefetcher=prefetcher,
         held_out=held_out,
         checkpoints=checkpoints,
+        uploader=uploader,
         state=state,
         sinks=sinks,
         event=event,

@@ -3,11 +3,13 @@
 import ctypes
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from moetrain.checkpoint.remote import Uploader
 from moetrain.parallel import join_ranks
 from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, Outcome, Place, collective_timeout
@@ -15,6 +17,8 @@ from moetrain.train.loop import train
 
 if TYPE_CHECKING:
     from moetrain.config import Config
+
+LAST_UPLOAD_SECONDS = 30.0  # that an upload may still take where the run has failed
 
 
 def run_rank(config: "Config", place: Place, control: Control) -> Outcome:
@@ -41,10 +45,28 @@ def run_rank(config: "Config", place: Place, control: Control) -> Outcome:
         outcome = train(trainer)
     except BaseException:
         trainer.close(1)
+        if trainer.uploader is not None:
+            trainer.uploader.close(LAST_UPLOAD_SECONDS)
         raise
     trainer.close(0 if outcome.finished else 75)
     dist.barrier()
+    if trainer.uploader is not None:
+        finish_upload(trainer.uploader, control, step=outcome.step)
     return outcome
+
+
+def finish_upload(uploader: Uploader, control: Control, *, step: int) -> None:
+    """Waits until the last checkpoint is uploaded, or can't be; a failure is told, no more."""
+    waiting = threading.Thread(target=uploader.close, name="last upload")
+    waiting.start()
+    waiting.join(1.0)
+    if waiting.is_alive():
+        control.publish("say", "uploading the last checkpoint")
+    while waiting.is_alive():
+        control.beat("uploading", step)
+        waiting.join(1.0)
+    if failure := uploader.close():
+        control.publish("say", f"warning: the last checkpoint is on this machine only: {failure}")
 
 
 def rank_device(name: str, *, index: int) -> torch.device:

@@ -1,0 +1,15 @@
+"""Copies of checkpoints elsewhere: an object store, or another disk."""
+
+from moetrain.checkpoint.remote.folder import RemoteUnavailableError, check_url
+from moetrain.checkpoint.remote.of_run import fetch_newer, is_newer_there, start_uploads, take_over
+from moetrain.checkpoint.remote.uploader import Uploader
+
+__all__ = [
+    "RemoteUnavailableError",
+    "Uploader",
+    "check_url",
+    "fetch_newer",
+    "is_newer_there",
+    "start_uploads",
+    "take_over",
+]

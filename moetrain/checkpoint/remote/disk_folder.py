@@ -1,0 +1,152 @@
+"""A remote folder that is a folder of this machine: another disk, or one of the network.
+
+Owns that each file there is seen whole or not at all, whenever the writer is killed.
+"""
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from moetrain.checkpoint.manifest import CheckpointError
+from moetrain.checkpoint.remote.folder import SETTING, RemoteUnavailableError
+
+_PIECE_BYTES = 8 * 2**20
+
+
+class DiskFolder:
+    """The files of a folder below one that must be there: an unmounted disk isn't filled in."""
+
+    def __init__(self, root: Path, below: str) -> None:
+        self._root, self._folder = root, root / below
+        self._stopped = threading.Event()
+
+    @property
+    def location(self) -> str:
+        """The folder's address."""
+        return f"file://{self._folder}"
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Walks the folder; what killed writers left is listed too, under names with a dot."""
+        with self._told():
+            folder, found = self._folder / below, {}
+            for parent, _, names in os.walk(folder, onerror=_raise):
+                for name in names:
+                    path = Path(parent, name)
+                    with suppress(FileNotFoundError):  # another process deletes
+                        found[path.relative_to(folder).as_posix()] = path.stat().st_size
+            return found
+
+    def read(self, name: str) -> bytes:
+        """The whole file."""
+        with self._told():
+            return (self._folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """By rename."""
+        with self._told(), self._written(name, lambda file: file.write(data)) as new:
+            os.replace(new, self._folder / name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """By a hard link, which never replaces; by a look first where a disk has none."""
+        with self._told(), self._written(name, lambda file: file.write(data)) as new:
+            path = self._folder / name
+            try:
+                os.link(new, path)
+            except FileExistsError:
+                return False
+            except OSError:
+                if path.exists():
+                    return False
+                os.replace(new, path)
+            return True
+
+    def upload(self, name: str, path: Path) -> None:
+        """Copied, and then renamed."""
+
+        def copy(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                while piece := source.read(_PIECE_BYTES):
+                    self._demand_running()
+                    file.write(piece)
+
+        with self._told(), self._written(name, copy) as new:
+            os.replace(new, self._folder / name)
+
+    def pieces(self, name: str, *, start: int, stop: int) -> Iterator[bytes]:
+        """Read in order."""
+        with self._told(), (self._folder / name).open("rb") as source:
+            source.seek(start)
+            while start < stop and (piece := source.read(min(_PIECE_BYTES, stop - start))):
+                self._demand_running()
+                start += len(piece)
+                yield piece
+
+    def delete(self, name: str) -> None:
+        """The file, and its folder where that is empty then."""
+        with self._told():
+            path = self._folder / name
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # others are in it, or another thread was first
+                path.parent.rmdir()
+
+    def forget_uploads(self, below: str) -> None:
+        """Deletes what killed writers left."""
+        with self._told():
+            for path in (self._folder / below).glob(".*.new"):
+                self.delete(f"{below}/{path.name}")
+
+    def stop(self) -> None:
+        """Takes effect with the next piece."""
+        self._stopped.set()
+
+    def _demand_running(self) -> None:
+        if self._stopped.is_set():
+            raise CheckpointError(f"{self.location}: given up, since the run ends")
+
+    @contextmanager
+    def _written(self, name: str, fill: Callable[[BinaryIO], object]) -> Iterator[Path]:
+        """A file beside the one to be, filled and on the disk; gone afterwards."""
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Of this writer alone: threads, and machines that share the disk, may write one name.
+        new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+        try:
+            with new.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield new
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            new.unlink(missing_ok=True)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Failures of the disk become what users are told; a missing file stays one."""
+        self._demand_running()
+        if not self._root.is_dir():
+            raise RemoteUnavailableError(
+                f"file://{self._root} is no folder on this machine; mount or make it, or correct "
+                f"{SETTING}"
+            )
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RemoteUnavailableError(
+                f"{self.location} can't be used: {error}; see to the disk, or change {SETTING}"
+            ) from error
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -1,0 +1,240 @@
+"""Bringing the newest good checkpoint from a remote folder to this machine.
+
+Owns that what is downloaded becomes a checkpoint by one rename, after all of it was verified. What
+stands in a remote folder is not trusted: no name may leave the folder, and nothing is used before
+its hash is checked.
+"""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from moetrain.checkpoint.folders import Save, demand_space, in_order
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    folder_name,
+    read_manifest,
+    verify_files,
+)
+from moetrain.checkpoint.remote.checkpoints import (
+    RemoteCheckpoints,
+    complete_of,
+    demand_file_names,
+    remote_name,
+)
+from moetrain.checkpoint.remote.folder import RemoteFolder, in_parallel
+
+_STAGED = "staged_download_"
+# Thousands of ranks and tensors need some tens of MiB; more is no manifest of ours.
+_MOST_MANIFEST_BYTES = 2**30
+
+
+class _DamagedError(Exception):
+    """One checkpoint isn't good; another may be."""
+
+
+def fetch_newest(
+    remote: RemoteCheckpoints,
+    directory: Path,
+    *,
+    newer_than: Save | None,
+    rejected: Callable[[str, str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path | None:
+    """Downloads the newest remote checkpoint that verifies, as a step folder of `directory`.
+
+    `newer_than` is the newest good one there, if there is one. `rejected` is told name and
+    reason of each that is passed over, `progress` how many bytes of how many are there, from
+    several threads. What was downloaded before a kill is used again.
+
+    Returns None where nothing newer is there, or nothing newer is good. Raises
+    RemoteUnavailableError where the server can't be asked, CheckpointError where the disk of this
+    machine has no room or fails.
+    """
+    folders = remote.list_folders()
+    wanted = _newer(complete_of(folders), newer_than)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if wanted:
+            _delete_staged(directory, but=wanted[0])
+        for save in wanted:
+            fetch = _Fetch(remote.files, directory, save, folders[save], progress)
+            try:
+                return fetch.run()
+            except _DamagedError as error:
+                shutil.rmtree(fetch.staged, ignore_errors=True)
+                rejected(f"{remote.location}/{remote_name(save)}", str(error))
+    except OSError as error:
+        raise CheckpointError(
+            f"no checkpoint of {remote.location} can be brought to {directory}: {error}"
+        ) from error
+    return None
+
+
+def _newer(complete: list[Save], than: Save | None) -> list[Save]:
+    """Returns those that would be tried before one of this machine."""
+    if than is None:
+        return complete
+    line, beside = in_order({than, *complete})
+    order = line + beside
+    return order[: order.index(than)]
+
+
+class _Fetch:
+    """One checkpoint on its way."""
+
+    def __init__(
+        self,
+        files: RemoteFolder,
+        directory: Path,
+        save: Save,
+        there: Mapping[str, int],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._files, self._there, self._progress = files, there, progress
+        self._save, self._name = save, remote_name(save)
+        self.staged = directory / f"{_STAGED}{save.step:08d}_attempt_{save.attempt}"
+        self._target = directory / folder_name(save.step)
+        self._lock, self._done = threading.Lock(), 0
+
+    def run(self) -> Path:
+        """Brings it; raises _DamagedError."""
+        text = self._read_manifest()
+        resumed = self._prepare(text)
+        try:
+            manifest = read_manifest(self.staged)
+            demand_file_names(manifest.files)
+        except CheckpointError as error:
+            raise _DamagedError(str(error)) from error
+        if (found := Save(manifest.step, manifest.attempt)) != self._save:
+            raise _DamagedError(
+                f"its {MANIFEST} is that of step {found.step} and attempt {found.attempt}"
+            )
+        sizes = {name: entry.size for name, entry in manifest.files.items()}
+        self._demand_sizes(sizes)
+        if self._is_here(text, manifest):
+            self._progress(sum(sizes.values()), sum(sizes.values()))
+            shutil.rmtree(self.staged)
+            return self._target
+        self._download(sizes)
+        try:
+            verify_files(self.staged, manifest)
+        except CheckpointError as error:
+            if not resumed:
+                raise _DamagedError(str(error)) from error
+            # What lay here from before may be to blame, and not what is there.
+            shutil.rmtree(self.staged)
+            return self.run()
+        self._commit()
+        return self._target
+
+    def _read_manifest(self) -> bytes:
+        size = self._there[MANIFEST]
+        if size > _MOST_MANIFEST_BYTES:
+            raise _DamagedError(f"its {MANIFEST} has {size} bytes, which no manifest has")
+        try:
+            manifest = self._files.read(f"{self._name}/{MANIFEST}")
+        except FileNotFoundError:
+            raise _DamagedError(f"its {MANIFEST} is gone: it is being deleted") from None
+        if len(manifest) != size:
+            raise _DamagedError(f"{len(manifest)} bytes of its {MANIFEST} came, of {size}")
+        return manifest
+
+    def _prepare(self, manifest: bytes) -> bool:
+        """Makes the staged folder; returns whether it holds part of this checkpoint already."""
+        try:
+            if (self.staged / MANIFEST).read_bytes() == manifest:
+                return True
+        except FileNotFoundError:
+            pass
+        shutil.rmtree(self.staged, ignore_errors=True)
+        self.staged.mkdir()
+        _write(self.staged / MANIFEST, manifest)
+        return False
+
+    def _demand_sizes(self, sizes: Mapping[str, int]) -> None:
+        """What a listing tells needs no download."""
+        for name, size in sizes.items():
+            if (found := self._there.get(name)) != size:
+                there = "is missing" if found is None else f"has {found} bytes"
+                raise _DamagedError(f"{name} {there}, and its manifest says {size} bytes")
+
+    def _is_here(self, text: bytes, manifest: Manifest) -> bool:
+        """Whether this very checkpoint is whole in `directory`: killed after the rename, say."""
+        try:
+            if (self._target / MANIFEST).read_bytes() != text:
+                return False
+            verify_files(self._target, manifest)
+        except (OSError, CheckpointError):
+            return False
+        return True
+
+    def _download(self, sizes: Mapping[str, int]) -> None:
+        total = sum(sizes.values())
+        have = {name: self._have(name, size) for name, size in sizes.items()}
+        self._done = sum(have.values())
+        demand_space(self.staged, total - self._done)
+        self._progress(self._done, total)
+
+        def bring(name: str) -> None:
+            with (self.staged / name).open("ab") as file:
+                source = f"{self._name}/{name}"
+                try:
+                    for piece in self._files.pieces(source, start=have[name], stop=sizes[name]):
+                        file.write(piece)
+                        with self._lock:
+                            self._done += len(piece)
+                            self._progress(self._done, total)
+                except FileNotFoundError:
+                    raise _DamagedError(f"{name} is gone: it is being deleted") from None
+                if (found := file.tell()) != sizes[name]:
+                    raise _DamagedError(f"{found} bytes of {name} came, of {sizes[name]}")
+                file.flush()
+                os.fsync(file.fileno())
+
+        in_parallel(bring, sizes)
+
+    def _have(self, name: str, size: int) -> int:
+        """Bytes of a file that are here from before."""
+        path = self.staged / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found > size:
+            path.unlink()
+        return found if found <= size else 0
+
+    def _commit(self) -> None:
+        """Gives the checkpoint its name; what had it, damaged or of another attempt, moves."""
+        _sync(self.staged)
+        if self._target.exists():
+            replaced = f"replaced_{self._target.name}_attempt_{self._save.attempt}"
+            shutil.rmtree(self._target.with_name(replaced), ignore_errors=True)
+            os.rename(self._target, self._target.with_name(replaced))
+        os.rename(self.staged, self._target)
+        _sync(self._target.parent)
+
+
+def _delete_staged(directory: Path, *, but: Save) -> None:
+    """Deletes what is left of downloads that aren't the next."""
+    kept = f"{_STAGED}{but.step:08d}_attempt_{but.attempt}"
+    for folder in directory.glob(f"{_STAGED}*"):
+        if folder.name != kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,154 @@
+"""What a remote folder of checkpoints must be able to do, and which addresses may name one.
+
+Owns the words of a failure and the check of an address. Knows no server: `object_folder` and
+`disk_folder` do. Leaves what the files mean to `remote`.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from moetrain.checkpoint.manifest import CheckpointError
+from moetrain.checks import ConfigError, nearest
+
+PROTOCOLS = ("s3", "gs", "file")
+SETTING = "checkpoint.upload_to"
+
+Item = TypeVar("Item")
+
+
+class RemoteUnavailableError(CheckpointError):
+    """A server that can't be reached or doesn't let us in, whatever lies on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a server is waited for."""
+
+    timeout_seconds: float = 120.0
+    """After so long without a byte a request counts as lost."""
+    num_tries: int = 5
+    pause_seconds: float = 1.0
+    """The longest pause before the second try; it doubles with each."""
+
+
+class RemoteFolder(Protocol):
+    """The files below one address, by name; names are `/`-separated and checked by the caller.
+
+    Every method raises CheckpointError, or RemoteUnavailableError where no other file would do
+    better. Several threads may call at once.
+    """
+
+    @property
+    def location(self) -> str:
+        """What messages call the folder."""
+        ...
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Bytes of all files below a subfolder, by their name in it; none where there is none."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A whole small file; raises FileNotFoundError where there is none."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """A whole small file, seen old or new but never in part."""
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """As `write`, but only where there was no such file; returns whether that was so."""
+        ...
+
+    def upload(self, name: str, path: Path) -> None:
+        """A file of this machine, streamed; seen whole or not at all."""
+        ...
+
+    def pieces(self, name: str, *, start: int, stop: int) -> Iterator[bytes]:
+        """A file's bytes from `start` to `stop`, a few MiB at a time.
+
+        Raises FileNotFoundError; ends early where there are fewer bytes.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Deletes a file; one that isn't there is no error."""
+        ...
+
+    def forget_uploads(self, below: str) -> None:
+        """Frees what unfinished uploads left in a subfolder, as far as the store lets us."""
+        ...
+
+    def stop(self) -> None:
+        """Makes what is under way, and every later call, end soon with CheckpointError."""
+        ...
+
+
+def check_url(url: str) -> None:
+    """Raises ConfigError for an address that checkpoints can't be uploaded to; asks no server."""
+    protocol, separator, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(SETTING, shown(url), reason)
+
+    if "::" in url or url.startswith("pipe:"):
+        raise refuse("chained addresses are not taken; give one, such as s3://bucket/runs")
+    if not separator or protocol not in PROTOCOLS:
+        known = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise refuse(
+            f"must begin with one of {known}{nearest(protocol, PROTOCOLS)}; what lies in a folder "
+            "of this machine is chosen by run.dir"
+        )
+    if "@" in host or "?" in rest or "#" in rest:
+        raise refuse(
+            "no user, password or signature may stand in it, since it is logged; set credentials "
+            "in the environment (AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, …)"
+        )
+    if re.search(r"[*\[\]\x00-\x1f\x7f\\]", rest) or {".", ".."} & set(rest.split("/")):
+        raise refuse("its path may not have *, [, ], \\, control characters, '.' or '..'")
+    if "//" in path or path.startswith("/"):
+        raise refuse("an empty name stands in its path; write one slash where there are two")
+    if protocol == "file" and (host or not path):
+        raise refuse("a folder is given by its absolute path, as file:///mnt/backup")
+    if protocol != "file" and not host:
+        raise refuse("the bucket is missing; give it as s3://bucket/runs")
+
+
+def in_parallel(
+    work: Callable[[Item], object], items: Iterable[Item], *, num_threads: int = 4
+) -> None:
+    """Does the work for each item in several threads; raises what failed first.
+
+    The threads are daemons: a program that ends for another reason doesn't wait for a transfer.
+    """
+    left, failures, lock = list(items)[::-1], list[Exception](), threading.Lock()
+
+    def take() -> None:
+        while True:
+            with lock:
+                if failures or not left:
+                    return
+                item = left.pop()
+            try:
+                work(item)
+            except Exception as error:
+                with lock:
+                    failures.append(error)
+
+    threads = [threading.Thread(target=take, daemon=True) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def shown(text: str) -> str:
+    """A text without what may be secret in its URLs: users, passwords and queries."""
+    text = re.sub(r"://[^/\s]*@", "://", text)
+    return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)

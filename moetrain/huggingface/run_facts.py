@@ -1,0 +1,185 @@
+"""What a run's files say of a checkpoint: text, tokens, losses, loads, each if it is recorded.
+
+Owns reading and joining the checkpoint's counters, metrics.jsonl, events.jsonl and the index of
+the shards. Leaves words to `model_card`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline import DataError, OnCorrupt, ShardFolder, without_secrets
+from moetrain.observe import iterate_metrics, read_events
+
+if TYPE_CHECKING:
+    from moetrain.checkpoint import Manifest
+    from moetrain.config import Config
+
+_LOAD = re.compile(r"router/layer_(\d+)/expert_\d+/load")
+_VALIDATION = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of training text; None where nothing says it."""
+
+    name: str
+    tokens: int
+    """Trained on up to the checkpoint."""
+    epochs: float | None
+    text: str | None
+    licence: str | None
+    language: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """All that is known of a checkpoint; what is not is empty or None."""
+
+    step: int
+    tokens: int
+    skipped: int
+    corrupt_sequences: int
+    mesh: Mapping[str, object]
+    origins: tuple[str, ...]
+    """Sentences on what the run began with."""
+    sources: tuple[Source, ...]
+    shards_unknown: str | None
+    """Why the shards that the run was trained on could not be read."""
+    validation_step: int
+    validation_loss: float | None
+    validation: Mapping[str, Mapping[str, float]]
+    """`loss` and `bits_per_byte` by source."""
+    baselines: Mapping[str, Mapping[str, float]]
+    router_step: int
+    router: Mapping[str, float]
+    loads: Mapping[int, list[float]]
+    """The share of a layer's tokens of each expert, by layer."""
+
+
+def read_facts(run_dir: Path, *, manifest: "Manifest", config: "Config") -> RunFacts:
+    """Reads what there is of a run up to a checkpoint; files that are not there say nothing."""
+    state = manifest.state
+    trained: dict[str, int] = state.get("source_tokens") or {}
+    validated, routed, read = _newest_records(run_dir / "metrics.jsonl", step=manifest.step)
+    events = read_events(run_dir / "events.jsonl")
+    shards, unknown = _shards(config, state.get("data"), wanted=bool(trained))
+    described = {source.name: source for source in shards.index.sources} if shards else {}
+    corpora = shards.index.build.sources if shards else {}
+    sources = tuple(
+        Source(
+            name=name,
+            tokens=tokens,
+            epochs=_number(read.get(f"data/{name}/epochs")),
+            text=_text(described[name].description, corpora[name].corpus)
+            if name in described
+            else None,
+            licence=described[name].licence if name in described else None,
+            language=described[name].language if name in described else None,
+        )
+        for name, tokens in trained.items()
+        if tokens
+    )
+    figures: dict[str, dict[str, float]] = {}
+    for name, value in _numbers(validated):
+        if match := _VALIDATION.fullmatch(name):
+            figures.setdefault(match[1], {})[match[2]] = value
+    loads: dict[int, list[float]] = {}
+    for name, value in _numbers(routed):
+        if match := _LOAD.fullmatch(name):
+            loads.setdefault(int(match[1]), []).append(value)
+    return RunFacts(
+        step=manifest.step,
+        tokens=int(state.get("tokens", 0)),
+        skipped=int(state.get("skipped", 0)),
+        corrupt_sequences=int(state.get("corrupt_sequences", 0)),
+        mesh=manifest.mesh,
+        origins=tuple(_origins(events)),
+        sources=sources,
+        shards_unknown=unknown,
+        validation_step=int(validated.get("step", 0)),
+        validation_loss=_number(validated.get("validation/loss")),
+        validation=figures,
+        baselines=_baselines(events),
+        router_step=int(routed.get("step", 0)),
+        router={
+            name.removeprefix("router/"): value
+            for name, value in _numbers(routed)
+            if name.count("/") == 1 and name.startswith("router/")
+        },
+        loads=loads,
+    )
+
+
+def _newest_records(
+    metrics: Path, *, step: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The newest record up to a step with a validation, with loads, and with what was read."""
+    newest: list[dict[str, Any]] = [{}, {}, {}]
+    beginnings = ("validation/", "router/", "data/")
+    for record in iterate_metrics(metrics):
+        at = record.get("step")
+        if not isinstance(at, (int, float)) or at > step:
+            continue
+        for number, beginning in enumerate(beginnings):
+            if any(name.startswith(beginning) for name in record):
+                newest[number] = record
+    return newest[0], newest[1], newest[2]
+
+
+def _shards(
+    config: "Config", fingerprint: str | None, *, wanted: bool
+) -> tuple[ShardFolder | None, str | None]:
+    """The shards that a run was trained on, or why there are none to read."""
+    location = config.data.dir
+    if not wanted or location is None:
+        return None, None
+    try:
+        shards = ShardFolder.open(
+            location,
+            on_corrupt=OnCorrupt.skip,
+            tokenizer=config.data.tokenizer,
+            cache=config.data.cache,
+        )
+        if fingerprint and shards.fingerprint != fingerprint:
+            return None, "those in their place now are others"
+    except (DataError, OSError):
+        return None, "they are not where the run had them"
+    return shards, None
+
+
+def _text(description: str, corpus: str) -> str:
+    """What a source is: its description, with where it was read from if that says more."""
+    corpus = Path(corpus).name if Path(corpus).is_absolute() else corpus
+    return description if corpus in description else f"{description} ({corpus})"
+
+
+def _origins(events: list[dict[str, Any]]) -> Iterator[str]:
+    began = {"import": "It was imported from", "upcycle": "It was upcycled from"}
+    for event in events:
+        kind, source = str(event.get("event")), event.get("source")
+        if kind in began and isinstance(source, str):
+            name = without_secrets(source).rstrip("/").rpartition("/")[2]
+            yield f"{began[kind]} {name}."
+
+
+def _baselines(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What simpler models reach on each source's held-out text, as the newest start said."""
+    found: dict[str, dict[str, float]] = {}
+    for event in events:
+        baselines = event.get("baselines")
+        if event.get("event") == "data" and isinstance(baselines, dict):
+            found[str(event.get("source"))] = dict(_numbers(baselines))
+    return found
+
+
+def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if (number := _number(value)) is not None:
+            yield name, number
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None

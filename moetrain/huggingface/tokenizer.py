@@ -1,0 +1,207 @@
+"""The tokenizer of a run as Hugging Face files, which `AutoTokenizer` loads and which give our ids.
+
+Owns finding the one that the run was trained with, and the files beside its `tokenizer.json`.
+Leaves that file itself to the data pipeline.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline import (
+    DataError,
+    OnCorrupt,
+    ShardFolder,
+    Tokenizer,
+    TokenizerJson,
+    tokenizer_json,
+    tokenizer_named,
+)
+from moetrain.checks import ConfigError
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+IMPORTED = "tokenizer"
+"""The folder in a run that holds the files of the tokenizer it was imported with."""
+_WAYS_OUT = "bytes, mixtral-v1, mixtral-v3, or the path of a tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """The ids that a model's configuration names, None where the tokenizer has none."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    vocab_size: int
+
+
+def write_tokenizer(
+    to: Path,
+    *,
+    config: "Config",
+    tokenizer: str | None,
+    fingerprint: str | None,
+    run_dir: Path | None = None,
+) -> TokenIds:
+    """Writes the files of a run's tokenizer into a folder that is there; returns its special ids.
+
+    `tokenizer` names it; none given: that of the shards, or the one the run was imported with,
+    whose files are copied as they are. `fingerprint` is that of the one that the run was trained
+    with, nothing where it wasn't trained here; `run_dir` is where the run is, if it was moved.
+
+    Raises ConfigError where the tokenizer isn't found, or is another than the run's, and DataError
+    where the one that `tokenizer` names can't be read.
+    """
+    run_dir = run_dir or Path(config.run.dir, config.run.name or "")
+    if tokenizer is not None:
+        return _write(to, _demanded(tokenizer, config, fingerprint), config=config)
+    imported = run_dir / IMPORTED
+    if not fingerprint:
+        if imported.is_dir() and any(imported.iterdir()):
+            return _copy(imported, to, config=config)
+        raise ConfigError(
+            "tokenizer",
+            None,
+            f"run {run_dir.name} was not trained here, and has no folder {imported} with the files "
+            f"of a tokenizer: say which it has, with tokenizer={_WAYS_OUT}",
+        )
+    passed_over = []
+    for where, find in _places(config, imported):
+        try:
+            found = find()
+        except (DataError, OSError) as error:
+            passed_over.append(f"{where}: {error}")
+            continue
+        if found.fingerprint == fingerprint:
+            if where == str(imported):
+                return _copy(imported, to, config=config)
+            return _write(to, found, config=config)
+        passed_over.append(f"{where} has {found.name}, of fingerprint {found.fingerprint[:12]}")
+    raise ConfigError(
+        "tokenizer",
+        None,
+        f"run {run_dir.name} was trained with a tokenizer of fingerprint {fingerprint[:12]}, which "
+        f"isn't found ({'; '.join(passed_over)}): give it, with tokenizer={_WAYS_OUT}",
+    )
+
+
+def _places(config: "Config", imported: Path) -> Iterator[tuple[str, Callable[[], Tokenizer]]]:
+    """Yields where a run's tokenizer may be, and what reads it."""
+    data = config.data
+    if (imported / "tokenizer.json").is_file():
+        yield str(imported), lambda: tokenizer_named(str(imported))
+    if data.dir is not None:
+        location = data.dir
+        yield (
+            location,
+            lambda: ShardFolder.open(
+                location, on_corrupt=OnCorrupt.skip, tokenizer=data.tokenizer, cache=data.cache
+            ).load_tokenizer(),
+        )
+    yield f"data.tokenizer={data.tokenizer}", lambda: tokenizer_named(data.tokenizer)
+
+
+def _demanded(spec: str, config: "Config", fingerprint: str | None) -> Tokenizer:
+    found = tokenizer_named(spec)
+    if fingerprint and found.fingerprint != fingerprint:
+        raise ConfigError(
+            "tokenizer",
+            spec,
+            f"its fingerprint is {found.fingerprint[:12]}, and the run was trained with one of "
+            f"{fingerprint[:12]}: to other tokens the model means nothing: leave it out to take "
+            "the shards' own, or give the one that made them",
+        )
+    if found.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            "tokenizer",
+            spec,
+            f"it has {found.vocab_size} tokens, and the model knows {config.model.vocab_size}: "
+            "give the model's own",
+        )
+    return found
+
+
+def _write(to: Path, tokenizer: Tokenizer, *, config: "Config") -> TokenIds:
+    spelled = tokenizer_json(tokenizer)
+    special = _special_tokens(spelled)
+    settings = {
+        # The class that takes a tokenizer.json as it is; transformers 5 knows it by this name, too.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        # Else transformers 4 adds token_type_ids, which the model doesn't take.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": config.model.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        # Text that spells a special token is text, as it was in training.
+        "split_special_tokens": True,
+    }
+    (to / "tokenizer.json").write_text(spelled.definition, encoding="utf-8")
+    _write_json(to / "tokenizer_config.json", settings)
+    _write_json(to / "special_tokens_map.json", special)
+    ids = _ids(json.loads(spelled.definition))
+    return TokenIds(
+        bos_token_id=None if spelled.beginning is None else ids[spelled.beginning],
+        eos_token_id=tokenizer.end_of_document,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def _special_tokens(spelled: TokenizerJson) -> dict[str, str]:
+    tokens = {
+        "bos_token": spelled.beginning,
+        "eos_token": spelled.end_of_document,
+        "unk_token": spelled.unknown,
+    }
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _copy(imported: Path, to: Path, *, config: "Config") -> TokenIds:
+    """Copies the files of an imported run's tokenizer; what they say of special tokens holds."""
+    for path in sorted(imported.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, to / path.name)
+    ids = _ids(_read_json(imported / "tokenizer.json"))
+    settings = _read_json(imported / "tokenizer_config.json")
+    named = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token")}
+    for id, token in (settings.get("added_tokens_decoder") or {}).items():
+        ids.setdefault(_content(token) or "", int(id))
+    return TokenIds(
+        bos_token_id=ids.get(named["bos_token"] or ""),
+        eos_token_id=ids.get(named["eos_token"] or ""),
+        vocab_size=max(ids.values(), default=config.model.vocab_size - 1) + 1,
+    )
+
+
+def _ids(definition: dict[str, Any]) -> dict[str, int]:
+    """The ids of a `tokenizer.json` by their spelling."""
+    vocabulary = (definition.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):  # of a unigram model: pieces with their scores
+        vocabulary = {piece: id for id, (piece, _) in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
+    return {**vocabulary, **added}
+
+
+def _content(token: Any) -> str | None:
+    """The spelling of a token, which may stand alone or among its settings."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(
+            "tokenizer",
+            None,
+            f"{path} is damaged: {error}: say which tokenizer it is, with tokenizer={_WAYS_OUT}",
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

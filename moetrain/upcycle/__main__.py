@@ -1,0 +1,199 @@
+"""`python -m moetrain.upcycle from=DIR to=DIR num_experts=8 top_k=2`: a dense run becomes an MoE's.
+
+Owns the command: what is refused, its order of work and what is said. Leaves the tensors to
+`experts.py` and the run's folder to `moetrain.huggingface.run_folder`.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Interval
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from data_pipeline import DataError
+from data_pipeline.progress import byte_progress
+from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, newest_good
+from moetrain.checks import ConfigError
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.config import Config, validated
+from moetrain.huggingface.names import model_tensors
+from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.run_folder import starting_config, training_command, write_run
+from moetrain.huggingface.tokenizer import IMPORTED
+from moetrain.model import ModelSettings, active_parameters, total_parameters
+from moetrain.observe import EventLog
+from moetrain.upcycle.experts import Changes, Index, Upcycled, dense_name
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class UpcycleSettings:
+    """Which dense run becomes an MoE, of how many experts, and how they differ to begin with."""
+
+    from_: str
+    """The own folder of a dense run, trained or imported."""
+    to: str
+    """The run's folder to make."""
+    num_experts: PositiveInt
+    top_k: PositiveInt
+    noise: NonNegativeFloat = 0.0
+    """Normal noise on each expert, in standard deviations of each matrix."""
+    reinitialize: Annotated[float, Interval(ge=0.0, le=1.0)] = 0.0
+    """The part of each expert's hidden units that begin anew (arXiv 2502.19261: 0.5)."""
+    seed: NonNegativeInt = 0
+    """Of the routers, the noise and the choice of units."""
+    normalize_gates: bool = True
+    """Whether a token's gates sum to one; only then does the model begin as the dense one."""
+
+
+def upcycle(settings: UpcycleSettings) -> int:
+    """Upcycles a run; returns the exit code."""
+    try:
+        _upcycle(settings, Path(settings.from_), Path(os.path.abspath(settings.to)))
+    except (ConfigError, DataError) as error:
+        print(f"moetrain.upcycle: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    except (CheckpointError, OSError) as error:
+        print(f"moetrain.upcycle: {error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
+    with CheckpointReader(_newest(source)) as reader:
+        manifest = reader.manifest
+        dense = validated(manifest.config, Config)
+        model = _model(settings, dense.model, source)
+        tokenizer = source / IMPORTED
+        has_tokenizer = (tokenizer / "tokenizer.json").is_file()
+        config = starting_config(model, to=to, has_tokenizer=has_tokenizer)
+        state: dict[str, Any] = {}
+        if fingerprint := manifest.state.get("tokenizer"):
+            # Its embeddings mean these tokens; where they are, an export will look for them.
+            state["tokenizer"] = fingerprint
+            config = replace(config, data=dense.data)
+        _demand_whole(manifest, dense.model, model)
+        size = 4 * total_parameters(model)
+        demand_new(to, num_bytes=size)
+        changes = Changes(
+            noise=settings.noise, reinitialize=settings.reinitialize, seed=settings.seed
+        )
+        upcycled = Upcycled(reader.read, settings=model, changes=changes)
+        with (
+            new_folder(to) as staged,
+            byte_progress("upcycling", num_bytes=size, shown=True) as progress,
+        ):
+
+            def read(name: str, index: Index) -> Tensor:
+                part = upcycled.read(name, index)
+                progress.advance(part.numel() * part.element_size())
+                return part
+
+            if tokenizer.is_dir():
+                shutil.copytree(tokenizer, staged / IMPORTED)
+            write_run(staged, config, to=to, has_tokenizer=has_tokenizer, state=state, read=read)
+            EventLog(staged / "events.jsonl").write(
+                "upcycle",
+                source=str(source.absolute()),
+                source_step=manifest.step,
+                **{
+                    key: value
+                    for key, value in asdict(settings).items()
+                    if key not in ("from_", "to")
+                },
+            )
+    _tell(
+        settings, source, to, manifest=manifest, model=model, data=dense.data.dir if state else None
+    )
+
+
+def _newest(source: Path) -> Path:
+    """Returns the folder of a run's newest good checkpoint, its files verified."""
+    directory = source / "checkpoints"
+    if not directory.is_dir():
+        raise ConfigError("from", source, "has no checkpoints/: use the own folder of a run")
+    print(f"checking the files of a checkpoint in {directory}", file=sys.stderr)
+    found = newest_good(
+        directory,
+        rejected=lambda name, why: print(f"passing over {name}: {why}", file=sys.stderr),
+    )
+    if found is None:
+        raise ConfigError("from", source, "has no good checkpoint: use another run")
+    return found
+
+
+def _model(settings: UpcycleSettings, dense: ModelSettings, source: Path) -> ModelSettings:
+    if dense.is_moe:
+        raise ConfigError(
+            "from",
+            source,
+            f"its model has {dense.num_experts} experts already: use a dense run, with "
+            "model.num_experts=1",
+        )
+    if settings.num_experts == 1:
+        raise ConfigError("num_experts", 1, "that is the dense model: use 2 or more")
+    if settings.top_k > settings.num_experts:
+        raise ConfigError(
+            "top_k",
+            settings.top_k,
+            "a token can't choose more experts than there are: use at most "
+            f"num_experts={settings.num_experts}",
+        )
+    if settings.top_k == 1 and settings.normalize_gates:
+        raise ConfigError(
+            "top_k",
+            1,
+            "the only gate would always be 1, so that the router would learn nothing from the "
+            "loss: use 2 or more, or normalize_gates=false",
+        )
+    return replace(
+        dense,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        router=replace(dense.router, normalize_gates=settings.normalize_gates),
+    )
+
+
+def _demand_whole(manifest: Manifest, dense: ModelSettings, model: ModelSettings) -> None:
+    """Raises CheckpointError unless every tensor of the dense model is there, and is used."""
+    wanted = model_tensors(dense)
+    found = {n: e.shape for n, e in manifest.tensors.items() if n.startswith("model.")}
+    used = {dense_name(name) for name in model_tensors(model)} - {None}
+    for what, names in (
+        ("is missing, or of another shape", [n for n in wanted if found.get(n) != wanted[n]]),
+        ("is no tensor of the dense model", sorted(found.keys() - wanted)),
+        ("has no place in the upcycled model", sorted(wanted.keys() - used)),
+    ):
+        if names:
+            raise CheckpointError(f"the checkpoint of step {manifest.step}: {names[0]} {what}")
+
+
+def _tell(
+    settings: UpcycleSettings,
+    source: Path,
+    to: Path,
+    *,
+    manifest: Manifest,
+    model: ModelSettings,
+    data: str | None,
+) -> None:
+    if not settings.normalize_gates:
+        print(
+            "note      with normalize_gates=false a token's gates don't sum to one: the model "
+            "doesn't begin as the dense one"
+        )
+    print(
+        f"upcycled  {source} of step {manifest.step}: {total_parameters(model):,} parameters, "
+        f"{active_parameters(model):,} active\n"
+        f"to        {to}, as step 0 of a run\n"
+        f"next      {training_command(to)} data.dir={data or 'SHARDS'}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(upcycle, tree=UpcycleSettings, module="moetrain.upcycle")
