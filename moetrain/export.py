@@ -23,10 +23,12 @@ from moetrain.checkpoint import (
 from moetrain.checks import ConfigError, one_of
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 from moetrain.config import Config, validated
+from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
 from moetrain.huggingface.names import ConversionError
 from moetrain.huggingface.new_folder import demand_new, new_folder
 from moetrain.huggingface.shards import num_bytes
+from moetrain.huggingface.tokenizer import write_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -95,9 +97,6 @@ def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) ->
     dtype = export_dtype(settings.dtype, manifest)
     size = num_bytes(placed, DTYPES[dtype])
     demand_new(to, num_bytes=size)
-
-    from moetrain.huggingface.model_card import write_model_card
-    from moetrain.huggingface.tokenizer import write_tokenizer
 
     with new_folder(to) as staged:
         tokens = write_tokenizer(

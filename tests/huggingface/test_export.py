@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from moetrain.checkpoint import CheckpointReader, read_manifest
 from moetrain.checks import ConfigError
@@ -27,7 +28,14 @@ from moetrain.huggingface.names import (
 )
 from moetrain.huggingface.new_folder import new_folder
 from moetrain.model import ModelSettings, Transformer
-from tests.support.huggingface_folders import TINY, exported, write_run
+from tests.support.huggingface_folders import (
+    TINY,
+    assert_bitwise_equal,
+    exported,
+    imported,
+    tensors_in,
+    write_run,
+)
 
 DENSE = dataclasses.replace(TINY, num_experts=1, top_k=1)
 
@@ -282,3 +290,23 @@ def _own_bytes(pid: int) -> int:
     status = Path("/proc", str(pid), "status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
+
+
+def test_the_command_makes_a_folder_that_imports_and_exports_as_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.replace(TINY, vocab_size=257)
+    write_run(tmp_path / "run", _random(settings), mesh={"compute_dtype": "bfloat16"})
+    first, second = tmp_path / "first", tmp_path / "second"
+    run = ExportSettings(run=str(tmp_path / "run"), to=str(first), tokenizer="bytes")
+    assert export(run) == 0
+    out = capsys.readouterr().out
+    assert "step_00000007 as Mixtral: " in out
+    assert "of bfloat16" in out
+    assert str(first) in out
+    imported(first, tmp_path / "again")
+    assert export(ExportSettings(run=str(tmp_path / "again"), to=str(second))) == 0
+    assert_bitwise_equal(tensors_in(second), tensors_in(first))
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(second)("ab").input_ids == [97, 98]

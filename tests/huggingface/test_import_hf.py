@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from moetrain.checkpoint import CheckpointReader, read_manifest, verify_files
 from moetrain.config import Config, validated
+from moetrain.huggingface.run_folder import model_name
 from moetrain.import_hf import ImportSettings, import_folder
 from moetrain.model import ModelSettings, total_parameters
 from tests.support.huggingface_folders import TINY, imported, loaded, save_oracle, tensors_in
@@ -312,3 +313,17 @@ def test_the_command_that_is_printed_trains_the_model_on(tmp_path: Path) -> None
 
 def _events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("mine", "mine"),
+        ("toy", "imported-toy"),
+        ("8x7b-base", "imported-8x7b-base"),
+        ("a run, of mine", "a-run-of-mine"),
+        ("...", "model"),
+    ],
+)
+def test_a_model_takes_no_name_that_moetrain_has_a_model_of(folder: str, name: str) -> None:
+    assert model_name(Path("/runs", folder)) == name
