@@ -1,4 +1,4 @@
-"""Every trap that touches the MoE layer is guarded by a named test, and docs/traps.md names it."""
+"""Every trap that is met so far is guarded by a named test, and docs/traps.md names it."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRAPS = (*range(1, 13), 14, 15, 16, 17, 18)
+TRAPS = (*range(1, 13), 14, 15, 16, 17, 18, 20, 21, 22, 23)
 
 
 def guards() -> dict[int, set[str]]:

@@ -265,6 +265,7 @@ def save_twice(directory: Path, async_save: bool) -> list[bool]:
     return early
 
 
+@pytest.mark.trap(23)
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_checkpoint_holds_what_was_there_when_its_save_began(
     tmp_path: Path, async_save: bool

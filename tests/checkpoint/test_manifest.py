@@ -91,6 +91,7 @@ def test_a_manifest_that_is_none_is_an_error(tmp_path: Path, text: str) -> None:
         read_manifest(folder)
 
 
+@pytest.mark.trap(21)
 def test_an_older_attempt_may_not_commit(tmp_path: Path) -> None:
     """A worker that was cut off and comes back must not win over its successor."""
     assert [next_attempt(tmp_path), next_attempt(tmp_path)] == [1, 2]
@@ -139,6 +140,7 @@ def test_no_form_of_latest_keeps_a_run_from_loading(tmp_path: Path, latest: str)
     assert len(reason) < 1000
 
 
+@pytest.mark.trap(21)
 def test_saving_a_step_again_never_writes_into_its_folder(tmp_path: Path) -> None:
     first = stage(tmp_path, 5, content=b"old")
     inode = (first / "shard").stat().st_ino

@@ -300,6 +300,7 @@ def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[st
     return EVENTS
 
 
+@pytest.mark.trap(21)
 def test_nothing_is_deleted_for_a_newest_one_that_does_not_verify(tmp_path: Path) -> None:
     """Step 4 rots: the two before it stay for it, and still do when step 5 is good."""
     events = run_ranks(save_and_harm, 2, tmp_path, [4])[0]

@@ -27,12 +27,14 @@ def assert_nothing_is_lost(*tallies: Tally) -> None:
     assert all(tally.tried or tally.skipped for tally in tallies)
 
 
+@pytest.mark.trap(21)
 def test_runs_killed_while_they_save_end_as_if_undisturbed(
     tmp_path: Path, whole: Undisturbed
 ) -> None:
     assert_nothing_is_lost(torture_by_kills(tmp_path, whole, num_kills=10, seed=SEED))
 
 
+@pytest.mark.trap(22)
 @pytest.mark.parametrize(("group", "num"), [("flips", 49), ("structure", 44), ("hostile", 46)])
 def test_what_was_harmed_is_never_loaded_and_the_rest_is(
     tmp_path: Path, whole: Undisturbed, group: str, num: int
@@ -46,5 +48,6 @@ def test_a_disk_that_fails_costs_no_older_checkpoint(tmp_path: Path) -> None:
     assert_nothing_is_lost(*torture_by_disks(tmp_path / "disks", num=11, seed=SEED))
 
 
+@pytest.mark.trap(21)
 def test_of_two_attempts_at_once_the_newer_one_wins(tmp_path: Path) -> None:
     assert_nothing_is_lost(*torture_by_rivals(tmp_path, num_rounds=8, seed=SEED))

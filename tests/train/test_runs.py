@@ -53,6 +53,7 @@ def test_a_run_learns_logs_and_saves(tmp_path: Path, shards: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.trap(23)
 @pytest.mark.parametrize("stop_at", [3, 5])  # at a checkpoint, and between two
 @pytest.mark.parametrize("async_save", [False, True])
 def test_stopped_and_gone_on_equals_never_stopped_bit_for_bit(
@@ -226,6 +227,7 @@ def test_a_run_folder_that_is_not_shared_is_refused_at_the_start(
         run_ranks(train_in_own_folder, 2, config, str(tmp_path))
 
 
+@pytest.mark.trap(22)
 def test_a_harmed_checkpoint_is_passed_over_with_an_event(tmp_path: Path, shards: Path) -> None:
     whole, harmed = tmp_path / "whole", tmp_path / "harmed"
     run(whole, shards)
@@ -273,6 +275,7 @@ def spoil_gradients(config: Any, steps: list[int]) -> Any:
     return train_as_rank(config, None, 1)
 
 
+@pytest.mark.trap(20)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     tmp_path: Path, shards: Path
 ) -> None:
@@ -284,6 +287,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert [e["step"] for e in events_of(tmp_path) if e["event"] == "step_skipped"] == [4]
 
 
+@pytest.mark.trap(20)
 def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
     tmp_path: Path, shards: Path
 ) -> None:
