@@ -85,7 +85,7 @@ class TensorFileWriter:
         size, left = tensor.numel() * tensor.element_size(), self._left[name]
         if size > left:
             raise ValueError(f"{self._path}: {size} bytes of {name}, but {left} are due")
-        # Strided anew: a single element is contiguous whatever its stride, and has no view as bytes.
+        # Strided anew: one element is contiguous whatever its stride, and has no view as bytes.
         flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
         self._put(flat.view(torch.uint8).numpy().data)
         self._left[name] -= size
