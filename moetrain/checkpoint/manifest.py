@@ -4,12 +4,13 @@ Owns the manifest's format and the hashes. Knows no process group and imports no
 launcher may read it.
 """
 
+import dataclasses
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,10 @@ def folder_name(step: int) -> str:
 
 def manifest_text(manifest: Manifest) -> str:
     """Returns the manifest as JSON, a line for each field, its own hash last."""
-    fields = asdict(manifest)
+    # By hand where there may be a million of them: asdict copies each block on its way.
+    fields = {f.name: getattr(manifest, f.name) for f in dataclasses.fields(manifest)}
+    fields["tensors"] = {name: vars(entry) for name, entry in manifest.tensors.items()}
+    fields["files"] = {name: vars(entry) for name, entry in manifest.files.items()}
     fields["xxh3_128"] = _digest_of_fields(fields)
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
