@@ -95,14 +95,22 @@ def candidates(directory: Path) -> list[Path]:
     return [directory / folder_name(save.step) for save in (*line, *beside)]
 
 
-def saves(directory: Path) -> list[Save]:
-    """Returns the checkpoints of a directory, in no order."""
+def saves(directory: Path, *, known: dict[Path, tuple[int, Save]] | None = None) -> list[Save]:
+    """Returns the checkpoints of a directory, in no order.
+
+    `known` remembers, from call to call, what each manifest said when it was last changed: those of
+    many ranks take seconds to read.
+    """
+    known = {} if known is None else known
     found = []
     for folder in directory.glob("step_*"):
         if step_of(folder.name) is not None:
-            with contextlib.suppress(CheckpointError):
-                manifest = read_manifest(folder)
-                found.append(Save(manifest.step, manifest.attempt))
+            with contextlib.suppress(CheckpointError, OSError):
+                changed = (folder / MANIFEST).stat().st_mtime_ns
+                if known.get(folder, (None,))[0] != changed:
+                    manifest = read_manifest(folder)
+                    known[folder] = changed, Save(manifest.step, manifest.attempt)
+                found.append(known[folder][1])
     return found
 
 
@@ -165,13 +173,13 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     """
     _demand_ownership(directory, manifest)
     _write(staged / MANIFEST, manifest_text(manifest))
-    _sync_folder(staged)
+    sync_folder(staged)
     target = directory / folder_name(manifest.step)
     if target.exists():  # the same step of an older attempt, which a fall-back left behind
         _demand_ownership(directory, manifest)
         _put_aside(target, manifest)
     os.rename(staged, target)
-    _sync_folder(directory)
+    sync_folder(directory)
     _demand_ownership(directory, manifest)
     replace_text(directory / LATEST, target.name)
     try:
@@ -278,7 +286,7 @@ def replace_text(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     _write(new, text)
     os.replace(new, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _write(path: Path, text: str) -> None:
@@ -288,7 +296,8 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -37,6 +37,7 @@ from moetrain.checkpoint.folders import (
     in_order,
     saves,
     staged_folder,
+    sync_folder,
     to_delete,
 )
 from moetrain.checkpoint.manifest import (
@@ -101,6 +102,7 @@ class CheckpointStore:
         self._names: set[str] = set()
         self._places: dict[str, tuple[int, ...]] = {}
         self._staging = Staging()
+        self._known: dict[Path, tuple[int, Save]] = {}
         self._damaged: set[Save] = set()
         """What did not verify when it was read back; only the first rank knows."""
         self._demand_shared()
@@ -251,7 +253,7 @@ class CheckpointStore:
         newest = self._directory / folder_name(manifest.step)
         failure: Exception | None = None
         try:
-            for name in manifest.files:
+            for name in sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]:
                 forget_cached(newest / name)
             verify_files(newest, manifest, part=dist.get_rank(), parts=dist.get_world_size())
         except (CheckpointError, OSError) as error:
@@ -273,7 +275,7 @@ class CheckpointStore:
         """Returns why it can't be said, or what may be deleted and the newest one's manifest."""
         try:
             delete(self._directory, [], attempt=self._attempt)
-            found = saves(self._directory)
+            found = saves(self._directory, known=self._known)
             old = to_delete(
                 found,
                 keep_last=self._settings.keep_last,
@@ -335,6 +337,7 @@ def _write_file(staged: Path, parts: Mapping[str, Held]) -> Written:
     with TensorFileWriter(staged / file, entries) as writer:
         for name in names:
             writer.write(name, parts[name].local)
+    sync_folder(staged)  # by each machine that has written into it
     blocks = {name: as_block(parts[name]) for name in names}
     return Written(file=file, entry=writer.entry, blocks=blocks)
 
