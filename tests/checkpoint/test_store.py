@@ -281,7 +281,7 @@ def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[st
 
     def rot(path: Path) -> None:
         step = int(path.parent.name.removeprefix("step_"))
-        if step in harmed and dist.get_rank() == 0 and path.name == "rank_00001.safetensors":
+        if step in harmed and path.name == "rank_00001.safetensors":
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
