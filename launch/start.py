@@ -29,11 +29,16 @@ from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
 from moetrain.checkpoint import (
     CheckpointError,
-    newest_good,
-    read_manifest,
+    Save,
     replace_text,
 )
-from moetrain.checkpoint.remote import fetch_newer, is_newer_there, take_over
+from moetrain.checkpoint.remote import (
+    fetch_newer,
+    good_save,
+    is_newer_there,
+    take_over,
+    upload_missing,
+)
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
@@ -44,6 +49,7 @@ from moetrain.train import (
     Prepared,
     TrainingError,
     as_plain,
+    demand_same_model,
     newest_manifest,
     prepare,
     rank_device,
@@ -77,9 +83,12 @@ def start(
 def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Path], object]) -> int:
     run_dir, shards = _open_run(config, prepared), prepared.shards
     event = EventLog(run_dir / "events.jsonl").write
-    if _is_complete(run_dir, num_steps=config.train.num_steps):
+    if good := _complete(run_dir, num_steps=config.train.num_steps):
         print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
         outcome = Outcome(finished=True, step=config.train.num_steps, last={})
+        run_name, directory = config.run.name or "", run_dir / "checkpoints"
+        if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
+            print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
         return _close_run(config, outcome, shards, report)
     stop = StopRequest()
     display = ProgressDisplay(
@@ -102,15 +111,27 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
 
 def _fetch(config: "Config") -> None:
     """Brings a newer checkpoint than the run's folder has from where it is uploaded to, if any."""
+    if config.checkpoint.upload_to is None:
+        return
     run_dir, name = Path(config.run.dir, config.run.name or ""), config.run.name or ""
     directory = run_dir / "checkpoints"
-    if not is_newer_there(config.checkpoint, run=name, directory=directory):
+    good = good_save(directory)
+    if not is_newer_there(config.checkpoint, run=name, good=good):
         return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            "checkpoint.resume",
+            "never",
+            f"run {name} has checkpoints in {config.checkpoint.upload_to}: use another run.name, "
+            "or auto to go on from them",
+        )
     with _held(run_dir):
         fetch_newer(
             config.checkpoint,
             run=name,
             directory=directory,
+            good=good,
+            demand=lambda manifest: demand_same_model(config, manifest),
             event=EventLog(run_dir / "events.jsonl").write,
             say=lambda text: print(text, file=sys.stderr),
         )
@@ -121,13 +142,13 @@ def _take_over(config: "Config") -> int:
     return take_over(config.checkpoint, run=config.run.name or "", directory=directory)
 
 
-def _is_complete(run_dir: Path, *, num_steps: int) -> bool:
-    """Returns whether a run has a good checkpoint of its last step; reads one only if it may be."""
+def _complete(run_dir: Path, *, num_steps: int) -> Save | None:
+    """Returns a run's good checkpoint of its last step; None where it has none, or isn't there."""
     newest = newest_manifest(run_dir)
     if newest is None or newest.step < num_steps:
-        return False
-    good = newest_good(run_dir / "checkpoints", rejected=lambda name, reason: None)
-    return good is not None and read_manifest(good).step >= num_steps
+        return None  # without reading a checkpoint for it
+    good = good_save(run_dir / "checkpoints")
+    return good if good is not None and good.step >= num_steps else None
 
 
 class StopRequest:

@@ -136,8 +136,10 @@ class Supervisor:
                 self._display.say("stopping: saving after this step")
                 for worker in pending.values():
                     worker.actor.stop.remote()
-            hung = pulse.silent_longer_than(self._config.launch.hang_timeout_seconds)
-            if hung and pending:
+            silent = pulse.silent_longer_than(self._config.launch.hang_timeout_seconds)
+            # Ranks that are done wait for nobody; the first may still be uploading.
+            at_work = {worker.rank for worker in pending.values()}
+            if hung := {rank: what for rank, what in silent.items() if rank in at_work}:
                 return self._report_hang(hung, list(pending.values()))
         pulse.take(self._show, wait=True)
         return min(outcomes, key=lambda pair: pair[0])[1]

@@ -16,9 +16,10 @@ from data_pipeline.progress import byte_progress
 from moetrain.checkpoint import (
     CheckpointError,
     CheckpointReader,
+    candidates,
     newest_good,
     read_manifest,
-    verify_files,
+    verify_all,
 )
 from moetrain.checks import ConfigError, one_of
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
@@ -82,11 +83,11 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
         return found
     folder = directory / f"step_{step:08d}"
     if not folder.is_dir():
-        there = [str(int(p.name.removeprefix("step_"))) for p in sorted(directory.glob("step_*"))]
+        there = [str(int(p.name.removeprefix("step_"))) for p in sorted(candidates(directory))]
         raise ConfigError(
             "step", step, f"{directory} has no such step: use one of {', '.join(there) or 'none'}"
         )
-    verify_files(folder, read_manifest(folder))
+    verify_all(folder, read_manifest(folder))
     return folder
 
 

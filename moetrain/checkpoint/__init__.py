@@ -1,6 +1,7 @@
 """Checkpoints: complete or not there, and provably what was saved."""
 
 from moetrain.checkpoint.folders import (
+    Save,
     candidates,
     newest_good,
     next_attempt,
@@ -13,6 +14,7 @@ from moetrain.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     read_manifest,
+    verify_all,
     verify_files,
 )
 from moetrain.checkpoint.offline import write_checkpoint
@@ -26,6 +28,7 @@ __all__ = [
     "CheckpointSettings",
     "CheckpointStore",
     "Manifest",
+    "Save",
     "TensorEntry",
     "TensorFileWriter",
     "candidates",
@@ -35,6 +38,7 @@ __all__ = [
     "read_latest",
     "read_manifest",
     "replace_text",
+    "verify_all",
     "verify_files",
     "write_checkpoint",
 ]

@@ -3,10 +3,7 @@
 Owns the command's settings and its messages. Leaves the checks to `manifest.py`.
 """
 
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -19,7 +16,7 @@ from moetrain.checkpoint.manifest import (
     Manifest,
     read_manifest,
     step_of,
-    verify_files,
+    verify_all,
 )
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 
@@ -49,7 +46,9 @@ def main(settings: VerifySettings) -> int:
     for checkpoint in folders:
         try:
             manifest = read_manifest(checkpoint)
-            _verify(checkpoint, manifest)
+            if sys.stderr.isatty():
+                print(f"\r\x1b[2K{checkpoint.name} …\r", end="", file=sys.stderr)
+            verify_all(checkpoint, manifest)
         except CheckpointError as error:
             damaged.append((checkpoint.name, str(error)))
             continue
@@ -57,17 +56,6 @@ def main(settings: VerifySettings) -> int:
     for name, reason in damaged:
         print(f"damaged   {name}: {reason}")
     return FAILED if damaged else DONE
-
-
-def _verify(folder: Path, manifest: Manifest) -> None:
-    """Checks all files, several at a time; raises CheckpointError naming a bad one."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{folder.name}: {_described(manifest)} …\r", end="", file=sys.stderr)
-    parts = max(1, min(len(manifest.files), len(os.sched_getaffinity(0))))
-    check = partial(verify_files, folder, manifest, parts=parts)
-    with ThreadPoolExecutor(parts) as pool:
-        for result in [pool.submit(check, part=part) for part in range(parts)]:
-            result.result()
 
 
 def _described(manifest: Manifest) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +23,14 @@ from moetrain.checkpoint.manifest import (
     manifest_text,
     read_manifest,
     step_of,
-    verify_files,
+    verify_all,
 )
 
 LATEST = "latest"
 ATTEMPT = "attempt"
+_CLAIM = ".attempt_"
+_KILLED_SECONDS = 60.0
+"""A small file that is being written for longer has no writer any more."""
 _NAME_CHARACTERS = 255
 """No name is longer; what is, need not be told whole."""
 _LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
@@ -150,7 +154,7 @@ def newest_good(directory: Path, *, rejected: Callable[[str, str], None]) -> Pat
         rejected(name, reason)
     for folder in candidates(directory):
         try:
-            verify_files(folder, read_manifest(folder))
+            verify_all(folder, read_manifest(folder))
         except CheckpointError as error:
             rejected(folder.name, str(error))
             continue
@@ -254,11 +258,21 @@ def _free(directory: Path, name: str, *, attempt: int) -> Path:
 def next_attempt(directory: Path) -> int:
     """Takes the run over: returns the number of the new attempt, one above all before."""
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*.new"):  # of attempts that were killed
-        leftover.unlink(missing_ok=True)
+    for leftover in directory.glob(".*.new"):  # of attempts that were killed a while ago
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.stat().st_mtime < time.time() - _KILLED_SECONDS:
+                leftover.unlink()
     # The file may have been lost; what the attempts before have saved may not.
-    attempt = max([read_attempt(directory), *(save.attempt for save in saves(directory))]) + 1
-    replace_text(directory / ATTEMPT, str(attempt))
+    attempt = max([read_attempt(directory), *(save.attempt for save in saves(directory))])
+    while True:
+        attempt += 1
+        try:  # of two that start at once, on whatever machines, one gets the number
+            (directory / f"{_CLAIM}{attempt}").touch(exist_ok=False)
+            break
+        except FileExistsError:
+            continue
+    if attempt > read_attempt(directory):
+        replace_text(directory / ATTEMPT, str(attempt))
     return attempt
 
 

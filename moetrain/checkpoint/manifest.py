@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +125,18 @@ def read_manifest(folder: Path) -> Manifest:
     if step_of(folder.name) not in (None, manifest.step):
         raise CheckpointError(f"{path} is of step {manifest.step}, not of this folder's")
     return manifest
+
+
+def verify_all(folder: Path, manifest: Manifest) -> None:
+    """Checks all of a checkpoint as `verify_files` does, several files at a time."""
+    parts = max(1, min(len(manifest.files), os.cpu_count() or 1))
+    with ThreadPoolExecutor(parts) as pool:
+        checks = [
+            pool.submit(verify_files, folder, manifest, part=part, parts=parts)
+            for part in range(parts)
+        ]
+        for check in checks:
+            check.result()
 
 
 def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:

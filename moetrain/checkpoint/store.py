@@ -170,7 +170,7 @@ class CheckpointStore:
                 self._event("checkpoint_rejected", reason=reason, checkpoint=name)
 
         # The first rank's view decides for all.
-        bad, names = self._gather((broken(self._directory), self._checkpoints()))[0]
+        bad, names = self._gather(self._to_load() if self._leads else None)[0]
         for name, reason in bad:
             reject(name, reason)
         for name in names:
@@ -205,8 +205,9 @@ class CheckpointStore:
             )
         return None
 
-    def _checkpoints(self) -> list[str]:
-        return [folder.name for folder in candidates(self._directory)]
+    def _to_load(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Returns what looks like a checkpoint and is none, and the names to try in turn."""
+        return broken(self._directory), [f.name for f in candidates(self._directory)]
 
     def _write(self, parts: Mapping[str, Held], manifest: Manifest) -> None:
         """Writes this rank's file; the first rank makes a checkpoint of all of them."""

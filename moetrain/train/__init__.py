@@ -2,7 +2,13 @@
 
 from moetrain.train.control import Control, Outcome, Place
 from moetrain.train.loop import TrainingError
-from moetrain.train.prepare import Prepared, as_plain, newest_manifest, prepare
+from moetrain.train.prepare import (
+    Prepared,
+    as_plain,
+    demand_same_model,
+    newest_manifest,
+    prepare,
+)
 from moetrain.train.rank import keep_freed_memory, rank_device, run_rank
 from moetrain.train.settings import RunSettings, TrainSettings
 
@@ -15,6 +21,7 @@ __all__ = [
     "TrainSettings",
     "TrainingError",
     "as_plain",
+    "demand_same_model",
     "keep_freed_memory",
     "newest_manifest",
     "prepare",

@@ -71,26 +71,13 @@ def build_trainer(
 
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
-    uploader = (
-        start_uploads(
-            config.checkpoint, run=config.run.name or "", attempt=place.attempt, event=event
-        )
-        if leads
-        else None
-    )
+    uploader = _uploader(config, place, control, event=event) if leads else None
     checkpoints = CheckpointStore(
         run_dir / "checkpoints",
         config.checkpoint,
         attempt=place.attempt,
         config=as_plain(config),
-        mesh={
-            "world_size": place.world_size,
-            "data_replicate": config.parallel.data_replicate_degree,
-            "data_shard": config.parallel.data_shard_degree,
-            "expert": config.parallel.expert_degree,
-            "device": device.type,
-            "compute_dtype": str(compute_dtype(config.train.dtype, device)).removeprefix("torch."),
-        },
+        mesh=_mesh(config, place, device),
         timeout=timedelta(seconds=patience),
         event=event,
         good=_tell_nobody if uploader is None else uploader.submit,
@@ -227,6 +214,35 @@ def order_change(state: TrainState, batches: GlobalBatches) -> str | None:
 def _shares(units: Mapping[str, int]) -> str:
     total = sum(units.values())
     return ", ".join(f"{name} {share / total:.4g}" for name, share in units.items())
+
+
+def _mesh(config: "Config", place: Place, device: torch.device) -> dict[str, Any]:
+    """Returns what a manifest says of the layout that wrote it."""
+    return {
+        "world_size": place.world_size,
+        "data_replicate": config.parallel.data_replicate_degree,
+        "data_shard": config.parallel.data_shard_degree,
+        "expert": config.parallel.expert_degree,
+        "context": config.parallel.context_degree,
+        "tensor": config.parallel.tensor_degree,
+        "pipeline": config.parallel.pipeline_degree,
+        "device": device.type,
+        "compute_dtype": str(compute_dtype(config.train.dtype, device)).removeprefix("torch."),
+    }
+
+
+def _uploader(
+    config: "Config", place: Place, control: Control, *, event: Callable[..., None]
+) -> Uploader | None:
+    """Returns what uploads this attempt's checkpoints, if anything; failures are told to people."""
+
+    def tell(kind: str, **fields: Any) -> None:
+        event(kind, **fields)
+        if kind == "upload_failed":
+            control.publish("say", f"warning: training goes on, not uploaded: {fields['reason']}")
+
+    name = config.run.name or ""
+    return start_uploads(config.checkpoint, run=name, attempt=place.attempt, event=tell)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

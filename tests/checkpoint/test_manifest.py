@@ -1,6 +1,9 @@
 """What counts as a checkpoint, and the order in which one comes to be."""
 
+import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from moetrain.checkpoint import (
     candidates,
     newest_good,
     next_attempt,
+    read_attempt,
     read_latest,
     read_manifest,
     verify_files,
@@ -113,9 +117,21 @@ def test_an_older_attempt_displaces_no_checkpoint_of_a_newer_one(tmp_path: Path)
 def test_what_a_killed_write_of_a_small_file_left_goes_with_the_next_attempt(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / ".latest.0badcafe.new").write_text("step_")
+    for name, age in (("killed", 100), ("written", 0)):
+        path = tmp_path / f".latest.{name}.new"
+        path.write_text("step_")
+        os.utime(path, (time.time() - age,) * 2)
     next_attempt(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["attempt"]
+    assert [path.name for path in tmp_path.glob(".latest*")] == [".latest.written.new"]
+
+
+def test_of_those_who_start_at_once_each_gets_an_attempt_of_its_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        attempts = list(pool.map(lambda _: next_attempt(tmp_path), range(64)))
+    assert len(set(attempts)) == 64
+    assert read_attempt(tmp_path) <= max(attempts)
+    assert next_attempt(tmp_path) == max(attempts) + 1
+    assert read_attempt(tmp_path) == max(attempts) + 1
 
 
 @pytest.mark.parametrize("number", ["0000000001", "٠٠٠٠٠٠٠١"])

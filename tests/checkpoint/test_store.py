@@ -194,7 +194,7 @@ def break_tidying(directory: Path) -> str | None:
     """Saves where the first rank can't say what may be deleted."""
     store = open_store(directory)
 
-    def unreadable(_: Path) -> list[Save]:
+    def unreadable(_: Path, **known: Any) -> list[Save]:
         raise PermissionError(13, "Permission denied")
 
     module.saves = unreadable

@@ -15,8 +15,8 @@ from moetrain.parallel import join_ranks
 
 # A server that has imported torch once and forks ranks from a single-threaded state: forking
 # pytest itself would copy the locks of its thread pools.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "moetrain.parallel", "moetrain.config"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "moetrain.parallel", "moetrain.config"])
 
 
 def run_ranks(
@@ -35,8 +35,8 @@ def run_ranks(
         rendezvous = f"file://{folder}/rendezvous"
         ends, processes = [], []
         for rank in range(world_size):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(
                 target=_rank, args=(theirs, rank, world_size, rendezvous, function, arguments)
             )
             process.start()

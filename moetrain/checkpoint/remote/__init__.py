@@ -1,7 +1,14 @@
 """Copies of checkpoints elsewhere: an object store, or another disk."""
 
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError, check_url
-from moetrain.checkpoint.remote.of_run import fetch_newer, is_newer_there, start_uploads, take_over
+from moetrain.checkpoint.remote.of_run import (
+    fetch_newer,
+    good_save,
+    is_newer_there,
+    start_uploads,
+    take_over,
+    upload_missing,
+)
 from moetrain.checkpoint.remote.uploader import Uploader
 
 __all__ = [
@@ -9,7 +16,9 @@ __all__ = [
     "Uploader",
     "check_url",
     "fetch_newer",
+    "good_save",
     "is_newer_there",
     "start_uploads",
     "take_over",
+    "upload_missing",
 ]

@@ -18,7 +18,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from moetrain.checkpoint.folders import LATEST, Save, in_order
-from moetrain.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, folder_name
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    folder_name,
+    verify_all,
+)
 from moetrain.checkpoint.remote.disk_folder import DiskFolder
 from moetrain.checkpoint.remote.folder import (
     Patience,
@@ -146,14 +152,9 @@ class RemoteCheckpoints:
         self._demand_ownership(save, owner)
         try:
             text = (folder / MANIFEST).read_bytes()
-            for file, size in sizes.items():
-                if (found := (folder / file).stat().st_size) != size:
-                    raise CheckpointError(
-                        f"{folder / file} has {found} bytes, its manifest says {size}; it is not "
-                        "uploaded"
-                    )
             uploaded = 0
             if MANIFEST not in self._files.sizes(name):
+                verify_all(folder, manifest)  # older ones may be deleted for this
                 in_parallel(lambda n: self._files.upload(f"{name}/{n}", folder / n), sizes)
                 uploaded = sum(sizes.values()) + len(text)
         except OSError as error:

@@ -42,21 +42,23 @@ def fetch_newest(
     directory: Path,
     *,
     newer_than: Save | None,
+    demand: Callable[[Manifest], None] = lambda manifest: None,
     rejected: Callable[[str, str], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path | None:
     """Downloads the newest remote checkpoint that verifies, as a step folder of `directory`.
 
-    `newer_than` is the newest good one there, if there is one. `rejected` is told name and
-    reason of each that is passed over, `progress` how many bytes of how many are there, from
-    several threads. What was downloaded before a kill is used again.
+    `newer_than` is the newest good one there, if there is one. `demand` may refuse a manifest by
+    an error of its own, before the rest is downloaded. `rejected` is told name and reason of each
+    that is passed over, `progress` how many bytes of how many are there, from several threads.
+    What was downloaded before a kill is used again.
 
     Returns None where nothing newer is there, or nothing newer is good. Raises
     RemoteUnavailableError where the server can't be asked, CheckpointError where the disk of this
     machine has no room or fails.
     """
     folders = remote.list_folders()
-    wanted = _newer(complete_of(folders), newer_than)
+    wanted = newer_saves(complete_of(folders), newer_than)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if wanted:
@@ -64,7 +66,7 @@ def fetch_newest(
         for save in wanted:
             fetch = _Fetch(remote.files, directory, save, folders[save], progress)
             try:
-                return fetch.run()
+                return fetch.run(demand)
             except _DamagedError as error:
                 shutil.rmtree(fetch.staged, ignore_errors=True)
                 rejected(f"{remote.location}/{remote_name(save)}", str(error))
@@ -75,7 +77,7 @@ def fetch_newest(
     return None
 
 
-def _newer(complete: list[Save], than: Save | None) -> list[Save]:
+def newer_saves(complete: list[Save], than: Save | None) -> list[Save]:
     """Returns those that would be tried before one of this machine."""
     if than is None:
         return complete
@@ -101,7 +103,7 @@ class _Fetch:
         self._target = directory / folder_name(save.step)
         self._lock, self._done = threading.Lock(), 0
 
-    def run(self) -> Path:
+    def run(self, demand: Callable[[Manifest], None]) -> Path:
         """Brings it; raises _DamagedError."""
         text = self._read_manifest()
         resumed = self._prepare(text)
@@ -114,6 +116,11 @@ class _Fetch:
             raise _DamagedError(
                 f"its {MANIFEST} is that of step {found.step} and attempt {found.attempt}"
             )
+        try:
+            demand(manifest)
+        except Exception:
+            shutil.rmtree(self.staged)
+            raise
         sizes = {name: entry.size for name, entry in manifest.files.items()}
         self._demand_sizes(sizes)
         if self._is_here(text, manifest):
@@ -128,7 +135,7 @@ class _Fetch:
                 raise _DamagedError(str(error)) from error
             # What lay here from before may be to blame, and not what is there.
             shutil.rmtree(self.staged)
-            return self.run()
+            return self.run(demand)
         self._commit()
         return self._target
 

@@ -10,34 +10,53 @@ from pathlib import Path
 
 from moetrain.checkpoint.folders import (
     ATTEMPT,
+    LATEST,
     Save,
-    in_order,
+    newest_good,
     next_attempt,
     replace_text,
-    saves,
     to_delete,
 )
+from moetrain.checkpoint.manifest import Manifest, folder_name, read_manifest
 from moetrain.checkpoint.remote.checkpoints import open_remote
-from moetrain.checkpoint.remote.download import fetch_newest
+from moetrain.checkpoint.remote.download import fetch_newest, newer_saves
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checkpoint.settings import CheckpointSettings
+from moetrain.checks import ConfigError
 
 log = logging.getLogger(__name__)
 
 _SAY_SECONDS = 5.0
 
 
-def is_newer_there(settings: CheckpointSettings, *, run: str, directory: Path) -> bool:
-    """Returns whether the remote folder, if there is one, has a checkpoint newer than all here.
+def good_save(directory: Path) -> Save | None:
+    """Returns which is the newest checkpoint of a directory that verifies."""
+    folder = newest_good(directory, rejected=lambda name, reason: None)
+    if folder is None:
+        return None
+    manifest = read_manifest(folder)
+    return Save(manifest.step, manifest.attempt)
 
-    Writes nothing. Raises ConfigError or CheckpointError where it can't be asked.
+
+def is_newer_there(settings: CheckpointSettings, *, run: str, good: Save | None) -> bool:
+    """Returns whether the remote folder, if there is one, has a newer checkpoint than the good one.
+
+    Writes nothing. Raises ConfigError for a run that begins here where another one is there, and
+    CheckpointError where the folder can't be asked.
     """
     if settings.upload_to is None:
         return False
     there = open_remote(settings.upload_to, run=run).list_complete()
-    line, _ = in_order(saves(directory))
-    return bool(there) and (not line or (there[0].attempt, there[0].step) > line[0][::-1])
+    newer = bool(newer_saves(there, good))
+    if newer and good is not None and good.step == 0:
+        raise ConfigError(
+            "checkpoint.upload_to",
+            settings.upload_to,
+            f"has a checkpoint of step {there[0].step} of a run {run}, and the one here stands at "
+            "its beginning: it is another run; use another run.name, or another address",
+        )
+    return newer
 
 
 def fetch_newer(
@@ -45,15 +64,17 @@ def fetch_newer(
     *,
     run: str,
     directory: Path,
+    good: Save | None,
+    demand: Callable[[Manifest], None],
     event: Callable[..., None],
     say: Callable[[str], None],
 ) -> None:
-    """Downloads the newest good remote checkpoint, if it is newer than what the directory has.
+    """Downloads the newest good remote checkpoint, if it is newer than the directory's good one.
 
-    Raises CheckpointError where the remote folder can't be asked, or this disk has no room.
+    `demand` raises for a manifest that the run can't go on from, before more is downloaded. Raises
+    CheckpointError where the remote folder can't be asked, or this disk has no room.
     """
     assert settings.upload_to is not None
-    line, _ = in_order(saves(directory))
     said = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -65,12 +86,30 @@ def fetch_newer(
     fetched = fetch_newest(
         open_remote(settings.upload_to, run=run),
         directory,
-        newer_than=line[0] if line else None,
+        newer_than=good,
+        demand=demand,
         rejected=lambda name, reason: event("checkpoint_rejected", checkpoint=name, reason=reason),
         progress=progress,
     )
     if fetched is not None:
+        replace_text(directory / LATEST, fetched.name)
         event("download", checkpoint=fetched.name, reason=f"newest in {settings.upload_to}")
+
+
+def upload_missing(settings: CheckpointSettings, *, run: str, directory: Path, good: Save) -> bool:
+    """Uploads a finished run's good checkpoint if it isn't there; returns whether it had to.
+
+    Raises CheckpointError where it can't be.
+    """
+    if settings.upload_to is None:
+        return False
+    remote = open_remote(settings.upload_to, run=run)
+    if good in remote.list_complete():
+        return False
+    folder = directory / folder_name(good.step)
+    attempt = take_over(settings, run=run, directory=directory)
+    remote.upload(folder, read_manifest(folder), owner=attempt)
+    return True
 
 
 def take_over(
