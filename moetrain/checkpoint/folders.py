@@ -271,9 +271,14 @@ def next_attempt(directory: Path) -> int:
             break
         except FileExistsError:
             continue
-    if attempt > read_attempt(directory):
-        replace_text(directory / ATTEMPT, str(attempt))
+    while read_attempt(directory) < (newest := _newest_claim(directory)):
+        replace_text(directory / ATTEMPT, str(newest))  # and look again: another may have come
     return attempt
+
+
+def _newest_claim(directory: Path) -> int:
+    numbers = (claim.name.removeprefix(_CLAIM) for claim in directory.glob(f"{_CLAIM}*"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def read_attempt(directory: Path) -> int:
