@@ -181,6 +181,7 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     target = directory / folder_name(manifest.step)
     if target.exists():  # the same step of an older attempt, which a fall-back left behind
         _demand_ownership(directory, manifest)
+        _point_elsewhere(target)
         _put_aside(target, manifest)
     os.rename(staged, target)
     sync_folder(directory)
@@ -192,6 +193,16 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
         replace_text(directory / LATEST, candidates(directory)[0].name)
         raise
     return target
+
+
+def _point_elsewhere(folder: Path) -> None:
+    """Has `latest` name another checkpoint than one that is about to lose its name."""
+    directory = folder.parent
+    if read_latest(directory) == folder.name:
+        if others := [other for other in candidates(directory) if other != folder]:
+            replace_text(directory / LATEST, others[0].name)
+        else:
+            (directory / LATEST).unlink()
 
 
 def _put_aside(target: Path, manifest: Manifest) -> None:

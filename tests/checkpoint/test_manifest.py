@@ -156,6 +156,25 @@ def test_no_form_of_latest_keeps_a_run_from_loading(tmp_path: Path, latest: str)
     assert len(reason) < 1000
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_latest_at_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (3, 5):
+        stage(tmp_path, step)
+    rename = os.rename
+
+    def killed_before_the_last(source: Path, target: Path) -> None:
+        if Path(source).name.startswith("staged_"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_before_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path, 5, attempt=2)
+    assert read_latest(tmp_path) == "step_00000003"
+    assert not broken(tmp_path)
+
+
 @pytest.mark.trap(21)
 def test_saving_a_step_again_never_writes_into_its_folder(tmp_path: Path) -> None:
     first = stage(tmp_path, 5, content=b"old")
