@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,12 +139,19 @@ def verify_all(folder: Path, manifest: Manifest) -> None:
             check.result()
 
 
-def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    advanced: Callable[[], None] = lambda: None,
+) -> None:
     """Checks every `parts`-th file and tensor, from `part`.
 
     A listed file must be there, whole and unchanged; the blocks of a tensor must be all of it, each
     element once, in listed files. Raises CheckpointError naming what isn't so. No tensor is read
-    before this has passed.
+    before this has passed. `advanced` is told after each file.
     """
     listed = {MANIFEST, *manifest.files}
     try:
@@ -168,6 +175,7 @@ def verify_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int 
             raise CheckpointError(f"{path} has {ours.size} bytes, its manifest says {entry.size}")
         if ours != entry:
             raise CheckpointError(f"{path} does not have the hash that its manifest lists")
+        advanced()
     for name, tensor in sorted(manifest.tensors.items())[part::parts]:
         if reason := _unsound(tensor, manifest.files):
             raise CheckpointError(f"{folder / MANIFEST}: tensor {name} {reason}")

@@ -56,6 +56,8 @@ from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
 
 log = logging.getLogger(__name__)
 
+ALIVE_SECONDS = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
@@ -85,14 +87,18 @@ class CheckpointStore:
         event: Callable[..., None],
         good: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
         in_use: Callable[[], set[str]] = set,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """`good` is told on the first rank of each checkpoint that was saved or loaded, and
-        `in_use` asked there which folders must not be deleted now."""
+        `in_use` asked there which folders must not be deleted now. `alive` is called from time to
+        time while somebody waits for a save or a load that gets on."""
         self._directory = directory
         self._settings = settings
         self._attempt = attempt
         self._config, self._mesh = dict(config), dict(mesh)
-        self._event, self._good, self._in_use = event, good, in_use
+        self._event, self._good, self._in_use, self._alive = event, good, in_use, alive
+        self._advanced = 0
+        """How many files and tensors the background thread has been through."""
         # Collectives of a save in the background must not mix with those of training: after
         # loading, this group is the background thread's alone.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
@@ -131,7 +137,7 @@ class CheckpointStore:
         writing = self._background.submit(self._write, parts, manifest)
         self._running = [writing, self._background.submit(self._tidy, writing)]
         if not self._settings.async_save:
-            writing.result()
+            self._await(writing)
 
     @property
     def failed(self) -> bool:
@@ -142,7 +148,17 @@ class CheckpointStore:
         """Waits for a save in the background; raises CheckpointError if it failed."""
         running, self._running = self._running, []
         for job in running:
-            job.result()
+            self._await(job)
+
+    def _await(self, job: Future[None]) -> None:
+        seen = self._advanced
+        while not wait([job], timeout=ALIVE_SECONDS).done:
+            if seen != (seen := self._advanced):
+                self._alive()
+        job.result()
+
+    def _advance(self) -> None:
+        self._advanced += 1
 
     def close(self, *, timeout_seconds: float) -> None:
         """Lets a save in the background come to its end, whatever that is."""
@@ -178,7 +194,13 @@ class CheckpointStore:
             failure: CheckpointError | None = None
             try:
                 manifest = read_manifest(folder)
-                verify_files(folder, manifest, part=dist.get_rank(), parts=dist.get_world_size())
+                verify_files(
+                    folder,
+                    manifest,
+                    part=dist.get_rank(),
+                    parts=dist.get_world_size(),
+                    advanced=self._alive,
+                )
             except CheckpointError as error:
                 failure = error
             if reasons := self._reasons(failure):
@@ -192,6 +214,7 @@ class CheckpointStore:
                     for tensor_name, tensor in wanted.items():
                         part = held(tensor)
                         reader.read_into(tensor_name, part.local, offset=part.offset)
+                        self._alive()
             except CheckpointError as error:
                 failure = error
             self._agree(failure, f"{folder} can't be read")
@@ -223,7 +246,7 @@ class CheckpointStore:
         self._agree(failure, what)
         written = None
         try:
-            written = _write_file(staged, parts)
+            written = _write_file(staged, parts, advanced=self._advance)
         except Exception as error:
             failure = error
         gathered: list[Any] | None = [None] * dist.get_world_size() if self._leads else None
@@ -256,7 +279,13 @@ class CheckpointStore:
         try:
             for name in sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]:
                 forget_cached(newest / name)
-            verify_files(newest, manifest, part=dist.get_rank(), parts=dist.get_world_size())
+            verify_files(
+                newest,
+                manifest,
+                part=dist.get_rank(),
+                parts=dist.get_world_size(),
+                advanced=self._advance,
+            )
         except (CheckpointError, OSError) as error:
             failure = error
         reasons = self._reasons(failure)
@@ -329,7 +358,9 @@ class CheckpointStore:
                 marker.unlink(missing_ok=True)
 
 
-def _write_file(staged: Path, parts: Mapping[str, Held]) -> Written:
+def _write_file(
+    staged: Path, parts: Mapping[str, Held], *, advanced: Callable[[], None]
+) -> Written:
     """Writes the parts of one rank into a file of its own."""
     # Wide elements first, so that all begin at a multiple of their size.
     names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
@@ -338,6 +369,7 @@ def _write_file(staged: Path, parts: Mapping[str, Held]) -> Written:
     with TensorFileWriter(staged / file, entries) as writer:
         for name in names:
             writer.write(name, parts[name].local)
+            advanced()
     sync_folder(staged)  # by each machine that has written into it
     blocks = {name: as_block(parts[name]) for name in names}
     return Written(file=file, entry=writer.entry, blocks=blocks)

@@ -82,6 +82,7 @@ def build_trainer(
         event=event,
         good=_tell_nobody if uploader is None else uploader.submit,
         in_use=set if uploader is None else uploader.busy,
+        alive=control.still_there,
     )
 
     def loading(manifest: Manifest) -> dict[str, Tensor]:

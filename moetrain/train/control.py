@@ -61,6 +61,11 @@ class Control:
         """Says what the rank is about to do; the sign of life that a supervisor watches."""
         self._activity = (phase, step, time.monotonic())
 
+    def still_there(self) -> None:
+        """Gives a sign of life in the middle of something long that gets on."""
+        phase, step, _ = self._activity
+        self._activity = (phase, step, time.monotonic())
+
     def publish(self, kind: str, content: Any) -> None:
         """Hands something to the launcher: a metric `record`, or a text to `say`."""
         with self._lock:

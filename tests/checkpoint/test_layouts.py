@@ -242,10 +242,10 @@ def save_twice(directory: Path, async_save: bool) -> list[bool]:
 
     go_on, write_file = threading.Event(), module._write_file
 
-    def held_up(*arguments: Any) -> Any:
+    def held_up(*arguments: Any, **others: Any) -> Any:
         if async_save:
             assert go_on.wait(60)
-        return write_file(*arguments)
+        return write_file(*arguments, **others)
 
     module._write_file = held_up
     tensors = build(CASES["mixtral"], Layout(2, expert=2))

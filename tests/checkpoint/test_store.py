@@ -65,10 +65,10 @@ def before_writing(step: int, action: Callable[[], None]) -> None:
     """Has something happen in the background before this rank writes its file of a step."""
     write_file = module._write_file
 
-    def wrapped(staged: Path, parts: Any) -> Any:
+    def wrapped(staged: Path, parts: Any, **others: Any) -> Any:
         if staged.name.startswith(f"staged_{step:08d}"):
             action()
-        return write_file(staged, parts)
+        return write_file(staged, parts, **others)
 
     module._write_file = wrapped
 
@@ -224,6 +224,49 @@ def one_in_flight(directory: Path) -> dict[str, bool]:
     seen["the first is complete"] = (directory / "step_00000001/manifest.json").exists()
     store.wait()
     return seen | {"the second is complete": (directory / "step_00000002").exists()}
+
+
+def tell_of_life(directory: Path) -> dict[str, int]:
+    """Returns how often a store said that it gets on, in a load, a slow save and a stuck one."""
+    calls: list[str] = []
+    store = CheckpointStore(
+        directory,
+        CheckpointSettings(async_save=False),
+        attempt=1,
+        config={},
+        mesh={},
+        timeout=timedelta(seconds=60),
+        event=lambda *_, **__: None,
+        alive=lambda: calls.append("alive"),
+    )
+    write = module.TensorFileWriter.write
+
+    def slow(self: Any, name: str, tensor: torch.Tensor) -> None:  # as on a slow disk
+        time.sleep(0.1)
+        write(self, name, tensor)
+
+    def counted(work: Callable[[], Any]) -> int:
+        calls.clear()
+        work()
+        return len(calls)
+
+    module.ALIVE_SECONDS = 0.3
+    before_writing(1, lambda: time.sleep(2))
+    stuck = counted(lambda: store.save(tensors(), step=1, state={}))
+    module.TensorFileWriter.write = slow
+    slowly = counted(lambda: store.save(tensors(), step=2, state={}))
+    store.wait()
+    load = counted(lambda: store.load_newest(lambda _: tensors(), same_model=lambda _: None))
+    return {"stuck": stuck, "slow": slowly, "load": load}
+
+
+def test_a_sign_of_life_is_given_while_a_save_or_a_load_gets_on_and_only_then(
+    tmp_path: Path,
+) -> None:
+    (calls,) = run_ranks(tell_of_life, 1, tmp_path)
+    assert calls["stuck"] <= 1
+    assert calls["slow"] >= 2
+    assert calls["load"] == 1 + 8  # a file verified, eight tensors read
 
 
 def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
