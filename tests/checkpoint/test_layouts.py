@@ -240,12 +240,12 @@ def save_twice(directory: Path, async_save: bool) -> list[bool]:
 
     from moetrain.checkpoint import store as module
 
-    go_on, write_file = threading.Event(), module._write_file
+    go_on, write_file = {step: threading.Event() for step in (1, 2)}, module._write_file
 
-    def held_up(*arguments: Any, **others: Any) -> Any:
+    def held_up(staged: Path, *arguments: Any, **others: Any) -> Any:
         if async_save:
-            assert go_on.wait(60)
-        return write_file(*arguments, **others)
+            assert go_on[int(staged.name.split("_")[1])].wait(60)
+        return write_file(staged, *arguments, **others)
 
     module._write_file = held_up
     tensors = build(CASES["mixtral"], Layout(2, expert=2))
@@ -254,12 +254,11 @@ def save_twice(directory: Path, async_save: bool) -> list[bool]:
     store, early = open_store(directory, async_save=async_save, keep_last=2), []
     for step in (1, 2):
         fill(tensors, salt=step)
-        go_on.clear()
         store.save(tensors, step=step, state={"step": step})
         early.append(not (directory / f"step_{step:08d}").exists())
         for tensor in tensors.values():
             held(tensor).local.fill_(torch.nan)  # the next steps of training
-        go_on.set()
+        go_on[step].set()
     fill(tensors, salt=3)
     store.wait()
     return early
