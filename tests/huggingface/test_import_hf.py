@@ -15,7 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moetrain.checkpoint import CheckpointReader, read_manifest, verify_files
+from moetrain.checkpoint import (
+    CheckpointReader,
+    read_manifest,
+    verify_files,
+    write_checkpoint,
+)
 from moetrain.config import Config, validated
 from moetrain.huggingface.run_folder import model_name
 from moetrain.import_hf import ImportSettings, import_folder
@@ -267,7 +272,7 @@ def test_a_stack_that_is_asked_for_by_rows_is_put_together_again(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = imported(saved / "fused", tmp_path / "whole")
-    monkeypatch.setattr("moetrain.checkpoint.offline._PIECE_BYTES", 2000)
+    monkeypatch.setitem(write_checkpoint.__kwdefaults__, "max_piece_bytes", 2000)
     pieces = imported(saved / "fused", tmp_path / "pieces")
     first, second = loaded(whole, TINY).state_dict(), loaded(pieces, TINY).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
