@@ -204,7 +204,8 @@ def on_each_operation(directory: Path, act: Callable[[str], None]) -> None:
     def before(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _OPERATIONS and arguments:
             paths = " -> ".join(str(a) for a in arguments[:2] if isinstance(a, str | os.PathLike))
-            if paths.startswith(str(directory)):
+            # What rmtree removes has no path but its name.
+            if paths.startswith(str(directory)) or event == "os.remove":
                 act(f"{event} {paths.replace(inside, '')}")
 
     sys.addaudithook(before)

@@ -44,6 +44,7 @@ def torture_by_kills(folder: Path, whole: Undisturbed, *, num_kills: int, seed: 
     tally = Tally("kills during saves (runs went on to their ends)")
     draw, number = random.Random(f"kills {seed}"), 0
     while tally.tried < num_kills:
+        assert number < 10 + num_kills, "runs come to their ends and no kill strikes them"
         Run(folder / f"run_{number}", whole, async_save=number % 2 == 0, draw=draw).torture(
             tally, num_kills=num_kills
         )
@@ -71,6 +72,8 @@ class Run:
         self.acknowledged: set[int] = set()
         self.harmed: set[tuple[int, int]] = set()
         """Step and attempt of checkpoints in which we flipped a bit ourselves."""
+        self.inodes: dict[int, tuple[int, int]] = {}
+        """Attempt and inode of those that stood in their places at the last kill."""
         self.newest = 0
         self.num_events = 0
         self.new_events: list[dict[str, Any]] = []
@@ -138,12 +141,13 @@ class Run:
         """Returns which operation of a save: mostly of the commit, else of what follows it.
 
         On rank 0 the folder is staged by the 1st, renamed by the 6th, named in `latest` by the
-        10th, acknowledged at the 13th; then come reading back and deletion, up to the 31st. Rank 1
+        10th, acknowledged at the 13th; then come reading back and deletion, up to some 35th. Rank 1
         only opens its file and reads back.
         """
         if rank == 1:
             return self.draw.randint(1, 7)
-        return self.draw.randint(1, 13) if self.draw.random() < 0.7 else self.draw.randint(14, 32)
+        first, last = self.draw.choice(((1, 13), (1, 13), (14, 36), (27, 36)))
+        return self.draw.randint(first, last)
 
     def _strike(self, attempt: Attempt, number: int, rank: int | None) -> bool:
         """Kills at a random moment of a save, or of what is around it."""
@@ -190,11 +194,15 @@ class Run:
         """Raises Lost, or AssertionError where something is there and not what it should be."""
         if found := broken(self.checkpoints):
             raise Lost(f"a broken folder: {found}")
-        good, present = set(), set()
+        good, present, standing = set(), set(), set()
         for manifest in self._manifests():
             folder = self.checkpoints / f"step_{manifest.step:08d}"
             present.add(manifest.step)
+            standing.add((manifest.step, manifest.attempt))
             harmed = (manifest.step, manifest.attempt) in self.harmed
+            attempt, inode = self.inodes.get(manifest.step, (manifest.attempt, 0))
+            if attempt != manifest.attempt and inode == folder.stat().st_ino:
+                raise Lost(f"{folder.name} of attempt {attempt} was written into")
             try:
                 verify_files(folder, manifest)
             except CheckpointError as error:
@@ -205,6 +213,11 @@ class Run:
             same = digest(folder) == self.whole.digests[manifest.step]
             assert same, f"{folder.name} is not the undisturbed run's"
             good.add(manifest.step)
+        self.inodes = {  # one that is gone gives its inode to any other
+            step: (attempt, inode)
+            for step, (attempt, inode) in self.inodes.items()
+            if (step, attempt) in standing
+        }
         for step in sorted(self.acknowledged - present):
             if step % KEEP_EVERY == 0 or len([p for p in present if p > step]) < KEEP_LAST:
                 raise Lost(f"step {step} was acknowledged and is gone; there are {sorted(good)}")
@@ -231,8 +244,10 @@ class Run:
             return
         shard = self.draw.choice(sorted(good.glob("*.safetensors")))
         flip(shard, self.draw)
-        self.harmed.add(self._identity(good))
-        self.acknowledged.discard(self._identity(good)[0])
+        step, attempt = self._identity(good)
+        self.harmed.add((step, attempt))
+        self.inodes[step] = attempt, good.stat().st_ino
+        self.acknowledged.discard(step)
         self.newest = self._identity(usable[0])[0]
 
     def _identity(self, folder: Path) -> tuple[int, int]:

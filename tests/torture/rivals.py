@@ -28,7 +28,7 @@ from tests.torture.attempts import Ambush, Attempt
 from tests.torture.content import drawn, equal
 from tests.torture.tally import Tally
 
-_NUM_OPERATIONS = 34
+_NUM_OPERATIONS = 37
 """Of a rank from one save to the next, all of which a stop is tried before."""
 
 
