@@ -13,7 +13,7 @@ help:
 	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
 	@echo "make kernels install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
 	@echo "make test    run the whole test suite"
-	@echo "make torture break checkpoints in every way, count what is lost (10 minutes)"
+	@echo "make torture break checkpoints in every way, count what is lost (5 minutes)"
 	@echo "make check   format, lint, types and the direction of imports"
 	@echo "make format  put the code into its format"
 	@echo "make clean   delete the environment (runs/ and data/ stay)"
