@@ -20,7 +20,7 @@ from moetrain.checkpoint.manifest import (
 from moetrain.checkpoint.offline import write_checkpoint
 from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
+from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter, cut_into_files
 
 __all__ = [
     "CheckpointError",
@@ -32,6 +32,7 @@ __all__ = [
     "TensorEntry",
     "TensorFileWriter",
     "candidates",
+    "cut_into_files",
     "newest_good",
     "next_attempt",
     "read_attempt",

@@ -11,7 +11,7 @@ from torch import Tensor
 from moetrain.checkpoint.blocks import dtype_of, num_bytes
 from moetrain.checkpoint.folders import Save, commit, demand_space, next_attempt, staged_folder
 from moetrain.checkpoint.manifest import Block, Manifest, TensorEntry
-from moetrain.checkpoint.tensor_files import TensorFileWriter
+from moetrain.checkpoint.tensor_files import TensorFileWriter, cut_into_files
 
 
 def write_checkpoint(
@@ -66,7 +66,10 @@ def _write_files(
 ) -> None:
     """Writes the tensors into files and both into the manifest."""
     tensors = manifest.tensors
-    for number, names in enumerate(_in_files(tensors, max_file_bytes)):
+    files = cut_into_files(
+        tensors, size=lambda name: num_bytes(tensors[name]), max_file_bytes=max_file_bytes
+    )
+    for number, names in enumerate(files):
         file = f"rank_{number:05d}.safetensors"
         entries = {n: (dtype_of(tensors[n]), tensors[n].shape) for n in names}
         with TensorFileWriter(staged / file, entries) as writer:
@@ -77,19 +80,6 @@ def _write_files(
         for name in names:
             shape = tensors[name].shape
             tensors[name].blocks[file] = Block((0,) * len(shape), shape)
-
-
-def _in_files(tensors: Mapping[str, TensorEntry], max_file_bytes: int) -> list[list[str]]:
-    """Returns which tensors go into each file: in order, one at least."""
-    files: list[list[str]] = []
-    room = 0
-    for name, entry in tensors.items():
-        if not files or num_bytes(entry) > room:
-            files.append([])
-            room = max_file_bytes
-        files[-1].append(name)
-        room -= num_bytes(entry)
-    return files
 
 
 def _pieces(entry: TensorEntry, max_piece_bytes: int) -> list[tuple[slice, ...]]:

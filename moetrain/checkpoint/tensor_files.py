@@ -6,10 +6,10 @@ Nothing in such a file is ever unpickled. Owns the format; leaves what a file me
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import xxhash
@@ -26,11 +26,28 @@ from moetrain.checkpoint.manifest import (
     read_manifest,
 )
 
+Item = TypeVar("Item")
+
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+
+def cut_into_files(
+    items: Iterable[Item], *, size: Callable[[Item], int], max_file_bytes: int
+) -> list[list[Item]]:
+    """Returns what goes into each file: in order, of `max_file_bytes` at most, but one at least."""
+    files: list[list[Item]] = []
+    room = 0
+    for item in items:
+        if not files or size(item) > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(item)
+        room -= size(item)
+    return files
 
 
 class TensorFileWriter:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import TensorFileWriter
+from moetrain.checkpoint import TensorFileWriter, cut_into_files
 from moetrain.huggingface.names import ConversionError, Place
 from moetrain.huggingface.weights import INDEX, SINGLE
 
@@ -38,7 +38,9 @@ def write_shards(
     `max_shard_bytes` of tensors, unless it is of one alone. Raises ConversionError for a number
     that the dtype can't hold.
     """
-    shards = _cut(placed, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    shards = cut_into_files(
+        placed, size=lambda place: num_bytes([place], dtype), max_file_bytes=max_shard_bytes
+    )
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     names = names if len(names) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
@@ -57,19 +59,6 @@ def write_shards(
         }
         (to / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return names
-
-
-def _cut(placed: Sequence[Place], *, dtype: torch.dtype, max_shard_bytes: int) -> list[list[Place]]:
-    shards: list[list[Place]] = []
-    room = 0
-    for place in placed:
-        size = num_bytes([place], dtype)
-        if size > room or not shards:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(place)
-        room -= size
-    return shards
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:

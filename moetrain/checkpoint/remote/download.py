@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moetrain.checkpoint.folders import Save, demand_space, in_order
+from moetrain.checkpoint.folders import Save, demand_space, in_order, sync_folder
 from moetrain.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -215,13 +215,13 @@ class _Fetch:
 
     def _commit(self) -> None:
         """Gives the checkpoint its name; what had it, damaged or of another attempt, moves."""
-        _sync(self.staged)
+        sync_folder(self.staged)
         if self._target.exists():
             replaced = f"replaced_{self._target.name}_attempt_{self._save.attempt}"
             shutil.rmtree(self._target.with_name(replaced), ignore_errors=True)
             os.rename(self._target, self._target.with_name(replaced))
         os.rename(self.staged, self._target)
-        _sync(self._target.parent)
+        sync_folder(self._target.parent)
 
 
 def _delete_staged(directory: Path, *, but: Save) -> None:
@@ -237,11 +237,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
