@@ -3,7 +3,14 @@
 from dataclasses import field
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
@@ -24,7 +31,18 @@ class LaunchSettings:
     max_preemptions: NonNegativeInt = 100
     """Restarts after a node was taken away; counted apart from failures."""
     hang_timeout_seconds: PositiveFloat = 600.0
-    """Time without a sign of life after which a rank counts as hung and all are started anew."""
+    """Time without a sign of life after which a rank counts as hung and all are started anew, at
+    most: in training it is learned from the run's own steps, and usually shorter."""
+    lease_seconds: PositiveFloat = 60.0
+    """Time without a word from the supervisor after which a rank ends itself."""
+    elastic: bool = False
+    """Whether the run goes on in a smaller layout where nodes are missing, until they are back."""
+    wait_for_nodes_seconds: NonNegativeFloat = 0.0
+    """Time to wait for a place for all ranks, at the start and after a loss."""
+    allow_unauthenticated: bool = False
+    """Use a cluster that isn't on this machine and takes commands from anybody."""
+    pass_env: list[str] = field(default_factory=list)
+    """Environment variables of this process that ranks get besides those that they need anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -37,3 +55,5 @@ class ClusterSettings:
     """Dense peak in the training dtype, for the utilisation; None: it isn't reported."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables that every rank gets."""
+    spot_warnings: Annotated[str, AfterValidator(one_of("none", "aws", "gcp"))] = "none"
+    """Whose metadata service is asked whether a node will be taken away."""

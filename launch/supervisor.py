@@ -13,6 +13,7 @@ from launch.failure import Failure
 from launch.ray_cluster import RayCluster, Worker, WorkersLost, answer, answered
 from moetrain.checkpoint.remote import take_over
 from moetrain.observe import EventLog, ProgressDisplay
+from moetrain.parallel import Doing
 from moetrain.train import Outcome, Place, newest_manifest
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class Pulse:
         self._workers = {w.rank: w for w in workers}
         self._asked = {rank: w.actor.collect.remote() for rank, w in self._workers.items()}
         self._heard = {rank: time.monotonic() for rank in self._workers}
-        self._state = {rank: ("starting", 0, 0.0) for rank in self._workers}
+        self._state = {rank: (Doing(), 0.0) for rank in self._workers}
 
     def take(self, show: Callable[[str, Any], None], *, wait: bool = False) -> None:
         """Takes the answers that are there, shows what they publish, and asks again."""
@@ -201,7 +202,7 @@ class Pulse:
             if isinstance(status, Failure):
                 continue  # the rank's own result says more
             self._heard[rank] = time.monotonic()
-            self._state[rank] = (status["phase"], status["step"], status["silent_seconds"])
+            self._state[rank] = (status["doing"], status["silent_seconds"])
             for kind, content in status["published"]:
                 show(kind, content)
             self._asked[rank] = self._workers[rank].actor.collect.remote()
@@ -209,11 +210,11 @@ class Pulse:
     def silent_longer_than(self, seconds: float) -> dict[int, str]:
         """Returns the ranks without a sign of life for so long, with what they were doing."""
         now, silent = time.monotonic(), {}
-        for rank, (phase, step, since) in self._state.items():
+        for rank, (doing, since) in self._state.items():
             unheard = now - self._heard[rank]
             if since + unheard > seconds:
                 state = "does not answer" if unheard > seconds / 2 else "makes no progress"
-                silent[rank] = f"{state} in {phase} at step {step}"
+                silent[rank] = f"{state} in {doing}"
         return silent
 
     def _ready(self, *, timeout: float) -> list[int]:

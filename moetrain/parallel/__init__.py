@@ -1,5 +1,6 @@
 """Everything that knows ranks: layouts, meshes, the token exchange, sharding, gradients."""
 
+from moetrain.parallel.activity import Activity, Doing
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.gradients import Gradients
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
@@ -14,7 +15,9 @@ from moetrain.parallel.topology import (
 )
 
 __all__ = [
+    "Activity",
     "AllToAllExchange",
+    "Doing",
     "ExchangeSettings",
     "Gradients",
     "Meshes",

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.kernels import Copies, gather_copies, group_copies, sum_copies
 from moetrain.model import Compute, TokenExchange
+from moetrain.parallel.activity import Activity
 from moetrain.parallel.topology import ExchangeSettings
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ class AllToAllExchange(TokenExchange):
         group: dist.ProcessGroup,
         layer: int,
         settings: ExchangeSettings | None = None,
+        activity: Activity | None = None,
     ) -> None:
+        self.activity = activity or Activity()
         self.num_experts = num_experts
         self.group = group
         self.rank = dist.get_rank(group)
@@ -199,7 +202,7 @@ class AllToAllExchange(TokenExchange):
         return compute(rows, gates.flatten().index_select(0, copies.slot), copies)
 
     def _transfer(self, x: Tensor, send: list[int], receive: list[int]) -> "_Transfer":
-        return _Transfer(x, send, receive, group=self.group, name=self.name)
+        return _Transfer(x, send, receive, exchange=self)
 
     def _warn_of_imbalance(self, worst: int, fair_share: float, num_rounds: int) -> None:
         if worst > self._worst * max(1.0, fair_share):
@@ -233,6 +236,7 @@ class _Counting:
                 copies.scatter_add_(0, ranks.flatten(), torch.ones_like(ranks.flatten())),
             )
         )
+        self.activity = exchange.activity
         self.name = f"counts of the {exchange.name} on rank {dist.get_rank()}"
         self.table = mine.new_empty(degree, len(mine))
         with _named(self.name):
@@ -242,7 +246,7 @@ class _Counting:
 
     def read(self) -> list[list[int]]:
         """Returns one row of counts for each rank: the layer's one host synchronisation."""
-        with _named(self.name):
+        with _named(self.name), self.activity.collective(self.name):
             self.work.wait()
         table: list[list[int]] = self.table.tolist()
         return table
@@ -286,12 +290,13 @@ class _Transfer:
         send: list[int],
         receive: list[int],
         *,
-        group: dist.ProcessGroup,
-        name: str,
+        exchange: AllToAllExchange,
     ) -> None:
-        self.send, self.receive, self.group = send, receive, group
+        self.send, self.receive, self.group = send, receive, exchange.group
+        self.activity = exchange.activity
         self.name = (
-            f"{name} on rank {dist.get_rank()}, sending {send} and receiving {receive} rows,"
+            f"{exchange.name} on rank {dist.get_rank()}, sending {send} and receiving {receive} "
+            "rows,"
         )
         self.sent: Tensor = _Start.apply(x, self)  # type: ignore[no-untyped-call]
 
@@ -314,7 +319,7 @@ class _Transfer:
 
     def finish(self) -> Tensor:
         """Waits for what `start` began, and returns the rows that came."""
-        with _named(self.name):
+        with _named(self.name), self.activity.collective(self.name):
             self.work.wait()
         out = self.coming
         del self.kept, self.work, self.coming

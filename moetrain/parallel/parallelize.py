@@ -4,6 +4,8 @@ Experts → recompute → shard → initialise. The order matters: expert weight
 tensors before FSDP shards what is left of them, and recomputation wraps what FSDP then gathers.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -11,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.model import MoELayer, Transformer, initial_values
+from moetrain.parallel.activity import Activity
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.recompute import plain_name, recompute
@@ -27,17 +30,22 @@ def parallelize(
     seed: int,
     device: torch.device,
     compute_dtype: torch.dtype,
+    activity: Activity | None = None,
 ) -> Transformer:
     """Returns the model, built on the meta device, sharded over the meshes and initialised.
 
     Weights are float32, and gathered as `compute_dtype`; the router is gathered as float32.
     Gradients are sums over all ranks: the caller divides the loss by the global token count.
+    `activity` is told which layer computes, and what its exchange waits for.
     """
+    activity = activity or Activity()
     for layer, moe in enumerate(model.moe_layers(), start=model.settings.num_dense_layers):
-        spread_experts(moe, meshes, settings.exchange, layer=layer)
+        spread_experts(moe, meshes, settings.exchange, layer=layer, activity=activity)
     if settings.recompute == "full":
         for index, block in enumerate(model.layers):
             model.layers[index] = recompute(block)
+    for number, block in enumerate(model.layers):
+        tell_of_layer(block, number, activity)
     shard(model, meshes, compute_dtype=compute_dtype)
     model.to_empty(device=device)
     initialise(model, seed=seed, device=device)
@@ -45,7 +53,7 @@ def parallelize(
 
 
 def spread_experts(
-    moe: MoELayer, meshes: Meshes, settings: ExchangeSettings, *, layer: int
+    moe: MoELayer, meshes: Meshes, settings: ExchangeSettings, *, layer: int, activity: Activity
 ) -> None:
     """Gives each rank of the expert axis its experts, and the layer an exchange to reach all."""
     axis = meshes.expert["expert"]
@@ -59,7 +67,22 @@ def spread_experts(
         group=meshes.expert_group,
         layer=layer,
         settings=settings,
+        activity=activity,
     )
+
+
+def tell_of_layer(block: nn.Module, number: int, activity: Activity) -> None:
+    """Has a block say when its forward and its backward pass begin."""
+
+    def forward(*_: Any) -> None:
+        activity.layer(number)
+
+    def returned(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: activity.layer(number))
+
+    block.register_forward_pre_hook(forward)
+    block.register_forward_hook(returned)
 
 
 def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, WandbSink
 from moetrain.optim import allocate_state, build_optimizer
-from moetrain.parallel import Gradients, build_meshes, parallelize, resolve_topology
+from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import as_plain, demand_same_model, global_batches
 from moetrain.train.state import TrainState, checkpoint_tensors
@@ -64,7 +64,11 @@ def build_trainer(
     run_dir.mkdir(parents=True, exist_ok=True)
     patience = collective_timeout(config.launch.hang_timeout_seconds)
     model, optimizer, gradients = build_model(
-        config, world_size=place.world_size, device=device, timeout_seconds=patience
+        config,
+        world_size=place.world_size,
+        device=device,
+        timeout_seconds=patience,
+        activity=control.activity,
     )
 
     shards = open_folder(config.data)
@@ -167,7 +171,12 @@ def build_trainer(
 
 
 def build_model(
-    config: "Config", *, world_size: int, device: torch.device, timeout_seconds: float
+    config: "Config",
+    *,
+    world_size: int,
+    device: torch.device,
+    timeout_seconds: float,
+    activity: Activity | None = None,
 ) -> tuple[Transformer, Optimizer, Gradients]:
     """Returns this rank's part of the freshly initialised model, its optimizer and its gradients.
 
@@ -190,6 +199,7 @@ def build_model(
         seed=config.seed,
         device=device,
         compute_dtype=compute_dtype(config.train.dtype, device),
+        activity=activity,
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)

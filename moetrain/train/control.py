@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetrain.parallel import Activity
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -44,9 +46,9 @@ class Control:
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _published: list[tuple[str, Any]] = field(default_factory=list)
-    _activity: tuple[str, int, float] = field(
-        default_factory=lambda: ("starting", 0, time.monotonic())
-    )
+    _asked: float = field(default_factory=time.monotonic)
+    activity: Activity = field(default_factory=Activity)
+    """What the rank is doing; its signs of life."""
 
     def request_stop(self) -> None:
         """Asks the run to save and stop after the step that it is in."""
@@ -58,13 +60,12 @@ class Control:
         return self._stop.is_set()
 
     def beat(self, phase: str, step: int) -> None:
-        """Says what the rank is about to do; the sign of life that a supervisor watches."""
-        self._activity = (phase, step, time.monotonic())
+        """Says what the rank is about to do."""
+        self.activity.begin(phase, step=step)
 
     def still_there(self) -> None:
         """Gives a sign of life in the middle of something long that gets on."""
-        phase, step, _ = self._activity
-        self._activity = (phase, step, time.monotonic())
+        self.activity.goes_on()
 
     def publish(self, kind: str, content: Any) -> None:
         """Hands something to the launcher: a metric `record`, or a text to `say`."""
@@ -72,16 +73,19 @@ class Control:
             self._published.append((kind, content))
 
     def collect(self) -> dict[str, Any]:
-        """Returns phase, step, seconds since the last sign of life, and what was published."""
+        """Returns what the rank does, seconds since its last sign of life, and what it published.
+
+        Being asked renews the rank's lease.
+        """
+        self._asked = time.monotonic()
         with self._lock:
             published, self._published = self._published, []
-        phase, step, since = self._activity
-        return {
-            "phase": phase,
-            "step": step,
-            "silent_seconds": time.monotonic() - since,
-            "published": published,
-        }
+        doing, silent = self.activity.read()
+        return {"doing": doing, "silent_seconds": silent, "published": published}
+
+    def unasked_seconds(self) -> float:
+        """Returns for how long nobody has asked: a lease that wasn't renewed."""
+        return time.monotonic() - self._asked
 
 
 def collective_timeout(hang_timeout_seconds: float) -> float:

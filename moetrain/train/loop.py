@@ -41,8 +41,9 @@ def train(trainer: Trainer) -> Outcome:
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
+    trainer.event("training", step=state.step, attempt=trainer.place.attempt)
     while state.step < settings.num_steps:
-        control.beat("step", state.step)
+        control.beat("between steps", state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
         if any_rank(leaves, device=trainer.device):
             break
@@ -71,6 +72,7 @@ def train(trainer: Trainer) -> Outcome:
 def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
     """Reads this rank's part of the next global batch, takes the step and moves the state on."""
     config, state, sources = trainer.config, trainer.state, trainer.shards.sources
+    trainer.control.activity.begin("reading data")
     with stopwatch.waiting_for_data():
         batch = trainer.prefetcher.read(state.samples)
         size = config.train.micro_batch_size or len(batch.tokens)
@@ -87,6 +89,7 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         optimizer=trainer.optimizer,
         gradients=trainer.gradients,
         learning_rate=_learning_rate(trainer),
+        begin=trainer.control.activity.begin,
         data_counts=[*tokens_by_source(batch, num_sources=len(sources)), batch.num_corrupt],
     )
     stopwatch.count(report.num_tokens)

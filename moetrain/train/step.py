@@ -1,7 +1,7 @@
 """One optimizer step over a global batch, the same on every layout."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,22 +89,28 @@ def train_step(
     gradients: Gradients,
     learning_rate: float,
     data_counts: Sequence[int] = (),
+    begin: Callable[[str], None] = lambda phase: None,
 ) -> StepReport:
     """Takes one step; every rank calls it with its part of the same global batch.
 
-    `data_counts` are as many on every rank.
+    `data_counts` are as many on every rank. `begin` is told of each part of the step.
     """
+    begin("counting tokens")
     counted = sum_over_ranks(torch.stack([b.valid.sum() for b in micro_batches]).sum())
     num_tokens = counted.clamp_min(1)  # none count where all documents of a batch are damaged
     counts = _expert_counts_ahead(micro_batches, model)
     sums = _Sums(model, device=num_tokens.device, data_counts=data_counts)
     for batch in micro_batches:
+        begin("forward")
         output = batch.through(model)
         loss = _objective(output, batch, model=model, num_tokens=num_tokens, counts=counts)
+        begin("backward")
         loss.backward()
         sums.add(loss, output, batch, model=model)
+    begin("summing up")
     norm = gradients.clip()
     report = sums.report(model=model, num_tokens=counted, grad_norm=norm)
+    begin("optimizer")
     if not report.skipped:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate

@@ -68,7 +68,7 @@ def train_as_rank(config: Config, stop_at: int | None, attempt: int) -> Outcome:
         publish, beat = control.publish, control.beat
 
         def stop_in_time(phase: str, step: int) -> None:
-            if phase == "step" and step >= stop_at:
+            if phase == "between steps" and step >= stop_at:
                 control.request_stop()
             beat(phase, step)
 

@@ -1,0 +1,65 @@
+"""What a rank is doing now, written by the thread that trains and read by whoever watches it.
+
+Owns phase, step, layer and collective, and since when nothing new was said. Leaves it to the
+watcher to decide how long is too long.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doing:
+    """One moment of a rank's work."""
+
+    phase: str = "starting"
+    step: int = 0
+    """Optimizer steps taken before."""
+    layer: int | None = None
+    """The transformer's layer that is computed, first is 0; None outside of them."""
+    collective: str | None = None
+    """What is waited for from other ranks, with the counts of what travels; None: not known to
+    wait. The gathering and reducing of sharded weights isn't told here; stacks show it."""
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f", layer {self.layer}"
+        waiting = "" if self.collective is None else f", waiting for {self.collective}"
+        return f"{self.phase} at step {self.step}{layer}{waiting}"
+
+
+class Activity:
+    """What one rank is doing; each thing said is a sign of life. Readable from any thread."""
+
+    def __init__(self) -> None:
+        self._now = (Doing(), time.monotonic())  # replaced as a whole
+        self._alive = 0.0
+
+    def begin(self, phase: str, *, step: int | None = None) -> None:
+        """Begins a phase, in the same step if no other is named."""
+        step = self._now[0].step if step is None else step
+        self._say(Doing(phase=phase, step=step))
+
+    def layer(self, number: int) -> None:
+        """Comes to a layer."""
+        self._say(replace(self._now[0], layer=number))
+
+    @contextmanager
+    def collective(self, name: str) -> Iterator[None]:
+        """Waits for others while the context lasts; an error leaves the name standing."""
+        self._say(replace(self._now[0], collective=name))
+        yield
+        self._say(replace(self._now[0], collective=None))
+
+    def goes_on(self) -> None:
+        """Gives a sign of life in the middle of something long; callable from any thread."""
+        self._alive = time.monotonic()
+
+    def read(self) -> tuple[Doing, float]:
+        """Returns what is done now, and for how many seconds nothing new was said."""
+        doing, since = self._now
+        return doing, time.monotonic() - max(since, self._alive)
+
+    def _say(self, doing: Doing) -> None:
+        self._now = (doing, time.monotonic())
