@@ -296,6 +296,17 @@ def test_the_command_prints_json_and_asked_intervals_in_whole_steps(
     assert told["settings"]["failures_per_1000_node_days"] == 6.5
 
 
+def test_a_row_that_differs_is_marked_and_ends_in_1(
+    command: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.simulate.__main__.STANDARD_ERRORS", 0)  # chance alone is too much
+    done = command("nodes=[4096]", "check=true", "check_failures=100")
+    assert done.exit_code == 1
+    *_, many, note = done.out.splitlines()
+    assert many.split()[-3] == "!"
+    assert note.startswith("! more than 0 standard errors")
+
+
 def test_rows_with_too_many_saves_are_said_not_to_be_simulated(
     command: Callable[..., Told],
 ) -> None:
