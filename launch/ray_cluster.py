@@ -136,12 +136,12 @@ class RayCluster:
         rooms = ", ".join(f"{n.address}: {n.room}" for n in nodes)
         return f"{len(nodes)} nodes with free {kind}s ({rooms})" if nodes else "no node"
 
-    def draining(self) -> set[str]:
-        """Returns the ids of the nodes that will be taken away."""
+    def draining(self) -> dict[str, str]:
+        """Returns the ids of the nodes that Ray was told to empty, and that it was."""
         client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
         with suppress(Exception):  # not public, and not worth a run
-            return set(client.get_draining_nodes())
-        return set()
+            return dict.fromkeys(client.get_draining_nodes(), "Ray drains it")
+        return {}
 
     def request(self, num_ranks: int, *, on_gpu: bool) -> None:
         """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more."""
@@ -236,13 +236,13 @@ class RayCluster:
         (port,) = _ask([first.actor.free_port.remote()], [first.node.address], interrupted)
         return f"tcp://{first.node.address}:{port}"
 
-    def start_agent(self, node: Node) -> Any:
-        """Returns an agent's actor on a node."""
+    def start_agent(self, node: Node, *, warnings: str) -> Any:
+        """Returns a `NodeAgent` as an actor on a node."""
         return _Agent.options(
             num_cpus=0,
             max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-        ).remote()
+        ).remote(warnings)
 
     def cleared(self, workers: Sequence[Worker]) -> list[Worker]:
         """Returns those of idle processes that can be used for another attempt."""

@@ -55,7 +55,7 @@ class Supervisor:
         self._stop_requested = stop_requested
         self._run_dir = Path(config.run.dir, config.run.name or "")
         self._event = EventLog(self._run_dir / "events.jsonl").write
-        self._nodes = NodeWatch(cluster)
+        self._nodes = NodeWatch(cluster, warnings=config.cluster.spot_warnings)
         self._budget = Budget(config.launch, saved_step=self._saved_step())
         self._survivors: list[Worker] = []
         self._survivors_layout: Config | None = None
@@ -146,8 +146,9 @@ class Supervisor:
 
     def _place_of(self, config: "Config") -> "tuple[Config, list[Share]] | None":
         """Returns where a layout fits, first without the nodes that failed too often."""
-        silent, left_out = self._nodes.silent(), self._budget.left_out
-        nodes = [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in silent]
+        left_out = self._budget.left_out
+        gone = self._nodes.silent() | self._nodes.warned().keys()
+        nodes = [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in gone]
         for usable in ([n for n in nodes if n.address not in left_out], nodes):
             shares = choose_nodes(
                 usable,
@@ -233,7 +234,7 @@ class Supervisor:
                 log_dir=self._run_dir / "logs",
                 hang_timeout_seconds=config.launch.hang_timeout_seconds,
                 stop_requested=self._stop_requested,
-                leaving=self._cluster.draining,
+                leaving=lambda: self._cluster.draining() | self._nodes.warned(),
                 may_grow=lambda: self._may_grow(world_size),
             )
             ended = at_work.watch()
