@@ -114,9 +114,10 @@ def test_a_job_on_two_nodes_saves_when_its_time_is_up_and_goes_on(
     shards = write_shards(tmp_path)
     log = tmp_path / "job.log"
     submitted = slurm.run(
-        slurm.head, "sbatch", "--parsable", "--nodes=2", f"--output={log}", 
+        slurm.head, "sbatch", "--parsable", "--nodes=2", f"--output={log}",
         "launch/clusters/slurm.sbatch", *TINY, f"data.dir={shards}", f"run.dir={tmp_path}/runs",
         VENV=str(Path(sys.executable).parents[1]), HEAD_ADDRESS=slurm.head.address,
+        RAY_OVERRIDE_RESOURCES='{"CPU": 1}',  # so that two ranks need both nodes
     )  # fmt: skip
     job = submitted.strip()
     wait_for(lambda: len(steps(tmp_path)) > 5, lambda: f"step 6: {log.read_text()}")
