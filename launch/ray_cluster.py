@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.failure import Failure, classify
+from launch.ray_access import demand_access, only_this_user
+from moetrain.checks import ConfigError
 from moetrain.train import Control, Outcome, Place, run_rank
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
-CONNECT_TIMEOUT_SECONDS = 10.0
 PLACEMENT_TIMEOUT_SECONDS = 60.0
 START_TIMEOUT_SECONDS = 120.0
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
 
 
@@ -55,20 +58,29 @@ class RayCluster:
     def __init__(self, *, local: bool) -> None:
         self._local = local
         self._placement: PlacementGroup | None = None
+        self._closing = ExitStack()
 
     @classmethod
-    def connect(cls, address: str | None, *, num_workers: int = 1) -> "RayCluster":
-        """Connects to the cluster at an address, or without one starts Ray on this machine."""
+    def connect(
+        cls, address: str | None, *, num_workers: int = 1, allow_unauthenticated: bool = False
+    ) -> "RayCluster":
+        """Connects to the cluster at an address, or without one starts Ray on this machine.
+
+        Raises ConfigError for a cluster that other machines can reach and that wants no token,
+        unless that is allowed.
+        """
+        cluster = cls(local=address in (None, "", "local"))
         quiet: dict[str, Any] = {
             "logging_level": logging.ERROR,
             "log_to_driver": False,
             "ignore_reinit_error": True,
         }
         try:
-            if address:
-                _demand_listener(address)
+            if address and not cluster._local:
+                address = demand_access(address, allow_unauthenticated=allow_unauthenticated)
                 ray.init(address=address, **quiet)
             else:
+                cluster._closing.enter_context(only_this_user())
                 ray.init(
                     address="local",
                     num_cpus=max(num_workers, os.cpu_count() or 1),
@@ -76,11 +88,14 @@ class RayCluster:
                     object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                     **quiet,
                 )
+        except ConfigError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:
+            cluster._closing.close()
             raise ClusterError(
                 f"launch.address={address or 'null'}: Ray can't be reached or started ({error})"
             ) from error
-        return cls(local=not address)
+        return cluster
 
     def fitting_workers(self) -> int:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
@@ -112,6 +127,8 @@ class RayCluster:
         Raises WorkersLost where one of them dies or isn't placed in time.
         """
         assert self._placement is not None
+        if self._local:  # the ranks' own connections stay on this machine, too
+            env = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | env
         actors = [
             _RankActor.options(  # type: ignore[attr-defined]
                 num_cpus=1,
@@ -157,13 +174,7 @@ class RayCluster:
         if self._placement:
             remove_placement_group(self._placement)
         ray.shutdown()
-
-
-def _demand_listener(address: str) -> None:
-    """Raises OSError where nobody listens at host:port: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
+        self._closing.close()
 
 
 def _ask(references: Any) -> Any:

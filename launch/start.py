@@ -220,6 +220,7 @@ def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -
     cluster = RayCluster.connect(
         config.launch.address or os.environ.get("RAY_ADDRESS"),
         num_workers=config.launch.num_workers or 1,
+        allow_unauthenticated=config.launch.allow_unauthenticated,
     )
     on_gpu = config.run.device != "cpu" and cluster.has_gpus()
     if config.run.device == "cuda" and not on_gpu:
