@@ -44,9 +44,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
 
         # Also with a number given: a cluster that mustn't be used is refused before anything is
         # written, and before shards are built for it.
-        cluster = RayCluster.connect(
-            address, allow_unauthenticated=settings.allow_unauthenticated
-        )
+        cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
         wanted = wanted or cluster.fitting_workers()
     wanted = wanted or _local_workers(device)
     alone = settings.mode == "auto" and wanted == 1 and not address

@@ -18,8 +18,7 @@ from pathlib import Path
 import grpc
 import ray._private.ray_constants as ray_constants
 from ray._private.services import canonicalize_bootstrap_address, get_ray_address_from_environment
-from ray._raylet import AuthenticationTokenLoader
-from ray._raylet import Config as RayConfig
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from moetrain.checks import ConfigError
 
@@ -153,5 +152,5 @@ def _send_tokens() -> None:
 
 
 def _read_again() -> None:
-    RayConfig.initialize("")  # Ray has read the mode when it was imported
+    Config.initialize("")  # Ray has read the mode when it was imported
     AuthenticationTokenLoader.instance().reset_cache()

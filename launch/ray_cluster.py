@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from launch.failure import Failure, classify
 from launch.ray_access import demand_access, only_this_user
 from moetrain.checks import ConfigError
+from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.train import Control, Outcome, Place, run_rank
 
 if TYPE_CHECKING:
@@ -225,10 +226,9 @@ class _RankActor:
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
         faulthandler.enable(file=sys.stderr)
-        logging.basicConfig(
-            level=logging.INFO, stream=sys.stderr, force=True,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )  # fmt: skip
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
     def free_address(self) -> tuple[str, int]:
         with socket.socket() as probe:
@@ -239,7 +239,7 @@ class _RankActor:
         try:
             return run_rank(config, place, self._control)
         except BaseException as error:
-            traceback.print_exc()
+            print(redacted_text(traceback.format_exc()), file=sys.stderr, flush=True)
             return classify(error)
 
     def collect(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from moetrain.checkpoint.remote import (
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
+from moetrain.redaction import RedactingFormatter, redacted_arguments, redacted_text
 from moetrain.train import (
     Control,
     Outcome,
@@ -104,7 +105,7 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
             outcome = run(config, display, stop)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
     return _close_run(config, outcome, shards, report)
 
@@ -284,7 +285,7 @@ def _run_external(
         if prepared:
             code = _close_run(config, outcome, prepared.shards, report)
     except Exception as error:
-        print(f"moetrain: rank {rank}: {classify(error).reason}", file=sys.stderr)
+        print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # tearing a process group down now and then aborts after success
@@ -296,7 +297,8 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
-    event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
+    command = " ".join(redacted_arguments(sys.argv))
+    event("start", command=command, workers=config.launch.num_workers, pid=os.getpid())
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
@@ -393,7 +395,7 @@ def _closing_lines(
 def _logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
     """Sends this process's log records to the rank's own file while the context lasts."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield

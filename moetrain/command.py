@@ -20,8 +20,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.checks import ConfigError, nearest
+from moetrain.checks import ConfigError, demand_no_secrets, nearest
 from moetrain.config import known_keys, unknown_setting, validated
+from moetrain.redaction import redacted_text
 
 Tree = TypeVar("Tree")
 
@@ -59,6 +60,11 @@ def run_command(
     register(tree, name="schema")
     codes: list[int] = []
     trees: list[Tree] = []
+    if {"-m", "--multirun"} & set(sys.argv):
+        where = "a sweep's settings are written into its multirun.yaml"
+        codes.append(_guarded(lambda: demand_no_secrets(sys.argv[1:], where=where) or DONE, tree))
+        if codes[0]:
+            raise SystemExit(codes[0])
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
@@ -79,7 +85,7 @@ def run_command(
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))
     except (ValueError, TypeError) as error:  # what Hydra itself lets through
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         codes.append(BAD_CONFIGURATION)
     try:
         for values in trees:
@@ -181,7 +187,7 @@ def _guarded(work: Callable[[], int], tree: type) -> int:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = _explained(error, tree)
-    print(f"moetrain: {message}", file=sys.stderr)
+    print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
     return BAD_CONFIGURATION
 
 

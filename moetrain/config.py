@@ -21,7 +21,7 @@ from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
-from moetrain.checks import ConfigError, nearest
+from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
@@ -31,6 +31,7 @@ from moetrain.train import RunSettings, TrainSettings
 
 Tree = TypeVar("Tree")
 
+SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
 MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
 
 
@@ -85,6 +86,7 @@ def known_keys(tree: type, path: list[str]) -> list[str]:
 def check(config: Config) -> None:
     """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
     model, train = config.model, config.train
+    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
     _check_layers(model)
     _check_groups(model)
     if model.num_heads % model.num_kv_heads:

@@ -40,7 +40,9 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("ray", {"launch/ray_cluster.py"}),
+        # What a run does with a cluster, and whether it may.
+        ("ray", {"launch/ray_cluster.py", "launch/ray_access.py"}),
+        ("grpc", {"launch/ray_access.py"}),
         # Ours are written and read in one place; another reads Hugging Face's.
         (
             "safetensors",

@@ -83,7 +83,7 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
-def ask(home: Path, *questions: tuple[dict[str, str], str, bool]) -> list[str]:
+def ask(home: Path, *questions: tuple[dict[str, str], str, bool], **environ: str) -> list[str]:
     """Returns what a fresh process with an empty home says of clusters.
 
     A question is an environment, an address, and whether anything is allowed.
@@ -91,7 +91,7 @@ def ask(home: Path, *questions: tuple[dict[str, str], str, bool]) -> list[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", ASK, json.dumps(questions)],
-        env=kept | {"HOME": str(home)},
+        env=kept | {"HOME": str(home)} | environ,
         capture_output=True,
         text=True,
         timeout=100,
@@ -187,8 +187,10 @@ def test_a_run_on_this_machine_listens_on_loopback_and_wants_a_token(tmp_path: P
         assert len(places) > 8, places  # Ray's servers, and the ranks' own
         assert {address for address, _, _ in places} <= {"127.0.0.1", "::1"}, places
         gcs = next(port for _, port, title in places if "/gcs_server" in title)
-        # By its door for clients: for the other, Ray takes this machine's address in its network.
-        (refused,) = ask(tmp_path, ({}, f"localhost.:{gcs}", False))
+        # Ray would take 127.0.0.1 for this machine's address in its network, where nobody listens.
+        (refused,) = ask(
+            tmp_path, ({}, f"127.0.0.1:{gcs}", False), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"
+        )
         assert "wants a token, and none is in reach" in refused
         # The token can be read by this user alone, and stands in no process's environment.
         raylet = next(pid for pid in own if "/raylet " in title_of(pid))
