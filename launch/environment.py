@@ -18,6 +18,7 @@ OF_A_MACHINE = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LC_*", "LD_LIBRARY_PATH",
     "LD_PRELOAD", "DYLD_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "XDG_*", "HOSTNAME", "TERM",
     "CUDA_*", "NVIDIA_*", "ROCR_*", "HIP_*", "RAY_*", "SLURM_*", "KUBERNETES_*",
+    "SSL_CERT_*", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
 OF_A_RUN = (
     # How ranks compute and talk: the same on all of them.
@@ -28,7 +29,7 @@ OF_A_RUN = (
     "AWS_*", "S3_*", "GOOGLE_*", "CLOUDSDK_*", "GCSFS_*", "STORAGE_EMULATOR_HOST", "FSSPEC_*",
     "HF_*", "HUGGING_FACE_*", "TRANSFORMERS_*", "TOKENIZERS_*",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
-    "all_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+    "all_proxy",
     # What the first rank alone gets of.
     "WANDB_*",
 )  # fmt: skip
@@ -62,7 +63,9 @@ def for_ranks(
     """
     for name in pass_env:
         if name not in environ and not any(sign in name for sign in "*?["):
-            raise ConfigError("launch.pass_env", name, "isn't set in this environment: leave it out")
+            raise ConfigError(
+                "launch.pass_env", name, "isn't set in this environment: leave it out"
+            )
     wanted = {
         name: value
         for name, value in environ.items()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from launch.environment import for_ranks
 from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
 
@@ -24,6 +25,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     Raises ConfigError where the settings contradict that, or themselves.
     """
     wanted = settings.num_workers
+    for_ranks(os.environ, cluster_env={}, pass_env=settings.pass_env)  # refuses what isn't set
     if settings.mode == "auto" and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         started = int(os.environ["WORLD_SIZE"])
         if wanted not in (None, started):
