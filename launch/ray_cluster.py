@@ -36,7 +36,7 @@ from launch.failure import Failure, classify
 from launch.node_agent import NodeAgent
 from launch.placement import Node, Share
 from launch.ray_access import demand_access, only_this_user
-from moetrain.checks import ConfigError
+from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
 
@@ -112,6 +112,9 @@ class RayCluster:
             try:
                 if not local:
                     assert address is not None
+                    demand_no_secrets(
+                        sys.argv[1:], where="Ray shows the command line of whoever uses a cluster"
+                    )
                     found = demand_access(address, allow_unauthenticated=allow_unauthenticated)
                     ray.init(address=found, **quiet)
                 else:

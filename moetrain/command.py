@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline.composition import only_compose
 from moetrain.checks import ConfigError, demand_no_secrets, nearest
 from moetrain.config import known_keys, unknown_setting, validated
 from moetrain.redaction import redacted_text
@@ -58,13 +60,18 @@ def run_command(
     else:
         _register_bare(module)
     register(tree, name="schema")
+    only_compose()
     codes: list[int] = []
     trees: list[Tree] = []
     if {"-m", "--multirun"} & set(sys.argv):
         where = "a sweep's settings are written into its multirun.yaml"
-        codes.append(_guarded(lambda: demand_no_secrets(sys.argv[1:], where=where) or DONE, tree))
-        if codes[0]:
-            raise SystemExit(codes[0])
+
+        def refuse_secrets() -> int:
+            demand_no_secrets(sys.argv[1:], where=where)
+            return DONE
+
+        if code := _guarded(refuse_secrets, tree):
+            raise SystemExit(code)
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
@@ -84,8 +91,9 @@ def run_command(
     )(job)
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))
-    except (ValueError, TypeError) as error:  # what Hydra itself lets through
-        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # what Hydra itself lets through
+        text = " ".join(str(error).split())
+        print(f"moetrain: {redacted_text(text)}", file=sys.stderr)
         codes.append(BAD_CONFIGURATION)
     try:
         for values in trees:

@@ -87,7 +87,6 @@ def known_keys(tree: type, path: list[str]) -> list[str]:
 def check(config: Config) -> None:
     """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
     model, train = config.model, config.train
-    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
     _check_layers(model)
     _check_groups(model)
     if model.num_heads % model.num_kv_heads:
@@ -165,6 +164,7 @@ def check(config: Config) -> None:
         here = "cpu" if config.run.device == "cpu" else None
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
+    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
 
 
 def _check_layers(model: ModelSettings) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.ray_cluster import RayCluster
+from moetrain.checks import ConfigError
 from tests.launch.test_launching import RAY, reached, started, wait_for
 from tests.support.processes import environment_of, family_of, listening, title_of
 from tests.support.runs import write_shards
@@ -41,7 +43,7 @@ print(json.dumps(said))
 
 
 @contextlib.contextmanager
-def head(folder: Path, *, port: int, token: str | None) -> Iterator[str]:
+def head(folder: Path, *, port: int, token: str | None, num_cpus: int = 1) -> Iterator[str]:
     """Runs the head node of a cluster as `ray start` does; yields its true address."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token" if token else "disabled"}
@@ -50,7 +52,8 @@ def head(folder: Path, *, port: int, token: str | None) -> Iterator[str]:
     process = subprocess.Popen(
         [
             Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}",
-            f"--ray-client-server-port={port + 1}", "--include-dashboard=false", "--num-cpus=1",
+            f"--ray-client-server-port={port + 1}", "--include-dashboard=false",
+            f"--num-cpus={num_cpus}",
             "--object-store-memory=100000000", f"--temp-dir=/tmp/ray-{os.getpid()}-{port}",
             "--log-color=false",
             "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
@@ -161,6 +164,15 @@ def test_a_cluster_with_a_token_is_used_with_that_token_alone(tmp_path: Path) ->
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.stdout == "1\n", done.stderr
+
+
+def test_a_command_line_with_a_secret_is_not_brought_to_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray shows the command lines of all that use a cluster."""
+    monkeypatch.setattr(sys, "argv", ["moetrain", "cluster.env.HF_TOKEN=abc"])
+    with pytest.raises(ConfigError, match=r"^cluster.env.HF_TOKEN=\[redacted\]: is a secret, and"):
+        RayCluster.connect("192.0.2.1:6379")
 
 
 def test_where_nothing_answers_as_ray_does_is_said_at_once(tmp_path: Path) -> None:
