@@ -28,8 +28,8 @@ def only_compose() -> None:
     """Has Hydra refuse, from now on in this process, configurations that name what is to be run.
 
     Ends the process where the command line would have it load a pickle, which can name anything.
-    Else it raises ConfigCompositionException where it composes one: for a run, a sweep and each of its
-    trials.
+    Else it raises ConfigCompositionException where it composes one: for a run, a sweep and each of
+    its trials.
     """
     # Its beginning is enough for Hydra, and no other option of it begins so.
     if any(word.startswith("--e") for word in sys.argv):

@@ -34,6 +34,8 @@ def mark(tmp_path: Path) -> Path:
 
 
 CALL = "{{_target_: os.mkdir, path: {mark}}}"
+# Without a root logger, as Hydra's own choices here have none, Hydra leaves the rest alone.
+LOGGED = "handlers: {{x: {{'()': os.mkdir, path: {mark}}}}}, root: {{handlers: [x]}}"
 
 
 @pytest.mark.parametrize(
@@ -47,8 +49,6 @@ CALL = "{{_target_: os.mkdir, path: {mark}}}"
         f"+hydra.launcher.inner={CALL}",
         f"hydra.sweeper={CALL}",
         "hydra.sweeper._target_=hydra_plugins.other.Sweeper",
-        "+hydra.job_logging.handlers={{x: {{'()': os.mkdir, path: {mark}}}}}",
-        "+hydra.hydra_logging.formatters={{x: {{'()': os.mkdir, path: {mark}}}}}",
         "+hydra.job_logging.handlers={{x: {{class: logging.handlers.SocketHandler}}}}",
         "+hydra.job_logging.handlers={{x: {{class: logging.StreamHandler, stream: 'ext://os.x'}}}}",
         "+hydra.job.env_set={{PYTHONSTARTUP: {mark}}}",
@@ -99,9 +99,11 @@ def test_a_trial_of_a_sweep_is_looked_through_as_well(
     mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "experiment").mkdir()
-    hostile = "# @package _global_\nhydra:\n  callbacks:\n    evil: " + CALL.format(mark=mark)
-    (tmp_path / "experiment/theirs.yaml").write_text(hostile)
-    words = ["--config-dir", str(tmp_path), "-m", "experiment=toy,theirs"]
+    logged = LOGGED.format(mark=mark)
+    (tmp_path / "experiment/theirs.yaml").write_text(
+        f"# @package _global_\nhydra:\n  job_logging: {{version: 1, {logged}}}"
+    )
+    words = ["-m", "--config-dir", str(tmp_path), "experiment=toy,theirs"]
     assert outcome(monkeypatch, *words, f"run.dir={tmp_path}/runs")[0] == 2
     assert not mark.exists()
 
