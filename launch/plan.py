@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from launch.environment import for_ranks
 from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
 
@@ -24,6 +25,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     Raises ConfigError where the settings contradict that, or themselves.
     """
     wanted = settings.num_workers
+    for_ranks(os.environ, cluster_env={}, pass_env=settings.pass_env)  # refuses what isn't set
     if settings.mode == "auto" and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         started = int(os.environ["WORLD_SIZE"])
         if wanted not in (None, started):
@@ -39,17 +41,21 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
                 "launch.num_workers", wanted, "launch.mode=inline runs one rank: use 1, or ray"
             )
         return Plan(mode="inline", num_workers=1)
-    if wanted is None and _cluster_address(settings):
+    if address := _cluster_address(settings):
         from launch.ray_cluster import RayCluster
 
-        wanted = RayCluster.connect(_cluster_address(settings)).fitting_workers()
+        # Also with a number given: a cluster that mustn't be used is refused before anything is
+        # written, and before shards are built for it.
+        cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
+        wanted = wanted or cluster.fitting_workers()
     wanted = wanted or _local_workers(device)
-    alone = settings.mode == "auto" and wanted == 1 and not _cluster_address(settings)
+    alone = settings.mode == "auto" and wanted == 1 and not address
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
 
 
 def _cluster_address(settings: LaunchSettings) -> str | None:
-    return settings.address or os.environ.get("RAY_ADDRESS")
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 def _local_workers(device: str) -> int:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
+from launch.environment import for_ranks
 from launch.failure import classify
 from launch.plan import Plan
 from launch.ray_cluster import ClusterError, RayCluster
@@ -42,6 +43,7 @@ from moetrain.checkpoint.remote import (
 from moetrain.checks import ConfigError
 from moetrain.observe import EventLog, ProgressDisplay, read_metrics
 from moetrain.parallel import join_ranks
+from moetrain.redaction import RedactingFormatter, redacted_arguments, redacted_text
 from moetrain.train import (
     Control,
     Outcome,
@@ -119,7 +121,7 @@ def _run(
                 outcome = _run_on_ray(config, display, stop, refit=refit)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
     return _close_run(config, outcome, shards, report)
 
@@ -241,6 +243,10 @@ def _run_on_ray(
     cluster = RayCluster.connect(
         config.launch.address or os.environ.get("RAY_ADDRESS"),
         num_workers=config.launch.num_workers or 1,
+        allow_unauthenticated=config.launch.allow_unauthenticated,
+        environment=for_ranks(
+            os.environ, cluster_env=config.cluster.env, pass_env=config.launch.pass_env
+        ),
     )
     on_gpu = config.run.device != "cpu" and cluster.has_gpus()
     if config.run.device == "cuda" and not on_gpu:
@@ -306,7 +312,7 @@ def _run_external(
         if prepared:
             code = _close_run(config, outcome, prepared.shards, report)
     except Exception as error:
-        print(f"moetrain: rank {rank}: {classify(error).reason}", file=sys.stderr)
+        print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # tearing a process group down now and then aborts after success
@@ -318,7 +324,8 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
-    event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
+    command = " ".join(redacted_arguments(sys.argv))
+    event("start", command=command, workers=config.launch.num_workers, pid=os.getpid())
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
@@ -415,7 +422,7 @@ def _closing_lines(
 def _logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
     """Sends this process's log records to the rank's own file while the context lasts."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield

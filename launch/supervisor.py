@@ -196,7 +196,6 @@ class Supervisor:
                 survivors=self._usable_survivors(config),
                 on_gpu=self._on_gpu,
                 log_dir=self._run_dir / "logs",
-                env=config.cluster.env,
                 interrupted=lambda: self._interruption(shares),
             )
             rendezvous = self._cluster.rendezvous(workers, lambda: self._interruption(shares))

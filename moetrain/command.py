@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.checks import ConfigError, nearest
+from data_pipeline.composition import only_compose
+from moetrain.checks import ConfigError, demand_no_secrets, nearest
 from moetrain.config import known_keys, unknown_setting, validated
+from moetrain.redaction import redacted_text
 
 Tree = TypeVar("Tree")
 
@@ -57,8 +60,18 @@ def run_command(
     else:
         _register_bare(module)
     register(tree, name="schema")
+    only_compose()
     codes: list[int] = []
     trees: list[Tree] = []
+    if {"-m", "--multirun"} & set(sys.argv):
+        where = "a sweep's settings are written into its multirun.yaml"
+
+        def refuse_secrets() -> int:
+            demand_no_secrets(sys.argv[1:], where=where)
+            return DONE
+
+        if code := _guarded(refuse_secrets, tree):
+            raise SystemExit(code)
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
@@ -78,8 +91,9 @@ def run_command(
     )(job)
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))
-    except (ValueError, TypeError) as error:  # what Hydra itself lets through
-        print(f"moetrain: {error}", file=sys.stderr)
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # what Hydra itself lets through
+        text = " ".join(str(error).split())
+        print(f"moetrain: {redacted_text(text)}", file=sys.stderr)
         codes.append(BAD_CONFIGURATION)
     try:
         for values in trees:
@@ -181,7 +195,7 @@ def _guarded(work: Callable[[], int], tree: type) -> int:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = _explained(error, tree)
-    print(f"moetrain: {message}", file=sys.stderr)
+    print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
     return BAD_CONFIGURATION
 
 

@@ -22,7 +22,7 @@ from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
-from moetrain.checks import ConfigError, nearest
+from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
@@ -32,6 +32,7 @@ from moetrain.train import RunSettings, TrainSettings
 
 Tree = TypeVar("Tree")
 
+SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
 MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
 
 
@@ -163,6 +164,7 @@ def check(config: Config) -> None:
         here = "cpu" if config.run.device == "cpu" else None
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
+    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
 
 
 def _check_layers(model: ModelSettings) -> None:

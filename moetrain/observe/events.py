@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.observe.json_lines import append_line, read_lines
+from moetrain.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class EventLog:
         self.path = Path(path)
 
     def write(self, kind: str, *, reason: str | None = None, **fields: Any) -> None:
-        """Append `{"time", "event", "reason", **fields}`.
+        """Append `{"time", "event", "reason", **fields}`, without the secrets in them.
 
         Never raises for the disk's sake: an event is often written while something worse is being
         handled, and a full disk must not hide that.
@@ -29,7 +30,7 @@ class EventLog:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         record = {"time": time, "event": kind, "reason": reason} | fields
         try:
-            append_line(self.path, record)
+            append_line(self.path, redacted(record))
         except OSError as error:
             logger.warning("event %r not recorded: %s", kind, error)
 

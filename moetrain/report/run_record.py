@@ -15,6 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from moetrain.observe import iterate_metrics, read_events
+from moetrain.redaction import redacted_text
 
 Floats = NDArray[np.float64]
 
@@ -102,6 +103,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read whatever of a run is there; records of one step are joined, and the later value wins."""
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(errors="replace") if config_path.is_file() else ""
+    config_text = redacted_text(config_text)  # of a version that saved it as it was
     config = _parsed(config_text)
     events = read_events(run_dir / "events.jsonl")
     state, reason = _state(events)
