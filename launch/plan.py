@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,17 +40,43 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
                 "launch.num_workers", wanted, "launch.mode=inline runs one rank: use 1, or ray"
             )
         return Plan(mode="inline", num_workers=1)
-    if wanted is None and _cluster_address(settings):
+    if wanted is None and (address := cluster_address(settings)):
         from launch.ray_cluster import RayCluster
 
-        wanted = RayCluster.connect(_cluster_address(settings)).fitting_workers()
+        wanted = RayCluster.connect(address).fitting_workers()
     wanted = wanted or _local_workers(device)
-    alone = settings.mode == "auto" and wanted == 1 and not _cluster_address(settings)
+    alone = settings.mode == "auto" and wanted == 1 and not cluster_address(settings)
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
 
 
-def _cluster_address(settings: LaunchSettings) -> str | None:
-    return settings.address or os.environ.get("RAY_ADDRESS")
+def cluster_address(settings: LaunchSettings) -> str | None:
+    """Returns the address of the Ray cluster that the ranks run on; None: one started here.
+
+    `auto` is the cluster that this process is a job of, else the one that `ray start` has made
+    this machine a node of, else none.
+    """
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address == "auto":
+        from launch.ray_cluster import running_cluster
+
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        address = running_cluster() if address == "auto" else address
+    return address or None
+
+
+def lasting(folder: str) -> Path:
+    """Returns the absolute path of a folder that runs are kept in.
+
+    In a Ray job the current folder may be Ray's copy of a working directory, which it deletes when
+    it likes: there a relative path starts at the home folder.
+    """
+    here = Path.cwd()
+    return (Path.home() if is_ray_copy(here) else here) / folder
+
+
+def is_ray_copy(folder: Path) -> bool:
+    """Returns whether a folder is Ray's own copy of a job's working directory."""
+    return {"runtime_resources", "working_dir_files"} <= set(folder.parts)
 
 
 def _local_workers(device: str) -> int:

@@ -159,6 +159,20 @@ class RayCluster:
         ray.shutdown()
 
 
+def running_cluster() -> str | None:
+    """Returns the address of the cluster that `ray start` has made this machine a node of, if any.
+
+    Ray's own `auto` also finds the private Ray of any other program on the machine, and a cluster
+    that ended without `ray stop`.
+    """
+    address = ray._private.services.find_bootstrap_address(None)  # type: ignore[attr-defined]
+    try:
+        _demand_listener(address or "")
+    except OSError:
+        return None
+    return address or None
+
+
 def _demand_listener(address: str) -> None:
     """Raises OSError where nobody listens at host:port: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

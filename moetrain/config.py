@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
+from launch.plan import lasting
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
@@ -267,7 +267,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
         ),
         run=replace(
             config.run,
-            dir=str(Path(config.run.dir).absolute()),
+            dir=str(lasting(config.run.dir)),
             name=config.run.name or _new_name(config, now),
         ),
         data=replace(
@@ -289,4 +289,4 @@ def _new_name(config: Config, now: datetime) -> str:
     base = f"{now:%Y%m%d-%H%M%S}"
     taken = (f"{base}-{n}" for n in range(2, 10_000))
     names = [base, *taken]
-    return next(n for n in names if not (Path(config.run.dir) / n).exists())
+    return next(n for n in names if not (lasting(config.run.dir) / n).exists())

@@ -183,7 +183,9 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
         ranks = rank_pids(tmp_path)
         os.kill(ranks[1], signal.SIGSTOP)  # so that the first signal alone would not end it
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)  # so soon it is the same stop, passed on
+        time.sleep(2.0)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 1
