@@ -269,7 +269,7 @@ def running_cluster() -> str | None:
     Ray's own `auto` also finds the private Ray of any other program on the machine, and a cluster
     that ended without `ray stop`.
     """
-    address = ray._private.services.find_bootstrap_address(None)  # type: ignore[attr-defined]
+    address = ray._private.services.find_bootstrap_address(None)
     try:
         _demand_listener(address or "")
     except OSError:

@@ -126,7 +126,8 @@ def _run(
         event("fail", reason=str(error))
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
-    return _close_run(config, outcome, shards, report)
+    with stop.on_signals():  # a stop that comes so late must not spoil the end
+        return _close_run(config, outcome, shards, report)
 
 
 def _fetch(config: "Config") -> None:

@@ -40,7 +40,8 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("ray", {"launch/ray_cluster.py"}),
+        # Jobs are submitted by HTTP, also from where no Ray runs.
+        ("ray", {"launch/ray_cluster.py", "launch/submit/ray_jobs.py"}),
         # Ours are written and read in one place; another reads Hugging Face's.
         (
             "safetensors",

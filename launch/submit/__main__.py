@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from launch import ClusterError, cluster_address
+from launch import cluster_address
 from launch.submit.job import Gone, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
@@ -112,7 +112,9 @@ def _working_dir(setting: str | None) -> Path | None:
         folder = Path(setting).absolute() if setting else None
         if folder and not _has_moetrain(folder):
             raise ConfigError(
-                "submit.working_dir", setting, "has no moetrain/__main__.py: use a checkout, or null"
+                "submit.working_dir",
+                setting,
+                "has no moetrain/__main__.py: use a checkout, or null",
             )
         return folder
     return Path.cwd() if _has_moetrain(Path.cwd()) else None

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray._raylet import AuthenticationTokenLoader
-from ray._raylet import Config as RayConfig
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -127,6 +127,13 @@ class _Client(JobSubmissionClient):
     """Ray's client, which would wait for ever for an answer from a network that was cut."""
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
+        size = len(kwargs.get("data") or b"")
+        if size > DASHBOARD_CLIENT_MAX_SIZE:
+            raise JobRefused(
+                f"the folder to be copied has {size / 2**20:,.0f} MiB, and Ray's job server takes "
+                f"{DASHBOARD_CLIENT_MAX_SIZE / 2**20:,.0f} MiB: move large files out of it, or "
+                "name them in its .gitignore or .rayignore"
+            )
         return super()._do_request(method, endpoint, timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)
 
     def session_name(self) -> str:

@@ -88,8 +88,8 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 60) ->
     raise AssertionError(f"no {what} within {seconds} s")
 
 
-def reached(folder: Path, step: int) -> Callable[[], bool]:
-    return lambda: metrics_of(folder)[-1]["step"] >= step
+def reached(folder: Path, step: int, *, name: str = "tiny") -> Callable[[], bool]:
+    return lambda: metrics_of(folder, name)[-1]["step"] >= step
 
 
 def rank_pids(folder: Path) -> list[int]:
@@ -98,8 +98,8 @@ def rank_pids(folder: Path) -> list[int]:
     return [rank["pid"] for rank in attempts[-1]["ranks"]]
 
 
-def kinds(folder: Path) -> list[str]:
-    return [event["event"] for event in events_of(folder)]
+def kinds(folder: Path, *, name: str = "tiny") -> list[str]:
+    return [event["event"] for event in events_of(folder, name)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -40,8 +41,12 @@ def ray_head(*, num_cpus: int, **env: str) -> Iterator[RayHead]:
     """
     gcs, dashboard, agent, client = _free_ports(4)
     tmp = Path(tempfile.mkdtemp(prefix="rh", dir="/tmp"))  # short: sockets live in it
+    token = tmp / "token"
+    token.write_text(secrets.token_hex(32))
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_TMPDIR": str(tmp),
         "RAY_USAGE_STATS_ENABLED": "0",
