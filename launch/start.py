@@ -6,11 +6,13 @@ lines and the exit code. Ranks do everything else.
 
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,7 +27,7 @@ import yaml
 from data_pipeline import DataError, DataSettings, ShardFolder
 from launch.environment import for_ranks
 from launch.failure import classify
-from launch.plan import Plan
+from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
 from moetrain.checkpoint import (
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 DONE, FAILED, STOPPED = 0, 1, 75
+SAME_STOP_SECONDS = 1.0
 
 
 def start(
@@ -82,6 +85,8 @@ def start(
     if plan.mode == "external":
         _run_external(config, data=data, report=report)
     run_dir = Path(config.run.dir, config.run.name or "")
+    if is_ray_copy(Path.cwd()):
+        print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
     _fetch(config)
     prepared = prepare(config, data, progress=True)
     with _held(run_dir):
@@ -123,7 +128,8 @@ def _run(
         event("fail", reason=str(error))
         print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
-    return _close_run(config, outcome, shards, report)
+    with stop.on_signals():  # a stop that comes so late must not spoil the end
+        return _close_run(config, outcome, shards, report)
 
 
 def _fetch(config: "Config") -> None:
@@ -169,11 +175,16 @@ def _complete(run_dir: Path, *, num_steps: int) -> Save | None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once."""
+    """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once.
+
+    What comes within a second is the same stop: Ray, Slurm and terminals signal every process of a
+    job, and a parent among them passes on what it got.
+    """
 
     def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:
         self._event = threading.Event()
         self._told = told
+        self._asked_at = math.inf
 
     def __call__(self) -> bool:
         """Returns whether a stop was asked for."""
@@ -185,7 +196,10 @@ class StopRequest:
 
         def handle(_: int, __: FrameType | None) -> None:
             if self._event.is_set():
-                os._exit(FAILED)  # Ray's processes, if any, end with this one
+                if time.monotonic() - self._asked_at > SAME_STOP_SECONDS:
+                    os._exit(FAILED)  # Ray's processes, if any, end with this one
+                return
+            self._asked_at = time.monotonic()
             self._event.set()
             self._told()
 
@@ -241,7 +255,7 @@ def _run_on_ray(
     """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
     display.phase("starting Ray")
     cluster = RayCluster.connect(
-        config.launch.address or os.environ.get("RAY_ADDRESS"),
+        cluster_address(config.launch),
         num_workers=config.launch.num_workers or 1,
         allow_unauthenticated=config.launch.allow_unauthenticated,
         environment=for_ranks(
