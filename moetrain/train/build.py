@@ -15,7 +15,7 @@ from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatc
 from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
-from moetrain.observe import EventLog, MetricsFile, WandbSink
+from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.train.control import Control, Place, collective_timeout
@@ -52,6 +52,8 @@ class Trainer:
     sinks: list[Callable[[dict[str, Any]], None]]
     """Where metric records go; empty on every rank but one."""
     event: Callable[..., None]
+    tally: Tally
+    """What this attempt's time goes to."""
     close: Callable[[int], None]
     """Ends what must be ended, told the exit code."""
 
@@ -75,6 +77,7 @@ def build_trainer(
 
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
+    tally = Tally(run_dir if leads else None)
     uploader = _uploader(config, place, control, event=event) if leads else None
     checkpoints = CheckpointStore(
         run_dir / "checkpoints",
@@ -83,7 +86,7 @@ def build_trainer(
         config=as_plain(config),
         mesh=_mesh(config, place, device),
         timeout=timedelta(seconds=patience),
-        event=event,
+        event=tally.on_save(event),
         good=_tell_nobody if uploader is None else uploader.submit,
         in_use=set if uploader is None else uploader.busy,
         alive=control.still_there,
@@ -166,6 +169,7 @@ def build_trainer(
         state=state,
         sinks=sinks,
         event=event,
+        tally=tally,
         close=close_all,
     )
 
