@@ -13,7 +13,7 @@ import torch
 from data_pipeline import Batch
 from moetrain.model import random_stream, training_flops_per_token
 from moetrain.optim import learning_rate
-from moetrain.parallel import any_rank
+from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
 from moetrain.train.control import Outcome
 from moetrain.train.state import checkpoint_tensors
@@ -45,7 +45,7 @@ def train(trainer: Trainer) -> Outcome:
     trainer.event("training", step=state.step, attempt=trainer.place.attempt)
     tally.begin(trainer.place.attempt)
     while state.step < settings.num_steps:
-        control.beat("between steps", state.step)
+        control.beat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
         if any_rank(leaves, device=trainer.device):
             break
@@ -66,6 +66,8 @@ def train(trainer: Trainer) -> Outcome:
             with stopwatch.saving(), tally.saving(state.step):
                 save(trainer)
             saved_step = state.step
+            if any_rank(control.move_requested, device=trainer.device):
+                break
         tally.sign(state.step)
     if state.step > saved_step:
         with tally.saving(state.step):
