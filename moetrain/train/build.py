@@ -21,6 +21,7 @@ from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, re
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import as_plain, demand_same_model, global_batches
 from moetrain.train.state import TrainState, checkpoint_tensors
+from moetrain.train.stragglers import Stragglers
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -52,6 +53,8 @@ class Trainer:
     sinks: list[Callable[[dict[str, Any]], None]]
     """Where metric records go; empty on every rank but one."""
     event: Callable[..., None]
+    stragglers: Stragglers | None
+    """Compares the ranks; None where there is but one."""
     tally: Tally
     """What this attempt's time goes to."""
     close: Callable[[int], None]
@@ -146,6 +149,17 @@ def build_trainer(
         for source in shards.sources
     }
 
+    stragglers = None
+    if place.world_size > 1:
+        stragglers = Stragglers(
+            model,
+            device=device,
+            step=state.step,
+            activity=control.activity,
+            event=event,
+            say=lambda text: control.publish("say", text) if leads else None,
+        )
+
     def close_all(exit_code: int) -> None:
         checkpoints.close(timeout_seconds=patience)
         prefetcher.close()
@@ -169,6 +183,7 @@ def build_trainer(
         state=state,
         sinks=sinks,
         event=event,
+        stragglers=stragglers,
         tally=tally,
         close=close_all,
     )

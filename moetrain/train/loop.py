@@ -167,6 +167,12 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
     }
     if (effective := trainer.tally.effective()) is not None:
         record["perf/effective_training_time"] = effective
+    if trainer.stragglers is not None:
+        record |= trainer.stragglers.compare(
+            step=state.step,
+            step_seconds=stopwatch.step_seconds(),
+            data_wait_seconds=stopwatch.data_wait_seconds(),
+        )
     if (stalled := stopwatch.stall_seconds()) is not None:
         record["checkpoint/stall_seconds"] = stalled
     if peak := config.cluster.peak_tflops_per_gpu:
