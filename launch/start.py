@@ -414,7 +414,7 @@ def _closing_lines(
     speeds = [s for r in records if (s := r.get("perf/tokens_per_second"))]
     if speeds:
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
-    if line := _effective(run_account(run_dir)):
+    if line := effective_line(run_account(run_dir)):
         yield line
     name = config.run.name
     if run_dir.is_relative_to(Path.cwd()):
@@ -429,7 +429,7 @@ def _closing_lines(
         yield f"next      the same command with run.name={name} goes on from here"
 
 
-def _effective(account: Account | None) -> str | None:
+def effective_line(account: Account | None) -> str | None:
     """Returns how much of the run's time counts, if much of it is gone or anything was lost."""
     if account is None or account.effective is None:
         return None

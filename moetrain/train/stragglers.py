@@ -24,7 +24,7 @@ from moetrain.parallel import Activity, gather_objects, gather_over_ranks
 # A rank is told of if it is so much slower in each of so many windows in a row. A window has at
 # least so many steps, and lasts long enough for the scheduler's noise to even out.
 MARGIN, WINDOWS = 1.5, 3
-WINDOW_STEPS, WINDOW_SECONDS = 10, 5.0
+WINDOW_STEPS, WINDOW_SECONDS = 10, 30.0
 OVER = 1.25  # and of its end once it is below this as often
 MAX_TIMED_CALLS = 512  # on CUDA, between two records: each costs two events
 MAX_RATIO = 100.0
@@ -135,7 +135,8 @@ class Times:
         """Returns the time of attention as a multiple of the median of the others', [ranks]."""
         peers = median_of_others(self.attention)
         ratios = np.divide(self.attention, peers, out=np.ones_like(peers), where=peers > 0)
-        return np.minimum(ratios, MAX_RATIO)
+        bounded: Floats = np.minimum(ratios, MAX_RATIO)
+        return bounded
 
     def waiting(self) -> Floats:
         """Returns how many times as long a step is as it would be without the rank's wait, [ranks].

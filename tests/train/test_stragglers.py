@@ -1,8 +1,9 @@
-"""Which rank is slower than its peers: the rule on made-up times, and real ranks that are slowed."""
+"""Which rank is slower than its peers: the rule on made-up times, and real ranks, one slowed."""
 
+import os
+import signal
 import statistics
-import subprocess
-import sys
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moetrain.config import Config
+from moetrain.train import stragglers
 from moetrain.train.stragglers import (
     MARGIN,
     WINDOW_SECONDS,
@@ -20,6 +23,8 @@ from moetrain.train.stragglers import (
     Watch,
     median_of_others,
 )
+from tests.support.ranks import run_ranks
+from tests.support.runs import events_of, tiny_config, train_as_rank, write_shards
 
 
 def times(attention: list[float], waits: list[float] | None = None, *, steps: int = WINDOW_STEPS,
@@ -103,3 +108,51 @@ def test_a_rank_that_waits_for_data_holds_up_the_step_by_its_wait() -> None:
 def test_nothing_measured_is_no_straggler() -> None:
     assert times([0, 0], [0, 0], step_seconds=0.0).ratios().tolist() == [1, 1]
     assert np.isfinite(times([0, 1], [9, 0], step_seconds=1.0).ratios()).all()
+
+
+# ── Real ranks ────────────────────────────────────────────────────────────────────────────────
+
+
+def train_slowed(config: Config, slow_rank: int | None) -> dict[str, Any]:
+    """Trains as a rank, one of which is stopped most of the time, as if its core were shared."""
+    import torch.distributed as dist
+
+    stragglers.WINDOW_SECONDS = 0.5  # patience is for noise, and would take the test minutes
+    child = os.fork() if dist.get_rank() == slow_rank else None
+    if child == 0:
+        while True:
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(0.016)
+            os.kill(os.getppid(), signal.SIGCONT)
+            time.sleep(0.004)
+    try:
+        return dict(train_as_rank(config, None, 1).last)
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slowed_is_named_in_events_and_metrics(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    config = tiny_config(
+        tmp_path, shards=shards, num_workers=2, train__num_steps=60,
+        train__seq_len=64, train__global_batch_size=16, observe__log_every_steps=10,
+        checkpoint__every_steps=1000,
+    )  # fmt: skip
+    last, _ = run_ranks(train_slowed, 2, config, 1)
+    told = [event for event in events_of(tmp_path) if event["event"] == "straggler"]
+    assert told, f"none told of; the last record has {last}"
+    assert {event["rank"] for event in told} == {1}
+    assert told[0]["node"] == os.uname().nodename
+    assert told[0]["ratio"] >= MARGIN
+    assert "layer's attention" in told[0]["reason"]
+    assert last["perf/slowest_rank"] == 1
+    assert last["perf/slowest_rank_ratio"] > MARGIN
+
+
+def test_one_rank_alone_is_compared_with_nobody(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, shards=write_shards(tmp_path), train__num_steps=2)
+    (last,) = run_ranks(train_slowed, 1, config, None)
+    assert "train/loss" in last
+    assert not any("slowest" in name for name in last)
