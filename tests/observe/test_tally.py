@@ -55,7 +55,7 @@ def test_a_run_whose_date_is_set_while_it_trains_accounts_for_its_time(tmp_path:
     assert found is not None
     assert found.wall == pytest.approx(took, abs=0.1)
     assert found.interruptions == 1
-    assert (found.seconds["redone"], found.redone_steps) == (pytest.approx(0, abs=0.05), 0)
+    assert found.redone_steps == 0
     for kind in ("training", "saving", "validation", "starting", "restarting"):
         assert found.seconds[kind] > 0
 

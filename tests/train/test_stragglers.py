@@ -26,8 +26,10 @@ from moetrain.train.stragglers import (
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, tiny_config, train_as_rank, write_shards
 
+LONG = max(WINDOW_STEPS, int(WINDOW_SECONDS))  # steps of a second that make a window
 
-def times(attention: list[float], waits: list[float] | None = None, *, steps: int = WINDOW_STEPS,
+
+def times(attention: list[float], waits: list[float] | None = None, *, steps: int = LONG,
           step_seconds: float = 1.0) -> Times:  # fmt: skip
     return Times(
         attention=np.array(attention),
@@ -78,8 +80,10 @@ def test_a_moment_s_slowness_is_nobody_s_business() -> None:
 
 def test_records_of_few_or_fast_steps_are_put_together() -> None:
     one_step = times([1, 2.1, 0.9], steps=1, step_seconds=1.0)
-    findings = told(*[one_step] * (WINDOWS * WINDOW_STEPS))
-    assert [bool(found) for found in findings] == [False] * (WINDOWS * WINDOW_STEPS - 1) + [True]
+    findings = told(*[one_step] * (WINDOWS * LONG))
+    assert [bool(found) for found in findings] == [False] * (WINDOWS * LONG - 1) + [True]
+    long = times([1, 2.1, 0.9], steps=WINDOW_STEPS // 2, step_seconds=100.0)
+    assert [bool(found) for found in told(*[long] * 2 * WINDOWS)] == [False] * 5 + [True]
     fast = times([1, 2.1, 0.9], steps=100, step_seconds=WINDOW_SECONDS / 200)
     assert [bool(found) for found in told(*[fast] * 2 * WINDOWS)] == [False] * 5 + [True]
 
