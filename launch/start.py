@@ -43,7 +43,15 @@ from moetrain.checkpoint.remote import (
     upload_missing,
 )
 from moetrain.checks import ConfigError
-from moetrain.observe import EventLog, ProgressDisplay, read_metrics
+from moetrain.observe import (
+    Account,
+    EventLog,
+    ProgressDisplay,
+    duration,
+    read_metrics,
+    read_sign,
+    run_account,
+)
 from moetrain.parallel import join_ranks
 from moetrain.redaction import RedactingFormatter, redacted_arguments, redacted_text
 from moetrain.train import (
@@ -65,6 +73,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, STOPPED = 0, 1, 75
 SAME_STOP_SECONDS = 1.0
+
+WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be told
 
 
 def start(
@@ -338,8 +348,13 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
-    command = " ".join(redacted_arguments(sys.argv))
-    event("start", command=command, workers=config.launch.num_workers, pid=os.getpid())
+    event(
+        "start",
+        command=" ".join(redacted_arguments(sys.argv)),
+        workers=config.launch.num_workers,
+        pid=os.getpid(),
+        last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
+    )
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
@@ -419,6 +434,8 @@ def _closing_lines(
     speeds = [s for r in records if (s := r.get("perf/tokens_per_second"))]
     if speeds:
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
+    if line := effective_line(run_account(run_dir)):
+        yield line
     name = config.run.name
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
@@ -430,6 +447,19 @@ def _closing_lines(
         )
     else:
         yield f"next      the same command with run.name={name} goes on from here"
+
+
+def effective_line(account: Account | None) -> str | None:
+    """Returns how much of the run's time counts, if much of it is gone or anything was lost."""
+    if account is None or account.effective is None:
+        return None
+    if account.wall < WORTH_TELLING_SECONDS and not account.interruptions:
+        return None
+    line = f"effective {account.effective:.1%} of {duration(account.wall)} in steps that count"
+    if number := account.interruptions:
+        many = "1 interruption" if number == 1 else f"{number} interruptions"
+        line += f"; {many} cost {duration(account.lost)}"
+    return line
 
 
 @contextmanager
