@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from data_pipeline import DataError, UnavailableError
@@ -9,20 +10,28 @@ from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.train import TrainingError
 
+_NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
 _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "rendezvous")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a rank ended.
+    """Why a rank, and with it an attempt, ended.
 
-    `died` and `preempted`: its process or node is gone. `peer`: it lost another rank in a
-    collective. Those are worth another attempt. `error`: an exception of its own, which another
-    attempt would meet again.
+    `died`: its process is gone. `lost`: its node doesn't answer. `preempted`: its node was taken
+    away. `hung`: it gave no sign of life. `memory`: it found none left. `peer`: it lost another
+    rank in a collective. Those are worth another attempt. `error`: an exception of its own, which
+    another attempt would meet again.
     """
 
     kind: str
     reason: str
+    step: int | None = None
+    """The step that the run was in; None: not known, or before the first."""
+    node: str | None = None
+    """The address of the node whose failure it is; None: no node's own."""
+    silent_seconds: float | None = None
+    """How long there was no sign of life before, where that is how it showed."""
 
     @property
     def is_final(self) -> bool:
@@ -36,6 +45,8 @@ def classify(error: BaseException) -> Failure:
     # A server, a disk or a helping process: nothing that another attempt must meet again.
     if isinstance(error, UnavailableError | ChildProcessError):
         return Failure(kind="died", reason=str(error))
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+        return Failure(kind="memory", reason=reason)
     if isinstance(error, DataError | CheckpointError | ConfigError | TrainingError):
         return Failure(kind="error", reason=str(error))
     if isinstance(error, dist.DistError):

@@ -1,12 +1,19 @@
-"""Ray, and only what the supervisor needs of it: a cluster, placed ranks, and their answers."""
+"""Ray, and only what the supervisor needs of it: nodes, reserved places, ranks, their answers."""
 
+import ctypes
 import faulthandler
+import fcntl
+import gc
 import logging
 import os
 import socket
+import struct
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,23 +23,36 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # ranks are the main job, not
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave a CPU rank's CUDA alone
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
+import launch.node_agent
 from launch.failure import Failure, classify
-from moetrain.train import Control, Outcome, Place, run_rank
+from launch.node_agent import NodeAgent
+from launch.placement import Node, Share
+from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
 CONNECT_TIMEOUT_SECONDS = 10.0
-PLACEMENT_TIMEOUT_SECONDS = 60.0
+RESERVE_TIMEOUT_SECONDS = 10.0
 START_TIMEOUT_SECONDS = 120.0
+CLEAR_SECONDS = 5.0
+LEASE_LOOKS = 4  # a lease
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
 
 
 class WorkersLost(Exception):
     """Ranks that ended, or didn't answer, before they began to train."""
+
+    def __init__(self, reason: str, *, node: str | None = None) -> None:
+        super().__init__(reason)
+        self.node = node
 
 
 class ClusterError(Exception):
@@ -41,20 +61,22 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One placed rank."""
+    """One placed rank's process."""
 
     rank: int
     actor: Any
-    node: str
+    node: Node
     pid: int
 
 
 class RayCluster:
     """A Ray cluster that this process is connected to."""
 
-    def __init__(self, *, local: bool) -> None:
-        self._local = local
-        self._placement: PlacementGroup | None = None
+    def __init__(self, *, own_node: str) -> None:
+        self.own_node = own_node
+        """The id of the node that this process runs on."""
+        self._reserved: dict[str, tuple[PlacementGroup, Share]] = {}
+        self._requested = False
 
     @classmethod
     def connect(cls, address: str | None, *, num_workers: int = 1) -> "RayCluster":
@@ -80,7 +102,7 @@ class RayCluster:
             raise ClusterError(
                 f"launch.address={address or 'null'}: Ray can't be reached or started ({error})"
             ) from error
-        return cls(local=not address)
+        return cls(own_node=ray.get_runtime_context().get_node_id())
 
     def fitting_workers(self) -> int:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
@@ -91,72 +113,158 @@ class RayCluster:
         """Returns whether any node has a GPU; the driver's own machine may have none."""
         return bool(ray.cluster_resources().get("GPU"))
 
-    def place(self, num_workers: int, *, on_gpu: bool) -> None:
-        """Reserves a place for each rank; raises ClusterError naming what is missing."""
-        bundle: dict[str, float] = {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
-        group = placement_group([bundle] * num_workers, strategy="PACK")
-        if not group.wait(PLACEMENT_TIMEOUT_SECONDS):
+    def nodes(self, *, on_gpu: bool) -> list[Node]:
+        """Returns the nodes that live and aren't being drained, with the room that we may use."""
+        free = ray._private.state.available_resources_per_node()
+        draining = self.draining()
+        found = []
+        for entry in ray.nodes():
+            node = entry["NodeID"]
+            if not entry["Alive"] or node in draining:
+                continue
+            has = free.get(node, {})
+            room = int(has.get("GPU" if on_gpu else "CPU", 0))
+            if node in self._reserved:
+                room += self._reserved[node][1].num_ranks
+            found.append(Node(id=node, address=entry["NodeManagerAddress"], room=room))
+        return found
+
+    def describe(self, *, on_gpu: bool) -> str:
+        """Returns what the cluster has, for people."""
+        kind = "GPU" if on_gpu else "CPU"
+        nodes = sorted(self.nodes(on_gpu=on_gpu), key=lambda n: n.address)
+        rooms = ", ".join(f"{n.address}: {n.room}" for n in nodes)
+        return f"{len(nodes)} nodes with free {kind}s ({rooms})" if nodes else "no node"
+
+    def draining(self) -> set[str]:
+        """Returns the ids of the nodes that will be taken away."""
+        client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        with suppress(Exception):  # not public, and not worth a run
+            return set(client.get_draining_nodes())
+        return set()
+
+    def request(self, num_ranks: int, *, on_gpu: bool) -> None:
+        """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more."""
+        if num_ranks or self._requested:
+            request_resources(bundles=[_rank_resources(on_gpu)] * num_ranks)
+            self._requested = num_ranks > 0
+
+    def reserve(self, shares: Sequence[Share], *, on_gpu: bool) -> bool:
+        """Holds the shares' places, and gives back all others; False where one is gone."""
+        wanted = {share.node.id: share for share in shares}
+        for node, (group, held) in list(self._reserved.items()):
+            if node not in wanted or held.num_ranks != wanted[node].num_ranks:
+                remove_placement_group(group)
+                del self._reserved[node]
+        for node in wanted.keys() - self._reserved.keys():
+            share = wanted[node]
+            bundle = {k: n * share.num_ranks for k, n in _rank_resources(on_gpu).items()}
+            bundle[f"node:{share.node.address}"] = 0.001
+            group = placement_group([bundle], strategy="STRICT_PACK")
+            self._reserved[node] = group, share
+        deadline = time.monotonic() + RESERVE_TIMEOUT_SECONDS
+        groups = [self._reserved[node][0] for node in wanted]
+        ready = all(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)
+        if not ready:
+            self.give_back()
+        return ready
+
+    def holds(self, worker: Worker) -> bool:
+        """Returns whether a process' place is still reserved."""
+        return worker.node.id in self._reserved
+
+    def give_back(self) -> None:
+        """Gives all places back, with whatever runs there."""
+        for group, _ in self._reserved.values():
             remove_placement_group(group)
-            has = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
-            raise ClusterError(
-                f"launch.num_workers={num_workers}: each worker needs {bundle}, but the cluster "
-                f"has {has} in {len(ray.nodes())} nodes"
-            )
-        self._placement = group
+        self._reserved = {}
 
     def start_workers(
-        self, num_workers: int, *, on_gpu: bool, log_dir: Path, env: dict[str, str]
+        self,
+        shares: Sequence[Share],
+        *,
+        survivors: Sequence[Worker],
+        on_gpu: bool,
+        log_dir: Path,
+        env: dict[str, str],
+        interrupted: Callable[[], str | None],
     ) -> list[Worker]:
-        """Starts a fresh process for each rank; ranks of one node have neighbouring numbers.
+        """Starts a process for each rank, or takes the survivor that had the rank on the same node.
 
-        Raises WorkersLost where one of them dies or isn't placed in time.
+        Raises WorkersLost where one of them dies, isn't there in time, or it is `interrupted`.
         """
-        assert self._placement is not None
-        actors = [
-            _RankActor.options(  # type: ignore[attr-defined]
-                num_cpus=1,
-                num_gpus=1 if on_gpu else 0,
-                max_concurrency=4,  # training, and questions to it at the same time
-                runtime_env={"env_vars": env} if env else None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._placement, placement_group_bundle_index=index
-                ),
-            ).remote()
-            for index in range(num_workers)
+        idle = {(w.node.id, w.rank): w for w in survivors}
+        started: list[tuple[Any, Node]] = []
+        for share in shares:
+            group, _ = self._reserved[share.node.id]
+            for _ in range(share.num_ranks):
+                known = idle.pop((share.node.id, len(started)), None)
+                if known is not None:
+                    started.append((known.actor, share.node))
+                    continue
+                actor = _RankActor.options(  # type: ignore[attr-defined]
+                    num_cpus=1,
+                    num_gpus=1 if on_gpu else 0,
+                    max_concurrency=4,  # training, and questions to it at the same time
+                    runtime_env={"env_vars": env} if env else None,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+                ).remote()
+                started.append((actor, share.node))
+        self.end_workers(list(idle.values()))
+        asked = [
+            actor.prepare.remote(
+                str(log_dir / f"rank_{rank:03d}.log"),
+                address=node.address,
+                is_alone=len(shares) == 1,
+            )
+            for rank, (actor, node) in enumerate(started)
         ]
         try:
-            return self._placed(actors, log_dir=log_dir)
+            pids = _ask(asked, [node.address for _, node in started], interrupted)
         except WorkersLost:
-            for actor in actors:
+            for actor, _ in started:
                 ray.kill(actor)
             raise
-
-    def _placed(self, actors: list[Any], *, log_dir: Path) -> list[Worker]:
-        num_workers = len(actors)
-        places = _ask([actor.whereabouts.remote() for actor in actors])
-        order = sorted(range(num_workers), key=lambda index: (places[index][0], index))
-        workers = [
-            Worker(rank=rank, actor=actors[i], node=places[i][0], pid=places[i][1])
-            for rank, i in enumerate(order)
+        return [
+            Worker(rank=rank, actor=actor, node=node, pid=pid)
+            for rank, ((actor, node), pid) in enumerate(zip(started, pids, strict=True))
         ]
-        _ask([w.actor.log_to.remote(str(log_dir / f"rank_{w.rank:03d}.log")) for w in workers])
-        return workers
 
-    def rendezvous(self, workers: list[Worker]) -> str:
+    def rendezvous(self, workers: list[Worker], interrupted: Callable[[], str | None]) -> str:
         """Returns a fresh address on the first rank's node at which the ranks can meet."""
-        host, port = _ask(workers[0].actor.free_address.remote())
-        return f"tcp://{host}:{port}"
+        first = workers[0]
+        (port,) = _ask([first.actor.free_port.remote()], [first.node.address], interrupted)
+        return f"tcp://{first.node.address}:{port}"
 
-    def end_workers(self, workers: list[Worker]) -> None:
+    def start_agent(self, node: Node) -> Any:
+        """Returns an agent's actor on a node."""
+        return _Agent.options(
+            num_cpus=0,
+            max_concurrency=2,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        ).remote()
+
+    def cleared(self, workers: Sequence[Worker]) -> list[Worker]:
+        """Returns those of idle processes that can be used for another attempt."""
+        asked = {worker.actor.clear.remote(): worker for worker in workers}
+        ready = answered(list(asked), timeout=CLEAR_SECONDS, wait_for_all=True)
+        return [asked[r] for r in ready if answer(r) is True]
+
+    def end_workers(self, workers: Sequence[Worker]) -> None:
         """Ends the ranks' processes at once, whatever they are doing."""
         for worker in workers:
             ray.kill(worker.actor)
 
     def disconnect(self) -> None:
         """Gives the places back, and ends Ray if it was started here."""
-        if self._placement:
-            remove_placement_group(self._placement)
+        with suppress(Exception):  # the cluster may be gone
+            self.request(0, on_gpu=False)
+            self.give_back()
         ray.shutdown()
+
+
+def _rank_resources(on_gpu: bool) -> dict[str, float]:
+    return {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
 
 
 def _demand_listener(address: str) -> None:
@@ -166,11 +274,33 @@ def _demand_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
 
 
-def _ask(references: Any) -> Any:
-    try:
-        return ray.get(references, timeout=START_TIMEOUT_SECONDS)
-    except ray.exceptions.RayError as error:
-        raise WorkersLost(f"a rank was lost while it started: {_first_line(error)}") from error
+def _ask(
+    references: Sequence[Any], nodes: Sequence[str], interrupted: Callable[[], str | None]
+) -> list[Any]:
+    """Returns the answers of starting ranks; `nodes` are their addresses."""
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    where = dict(zip(references, nodes, strict=True))
+    while len(done := answered(list(references), timeout=0.2, wait_for_all=True)) < len(where):
+        for reference in done:
+            if isinstance(failed := answer(reference), Failure):
+                raise WorkersLost(
+                    f"a rank was lost while it started: {failed.reason}", node=where[reference]
+                )
+        if reason := interrupted():
+            raise WorkersLost(reason)
+        if time.monotonic() > deadline:
+            late = sorted({where[r] for r in references if r not in done})
+            raise WorkersLost(
+                f"no process of a rank within {START_TIMEOUT_SECONDS:.0f} s on {', '.join(late)}",
+                node=late[0],
+            )
+    answers = {reference: answer(reference) for reference in references}
+    for reference, what in answers.items():
+        if isinstance(what, Failure):
+            raise WorkersLost(
+                f"a rank was lost while it started: {what.reason}", node=where[reference]
+            )
+    return [answers[reference] for reference in references]
 
 
 def answered(references: list[Any], *, timeout: float, wait_for_all: bool = False) -> list[Any]:
@@ -178,6 +308,8 @@ def answered(references: list[Any], *, timeout: float, wait_for_all: bool = Fals
 
     Waits for the first of them, or for all, but no longer than `timeout` seconds.
     """
+    if not references:
+        return []
     ray.wait(references, num_returns=len(references) if wait_for_all else 1, timeout=timeout)
     return list(ray.wait(references, num_returns=len(references), timeout=0)[0])
 
@@ -189,6 +321,8 @@ def answer(reference: Any) -> Any:
     except ray.exceptions.RayActorError as error:
         preempted = bool(getattr(error, "preempted", False))
         return Failure(kind="preempted" if preempted else "died", reason=_first_line(error))
+    except ray.exceptions.OutOfMemoryError as error:
+        return Failure(kind="memory", reason=_first_line(error))
     except ray.exceptions.RayError as error:
         return Failure(kind="died", reason=_first_line(error))
 
@@ -205,31 +339,44 @@ class _RankActor:
     def __init__(self) -> None:
         self._control = Control()
 
-    def whereabouts(self) -> tuple[str, int]:
-        return ray.util.get_node_ip_address(), os.getpid()
+    def prepare(self, log: str, *, address: str, is_alone: bool) -> int:
+        """Makes the process ready for an attempt; returns its pid."""
+        self._control = Control()
+        _log_to(log)
+        _allow_stacks()
+        # By itself gloo takes what the host's name resolves to, which is often the loopback.
+        if not is_alone and (interface := _interface_of(address)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        return os.getpid()
 
-    def log_to(self, path: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, sys.stdout.fileno())
-        os.dup2(log, sys.stderr.fileno())
-        faulthandler.enable(file=sys.stderr)
-        logging.basicConfig(
-            level=logging.INFO, stream=sys.stderr, force=True,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )  # fmt: skip
-
-    def free_address(self) -> tuple[str, int]:
+    def free_port(self) -> int:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+            port: int = probe.getsockname()[1]
+            return port
 
     def run(self, config: "Config", place: Place) -> Outcome | Failure:
+        over = threading.Event()
+        lease = threading.Thread(
+            target=_end_without_lease,
+            args=(self._control, config.launch.lease_seconds, over),
+            name="lease",
+            daemon=True,
+        )
+        lease.start()
         try:
             return run_rank(config, place, self._control)
         except BaseException as error:
             traceback.print_exc()
             return classify(error)
+        finally:
+            over.set()
+
+    def clear(self) -> bool:
+        """Makes the process fit for another attempt, after `run` returned."""
+        leave_ranks()
+        gc.collect()
+        return True
 
     def collect(self) -> dict[str, Any]:
         return self._control.collect()
@@ -237,9 +384,63 @@ class _RankActor:
     def stop(self) -> None:
         self._control.request_stop()
 
+    def move(self) -> None:
+        self._control.request_move()
+
     def stacks(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         return "\n".join(
             f"thread {names.get(ident)}:\n{''.join(traceback.format_stack(frame))}"
             for ident, frame in sys._current_frames().items()
         )
+
+
+# Sent to the nodes by its source, so that an agent needn't import what this package imports.
+ray.cloudpickle.register_pickle_by_value(launch.node_agent)
+_Agent: Any = ray.remote(NodeAgent)
+
+
+def _log_to(path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+    faulthandler.enable(file=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, force=True,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )  # fmt: skip
+
+
+def _end_without_lease(control: Control, seconds: float, over: threading.Event) -> None:
+    """Ends this process once nobody has asked it for so long: it is cut off, and others train."""
+    while not over.wait(seconds / LEASE_LOOKS):
+        if (unasked := control.unasked_seconds()) > seconds:
+            print(
+                f"no word from the supervisor for {unasked:.0f} s (launch.lease_seconds="
+                f"{seconds:.0f}): this rank ends itself",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
+
+def _allow_stacks() -> None:
+    """Lets other processes of this user read this one's stacks, which Yama may forbid."""
+    pr_set_ptracer, anybody = 0x59616D61, -1
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(pr_set_ptracer, ctypes.c_ulong(anybody), 0, 0, 0)
+
+
+def _interface_of(address: str) -> str | None:
+    """Returns the network interface that has an IPv4 address on this machine."""
+    siocgifaddr = 0x8915
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24]
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return None

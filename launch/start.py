@@ -63,13 +63,19 @@ DONE, FAILED, STOPPED = 0, 1, 75
 
 
 def start(
-    config: "Config", plan: Plan, *, data: DataSettings, report: Callable[[Path], object]
+    config: "Config",
+    plan: Plan,
+    *,
+    data: DataSettings,
+    refit: Callable[[int], "Config | None"],
+    report: Callable[[Path], object],
 ) -> int:
     """Runs a resolved configuration to its end; returns the exit code.
 
-    `data` is the data part before it was resolved: it says whether shards may be built. `report`
-    is called with the run's folder at the end. Raises ConfigError or DataError for bad input,
-    before anything of the run is written.
+    `data` is the data part before it was resolved: it says whether shards may be built. `refit`
+    returns the configuration for fewer ranks, None where so many can't run it. `report` is called
+    with the run's folder at the end. Raises ConfigError or DataError for bad input, before
+    anything of the run is written.
     """
     if plan.mode == "external":
         _run_external(config, data=data, report=report)
@@ -77,10 +83,17 @@ def start(
     _fetch(config)
     prepared = prepare(config, data, progress=True)
     with _held(run_dir):
-        return _run(config, plan, prepared, report)
+        return _run(config, plan, prepared, refit=refit, report=report)
 
 
-def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Path], object]) -> int:
+def _run(
+    config: "Config",
+    plan: Plan,
+    prepared: Prepared,
+    *,
+    refit: Callable[[int], "Config | None"],
+    report: Callable[[Path], object],
+) -> int:
     run_dir, shards = _open_run(config, prepared), prepared.shards
     event = EventLog(run_dir / "events.jsonl").write
     if good := _complete(run_dir, num_steps=config.train.num_steps):
@@ -100,8 +113,10 @@ def _run(config: "Config", plan: Plan, prepared: Prepared, report: Callable[[Pat
         with display, stop.on_signals():
             for line in prepared.lines():
                 display.say(line)
-            run = _run_inline if plan.mode == "inline" else _run_on_ray
-            outcome = run(config, display, stop)
+            if plan.mode == "inline":
+                outcome = _run_inline(config, display, stop)
+            else:
+                outcome = _run_on_ray(config, display, stop, refit=refit)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
         print(f"moetrain: {error}", file=sys.stderr)
@@ -214,7 +229,13 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
                 dist.destroy_process_group()
 
 
-def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -> Outcome:
+def _run_on_ray(
+    config: "Config",
+    display: ProgressDisplay,
+    stop: StopRequest,
+    *,
+    refit: Callable[[int], "Config | None"],
+) -> Outcome:
     """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
     display.phase("starting Ray")
     cluster = RayCluster.connect(
@@ -225,7 +246,9 @@ def _run_on_ray(config: "Config", display: ProgressDisplay, stop: StopRequest) -
     if config.run.device == "cuda" and not on_gpu:
         cluster.disconnect()
         raise ClusterError("run.device=cuda: the Ray cluster has no GPU; use cpu or auto")
-    supervisor = Supervisor(config, cluster, on_gpu=on_gpu, display=display, stop_requested=stop)
+    supervisor = Supervisor(
+        config, cluster, on_gpu=on_gpu, refit=refit, display=display, stop_requested=stop
+    )
     try:
         with stop.on_signals():  # again: Ray has put its own handlers in the way
             return supervisor.run()

@@ -1,26 +1,29 @@
-"""Keeps a run going on Ray: attempts, budgets, hangs, and requests to stop.
+"""Keeps a run going on Ray: places, attempts, hangs, nodes that go and come, requests to stop.
 
-Owns the decision when to start again. Leaves Ray itself to `ray_cluster.py` and everything
-that a rank does to `moetrain.train`.
+Owns the decision when, where and in which layout to start again. Leaves Ray itself to
+`ray_cluster.py`, counting to `budget.py`, and everything that a rank does to `moetrain.train`.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.attempt import Attempt, Moved
+from launch.budget import Budget
 from launch.failure import Failure
-from launch.ray_cluster import RayCluster, Worker, WorkersLost, answer, answered
+from launch.placement import Share, choose_nodes
+from launch.pulse import NodeWatch
+from launch.ray_cluster import ClusterError, RayCluster, Worker, WorkersLost
 from moetrain.checkpoint.remote import take_over
 from moetrain.observe import EventLog, ProgressDisplay
-from moetrain.parallel import Doing
 from moetrain.train import Outcome, Place, newest_manifest
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
 POLL_SECONDS = 0.5
-CAUSE_GRACE_SECONDS = 3.0
+SETTLE_SECONDS = 10.0  # in which Ray learns what is free after a loss
 
 
 class RunFailed(Exception):
@@ -28,7 +31,11 @@ class RunFailed(Exception):
 
 
 class Supervisor:
-    """One run on a Ray cluster, over as many attempts as it takes."""
+    """One run on a Ray cluster, over as many attempts as it takes.
+
+    `refit` returns the configuration for another number of ranks, None where there is no valid
+    layout of so many.
+    """
 
     def __init__(
         self,
@@ -36,47 +43,148 @@ class Supervisor:
         cluster: RayCluster,
         *,
         on_gpu: bool,
+        refit: Callable[[int], "Config | None"],
         display: ProgressDisplay,
         stop_requested: Callable[[], bool],
     ) -> None:
         self._config = config
         self._cluster = cluster
         self._on_gpu = on_gpu
+        self._refit = refit
         self._display = display
         self._stop_requested = stop_requested
         self._run_dir = Path(config.run.dir, config.run.name or "")
         self._event = EventLog(self._run_dir / "events.jsonl").write
+        self._nodes = NodeWatch(cluster)
+        self._budget = Budget(config.launch, saved_step=self._saved_step())
+        self._survivors: list[Worker] = []
+        self._survivors_layout: Config | None = None
+        self._told_left_out: set[str] = set()
 
     def run(self) -> Outcome:
-        """Returns how the run ended; raises RunFailed when it can't go on."""
-        settings = self._config.launch
-        self._cluster.place(settings.num_workers or 1, on_gpu=self._on_gpu)
-        failures = preemptions = 0
-        saved = self._saved_step()
+        """Returns how the run ended; raises RunFailed or ClusterError when it can't go on."""
+        again = False
+        moved: str | None = None
         while True:
-            ended = self._attempt(again=failures + preemptions > 0)
+            try:
+                found = self._find_place(patient=again)
+            except ClusterError:
+                if moved is None:
+                    raise
+                return self._stopped(f"{moved}, and there is no other place")
+            if found is None:
+                return self._stopped("stopped while waiting for a place")
+            moved = None
+            ended = self._attempt(*found, again=again)
+            again = True
             if isinstance(ended, Outcome):
                 return ended
-            if self._saved_step() > saved:  # progress: older failures don't count any more
-                saved, failures = self._saved_step(), 0
-            preemptions += ended.kind == "preempted"
-            failures += ended.kind != "preempted"
-            self._event("failure", reason=ended.reason, failure=ended.kind, last_saved_step=saved)
-            if ended.is_final:
-                raise RunFailed(ended.reason)
-            if self._stop_requested():
-                raise RunFailed(f"failed while stopping: {ended.reason}")
-            if failures > settings.max_failures or preemptions > settings.max_preemptions:
-                raise RunFailed(
-                    f"{failures} failures and {preemptions} preemptions since the checkpoint of "
-                    f"step {saved} (launch.max_failures={settings.max_failures}): {ended.reason}"
-                )
-            self._event("restart", step=saved)
-            self._display.say(f"{ended.reason}; starting again from step {saved}")
+            if isinstance(ended, Moved):
+                moved = ended.reason
+                self._event("move", step=ended.step, reason=ended.reason)
+                if ended.forced and (reason := self._budget.count_preemption()):
+                    raise RunFailed(f"{reason}: {ended.reason}")
+                self._display.say(f"{ended.reason}; saved at step {ended.step}, moving on")
+                continue
+            self._recover(ended)
 
-    def _attempt(self, *, again: bool) -> Outcome | Failure:
-        """Runs all ranks once; returns the outcome, or the failure that ended it."""
-        config = self._config
+    def _recover(self, failure: Failure) -> None:
+        """Tells of a failure; raises RunFailed where the run must not be started again."""
+        saved = self._saved_step()
+        self._event(
+            "failure",
+            reason=failure.reason,
+            failure=failure.kind,
+            step=failure.step,
+            node=failure.node,
+            silent_seconds=failure.silent_seconds,
+            last_saved_step=saved,
+        )
+        reason = self._budget.count(failure, saved_step=saved)
+        if reason:
+            raise RunFailed(reason)
+        if self._stop_requested():
+            raise RunFailed(f"failed while stopping: {failure.reason}")
+        self._event("restart", step=saved)
+        self._display.say(f"{failure.reason}; starting again from step {saved}")
+
+    def _stopped(self, reason: str) -> Outcome:
+        self._display.say(reason)
+        return Outcome(finished=False, step=self._saved_step(), last={})
+
+    def _find_place(self, *, patient: bool) -> "tuple[Config, list[Share]] | None":
+        """Returns the layout to run in and where; None where a stop was asked for meanwhile.
+
+        Waits for the full layout as long as it may, and then takes the largest smaller one if the
+        run is elastic. Raises ClusterError naming what is missing.
+        """
+        settings = self._config.launch
+        wait = max(settings.wait_for_nodes_seconds, SETTLE_SECONDS if patient else 0.0)
+        deadline = time.monotonic() + wait
+        said = False
+        while not self._stop_requested():
+            waits = time.monotonic() < deadline
+            place = self._place_of(self._config)
+            if (
+                place is None
+                and settings.elastic
+                and (not waits or wait > settings.wait_for_nodes_seconds)
+            ):
+                place = self._smaller_place()
+            if place is not None and self._cluster.reserve(place[1], on_gpu=self._on_gpu):
+                self._cluster.request(0, on_gpu=self._on_gpu)
+                self._nodes.watch(share.node for share in place[1])
+                return place
+            if not waits:
+                raise ClusterError(self._what_is_missing())
+            if not said:
+                said = True
+                self._cluster.request(settings.num_workers or 1, on_gpu=self._on_gpu)
+                self._display.phase(f"waiting for a place for {settings.num_workers} ranks")
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def _place_of(self, config: "Config") -> "tuple[Config, list[Share]] | None":
+        """Returns where a layout fits, first without the nodes that failed too often."""
+        silent, left_out = self._nodes.silent(), self._budget.left_out
+        nodes = [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in silent]
+        for usable in ([n for n in nodes if n.address not in left_out], nodes):
+            shares = choose_nodes(
+                usable,
+                num_ranks=config.launch.num_workers or 1,
+                group_size=config.parallel.expert_degree or 1,
+                troubles=self._budget.troubles,
+            )
+            if shares is not None:
+                return config, shares
+            if self._config.launch.elastic:
+                return None  # rather smaller than on a bad node
+        return None
+
+    def _smaller_place(self) -> "tuple[Config, list[Share]] | None":
+        """Returns the largest valid layout below the full one that has a place."""
+        for num_ranks in range((self._config.launch.num_workers or 1) - 1, 0, -1):
+            config = self._refit(num_ranks)
+            if config is not None and (place := self._place_of(config)):
+                return place
+        return None
+
+    def _what_is_missing(self) -> str:
+        settings = self._config.launch
+        kind = "GPU" if self._on_gpu else "CPU"
+        has = self._cluster.describe(on_gpu=self._on_gpu)
+        out = self._budget.left_out
+        without = f", without {', '.join(sorted(out))}, which failed too often" if out else ""
+        return (
+            f"launch.num_workers={settings.num_workers}: each rank needs a {kind}, but the cluster "
+            f"has {has}{without}. Ask for fewer ranks, wait for more nodes "
+            "(launch.wait_for_nodes_seconds), or let the run shrink (launch.elastic=true)"
+        )
+
+    def _attempt(
+        self, config: "Config", shares: list[Share], *, again: bool
+    ) -> "Outcome | Failure | Moved":
+        """Runs all ranks once; returns the outcome, or what ended it."""
         attempt = take_over(
             config.checkpoint,
             run=config.run.name or "",
@@ -85,139 +193,99 @@ class Supervisor:
         )
         world_size = config.launch.num_workers or 1
         self._display.phase(f"starting {world_size} ranks")
+        self._tell_left_out(shares)
         workers: list[Worker] = []
+        idle: list[Worker] = []
         try:
             workers = self._cluster.start_workers(
-                world_size,
+                shares,
+                survivors=self._usable_survivors(config),
                 on_gpu=self._on_gpu,
                 log_dir=self._run_dir / "logs",
                 env=config.cluster.env,
+                interrupted=lambda: self._interruption(shares),
             )
-            rendezvous = self._cluster.rendezvous(workers)
+            rendezvous = self._cluster.rendezvous(workers, lambda: self._interruption(shares))
             self._event(
                 "attempt",
                 attempt=attempt,
-                ranks=[{"rank": w.rank, "node": w.node, "pid": w.pid} for w in workers],
+                world_size=world_size,
+                ranks=[{"rank": w.rank, "node": w.node.address, "pid": w.pid} for w in workers],
             )
-            nodes = [w.node for w in workers]
-            results = {
+            local = {share.node.id: share.num_ranks for share in shares}
+            running = {
                 w.actor.run.remote(
                     config,
                     Place(
                         rank=w.rank,
                         world_size=world_size,
-                        local_world_size=nodes.count(w.node),
+                        local_world_size=local[w.node.id],
                         rendezvous=rendezvous,
                         attempt=attempt,
                     ),
                 ): w
                 for w in workers
             }
-            return self._watch(results)
+            at_work = Attempt(
+                running,
+                nodes=self._nodes,
+                display=self._display,
+                log_dir=self._run_dir / "logs",
+                hang_timeout_seconds=config.launch.hang_timeout_seconds,
+                stop_requested=self._stop_requested,
+                leaving=self._cluster.draining,
+                may_grow=lambda: self._may_grow(world_size),
+            )
+            ended = at_work.watch()
+            idle = at_work.idle
+            return ended
         except WorkersLost as error:
-            return Failure(kind="died", reason=str(error))
+            if self._stop_requested():
+                return self._stopped("stopped while the ranks started")
+            return Failure(kind="died", reason=str(error), node=error.node)
         finally:
-            self._cluster.end_workers(workers)
+            # With CUDA none is used again: its context may be broken.
+            self._survivors = [] if self._on_gpu else self._cluster.cleared(idle)
+            self._survivors_layout = config
+            kept = {w.rank for w in self._survivors}
+            self._cluster.end_workers([w for w in workers if w.rank not in kept])
 
-    def _watch(self, results: dict[Any, Worker]) -> Outcome | Failure:
-        """Waits for the ranks' results while showing and checking what they do."""
-        pulse = Pulse(list(results.values()))
-        pending, stopping = dict(results), False
-        outcomes: list[tuple[int, Outcome]] = []
-        while pending:
-            for reference in answered(list(pending), timeout=POLL_SECONDS):
-                worker = pending.pop(reference)
-                result = answer(reference)
-                if isinstance(result, Failure):
-                    return self._cause(worker, result, pending)
-                outcomes.append((worker.rank, result))
-            pulse.take(self._show)
-            if self._stop_requested() and not stopping:
-                stopping = True
-                self._display.say("stopping: saving after this step")
-                for worker in pending.values():
-                    worker.actor.stop.remote()
-            silent = pulse.silent_longer_than(self._config.launch.hang_timeout_seconds)
-            # Ranks that are done wait for nobody; the first may still be uploading.
-            at_work = {worker.rank for worker in pending.values()}
-            if hung := {rank: what for rank, what in silent.items() if rank in at_work}:
-                return self._report_hang(hung, list(pending.values()))
-        pulse.take(self._show, wait=True)
-        return min(outcomes, key=lambda pair: pair[0])[1]
+    def _usable_survivors(self, config: "Config") -> list[Worker]:
+        """Returns the processes that may be used again: of the same layout, in places still held.
 
-    def _cause(self, worker: Worker, first: Failure, pending: dict[Any, Worker]) -> Failure:
-        """Returns the failure behind the first one seen: a lost peer is only a symptom."""
-        found = [(worker, first)]
-        deadline = time.monotonic() + CAUSE_GRACE_SECONDS
-        while first.kind == "peer" and pending and time.monotonic() < deadline:
-            for reference in answered(list(pending), timeout=POLL_SECONDS):
-                other, result = pending.pop(reference), answer(reference)
-                if isinstance(result, Failure):
-                    found.append((other, result))
-            if found[-1][1].kind != "peer":
-                break
-        source, failure = min(found, key=lambda pair: pair[1].kind == "peer")
-        return Failure(
-            kind=failure.kind,
-            reason=f"rank {source.rank} on {source.node} (pid {source.pid}): {failure.reason}",
-        )
+        Torch keeps what it worked out for distributed tensors of a layout and a rank as long as
+        the process lives; as another rank, or in another layout, it would be wrong.
+        """
+        same = config == self._survivors_layout
+        return [w for w in self._survivors if same and self._cluster.holds(w)]
 
-    def _report_hang(self, hung: dict[int, str], workers: list[Worker]) -> Failure:
-        """Writes every rank's stacks into the run's logs, and names the silent ranks."""
-        path = self._run_dir / "logs" / f"hang_{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        asked = {w.actor.stacks.remote(): w for w in workers}
-        texts = [f"rank {rank}: {what}" for rank, what in sorted(hung.items())]
-        for reference in answered(list(asked), timeout=5.0, wait_for_all=True):
-            stacks = answer(reference)
-            texts.append(f"\n===== rank {asked[reference].rank}\n{stacks}")
-        path.write_text("\n".join(texts) + "\n")
-        what = "; ".join(f"rank {rank} {state}" for rank, state in sorted(hung.items()))
-        seconds = self._config.launch.hang_timeout_seconds
-        return Failure(kind="died", reason=f"hang of over {seconds:.0f} s: {what}; see {path}")
+    def _interruption(self, shares: list[Share]) -> str | None:
+        """Returns why ranks that start needn't be waited for."""
+        if self._stop_requested():
+            return "a stop was asked for"
+        silent = self._nodes.silent()
+        lost = sorted({s.node.address for s in shares if s.node.id in silent})
+        return f"node {', '.join(lost)} does not answer" if lost else None
 
-    def _show(self, kind: str, content: Any) -> None:
-        if kind == "record":
-            self._display.update(content)
-        else:
-            self._display.say(content)
+    def _may_grow(self, num_ranks: int) -> bool:
+        """Returns whether a layout larger than the present one has a place."""
+        full = self._config.launch.num_workers or 1
+        if num_ranks >= full:
+            return False
+        if self._place_of(self._config) is not None:
+            return True
+        self._cluster.request(full, on_gpu=self._on_gpu)
+        place = self._smaller_place()
+        return place is not None and (place[0].launch.num_workers or 1) > num_ranks
+
+    def _tell_left_out(self, shares: list[Share]) -> None:
+        used = {share.node.address for share in shares}
+        for node in sorted(self._budget.left_out - used - self._told_left_out):
+            self._told_left_out.add(node)
+            reason = f"node {node} failed {self._budget.troubles[node]} times and is left out"
+            self._event("node_left_out", node=node, reason=reason)
+            self._display.say(reason)
 
     def _saved_step(self) -> int:
         newest = newest_manifest(self._run_dir)
         return newest.step if newest else 0
-
-
-class Pulse:
-    """Asks every rank how it is, without ever waiting for one that doesn't answer."""
-
-    def __init__(self, workers: list[Worker]) -> None:
-        self._workers = {w.rank: w for w in workers}
-        self._asked = {rank: w.actor.collect.remote() for rank, w in self._workers.items()}
-        self._heard = {rank: time.monotonic() for rank in self._workers}
-        self._state = {rank: (Doing(), 0.0) for rank in self._workers}
-
-    def take(self, show: Callable[[str, Any], None], *, wait: bool = False) -> None:
-        """Takes the answers that are there, shows what they publish, and asks again."""
-        for rank in self._ready(timeout=POLL_SECONDS if wait else 0):
-            status = answer(self._asked[rank])
-            if isinstance(status, Failure):
-                continue  # the rank's own result says more
-            self._heard[rank] = time.monotonic()
-            self._state[rank] = (status["doing"], status["silent_seconds"])
-            for kind, content in status["published"]:
-                show(kind, content)
-            self._asked[rank] = self._workers[rank].actor.collect.remote()
-
-    def silent_longer_than(self, seconds: float) -> dict[int, str]:
-        """Returns the ranks without a sign of life for so long, with what they were doing."""
-        now, silent = time.monotonic(), {}
-        for rank, (doing, since) in self._state.items():
-            unheard = now - self._heard[rank]
-            if since + unheard > seconds:
-                state = "does not answer" if unheard > seconds / 2 else "makes no progress"
-                silent[rank] = f"{state} in {doing}"
-        return silent
-
-    def _ready(self, *, timeout: float) -> list[int]:
-        by_reference = {reference: rank for rank, reference in self._asked.items()}
-        ready = answered(list(by_reference), timeout=timeout, wait_for_all=True)
-        return [by_reference[reference] for reference in ready]

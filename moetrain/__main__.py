@@ -2,13 +2,14 @@
 
 import sys
 from datetime import datetime
+from functools import partial
 
 from data_pipeline import DataError
 from launch import ClusterError, choose_plan, start
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
-from moetrain.config import Config, check, resolve
+from moetrain.config import Config, check, refit, resolve
 from moetrain.report import render_report
 
 
@@ -18,7 +19,13 @@ def train(config: Config) -> int:
         check(config)
         plan = choose_plan(config.launch, device=config.run.device)
         resolved = resolve(config, num_workers=plan.num_workers, now=datetime.now())
-        return start(resolved, plan, data=config.data, report=render_report)
+        return start(
+            resolved,
+            plan,
+            data=config.data,
+            refit=partial(refit, resolved),
+            report=render_report,
+        )
     except (ConfigError, DataError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return BAD_CONFIGURATION

@@ -279,9 +279,45 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
     )
 
 
+def refit(resolved: Config, num_workers: int) -> Config | None:
+    """Returns a resolved configuration for fewer workers, None where so many can't run it.
+
+    The global batch stays. Degrees are kept where they divide the workers, and else folded to the
+    largest below that do; a worker's micro-batches stay as large as they may.
+    """
+    before, batch = resolved.parallel, resolved.train.global_batch_size
+    if batch % num_workers:
+        return None
+    replicate = max(d for d in _divisors(num_workers) if d <= before.data_replicate_degree)
+    share, micro = batch // num_workers, resolved.train.micro_batch_size or 1
+    for expert in range(before.expert_degree or 1, 0, -1):
+        fitting = replace(
+            resolved,
+            parallel=replace(
+                before,
+                expert_degree=expert,
+                data_shard_degree=None,
+                data_replicate_degree=replicate,
+            ),
+            train=replace(
+                resolved.train,
+                micro_batch_size=max(d for d in _divisors(share) if d <= micro),
+            ),
+            launch=replace(resolved.launch, num_workers=None),
+        )
+        try:
+            return resolve(fitting, num_workers=num_workers, now=datetime.now())
+        except ConfigError:
+            continue  # the next lower degree
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 def _fitting_micro_batch(share: int, *, seq_len: int) -> int:
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    return max((n for n in divisors if n * seq_len <= MICRO_BATCH_TOKENS), default=1)
+    return max((n for n in _divisors(share) if n * seq_len <= MICRO_BATCH_TOKENS), default=1)
 
 
 def _new_name(config: Config, now: datetime) -> str:

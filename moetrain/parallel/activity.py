@@ -5,9 +5,22 @@ watcher to decide how long is too long.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+BETWEEN_STEPS = "between steps"
+STEP_PHASES = (
+    BETWEEN_STEPS,
+    "reading data",
+    "counting tokens",
+    "forward",
+    "backward",
+    "summing up",
+    "optimizer",
+)
+RECENT_STEPS, MIN_STEPS = 100, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +48,16 @@ class Activity:
     def __init__(self) -> None:
         self._now = (Doing(), time.monotonic())  # replaced as a whole
         self._alive = 0.0
+        self._step_began: float | None = None
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def begin(self, phase: str, *, step: int | None = None) -> None:
         """Begins a phase, in the same step if no other is named."""
+        if phase == BETWEEN_STEPS or phase not in STEP_PHASES:
+            now = time.monotonic()
+            if self._step_began is not None:
+                self._step_seconds.append(now - self._step_began)
+            self._step_began = now if phase == BETWEEN_STEPS else None
         step = self._now[0].step if step is None else step
         self._say(Doing(phase=phase, step=step))
 
@@ -60,6 +80,11 @@ class Activity:
         """Returns what is done now, and for how many seconds nothing new was said."""
         doing, since = self._now
         return doing, time.monotonic() - max(since, self._alive)
+
+    def slowest_step(self) -> float | None:
+        """Returns the seconds of the slowest of the last steps; None before there are enough."""
+        seconds = tuple(self._step_seconds)
+        return max(seconds) if len(seconds) >= MIN_STEPS else None
 
     def _say(self, doing: Doing) -> None:
         self._now = (doing, time.monotonic())

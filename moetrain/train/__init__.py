@@ -9,7 +9,7 @@ from moetrain.train.prepare import (
     newest_manifest,
     prepare,
 )
-from moetrain.train.rank import keep_freed_memory, rank_device, run_rank
+from moetrain.train.rank import keep_freed_memory, leave_ranks, rank_device, run_rank
 from moetrain.train.settings import RunSettings, TrainSettings
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "as_plain",
     "demand_same_model",
     "keep_freed_memory",
+    "leave_ranks",
     "newest_manifest",
     "prepare",
     "rank_device",

@@ -44,6 +44,7 @@ class Control:
     """
 
     _stop: threading.Event = field(default_factory=threading.Event)
+    _move: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _published: list[tuple[str, Any]] = field(default_factory=list)
     _asked: float = field(default_factory=time.monotonic)
@@ -53,6 +54,15 @@ class Control:
     def request_stop(self) -> None:
         """Asks the run to save and stop after the step that it is in."""
         self._stop.set()
+
+    def request_move(self) -> None:
+        """Asks the run to stop once its next regular checkpoint is saved."""
+        self._move.set()
+
+    @property
+    def move_requested(self) -> bool:
+        """Whether somebody asked for a stop at the next checkpoint."""
+        return self._move.is_set()
 
     @property
     def stop_requested(self) -> bool:
@@ -75,13 +85,19 @@ class Control:
     def collect(self) -> dict[str, Any]:
         """Returns what the rank does, seconds since its last sign of life, and what it published.
 
-        Being asked renews the rank's lease.
+        With it the seconds of the slowest of its last steps, None before it took enough. Being
+        asked renews the rank's lease.
         """
         self._asked = time.monotonic()
         with self._lock:
             published, self._published = self._published, []
         doing, silent = self.activity.read()
-        return {"doing": doing, "silent_seconds": silent, "published": published}
+        return {
+            "doing": doing,
+            "silent_seconds": silent,
+            "slowest_step": self.activity.slowest_step(),
+            "published": published,
+        }
 
     def unasked_seconds(self) -> float:
         """Returns for how long nobody has asked: a lease that wasn't renewed."""

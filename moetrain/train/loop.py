@@ -13,7 +13,7 @@ import torch
 from data_pipeline import Batch
 from moetrain.model import random_stream, training_flops_per_token
 from moetrain.optim import learning_rate
-from moetrain.parallel import any_rank
+from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
 from moetrain.train.control import Outcome
 from moetrain.train.state import checkpoint_tensors
@@ -43,7 +43,7 @@ def train(trainer: Trainer) -> Outcome:
         _warn(trainer, FORCED_BALANCE)
     trainer.event("training", step=state.step, attempt=trainer.place.attempt)
     while state.step < settings.num_steps:
-        control.beat("between steps", state.step)
+        control.beat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
         if any_rank(leaves, device=trainer.device):
             break
@@ -63,6 +63,8 @@ def train(trainer: Trainer) -> Outcome:
             with stopwatch.saving():
                 save(trainer)
             saved_step = state.step
+            if any_rank(control.move_requested, device=trainer.device):
+                break
     if state.step > saved_step:
         save(trainer)
     trainer.checkpoints.wait()

@@ -69,6 +69,12 @@ def finish_upload(uploader: Uploader, control: Control, *, step: int) -> None:
         control.publish("say", f"warning: the last checkpoint is on this machine only: {failure}")
 
 
+def leave_ranks() -> None:
+    """Leaves the world that this process trained in, so that it may join another one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank_device(name: str, *, index: int) -> torch.device:
     """Returns the device that a setting means for a rank of its machine."""
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):

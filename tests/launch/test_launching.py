@@ -5,6 +5,7 @@ Every disturbed run must end with the metrics of an undisturbed one, bit for bit
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,10 +203,16 @@ def test_a_hung_rank_is_reported_and_replaced(
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     (failure,) = [e for e in events_of(tmp_path) if e["event"] == "failure"]
-    assert "rank 1 does not answer" in failure["reason"]
+    pid = next(e for e in events_of(tmp_path) if e["event"] == "attempt")["ranks"][1]["pid"]
+    assert failure["failure"] == "hung"
+    assert re.search(rf"hang: rank 1 on \S+ \(pid {pid}\) does not answer in", failure["reason"])
+    assert failure["reason"].count("pid") == 1, "who only waits for it isn't blamed"
     (report,) = (tmp_path / "runs/tiny/logs").glob("hang_*.txt")
     # The other rank waits in whichever collective came next: of the step, or of its report.
-    assert "in run_rank" in report.read_text(), "the others' stacks show where they wait"
+    waiting, stopped = report.read_text().split("===== rank ")[1:]
+    assert "in run_rank" in waiting
+    assert "process state: T (stopped)" in stopped
+    assert "run_rank" in stopped, "the stack of a stopped process, too"
     assert metrics_of(tmp_path) == undisturbed
 
 

@@ -243,7 +243,10 @@ def train_until_a_save_fails(config: Config) -> tuple[str, tuple[str, int]]:
         def watched(phase: str, step: int) -> None:
             if (phase, step) == ("save", 6) and dist.get_rank() == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            if (phase, step) == ("between steps", 6):  # the save is still written while training goes on
+            if (phase, step) == (
+                "between steps",
+                6,
+            ):  # the save is still written while training goes on
                 concurrent.futures.wait(trainer.checkpoints._running)
             phases.append((phase, step))
             beat(phase, step)

@@ -1,0 +1,199 @@
+"""One attempt, from the ranks' start to whatever ends it: an outcome, a failure, or a move.
+
+Owns watching. Leaves starting, ending and starting again to `supervisor.py`.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.failure import Failure
+from launch.hang import culprits
+from launch.pulse import NodeWatch, Pulse
+from launch.ray_cluster import Worker, answer, answered
+from moetrain.observe import ProgressDisplay
+from moetrain.train import Outcome
+
+POLL_SECONDS = 0.5
+CAUSE_SECONDS = 3.0  # in which the rank behind a lost connection shows itself
+IDLE_SECONDS = 2.0  # in which ranks that lost a peer come back, to be used again
+CLUSTER_LOOK_SECONDS = 2.0
+GROW_AFTER_LOOKS = 3  # that a larger layout must have had a place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """An attempt that saved and ended, to go on elsewhere or in another layout."""
+
+    reason: str
+    step: int
+    forced: bool
+    """Whether a node was taken away; else more came."""
+
+
+class Attempt:
+    """The ranks of one attempt at work."""
+
+    def __init__(
+        self,
+        running: dict[Any, Worker],
+        *,
+        nodes: NodeWatch,
+        display: ProgressDisplay,
+        log_dir: Path,
+        hang_timeout_seconds: float,
+        stop_requested: Callable[[], bool],
+        leaving: Callable[[], set[str]],
+        may_grow: Callable[[], bool],
+    ) -> None:
+        """`running` are the results to come. `leaving` tells the ids of nodes that will be taken
+        away, `may_grow` whether there is a place for a larger layout."""
+        self._pending = dict(running)
+        self._pulse = Pulse(list(running.values()))
+        self._nodes = nodes
+        self._display = display
+        self._log_dir = log_dir
+        self._hang_timeout = hang_timeout_seconds
+        self._stop_requested = stop_requested
+        self._leaving = leaving
+        self._may_grow = may_grow
+        self._stopping = False
+        self._move: str | None = None
+        self._forced = False
+        self._looks = 0
+        self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
+        self.idle: list[Worker] = []
+        """Processes whose rank came back because it lost another: they may be used again."""
+
+    def watch(self) -> Outcome | Failure | Moved:
+        """Returns what the attempt came to, as soon as that is known."""
+        outcomes: list[tuple[int, Outcome]] = []
+        while self._pending:
+            for reference in answered(list(self._pending), timeout=POLL_SECONDS):
+                worker = self._pending.pop(reference)
+                result = answer(reference)
+                if isinstance(result, Failure):
+                    return self._cause(worker, result)
+                outcomes.append((worker.rank, result))
+            self._pulse.take(self._show)
+            self._pass_on_requests()
+            if failure := self._lost_node() or self._hang():
+                return failure
+        self._pulse.take(self._show, wait_seconds=POLL_SECONDS)
+        outcome = min(outcomes, key=lambda pair: pair[0])[1]
+        if outcome.finished or self._stop_requested() or self._move is None:
+            return outcome
+        return Moved(reason=self._move, step=outcome.step, forced=self._forced)
+
+    def _pass_on_requests(self) -> None:
+        """Tells the ranks to stop, or to make room for a move, where there is reason to."""
+        if self._stop_requested() and not self._stopping:
+            self._stopping = True
+            self._display.say("stopping: saving after this step")
+            self._tell(lambda actor: actor.stop.remote())
+        if self._stopping or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
+        leaving = self._leaving()
+        taken = sorted({w.node.address for w in self._pending.values() if w.node.id in leaving})
+        if taken and not self._forced:
+            self._move, self._forced = f"node {', '.join(taken)} will be taken away", True
+            self._display.say(f"{self._move}: saving after this step")
+            self._tell(lambda actor: actor.stop.remote())
+        if self._move is None:
+            self._looks = self._looks + 1 if self._may_grow() else 0
+            if self._looks >= GROW_AFTER_LOOKS:
+                self._move = "there is room for more ranks again"
+                self._display.say(f"{self._move}: moving at the next checkpoint")
+                self._tell(lambda actor: actor.move.remote())
+
+    def _tell(self, tell: Callable[[Any], object]) -> None:
+        for worker in self._pending.values():
+            tell(worker.actor)
+
+    def _cause(self, worker: Worker, first: Failure) -> Failure:
+        """Returns the failure behind the first one seen: a lost peer is only a symptom.
+
+        Waits a moment for the other ranks: one may say more, and those that come back are `idle`.
+        """
+        found = [(worker, first)]
+        began = time.monotonic()
+        while self._pending:
+            known = any(failure.kind != "peer" for _, failure in found)
+            if time.monotonic() > began + (IDLE_SECONDS if known else CAUSE_SECONDS):
+                break
+            for reference in answered(list(self._pending), timeout=0.1):
+                other, result = self._pending.pop(reference), answer(reference)
+                if isinstance(result, Failure):
+                    found.append((other, result))
+        self.idle = [other for other, failure in found if failure.kind == "peer"]
+        source, failure = min(found, key=lambda pair: pair[1].kind == "peer")
+        return Failure(
+            kind=failure.kind,
+            reason=f"{_named(source)}: {failure.reason}",
+            step=self._pulse.step,
+            node=None if failure.kind in ("peer", "error") else source.node.address,
+        )
+
+    def _lost_node(self) -> Failure | None:
+        silent = self._nodes.silent()
+        lost = [w for w in self._pending.values() if w.node.id in silent]
+        if not lost:
+            return None
+        node = lost[0].node.address
+        ranks = ", ".join(str(w.rank) for w in lost if w.node.address == node)
+        reason = f"node {node} does not answer (ranks {ranks})"
+        return Failure(kind="lost", reason=reason, step=self._pulse.step, node=node)
+
+    def _hang(self) -> Failure | None:
+        """Returns the hang that there is, with a report of what every rank does in the run's logs.
+
+        Ranks that are done wait for nobody; the first may still be uploading.
+        """
+        working = {w.rank: w for w in self._pending.values()}
+        silent = {r: s for r, s in self._pulse.silent(self._hang_timeout).items() if r in working}
+        if not silent:
+            return None
+        stacks = self._stacks(working.values())
+        doing = {rank: self._pulse.doing(rank) for rank in silent}
+        guilty = culprits(doing, stacks)
+        path = self._log_dir / f"hang_{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        what = "; ".join(f"{_named(working[rank])} {silent[rank]}" for rank in guilty)
+        others = len(working) - len(guilty)
+        waiting = f"; {others} other ranks wait" if others else ""
+        lines = [f"no sign of life for {self._pulse.patience(self._hang_timeout):.0f} s: {what}\n"]
+        for rank, worker in sorted(working.items()):
+            said = silent.get(rank) or f"in {self._pulse.doing(rank)}"
+            lines.append(f"===== {_named(worker)} {said}\n{stacks.get(rank, 'no stacks')}\n")
+        path.write_text("\n".join(lines))
+        nodes = {working[rank].node.address for rank in guilty}
+        return Failure(
+            kind="hung",
+            reason=f"hang: {what}{waiting}; stacks are in {path}",
+            step=self._pulse.step,
+            node=nodes.pop() if len(nodes) == 1 else None,
+            silent_seconds=self._pulse.patience(self._hang_timeout),
+        )
+
+    def _stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
+        """Returns the ranks' stacks: their own account, else what can be read from outside."""
+        workers = list(workers)
+        asked = {w.actor.stacks.remote(): w for w in workers}
+        stacks = {}
+        for reference in answered(list(asked), timeout=2.0, wait_for_all=True):
+            if isinstance(text := answer(reference), str):
+                stacks[asked[reference].rank] = text
+        mute = [w for w in workers if w.rank not in stacks]
+        return stacks | self._nodes.stacks(mute)
+
+    def _show(self, kind: str, content: Any) -> None:
+        if kind == "record":
+            self._display.update(content)
+        else:
+            self._display.say(content)
+
+
+def _named(worker: Worker) -> str:
+    return f"rank {worker.rank} on {worker.node.address} (pid {worker.pid})"

@@ -1,0 +1,63 @@
+"""How much trouble a run may have: pure counting, knows no ranks."""
+
+from launch.failure import Failure
+from launch.settings import LaunchSettings
+
+REPEATS = 3  # alike failures at the same step that no chance brings together
+NODE_FAILURES = 3  # after which a node is left out
+
+
+class Budget:
+    """Counts failures and preemptions apart, and says when a run must not be started again."""
+
+    def __init__(self, settings: LaunchSettings, *, saved_step: int) -> None:
+        self._settings = settings
+        self._saved = saved_step
+        self._failures: list[Failure] = []  # since the last progress
+        self._preemptions = 0
+        self._on_node: dict[str, int] = {}
+
+    @property
+    def troubles(self) -> dict[str, int]:
+        """Failures of each node, by address."""
+        return dict(self._on_node)
+
+    @property
+    def left_out(self) -> set[str]:
+        """Nodes that failed too often to be used while there are others."""
+        return {node for node, count in self._on_node.items() if count >= NODE_FAILURES}
+
+    def count_preemption(self) -> str | None:
+        """Counts a node that was taken away; returns why the run must stop, if it must."""
+        self._preemptions += 1
+        most = self._settings.max_preemptions
+        if self._preemptions <= most:
+            return None
+        return f"{self._preemptions} preemptions (launch.max_preemptions={most})"
+
+    def count(self, failure: Failure, *, saved_step: int) -> str | None:
+        """Counts a failure; returns why the run must not be started again, None where it may."""
+        if saved_step > self._saved:  # progress: older failures don't count any more
+            self._saved, self._failures = saved_step, []
+        if failure.is_final:
+            return failure.reason
+        if failure.kind == "preempted":
+            reason = self.count_preemption()
+            return reason and f"{reason}: {failure.reason}"
+        self._failures.append(failure)
+        if failure.node:
+            self._on_node[failure.node] = self._on_node.get(failure.node, 0) + 1
+        alike = [f for f in self._failures if (f.kind, f.step) == (failure.kind, failure.step)]
+        if len(alike) >= REPEATS and failure.kind != "lost":
+            where = "before the first step" if failure.step is None else f"at step {failure.step}"
+            return (
+                f"failed {len(alike)} times in the same way {where}, with nothing gained since "
+                f"the checkpoint of step {self._saved}: {failure.reason}"
+            )
+        most = self._settings.max_failures
+        if len(self._failures) > most:
+            return (
+                f"{len(self._failures)} failures since the checkpoint of step {self._saved} "
+                f"(launch.max_failures={most}): {failure.reason}"
+            )
+        return None

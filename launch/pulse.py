@@ -1,0 +1,153 @@
+"""Listens to ranks and nodes: who is alive, who makes progress, and who hangs.
+
+Never waits for one that doesn't answer. Leaves it to the supervisor to do something about it.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from launch.failure import Failure
+from launch.node_agent import STACK_SECONDS, NodeAgent
+from launch.placement import Node
+from launch.ray_cluster import RayCluster, Worker, answer, answered
+from moetrain.parallel import STEP_PHASES, Doing
+
+LEAST_PATIENCE_SECONDS = 30.0
+PATIENCE_IN_STEPS = 10.0
+NODE_SILENCE_SECONDS = 10.0
+NODE_START_SECONDS = 60.0  # that a node may take to start its agent
+
+
+@dataclass
+class Heard:
+    """The last that was heard of a rank."""
+
+    at: float
+    doing: Doing
+    silent: float = 0.0
+    slowest_step: float | None = None
+
+
+class Pulse:
+    """The ranks of one attempt."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        now = time.monotonic()
+        self._workers = {w.rank: w for w in workers}
+        self._asked = {rank: w.actor.collect.remote() for rank, w in self._workers.items()}
+        self._heard = {rank: Heard(at=now, doing=Doing()) for rank in self._workers}
+
+    def take(self, show: Callable[[str, Any], None], *, wait_seconds: float = 0.0) -> None:
+        """Takes the answers that are there, shows what they publish, and asks again."""
+        ranks = {reference: rank for rank, reference in self._asked.items()}
+        for reference in answered(list(ranks), timeout=wait_seconds, wait_for_all=True):
+            rank, status = ranks[reference], answer(reference)
+            if isinstance(status, Failure):
+                continue  # the rank's own result says more
+            self._heard[rank] = Heard(
+                at=time.monotonic(),
+                doing=status["doing"],
+                silent=status["silent_seconds"],
+                slowest_step=status["slowest_step"],
+            )
+            for kind, content in status["published"]:
+                show(kind, content)
+            self._asked[rank] = self._workers[rank].actor.collect.remote()
+
+    @property
+    def step(self) -> int | None:
+        """The step that the ranks are in, as far as they said; None before the first."""
+        steps = [h.doing.step for h in self._heard.values() if h.doing.phase in STEP_PHASES]
+        return max(steps, default=None)
+
+    def doing(self, rank: int) -> Doing:
+        """Returns what a rank did when it was last heard."""
+        return self._heard[rank].doing
+
+    def patience(self, most: float) -> float:
+        """Returns the seconds without a sign of life that ranks may have in a step.
+
+        Learned from the slowest of their last steps, and never more than `most`.
+        """
+        slowest = [h.slowest_step for h in self._heard.values()]
+        known = [seconds for seconds in slowest if seconds is not None]
+        if len(known) < len(slowest):
+            return most
+        return min(most, max(LEAST_PATIENCE_SECONDS, PATIENCE_IN_STEPS * max(known)))
+
+    def silent(self, most: float) -> dict[int, str]:
+        """Returns the ranks that gave no sign of life for too long, with what they were doing.
+
+        In a step that is `patience`; elsewhere, as in a save or a validation, `most` seconds.
+        """
+        now, in_step = time.monotonic(), self.patience(most)
+        found = {}
+        for rank, heard in self._heard.items():
+            unheard = now - heard.at
+            limit = in_step if heard.doing.phase in STEP_PHASES else most
+            if heard.silent + unheard > limit:
+                state = "does not answer" if unheard > limit / 2 else "makes no progress"
+                found[rank] = f"{state} in {heard.doing}"
+        return found
+
+
+class NodeWatch:
+    """The nodes that a run uses, all the time that it lasts."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
+        self._asked: dict[str, _Asked] = {}
+
+    def watch(self, nodes: Iterable[Node]) -> None:
+        """Begins to ask nodes that weren't asked before; not this one, which lives as we do."""
+        for node in nodes:
+            if node.id not in self._asked and node.id != self._cluster.own_node:
+                agent = self._cluster.start_agent(node)
+                self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS)
+
+    def silent(self) -> set[str]:
+        """Returns the ids of nodes that haven't answered for too long; asks the others again."""
+        by_answer = {asked.answer: node for node, asked in self._asked.items()}
+        for reference in answered(list(by_answer), timeout=0):
+            asked = self._asked.pop(by_answer[reference])
+            if not isinstance(answer(reference), Failure):  # else Ray knows that something ended
+                again = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
+                self._asked[by_answer[reference]] = again
+        return {node for node, asked in self._asked.items() if asked.is_overdue()}
+
+    def stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
+        """Returns the processes' states and stacks by rank, of those whose node answers in time."""
+        by_node: dict[str, list[Worker]] = {}
+        for worker in workers:
+            by_node.setdefault(worker.node.id, []).append(worker)
+        found: dict[str, Any] = {}
+        asked = {}
+        for node, there in by_node.items():
+            pids = [w.pid for w in there]
+            if node in self._asked:
+                asked[self._asked[node].agent.stacks.remote(pids)] = node
+            elif node == self._cluster.own_node:
+                found[node] = NodeAgent().stacks(pids)
+        for reference in answered(list(asked), timeout=2 * STACK_SECONDS, wait_for_all=True):
+            found[asked[reference]] = answer(reference)
+        texts = {}
+        for node, there in by_node.items():
+            stacks = found.get(node)
+            for worker in there:
+                if isinstance(stacks, dict):
+                    texts[worker.rank] = stacks[worker.pid]
+        return texts
+
+
+class _Asked:
+    """A node's agent that was asked for a sign of life."""
+
+    def __init__(self, agent: Any, *, patience: float) -> None:
+        self.agent = agent
+        self.answer = agent.ping.remote()
+        self._until = time.monotonic() + patience
+
+    def is_overdue(self) -> bool:
+        return time.monotonic() > self._until
