@@ -45,11 +45,11 @@ class Attempt:
         log_dir: Path,
         hang_timeout_seconds: float,
         stop_requested: Callable[[], bool],
-        leaving: Callable[[], set[str]],
+        leaving: Callable[[], dict[str, str]],
         may_grow: Callable[[], bool],
     ) -> None:
         """`running` are the results to come. `leaving` tells the ids of nodes that will be taken
-        away, `may_grow` whether there is a place for a larger layout."""
+        away, and why; `may_grow` whether there is a place for a larger layout."""
         self._pending = dict(running)
         self._pulse = Pulse(list(running.values()))
         self._nodes = nodes
@@ -97,9 +97,14 @@ class Attempt:
             return
         self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
         leaving = self._leaving()
-        taken = sorted({w.node.address for w in self._pending.values() if w.node.id in leaving})
+        taken = {
+            f"{w.node.address} ({leaving[w.node.id]})"
+            for w in self._pending.values()
+            if w.node.id in leaving
+        }
         if taken and not self._forced:
-            self._move, self._forced = f"node {', '.join(taken)} will be taken away", True
+            self._forced = True
+            self._move = f"node {', '.join(sorted(taken))} will be taken away"
             self._display.say(f"{self._move}: saving after this step")
             self._tell(lambda actor: actor.stop.remote())
         if self._move is None:

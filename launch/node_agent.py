@@ -3,20 +3,46 @@
 Imports neither torch nor the rest of moetrain: an agent starts in a second and is never busy.
 """
 
+import http.client
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 STACK_SECONDS = 10.0
+WARNING_LOOK_SECONDS = 5.0
+METADATA_TIMEOUT_SECONDS = 2.0
 
 
 class NodeAgent:
-    """One node's eyes: its answer is the node's sign of life."""
+    """One node's eyes: its answer is the node's sign of life.
 
-    def ping(self) -> None:
-        """Answers."""
+    `warnings` names whose metadata service tells that the node will be taken away.
+    """
+
+    def __init__(self, warnings: str = "none") -> None:
+        self._warning: str | None = None
+        if warnings != "none":
+            ask = {"aws": aws_warning, "gcp": gcp_warning}[warnings]
+            threading.Thread(target=self._listen, args=(ask,), name="warnings", daemon=True).start()
+
+    def _listen(self, ask: Callable[[], str | None]) -> None:
+        while self._warning is None:
+            with suppress(OSError, http.client.HTTPException):  # no answer is no warning
+                self._warning = ask()
+            time.sleep(WARNING_LOOK_SECONDS)
+
+    def ping(self) -> str | None:
+        """Answers: with the warning that this node will be taken away, or None."""
+        return self._warning
 
     def stacks(self, pids: list[int]) -> dict[int, str]:
         """Returns what each process does: its state, and the Python stacks of all its threads.
@@ -25,6 +51,45 @@ class NodeAgent:
         its memory. Where that isn't allowed, the text says so.
         """
         return {pid: f"{_state(pid)}\n{_stacks(pid)}" for pid in pids}
+
+
+def aws_warning() -> str | None:
+    """Returns EC2's notice of a spot interruption, two minutes before it; None without one.
+
+    https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
+    """
+    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
+    lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    token = _request(f"{base}/latest/api/token", method="PUT", headers=lifetime)
+    try:
+        return "EC2 will take this spot instance: " + _request(
+            f"{base}/latest/meta-data/spot/instance-action",
+            headers={"X-aws-ec2-metadata-token": token},
+        )
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+
+
+def gcp_warning() -> str | None:
+    """Returns Compute Engine's notice of a preemption, 30 seconds before it; None without one.
+
+    https://cloud.google.com/compute/docs/instances/create-use-preemptible
+    """
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    url = f"http://{host}/computeMetadata/v1/instance/preempted"
+    taken = _request(url, headers={"Metadata-Flavor": "Google"}).strip().upper() == "TRUE"
+    return "Compute Engine will take this instance" if taken else None
+
+
+def _request(url: str, *, headers: dict[str, str], method: str = "GET") -> str:
+    request = urllib.request.Request(url, headers=headers, method=method)
+    # The service is this machine's own: no proxy is asked.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=METADATA_TIMEOUT_SECONDS) as response:
+        text: str = response.read().decode()
+        return text
 
 
 def _state(pid: int) -> str:

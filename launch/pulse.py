@@ -96,26 +96,39 @@ class Pulse:
 class NodeWatch:
     """The nodes that a run uses, all the time that it lasts."""
 
-    def __init__(self, cluster: RayCluster) -> None:
+    def __init__(self, cluster: RayCluster, *, warnings: str = "none") -> None:
+        """`warnings` names whose metadata service is asked whether a node will be taken away."""
         self._cluster = cluster
+        self._warnings = warnings
+        self._own = NodeAgent(warnings)
         self._asked: dict[str, _Asked] = {}
+        self._warned: dict[str, str] = {}
 
     def watch(self, nodes: Iterable[Node]) -> None:
         """Begins to ask nodes that weren't asked before; not this one, which lives as we do."""
         for node in nodes:
             if node.id not in self._asked and node.id != self._cluster.own_node:
-                agent = self._cluster.start_agent(node)
+                agent = self._cluster.start_agent(node, warnings=self._warnings)
                 self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS)
 
     def silent(self) -> set[str]:
         """Returns the ids of nodes that haven't answered for too long; asks the others again."""
         by_answer = {asked.answer: node for node, asked in self._asked.items()}
         for reference in answered(list(by_answer), timeout=0):
-            asked = self._asked.pop(by_answer[reference])
-            if not isinstance(answer(reference), Failure):  # else Ray knows that something ended
-                again = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
-                self._asked[by_answer[reference]] = again
+            node, said = by_answer[reference], answer(reference)
+            asked = self._asked.pop(node)
+            if isinstance(said, Failure):
+                continue  # Ray knows that the agent ended; the node's next use starts another
+            if said:
+                self._warned[node] = said
+            self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
         return {node for node, asked in self._asked.items() if asked.is_overdue()}
+
+    def warned(self) -> dict[str, str]:
+        """Returns the ids of nodes that will be taken away, with the warnings."""
+        if own := self._own.ping():
+            self._warned[self._cluster.own_node] = own
+        return self._warned
 
     def stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
         """Returns the processes' states and stacks by rank, of those whose node answers in time."""
@@ -129,7 +142,7 @@ class NodeWatch:
             if node in self._asked:
                 asked[self._asked[node].agent.stacks.remote(pids)] = node
             elif node == self._cluster.own_node:
-                found[node] = NodeAgent().stacks(pids)
+                found[node] = self._own.stacks(pids)
         for reference in answered(list(asked), timeout=2 * STACK_SECONDS, wait_for_all=True):
             found[asked[reference]] = answer(reference)
         texts = {}

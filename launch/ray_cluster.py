@@ -76,7 +76,7 @@ class RayCluster:
         self.own_node = own_node
         """The id of the node that this process runs on."""
         self._reserved: dict[str, tuple[PlacementGroup, Share]] = {}
-        self._requested = False
+        self._requested = 0
 
     @classmethod
     def connect(cls, address: str | None, *, num_workers: int = 1) -> "RayCluster":
@@ -129,25 +129,18 @@ class RayCluster:
             found.append(Node(id=node, address=entry["NodeManagerAddress"], room=room))
         return found
 
-    def describe(self, *, on_gpu: bool) -> str:
-        """Returns what the cluster has, for people."""
-        kind = "GPU" if on_gpu else "CPU"
-        nodes = sorted(self.nodes(on_gpu=on_gpu), key=lambda n: n.address)
-        rooms = ", ".join(f"{n.address}: {n.room}" for n in nodes)
-        return f"{len(nodes)} nodes with free {kind}s ({rooms})" if nodes else "no node"
-
-    def draining(self) -> set[str]:
-        """Returns the ids of the nodes that will be taken away."""
+    def draining(self) -> dict[str, str]:
+        """Returns the ids of the nodes that Ray was told to empty, and that it was."""
         client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
         with suppress(Exception):  # not public, and not worth a run
-            return set(client.get_draining_nodes())
-        return set()
+            return dict.fromkeys(client.get_draining_nodes(), "Ray drains it")
+        return {}
 
     def request(self, num_ranks: int, *, on_gpu: bool) -> None:
         """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more."""
-        if num_ranks or self._requested:
+        if num_ranks != self._requested:
             request_resources(bundles=[_rank_resources(on_gpu)] * num_ranks)
-            self._requested = num_ranks > 0
+            self._requested = num_ranks
 
     def reserve(self, shares: Sequence[Share], *, on_gpu: bool) -> bool:
         """Holds the shares' places, and gives back all others; False where one is gone."""
@@ -236,13 +229,13 @@ class RayCluster:
         (port,) = _ask([first.actor.free_port.remote()], [first.node.address], interrupted)
         return f"tcp://{first.node.address}:{port}"
 
-    def start_agent(self, node: Node) -> Any:
-        """Returns an agent's actor on a node."""
+    def start_agent(self, node: Node, *, warnings: str) -> Any:
+        """Returns a `NodeAgent` as an actor on a node."""
         return _Agent.options(
             num_cpus=0,
             max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-        ).remote()
+        ).remote(warnings)
 
     def cleared(self, workers: Sequence[Worker]) -> list[Worker]:
         """Returns those of idle processes that can be used for another attempt."""

@@ -6,6 +6,7 @@ Owns the decision when, where and in which layout to start again. Leaves Ray its
 
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,12 +51,12 @@ class Supervisor:
         self._config = config
         self._cluster = cluster
         self._on_gpu = on_gpu
-        self._refit = refit
+        self._refit = cache(refit)
         self._display = display
         self._stop_requested = stop_requested
         self._run_dir = Path(config.run.dir, config.run.name or "")
         self._event = EventLog(self._run_dir / "events.jsonl").write
-        self._nodes = NodeWatch(cluster)
+        self._nodes = NodeWatch(cluster, warnings=config.cluster.spot_warnings)
         self._budget = Budget(config.launch, saved_step=self._saved_step())
         self._survivors: list[Worker] = []
         self._survivors_layout: Config | None = None
@@ -124,13 +125,8 @@ class Supervisor:
         said = False
         while not self._stop_requested():
             waits = time.monotonic() < deadline
-            place = self._place_of(self._config)
-            if (
-                place is None
-                and settings.elastic
-                and (not waits or wait > settings.wait_for_nodes_seconds)
-            ):
-                place = self._smaller_place()
+            may_shrink = not waits or wait > settings.wait_for_nodes_seconds
+            place = self._place(may_shrink=settings.elastic and may_shrink)
             if place is not None and self._cluster.reserve(place[1], on_gpu=self._on_gpu):
                 self._cluster.request(0, on_gpu=self._on_gpu)
                 self._nodes.watch(share.node for share in place[1])
@@ -144,40 +140,36 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
         return None
 
-    def _place_of(self, config: "Config") -> "tuple[Config, list[Share]] | None":
-        """Returns where a layout fits, first without the nodes that failed too often."""
-        silent, left_out = self._nodes.silent(), self._budget.left_out
-        nodes = [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in silent]
+    def _place(self, *, may_shrink: bool) -> "tuple[Config, list[Share]] | None":
+        """Returns the full layout with its place, or if allowed the largest smaller one that has
+        one; on nodes that failed too often only where there are no others."""
+        gone = self._nodes.silent() | self._nodes.warned().keys()
+        nodes = [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in gone]
+        left_out = self._budget.left_out
         for usable in ([n for n in nodes if n.address not in left_out], nodes):
-            shares = choose_nodes(
-                usable,
-                num_ranks=config.launch.num_workers or 1,
-                group_size=config.parallel.expert_degree or 1,
-                troubles=self._budget.troubles,
-            )
-            if shares is not None:
-                return config, shares
-            if self._config.launch.elastic:
-                return None  # rather smaller than on a bad node
-        return None
-
-    def _smaller_place(self) -> "tuple[Config, list[Share]] | None":
-        """Returns the largest valid layout below the full one that has a place."""
-        for num_ranks in range((self._config.launch.num_workers or 1) - 1, 0, -1):
-            config = self._refit(num_ranks)
-            if config is not None and (place := self._place_of(config)):
-                return place
+            room, full = sum(n.room for n in usable), self._config.launch.num_workers or 1
+            sizes = range(min(room, full), 0, -1) if may_shrink else [full]
+            for num_ranks in sizes:
+                config = self._config if num_ranks == full else self._refit(num_ranks)
+                shares = config and choose_nodes(
+                    usable,
+                    num_ranks=num_ranks,
+                    group_size=config.parallel.expert_degree or 1,
+                    troubles=self._budget.troubles,
+                )
+                if config and shares:
+                    return config, shares
         return None
 
     def _what_is_missing(self) -> str:
-        settings = self._config.launch
+        wanted = self._config.launch.num_workers or 1
         kind = "GPU" if self._on_gpu else "CPU"
-        has = self._cluster.describe(on_gpu=self._on_gpu)
-        out = self._budget.left_out
-        without = f", without {', '.join(sorted(out))}, which failed too often" if out else ""
+        nodes = self._cluster.nodes(on_gpu=self._on_gpu)
+        room = sum(node.room for node in nodes)
+        places = ", ".join(f"{n.address}: {n.room}" for n in sorted(nodes, key=lambda n: n.address))
         return (
-            f"launch.num_workers={settings.num_workers}: each rank needs a {kind}, but the cluster "
-            f"has {has}{without}. Ask for fewer ranks, wait for more nodes "
+            f"launch.num_workers={wanted}: each rank needs a free {kind}, and the cluster has "
+            f"{room} of them ({places or 'no node'}). Ask for fewer ranks, wait for more nodes "
             "(launch.wait_for_nodes_seconds), or let the run shrink (launch.elastic=true)"
         )
 
@@ -233,7 +225,7 @@ class Supervisor:
                 log_dir=self._run_dir / "logs",
                 hang_timeout_seconds=config.launch.hang_timeout_seconds,
                 stop_requested=self._stop_requested,
-                leaving=self._cluster.draining,
+                leaving=lambda: self._cluster.draining() | self._nodes.warned(),
                 may_grow=lambda: self._may_grow(world_size),
             )
             ended = at_work.watch()
@@ -272,10 +264,8 @@ class Supervisor:
         full = self._config.launch.num_workers or 1
         if num_ranks >= full:
             return False
-        if self._place_of(self._config) is not None:
-            return True
         self._cluster.request(full, on_gpu=self._on_gpu)
-        place = self._smaller_place()
+        place = self._place(may_shrink=True)
         return place is not None and (place[0].launch.num_workers or 1) > num_ranks
 
     def _tell_left_out(self, shares: list[Share]) -> None:

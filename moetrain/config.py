@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -283,14 +284,16 @@ def refit(resolved: Config, num_workers: int) -> Config | None:
     """Returns a resolved configuration for fewer workers, None where so many can't run it.
 
     The global batch stays. Degrees are kept where they divide the workers, and else folded to the
-    largest below that do; a worker's micro-batches stay as large as they may.
+    largest below that do; only where nothing else is valid there are more replicas than before,
+    for they cost memory. A worker's micro-batches stay as large as they may.
     """
     before, batch = resolved.parallel, resolved.train.global_batch_size
     if batch % num_workers:
         return None
-    replicate = max(d for d in _divisors(num_workers) if d <= before.data_replicate_degree)
     share, micro = batch // num_workers, resolved.train.micro_batch_size or 1
-    for expert in range(before.expert_degree or 1, 0, -1):
+    most, experts = before.data_replicate_degree, before.expert_degree or 1
+    replicas = sorted(_divisors(num_workers), key=lambda d: (d > most, abs(d - most)))
+    for replicate, expert in product(replicas, range(experts, 0, -1)):
         fitting = replace(
             resolved,
             parallel=replace(
@@ -308,7 +311,7 @@ def refit(resolved: Config, num_workers: int) -> Config | None:
         try:
             return resolve(fitting, num_workers=num_workers, now=datetime.now())
         except ConfigError:
-            continue  # the next lower degree
+            continue
     return None
 
 

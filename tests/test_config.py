@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from moetrain.checks import ConfigError
 from moetrain.command import register
-from moetrain.config import Config, resolve, validated
+from moetrain.config import Config, refit, resolve, validated
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -206,3 +206,72 @@ def compose_preset(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", list(overrides))
     return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+
+
+def layout(config: Config) -> tuple[int | None, ...]:
+    parallel = config.parallel
+    return (
+        config.launch.num_workers,
+        parallel.data_replicate_degree,
+        parallel.data_shard_degree,
+        parallel.expert_degree,
+        config.train.micro_batch_size,
+    )
+
+
+def test_fewer_ranks_keep_the_global_batch_and_the_expert_degree_where_it_divides() -> None:
+    wished = toy(
+        model__ffn_hidden_dim=192, parallel__expert_degree=4, train__global_batch_size=48,
+        train__micro_batch_size=2, launch__num_workers=8,
+    )  # fmt: skip
+    full = resolve(validated(wished, Config), num_workers=8, now=NOW)
+    assert layout(full) == (8, 1, 8, 4, 2)
+    smaller = {n: refit(full, n) for n in range(7, 0, -1)}
+    layouts = {n: c and layout(c) for n, c in smaller.items()}
+    assert layouts == {
+        7: None,  # 48 sequences don't divide by seven ranks
+        6: (6, 1, 6, 2, 2),  # four doesn't divide six: folded to two
+        5: None,
+        4: (4, 1, 4, 4, 2),
+        3: (3, 1, 3, 1, 2),
+        2: (2, 1, 2, 2, 2),
+        1: (1, 1, 1, 1, 2),
+    }
+    for config in smaller.values():
+        if config is not None:
+            assert config.train.global_batch_size == 48
+            same = replace(
+                config, parallel=full.parallel, train=full.train, launch=full.launch, run=full.run
+            )
+            assert same == full, "nothing else changes"
+            assert config.run == full.run
+
+
+def test_fewer_ranks_keep_as_many_replicas_as_divide_them() -> None:
+    wished = toy(parallel__data_replicate_degree=4, train__global_batch_size=48)
+    full = resolve(validated(wished, Config), num_workers=8, now=NOW)
+    assert layout(full)[:3] == (8, 4, 2)
+    six = refit(full, 6)
+    assert six is not None
+    assert layout(six)[:3] == (6, 3, 2)
+
+
+def test_fewer_ranks_have_more_replicas_only_where_nothing_else_is_valid() -> None:
+    """Three ranks can't shard an expert of 128 hidden units."""
+    wished = toy(model__ffn_hidden_dim=128, train__global_batch_size=48)
+    full = resolve(validated(wished, Config), num_workers=8, now=NOW)
+    six = refit(full, 6)
+    assert six is not None
+    assert layout(six)[:4] == (6, 3, 2, 2)
+
+
+def test_a_worker_takes_micro_batches_no_larger_than_before() -> None:
+    """What it had memory for in the full layout."""
+    wished = toy(train__global_batch_size=24, train__micro_batch_size=3)
+    full = resolve(validated(wished, Config), num_workers=8, now=NOW)
+    four = refit(full, 4)
+    assert four is not None
+    assert four.train.micro_batch_size == 3
+    six = refit(full, 6)
+    assert six is not None
+    assert six.train.micro_batch_size == 2

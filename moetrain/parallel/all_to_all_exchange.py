@@ -296,7 +296,7 @@ class _Transfer:
         self.activity = exchange.activity
         self.name = (
             f"{exchange.name} on rank {dist.get_rank()}, sending {send} and receiving {receive} "
-            "rows,"
+            "rows"
         )
         self.sent: Tensor = _Start.apply(x, self)  # type: ignore[no-untyped-call]
 

@@ -1,0 +1,66 @@
+"""What a run may suffer before it is given up."""
+
+from launch.budget import Budget
+from launch.failure import Failure
+from launch.settings import LaunchSettings
+
+
+def died(step: int | None, *, kind: str = "died", node: str | None = None) -> Failure:
+    return Failure(kind=kind, reason="gone", step=step, node=node)
+
+
+def budget(*, failures: int = 3, preemptions: int = 2) -> Budget:
+    settings = LaunchSettings(max_failures=failures, max_preemptions=preemptions)
+    return Budget(settings, saved_step=0)
+
+
+def test_failures_without_progress_end_the_run() -> None:
+    count = budget(failures=2)
+    assert count.count(died(1), saved_step=0) is None
+    assert count.count(died(2), saved_step=0) is None
+    assert "launch.max_failures=2" in str(count.count(died(3), saved_step=0))
+
+
+def test_progress_forgives_failures() -> None:
+    count = budget(failures=1)
+    for step in range(1, 20):
+        assert count.count(died(step), saved_step=step) is None
+
+
+def test_preemptions_are_counted_apart_and_not_forgiven() -> None:
+    count = budget(failures=0, preemptions=2)
+    assert count.count(died(1, kind="preempted"), saved_step=1) is None
+    assert count.count_preemption() is None
+    reason = count.count(died(9, kind="preempted"), saved_step=9)
+    assert "launch.max_preemptions=2" in str(reason)
+
+
+def test_an_error_of_the_code_is_final() -> None:
+    assert budget().count(died(1, kind="error"), saved_step=0) == "gone"
+
+
+def test_the_same_failure_at_the_same_step_ends_the_run_early() -> None:
+    count = budget(failures=100)
+    assert count.count(died(7, kind="memory"), saved_step=5) is None
+    assert count.count(died(7, kind="memory"), saved_step=5) is None
+    reason = str(count.count(died(7, kind="memory"), saved_step=5))
+    assert "3 times in the same way at step 7" in reason
+    assert "gone" in reason
+
+
+def test_failures_at_the_same_step_that_differ_are_chance() -> None:
+    count = budget(failures=100)
+    for kind in ("died", "memory", "hung", "died", "hung"):
+        assert count.count(died(7, kind=kind), saved_step=5) is None
+    for _ in range(10):
+        assert count.count(died(7, kind="lost"), saved_step=5) is None, "nodes that go are chance"
+
+
+def test_a_node_that_failed_repeatedly_is_left_out() -> None:
+    count = budget(failures=100)
+    for step, node in ((1, "a"), (2, "b"), (3, "a")):
+        count.count(died(step, node=node), saved_step=step)
+    assert count.left_out == set()
+    assert count.troubles == {"a": 2, "b": 1}
+    count.count(died(4, node="a"), saved_step=4)
+    assert count.left_out == {"a"}
