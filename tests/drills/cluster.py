@@ -102,7 +102,7 @@ def struck(
         host = site.host_of(run, rank)
         at = time.time()
         strike(host)
-        result.next_step = run.next_step_after(at, process)
+        result.next_step = run.next_step_after(at)
         meanwhile(run, host, result, at)
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)
@@ -201,7 +201,7 @@ def head_killed(site: ClusterSite) -> Result:
     result.noticed = time.time() - at
     site.cluster.repair()
     with run.started() as process:
-        result.next_step = run.next_step_after(at, process)
+        result.next_step = run.next_step_after(at)
         process.wait(timeout=PATIENCE)
     result.said = "the same command again, on a new head"
     ended_well(run, process, result)
@@ -220,7 +220,7 @@ def drained(site: ClusterSite) -> Result:
         host, at = site.host_of(run, 1), time.time()
         site.cluster.drain(host)
         at = time.time()
-        result.next_step = run.next_step_after(at, process)
+        result.next_step = run.next_step_after(at)
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)
     moves, resumed = run.events("move"), run.events("resume")
@@ -259,7 +259,7 @@ def shrunk_and_grown(site: ClusterSite) -> Result:
         site.hosts.kill(spare)
         at = time.time()
         site.hosts.kill(used[1])
-        result.next_step = run.next_step_after(at, process)
+        result.next_step = run.next_step_after(at)
         site.cluster.start(used[1])
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)

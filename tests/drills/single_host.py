@@ -48,7 +48,7 @@ def replaced(
     run = Run(site, slug(name))
     with run.started(fault=fault) as process:
         strike = run.wait_for_strike()
-        result.next_step = run.next_step_after(strike, process)
+        result.next_step = run.next_step_after(strike)
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)
     told_of(run, result, strike, failures={failure}, said=said)
@@ -91,7 +91,7 @@ def driver_killed(site: Site) -> Result:
     assert ranks
     result.noticed = time.time() - strike
     with run.started() as process:
-        result.next_step = run.next_step_after(strike, process)
+        result.next_step = run.next_step_after(strike)
         process.wait(timeout=PATIENCE)
     result.said = "the same command again"
     ended_well(run, process, result)
