@@ -79,6 +79,16 @@ def four_hosts(folder: Path) -> Iterator[ClusterSite]:
         )  # fmt: skip
 
 
+# Steps long enough for a host to come back, or a notice to be given, while the run lasts. In
+# another layout sums are rounded in another order: all experts are chosen, so that no rounding
+# makes a token choose another one, and SGD doesn't magnify it.
+LONG = [
+    "launch.elastic=true", "optim=sgd", "optim.lr=0.1", "model.top_k=4", "train.dtype=float32",
+    "checkpoint.keep_every=10", "train.num_steps=240", "train.global_batch_size=32",
+    "train.seq_len=128", "model.max_seq_len=128",
+]  # fmt: skip
+
+
 def struck(
     site: ClusterSite,
     name: str,
@@ -139,7 +149,7 @@ def cut_and_healed(site: ClusterSite) -> Result:
 
     return struck(
         site, "network cut, healed once the spare trains", site.hosts.cut, rank=1,
-        failures={"lost"}, meanwhile=meanwhile,
+        failures={"lost", "died"}, meanwhile=meanwhile,
     )  # fmt: skip
 
 
@@ -158,7 +168,7 @@ def cut_for_good(site: ClusterSite) -> Result:
 
     return struck(
         site, "network cut for good, spare takes over", site.hosts.cut, rank=0,
-        failures={"lost"}, meanwhile=meanwhile,
+        failures={"lost", "died"}, meanwhile=meanwhile,
     )  # fmt: skip
 
 
@@ -211,15 +221,15 @@ def head_killed(site: ClusterSite) -> Result:
 
 def drained(site: ClusterSite) -> Result:
     """A notice that a node will be taken away: the run saves, and moves before it is gone."""
-    whole = site.undisturbed()
+    whole = site.undisturbed(*LONG)
     result = Result(drill="drain notice, run moves to the spare", target=NODE_TARGET)
     site.cluster.repair()
-    run = Run(site, slug(result.drill))
+    nodes = site.cluster.nodes()
+    run = Run(site, slug(result.drill), *LONG)
     with run.started() as process:
         run.wait_for_step(12)
         host, at = site.host_of(run, 1), time.time()
-        site.cluster.drain(host)
-        at = time.time()
+        site.cluster.drain(nodes[site.hosts.address(host)])
         result.next_step = run.next_step_after(at)
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)
@@ -236,22 +246,12 @@ def drained(site: ClusterSite) -> Result:
     return result
 
 
-# In another layout sums are rounded in another order. All experts are chosen, so that no rounding
-# makes a token choose another one, and SGD doesn't magnify it. Steps are long enough for a host
-# to come back while the run is in the smaller layout.
-ELASTIC = [
-    "launch.elastic=true", "optim=sgd", "optim.lr=0.1", "model.top_k=4", "train.dtype=float32",
-    "checkpoint.keep_every=10", "train.num_steps=100", "train.global_batch_size=32",
-    "train.seq_len=128", "model.max_seq_len=128",
-]  # fmt: skip
-
-
 def shrunk_and_grown(site: ClusterSite) -> Result:
     """A node is lost and there is no spare: one rank goes on, and two once the node is back."""
     result = Result(drill="node lost, no spare: shrinks, grows back", target=NODE_TARGET)
-    whole = site.undisturbed(*ELASTIC)
+    whole = site.undisturbed(*LONG)
     site.cluster.repair()
-    run = Run(site, slug(result.drill), *ELASTIC)
+    run = Run(site, slug(result.drill), *LONG)
     with run.started() as process:
         run.wait_for_step(12)
         used = [site.host_of(run, rank) for rank in (0, 1)]

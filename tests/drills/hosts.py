@@ -183,14 +183,14 @@ class Cluster:
             json.loads(self.run(0, [sys.executable, "-c", _NODES, self.address], seconds=60))
         )
 
-    def drain(self, n: int) -> None:
-        """Has a cloud say that it takes a host away in half a minute."""
+    def drain(self, node: str) -> None:
+        """Has a cloud say that it takes a node away in half a minute."""
         self.run(
             0,
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
                 f"--address={self.address}",
-                f"--node-id={self.nodes()[self.hosts.address(n)]}",
+                f"--node-id={node}",
                 "--reason=DRAIN_NODE_REASON_PREEMPTION",
                 "--reason-message=the drill takes it away",
                 "--deadline-remaining-seconds=30",
