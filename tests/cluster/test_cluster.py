@@ -3,7 +3,6 @@
 The quick drills; `make cluster-test` runs all of them and holds them to their targets.
 """
 
-import socket
 import subprocess
 import sys
 import time
@@ -51,23 +50,23 @@ def reaches(hosts: Hosts, address: str) -> bool:
 
 def test_a_cut_host_is_reached_by_nobody_until_it_is_healed() -> None:
     server = "import socket, time; s = socket.create_server(('', 7000)); print(1, flush=True)"
-    with Hosts(2) as hosts:
-        with subprocess.Popen(
+    with (
+        Hosts(2) as hosts,
+        subprocess.Popen(
             hosts.command(1, [sys.executable, "-c", f"{server}; time.sleep(60)"]),
             stdout=subprocess.PIPE,
-        ) as listening:
-            assert listening.stdout
-            listening.stdout.readline()
-            assert reaches(hosts, hosts.address(1))
-            hosts.cut(1)
-            assert not reaches(hosts, hosts.address(1))
-            hosts.heal(1)
-            assert reaches(hosts, hosts.address(1))
-            assert hosts.pids(1) == [listening.pid]
-            hosts.kill(1)
-            assert listening.wait(timeout=5) == -9
-        with pytest.raises(OSError, match=r"timed out|unreachable"):
-            socket.create_connection((hosts.address(1), 7000), timeout=1)
+        ) as listening,
+    ):
+        assert listening.stdout
+        listening.stdout.readline()
+        assert reaches(hosts, hosts.address(1))
+        hosts.cut(1)
+        assert not reaches(hosts, hosts.address(1))
+        hosts.heal(1)
+        assert reaches(hosts, hosts.address(1))
+        assert hosts.pids(1) == [listening.pid]
+        hosts.kill(1)
+        assert listening.wait(timeout=5) == -9
 
 
 def test_hosts_of_a_process_that_is_gone_are_removed() -> None:
