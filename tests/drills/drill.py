@@ -107,6 +107,8 @@ class Run:
         self.folder = (at or site.folder / "runs") / name
         self.log = site.folder / f"{name}.log"
         self.armed: Armed | None = None
+        self.began = 0.0
+        """When the newest command was started."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
@@ -117,6 +119,7 @@ class Run:
         disarm(self.site.folder)
         if fault:
             self.armed = arm(fault, self.site.folder)
+        self.began = time.time()
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [
