@@ -47,6 +47,8 @@ class Soak:
     draw: random.Random
     strikes: Counter[str] = field(default_factory=Counter)
     struck_at: float = 0.0
+    next_kind: str | None = None
+    """Drawn, and put off until there is a rank."""
     commands: int = 1
 
     def train(self, *, minutes: float, mean_seconds: float) -> None:
@@ -63,6 +65,7 @@ class Soak:
                             process.wait(timeout=STOP_SECONDS)
                     elif time.monotonic() > strike_at and (kind := self._strike(process)):
                         self.strikes[kind] += 1
+                        self.next_kind = None
                         print(f"{datetime.now(UTC):%H:%M:%S} {kind}", file=sys.stderr, flush=True)
                         strike_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
                 assert not self.run.leaves_no_process(seconds=60)
@@ -79,8 +82,9 @@ class Soak:
         return time_of(told[-1]) > self.struck_at
 
     def _strike(self, process: "subprocess.Popen[bytes]") -> str | None:
-        """Strikes the driver or a rank; returns what was done, None where no rank is there."""
-        (kind,) = self.draw.choices(list(SHARES), list(SHARES.values()))
+        """Strikes the driver or a rank; returns what was done, None where no rank is there yet."""
+        kind = self.next_kind or self.draw.choices(list(SHARES), list(SHARES.values()))[0]
+        self.next_kind = kind
         self.struck_at = time.time()
         if kind == "kill of the driver":
             process.kill()
