@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -41,7 +42,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
                 "launch.num_workers", wanted, "launch.mode=inline runs one rank: use 1, or ray"
             )
         return Plan(mode="inline", num_workers=1)
-    if address := _cluster_address(settings):
+    if address := cluster_address(settings):
         from launch.ray_cluster import RayCluster
 
         # Also with a number given: a cluster that mustn't be used is refused before anything is
@@ -53,9 +54,35 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
 
 
-def _cluster_address(settings: LaunchSettings) -> str | None:
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+def cluster_address(settings: LaunchSettings) -> str | None:
+    """Returns the address of the Ray cluster that the ranks run on; None: one started here.
+
+    Without an address, or with `auto`, it is the cluster that this process is a job of, else the
+    one that `ray start` has made this machine a node of. With `local` it is none of them.
+    """
+    address = settings.address or "auto"
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        from launch.ray_access import running_cluster
+
+        return running_cluster()
     return None if address == "local" else address
+
+
+def lasting(folder: str) -> Path:
+    """Returns the absolute path of a folder that runs are kept in.
+
+    In a Ray job the current folder may be Ray's copy of a working directory, which it deletes when
+    it likes: there a relative path starts at the home folder.
+    """
+    here = Path.cwd()
+    return (Path.home() if is_ray_copy(here) else here) / folder
+
+
+def is_ray_copy(folder: Path) -> bool:
+    """Returns whether a folder is Ray's own copy of a job's working directory."""
+    return {"runtime_resources", "working_dir_files"} <= set(folder.parts)
 
 
 def _local_workers(device: str) -> int:

@@ -17,7 +17,11 @@ from pathlib import Path
 
 import grpc
 import ray._private.ray_constants as ray_constants
-from ray._private.services import canonicalize_bootstrap_address, get_ray_address_from_environment
+from ray._private.services import (
+    canonicalize_bootstrap_address,
+    find_bootstrap_address,
+    get_ray_address_from_environment,
+)
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from moetrain.checks import ConfigError
@@ -32,6 +36,23 @@ START_WITH_TOKEN = (
     "`ray get-auth-token --generate` once, ~/.ray/auth_token copied to every node and to this "
     "machine (or RAY_AUTH_TOKEN set there), and RAY_AUTH_MODE=token before every `ray start`"
 )
+
+
+def running_cluster() -> str | None:
+    """Returns the address of the cluster that `ray start` has made this machine a node of, if any.
+
+    Ray's own `auto` also finds the private Ray of any other program on the machine, and a cluster
+    that ended without `ray stop`.
+    """
+    address: str | None = find_bootstrap_address(None)
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_SECONDS).close()
+    except (OSError, ValueError):
+        return None
+    return address
 
 
 def demand_access(address: str, *, allow_unauthenticated: bool) -> str:

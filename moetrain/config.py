@@ -6,12 +6,10 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +17,7 @@ from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
+from launch.plan import cluster_address, lasting
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
@@ -157,7 +156,7 @@ def check(config: Config) -> None:
                 f"would never begin, with train.num_steps={train.num_steps}: use at most "
                 f"{train.num_steps - 1}, or more steps",
             )
-    elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
+    elsewhere = cluster_address(config.launch)
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
     if model.is_moe and model.experts.backend == "megablocks" and not elsewhere:
@@ -270,7 +269,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
         ),
         run=replace(
             config.run,
-            dir=str(Path(config.run.dir).absolute()),
+            dir=str(lasting(config.run.dir)),
             name=config.run.name or _new_name(config, now),
         ),
         data=replace(
@@ -330,4 +329,4 @@ def _new_name(config: Config, now: datetime) -> str:
     base = f"{now:%Y%m%d-%H%M%S}"
     taken = (f"{base}-{n}" for n in range(2, 10_000))
     names = [base, *taken]
-    return next(n for n in names if not (Path(config.run.dir) / n).exists())
+    return next(n for n in names if not (lasting(config.run.dir) / n).exists())

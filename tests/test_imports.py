@@ -40,8 +40,12 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        # What a run does with a cluster, and whether it may.
-        ("ray", {"launch/ray_cluster.py", "launch/ray_access.py"}),
+        # What a run does with a cluster, and whether it may; jobs are submitted by HTTP, also from
+        # where no Ray runs.
+        (
+            "ray",
+            {"launch/ray_cluster.py", "launch/ray_access.py", "launch/submit/ray_jobs.py"},
+        ),
         ("grpc", {"launch/ray_access.py"}),
         # Ours are written and read in one place; another reads Hugging Face's.
         (

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moetrain.observe import iterate_metrics, read_events
+from moetrain.observe import Account, account, iterate_metrics, read_events, read_sign
 from moetrain.redaction import redacted_text
 
 Floats = NDArray[np.float64]
@@ -81,6 +81,7 @@ class RunRecord:
     series: Mapping[str, Series]
     expert_loads: ExpertLoads | None
     events: list[dict[str, Any]]
+    account: Account | None  # where its time went; None where that isn't known
     baselines: Mapping[str, float]  # bits per byte, by "bigram" and "zlib"
 
     def get(self, name: str) -> Series:
@@ -117,6 +118,7 @@ def read_run(run_dir: Path) -> RunRecord:
         series=_series(metrics),
         expert_loads=_expert_loads(metrics),
         events=events,
+        account=account(events, sign=read_sign(run_dir)),
         baselines=_baselines(events),
     )
 
