@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from launch.environment import for_ranks
 from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
 
@@ -25,6 +26,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     Raises ConfigError where the settings contradict that, or themselves.
     """
     wanted = settings.num_workers
+    for_ranks(os.environ, cluster_env={}, pass_env=settings.pass_env)  # refuses what isn't set
     if settings.mode == "auto" and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         started = int(os.environ["WORLD_SIZE"])
         if wanted not in (None, started):
@@ -40,28 +42,32 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
                 "launch.num_workers", wanted, "launch.mode=inline runs one rank: use 1, or ray"
             )
         return Plan(mode="inline", num_workers=1)
-    if wanted is None and (address := cluster_address(settings)):
+    if address := cluster_address(settings):
         from launch.ray_cluster import RayCluster
 
-        wanted = RayCluster.connect(address).fitting_workers()
+        # Also with a number given: a cluster that mustn't be used is refused before anything is
+        # written, and before shards are built for it.
+        cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
+        wanted = wanted or cluster.fitting_workers()
     wanted = wanted or _local_workers(device)
-    alone = settings.mode == "auto" and wanted == 1 and not cluster_address(settings)
+    alone = settings.mode == "auto" and wanted == 1 and not address
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
 
 
 def cluster_address(settings: LaunchSettings) -> str | None:
     """Returns the address of the Ray cluster that the ranks run on; None: one started here.
 
-    `auto` is the cluster that this process is a job of, else the one that `ray start` has made
-    this machine a node of, else none.
+    Without an address, or with `auto`, it is the cluster that this process is a job of, else the
+    one that `ray start` has made this machine a node of. With `local` it is none of them.
     """
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = settings.address or "auto"
     if address == "auto":
-        from launch.ray_cluster import running_cluster
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        from launch.ray_access import running_cluster
 
-        address = os.environ.get("RAY_ADDRESS", "auto")
-        address = running_cluster() if address == "auto" else address
-    return address or None
+        return running_cluster()
+    return None if address == "local" else address
 
 
 def lasting(folder: str) -> Path:

@@ -13,8 +13,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,19 +31,23 @@ from ray.util.scheduling_strategies import (
 )
 
 import launch.node_agent
+from launch.environment import Environment, reduced
 from launch.failure import Failure, classify
 from launch.node_agent import NodeAgent
 from launch.placement import Node, Share
+from launch.ray_access import demand_access, only_this_user
+from moetrain.checks import ConfigError, demand_no_secrets
+from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
-CONNECT_TIMEOUT_SECONDS = 10.0
 RESERVE_TIMEOUT_SECONDS = 10.0
 START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
 LEASE_LOOKS = 4  # a lease
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
 
 
@@ -72,37 +76,72 @@ class Worker:
 class RayCluster:
     """A Ray cluster that this process is connected to."""
 
-    def __init__(self, *, own_node: str) -> None:
+    def __init__(
+        self, *, own_node: str, local: bool, environment: Environment, closing: ExitStack
+    ) -> None:
+        self._local = local
+        self._environment = environment
+        self._closing = closing
         self.own_node = own_node
         """The id of the node that this process runs on."""
         self._reserved: dict[str, tuple[PlacementGroup, Share]] = {}
         self._requested = 0
 
     @classmethod
-    def connect(cls, address: str | None, *, num_workers: int = 1) -> "RayCluster":
-        """Connects to the cluster at an address, or without one starts Ray on this machine."""
+    def connect(
+        cls,
+        address: str | None,
+        *,
+        num_workers: int = 1,
+        allow_unauthenticated: bool = False,
+        environment: Environment | None = None,
+    ) -> "RayCluster":
+        """Connects to the cluster at an address, or without one starts Ray on this machine.
+
+        Raises ConfigError for a cluster that other machines can reach and that wants no token,
+        unless that is allowed. Ranks get the `environment`.
+        """
         quiet: dict[str, Any] = {
             "logging_level": logging.ERROR,
             "log_to_driver": False,
             "ignore_reinit_error": True,
         }
-        try:
-            if address:
-                _demand_listener(address)
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(num_workers, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                    **quiet,
-                )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ClusterError(
-                f"launch.address={address or 'null'}: Ray can't be reached or started ({error})"
-            ) from error
-        return cls(own_node=ray.get_runtime_context().get_node_id())
+        environment = environment or Environment(shown={}, secret={})
+        local = address in (None, "", "local")
+        with ExitStack() as closing:
+            try:
+                if not local:
+                    assert address is not None
+                    demand_no_secrets(
+                        sys.argv[1:], where="Ray shows the command line of whoever uses a cluster"
+                    )
+                    found = demand_access(address, allow_unauthenticated=allow_unauthenticated)
+                    ray.init(address=found, **quiet)
+                else:
+                    closing.enter_context(only_this_user())
+                    # The ranks' own connections stay on this machine, too.
+                    shown = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | dict(environment.shown)
+                    with reduced(replace(environment, shown=shown)):
+                        ray.init(
+                            address="local",
+                            num_cpus=max(num_workers, os.cpu_count() or 1),
+                            include_dashboard=False,
+                            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                            **quiet,
+                        )
+            except ConfigError:
+                raise
+            except Exception as error:  # Ray raises what it likes, Exception itself included
+                raise ClusterError(
+                    f"launch.address={address or 'null'}: Ray can't be reached or started "
+                    f"({redacted_text(str(error))})"
+                ) from error
+            return cls(
+                own_node=ray.get_runtime_context().get_node_id(),
+                local=local,
+                environment=environment,
+                closing=closing.pop_all(),
+            )
 
     def fitting_workers(self) -> int:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
@@ -179,7 +218,6 @@ class RayCluster:
         survivors: Sequence[Worker],
         on_gpu: bool,
         log_dir: Path,
-        env: dict[str, str],
         interrupted: Callable[[], str | None],
     ) -> list[Worker]:
         """Starts a process for each rank, or takes the survivor that had the rank on the same node.
@@ -187,6 +225,8 @@ class RayCluster:
         Raises WorkersLost where one of them dies, isn't there in time, or it is `interrupted`.
         """
         idle = {(w.node.id, w.rank): w for w in survivors}
+        # Processes of a Ray that was started here begin with them anyhow, and sooner without.
+        env = {} if self._local else dict(self._environment.shown)
         started: list[tuple[Any, Node]] = []
         for share in shares:
             group, _ = self._reserved[share.node.id]
@@ -209,6 +249,7 @@ class RayCluster:
                 str(log_dir / f"rank_{rank:03d}.log"),
                 address=node.address,
                 is_alone=len(shares) == 1,
+                environ=self._environment.secrets_of(rank),
             )
             for rank, (actor, node) in enumerate(started)
         ]
@@ -254,31 +295,11 @@ class RayCluster:
             self.request(0, on_gpu=False)
             self.give_back()
         ray.shutdown()
-
-
-def running_cluster() -> str | None:
-    """Returns the address of the cluster that `ray start` has made this machine a node of, if any.
-
-    Ray's own `auto` also finds the private Ray of any other program on the machine, and a cluster
-    that ended without `ray stop`.
-    """
-    address = ray._private.services.find_bootstrap_address(None)
-    try:
-        _demand_listener(address or "")
-    except OSError:
-        return None
-    return address or None
+        self._closing.close()
 
 
 def _rank_resources(on_gpu: bool) -> dict[str, float]:
     return {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
-
-
-def _demand_listener(address: str) -> None:
-    """Raises OSError where nobody listens at host:port: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
 
 
 def _ask(
@@ -346,8 +367,9 @@ class _RankActor:
     def __init__(self) -> None:
         self._control = Control()
 
-    def prepare(self, log: str, *, address: str, is_alone: bool) -> int:
+    def prepare(self, log: str, *, address: str, is_alone: bool, environ: dict[str, str]) -> int:
         """Makes the process ready for an attempt; returns its pid."""
+        os.environ.update(environ)
         self._control = Control()
         _log_to(log)
         _allow_stacks()
@@ -374,7 +396,7 @@ class _RankActor:
         try:
             return run_rank(config, place, self._control)
         except BaseException as error:
-            traceback.print_exc()
+            print(redacted_text(traceback.format_exc()), file=sys.stderr, flush=True)
             return classify(error)
         finally:
             over.set()
@@ -414,10 +436,9 @@ def _log_to(path: str) -> None:
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
     faulthandler.enable(file=sys.stderr)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, force=True,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )  # fmt: skip
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def _end_without_lease(control: Control, seconds: float, over: threading.Event) -> None:

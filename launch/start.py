@@ -25,6 +25,7 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
+from launch.environment import for_ranks
 from launch.failure import classify
 from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
@@ -42,8 +43,17 @@ from moetrain.checkpoint.remote import (
     upload_missing,
 )
 from moetrain.checks import ConfigError
-from moetrain.observe import EventLog, ProgressDisplay, read_metrics
+from moetrain.observe import (
+    Account,
+    EventLog,
+    ProgressDisplay,
+    duration,
+    read_metrics,
+    read_sign,
+    run_account,
+)
 from moetrain.parallel import join_ranks
+from moetrain.redaction import RedactingFormatter, redacted_arguments, redacted_text
 from moetrain.train import (
     Control,
     Outcome,
@@ -63,6 +73,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, STOPPED = 0, 1, 75
 SAME_STOP_SECONDS = 1.0
+
+WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be told
 
 
 def start(
@@ -124,7 +136,7 @@ def _run(
                 outcome = _run_on_ray(config, display, stop, refit=refit)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
     with stop.on_signals():  # a stop that comes so late must not spoil the end
         return _close_run(config, outcome, shards, report)
@@ -255,6 +267,10 @@ def _run_on_ray(
     cluster = RayCluster.connect(
         cluster_address(config.launch),
         num_workers=config.launch.num_workers or 1,
+        allow_unauthenticated=config.launch.allow_unauthenticated,
+        environment=for_ranks(
+            os.environ, cluster_env=config.cluster.env, pass_env=config.launch.pass_env
+        ),
     )
     on_gpu = config.run.device != "cpu" and cluster.has_gpus()
     if config.run.device == "cuda" and not on_gpu:
@@ -320,7 +336,7 @@ def _run_external(
         if prepared:
             code = _close_run(config, outcome, prepared.shards, report)
     except Exception as error:
-        print(f"moetrain: rank {rank}: {classify(error).reason}", file=sys.stderr)
+        print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # tearing a process group down now and then aborts after success
@@ -332,7 +348,13 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
-    event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
+    event(
+        "start",
+        command=" ".join(redacted_arguments(sys.argv)),
+        workers=config.launch.num_workers,
+        pid=os.getpid(),
+        last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
+    )
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
@@ -412,6 +434,8 @@ def _closing_lines(
     speeds = [s for r in records if (s := r.get("perf/tokens_per_second"))]
     if speeds:
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
+    if line := effective_line(run_account(run_dir)):
+        yield line
     name = config.run.name
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
@@ -425,11 +449,24 @@ def _closing_lines(
         yield f"next      the same command with run.name={name} goes on from here"
 
 
+def effective_line(account: Account | None) -> str | None:
+    """Returns how much of the run's time counts, if much of it is gone or anything was lost."""
+    if account is None or account.effective is None:
+        return None
+    if account.wall < WORTH_TELLING_SECONDS and not account.interruptions:
+        return None
+    line = f"effective {account.effective:.1%} of {duration(account.wall)} in steps that count"
+    if number := account.interruptions:
+        many = "1 interruption" if number == 1 else f"{number} interruptions"
+        line += f"; {many} cost {duration(account.lost)}"
+    return line
+
+
 @contextmanager
 def _logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
     """Sends this process's log records to the rank's own file while the context lasts."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 10.0  # in which Ray learns what is free after a loss
+NODE_ANSWER_SECONDS = 2.0
 
 
 class RunFailed(Exception):
@@ -106,6 +107,7 @@ class Supervisor:
             raise RunFailed(reason)
         if self._stop_requested():
             raise RunFailed(f"failed while stopping: {failure.reason}")
+        self._nodes.silent(wait_seconds=NODE_ANSWER_SECONDS)  # was it the whole node?
         self._event("restart", step=saved)
         self._display.say(f"{failure.reason}; starting again from step {saved}")
 
@@ -194,7 +196,6 @@ class Supervisor:
                 survivors=self._usable_survivors(config),
                 on_gpu=self._on_gpu,
                 log_dir=self._run_dir / "logs",
-                env=config.cluster.env,
                 interrupted=lambda: self._interruption(shares),
             )
             rendezvous = self._cluster.rendezvous(workers, lambda: self._interruption(shares))
@@ -245,11 +246,13 @@ class Supervisor:
     def _usable_survivors(self, config: "Config") -> list[Worker]:
         """Returns the processes that may be used again: of the same layout, in places still held.
 
-        Torch keeps what it worked out for distributed tensors of a layout and a rank as long as
-        the process lives; as another rank, or in another layout, it would be wrong.
+        Ends the others. Torch keeps what it worked out for distributed tensors of a layout and a
+        rank as long as the process lives; as another rank, or in another layout, it would be wrong.
         """
         same = config == self._survivors_layout
-        return [w for w in self._survivors if same and self._cluster.holds(w)]
+        usable = [w for w in self._survivors if same and self._cluster.holds(w)]
+        self._cluster.end_workers([w for w in self._survivors if w not in usable])
+        return usable
 
     def _interruption(self, shares: list[Share]) -> str | None:
         """Returns why ranks that start needn't be waited for."""

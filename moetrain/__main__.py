@@ -10,6 +10,7 @@ from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
 from moetrain.config import Config, check, refit, resolve
+from moetrain.redaction import redacted_text
 from moetrain.report import render_report
 from moetrain.sweep import sweep
 
@@ -28,10 +29,10 @@ def train(config: Config) -> int:
             report=render_report,
         )
     except (ConfigError, DataError) as error:
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return BAD_CONFIGURATION
     except (ClusterError, CheckpointError, OSError) as error:
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -22,8 +23,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.checks import ConfigError, nearest
+from data_pipeline.composition import only_compose
+from moetrain.checks import ConfigError, demand_no_secrets, nearest
 from moetrain.config import known_keys, unknown_setting, validated
+from moetrain.redaction import redacted_text
 
 Tree = TypeVar("Tree")
 
@@ -69,9 +72,19 @@ def run_command(
     else:
         _register_bare(module)
     register(tree, name="schema")
+    only_compose()
     codes: list[int] = []
     found: list[Combination[Tree]] = []
     folders: list[Path] = []
+    if {"-m", "--multirun"} & set(sys.argv):
+        where = "a sweep's settings are written into its multirun.yaml"
+
+        def refuse_secrets() -> int:
+            demand_no_secrets(sys.argv[1:], where=where)
+            return DONE
+
+        if code := _guarded(refuse_secrets, tree):
+            raise SystemExit(code)
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
@@ -95,8 +108,9 @@ def run_command(
     )(job)
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))
-    except (ValueError, TypeError) as error:  # what Hydra itself lets through
-        print(f"moetrain: {error}", file=sys.stderr)
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # what Hydra itself lets through
+        text = " ".join(str(error).split())
+        print(f"moetrain: {redacted_text(text)}", file=sys.stderr)
         codes.append(BAD_CONFIGURATION)
     if sweep and folders:
         worst = max(codes)  # a combination that can't be ends a sweep before any of it begins
@@ -201,7 +215,7 @@ def _guarded(work: Callable[[], int], tree: type) -> int:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = _explained(error, tree)
-    print(f"moetrain: {message}", file=sys.stderr)
+    print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
     return BAD_CONFIGURATION
 
 
@@ -230,4 +244,7 @@ def _explained(error: Exception, tree: type) -> str:
     converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
     if converted:
         return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
+    if reason.endswith("is not a ListConfig, list or tuple."):
+        value = getattr(inner, "value", "")
+        return f"{key}={value}: must be a list: use {key}=[{value}]"
     return f"{key}: {reason}" if key else reason

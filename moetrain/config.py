@@ -6,7 +6,6 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -18,11 +17,11 @@ from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
-from launch.plan import lasting
+from launch.plan import cluster_address, lasting
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
-from moetrain.checks import ConfigError, nearest
+from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
@@ -32,6 +31,7 @@ from moetrain.train import RunSettings, TrainSettings
 
 Tree = TypeVar("Tree")
 
+SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
 MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
 
 
@@ -156,13 +156,14 @@ def check(config: Config) -> None:
                 f"would never begin, with train.num_steps={train.num_steps}: use at most "
                 f"{train.num_steps - 1}, or more steps",
             )
-    elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
+    elsewhere = cluster_address(config.launch)
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
     if model.is_moe and model.experts.backend == "megablocks" and not elsewhere:
         here = "cpu" if config.run.device == "cpu" else None
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
+    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
 
 
 def _check_layers(model: ModelSettings) -> None:

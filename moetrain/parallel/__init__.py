@@ -6,7 +6,7 @@ from moetrain.parallel.gradients import Gradients
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize, reshard
 from moetrain.parallel.recompute import plain_name
-from moetrain.parallel.reduce import any_rank, sum_over_ranks
+from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks, sum_over_ranks
 from moetrain.parallel.topology import (
     ExchangeSettings,
     ParallelSettings,
@@ -27,6 +27,8 @@ __all__ = [
     "Topology",
     "any_rank",
     "build_meshes",
+    "gather_objects",
+    "gather_over_ranks",
     "join_ranks",
     "parallelize",
     "plain_name",
