@@ -17,6 +17,7 @@ from moetrain.parallel import STEP_PHASES, Doing
 LEAST_PATIENCE_SECONDS = 30.0
 PATIENCE_IN_STEPS = 10.0
 NODE_SILENCE_SECONDS = 10.0
+NODE_ANSWER_SECONDS = 2.0
 NODE_START_SECONDS = 60.0  # that a node may take to start its agent
 
 
@@ -102,12 +103,14 @@ class NodeWatch:
         self._warnings = warnings
         self._own = NodeAgent(warnings)
         self._asked: dict[str, _Asked] = {}
+        self._addresses: dict[str, str] = {}
         self._ended: dict[str, float] = {}
         self._warned: dict[str, str] = {}
 
     def watch(self, nodes: Iterable[Node]) -> None:
         """Begins to ask nodes that weren't asked before; not this one, which lives as we do."""
         for node in nodes:
+            self._addresses[node.id] = node.address
             if node.id not in self._asked and node.id != self._cluster.own_node:
                 agent = self._cluster.start_agent(node, warnings=self._warnings)
                 self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS)
@@ -129,6 +132,11 @@ class NodeWatch:
             self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
         overdue = {node for node, asked in self._asked.items() if asked.is_overdue()}
         return overdue | {n for n, until in self._ended.items() if time.monotonic() < until}
+
+    def is_gone(self, address: str | None) -> bool:
+        """Returns whether a node is silent, once all had a moment to answer."""
+        silent = self.silent(wait_seconds=NODE_ANSWER_SECONDS)
+        return any(self._addresses[node] == address for node in silent)
 
     def warned(self) -> dict[str, str]:
         """Returns the ids of nodes that will be taken away, with the warnings."""

@@ -6,6 +6,7 @@ Owns the decision when, where and in which layout to start again. Leaves Ray its
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 10.0  # in which Ray learns what is free after a loss
-NODE_ANSWER_SECONDS = 2.0
 
 
 class RunFailed(Exception):
@@ -92,6 +92,9 @@ class Supervisor:
 
     def _recover(self, failure: Failure) -> None:
         """Tells of a failure; raises RunFailed where the run must not be started again."""
+        if failure.kind == "died" and self._nodes.is_gone(failure.node):
+            lost = f"node {failure.node} is gone; {failure.reason}"
+            failure = replace(failure, kind="lost", reason=lost)
         saved = self._saved_step()
         self._event(
             "failure",
@@ -107,7 +110,6 @@ class Supervisor:
             raise RunFailed(reason)
         if self._stop_requested():
             raise RunFailed(f"failed while stopping: {failure.reason}")
-        self._nodes.silent(wait_seconds=NODE_ANSWER_SECONDS)  # was it the whole node?
         self._event("restart", step=saved)
         self._display.say(f"{failure.reason}; starting again from step {saved}")
 

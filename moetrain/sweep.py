@@ -95,7 +95,7 @@ def _places(combinations: list[Combination[Config]]) -> int | None:
     address = cluster_address(settings)
     if settings.mode == "inline" or not address:
         return None
-    cluster = RayCluster.connect(address)
+    cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
     try:
         return cluster.fitting_workers()
     finally:

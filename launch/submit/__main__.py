@@ -5,7 +5,6 @@ those of `python -m moetrain`, composed and checked here first.
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,13 +18,11 @@ from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
 from moetrain.command import FAILED, Combination, config_dir, run_command
 from moetrain.config import Config, check
+from moetrain.redaction import REDACTED, redacted_arguments
 
 # Ray's own default of 3 s ends a job while it saves.
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 EXCLUDES = [".git", ".venv", "venv", "runs", "data", "hf", "wandb", ".mypy_cache", ".ruff_cache"]
-
-_SECRET_WORDS = {"key", "apikey", "secret", "token", "password", "passwd", "credentials"}
-_SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@|\b(AKIA|ghp_|hf_|sk-)[A-Za-z0-9_-]{12,}")
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -141,14 +138,13 @@ def passed_on(arguments: list[str]) -> list[str]:
     """
     kept = []
     for argument in arguments:
-        key, _, value = argument.lstrip("+~").partition("=")
+        key = argument.lstrip("+~").partition("=")[0]
         if key == "launch.address" or key.startswith("submit."):
             continue
-        words = set(re.split(r"[^a-z]+", key.rpartition(".")[2].lower()))
-        if value and (words & _SECRET_WORDS or _SECRET_VALUE.search(value)):
+        if redacted_arguments([argument]) != [argument]:
             raise ConfigError(
                 key,
-                "(hidden)",
+                REDACTED,
                 "looks like a secret, and everybody who sees the cluster's jobs could read it: set "
                 "it in the environment of the cluster's nodes",
             )

@@ -312,7 +312,7 @@ class TestBeforeAnythingIsSubmitted:
         [
             ("train.steps=4", "train.steps"),
             ("model.top_k=9", "model.top_k=9"),
-            ("cluster.env.WANDB_API_KEY=12345", "cluster.env.WANDB_API_KEY=(hidden)"),
+            ("cluster.env.WANDB_API_KEY=12345", "cluster.env.WANDB_API_KEY=[redacted]"),
         ],
     )
     def test_a_mistake_exits_2_without_a_cluster(
@@ -334,11 +334,11 @@ class TestBeforeAnythingIsSubmitted:
             "cluster.env.SOME_SECRET=abc",
             "+cluster.env.hf_token=abc",
             "checkpoint.upload_to=s3://name:password@host/bucket",
-            "cluster.env.X=ghp_0123456789abcdef",
+            f"cluster.env.X=ghp_{'0123456789' * 4}",
         ],
     )
     def test_a_secret_is_refused(self, argument: str) -> None:
-        with pytest.raises(ConfigError, match=r"=\(hidden\): looks like a secret"):
+        with pytest.raises(ConfigError, match=r"=\[redacted\]: looks like a secret"):
             passed_on([argument])
 
     def test_all_but_the_submission_s_own_settings_are_passed_on(self) -> None:

@@ -94,7 +94,7 @@ class TestAlone:
         (tmp_path / "runs/s-2/metrics.jsonl").mkdir(parents=True)  # can't be written
         settings = ["launch.mode=inline", "train.num_steps=6", "run.name=s"]
         with sweep(tmp_path, shards, *settings, "optim.lr=1e-5,1e-3,1e-2") as process:
-            output, errors = process.communicate(timeout=200)
+            output, errors = process.communicate(timeout=350)
         assert process.returncode == 1, errors
         spans = [span_of(tmp_path, f"s-{n}") for n in (1, 2, 3)]
         assert spans[0][1] <= spans[1][0] <= spans[1][1] <= spans[2][0]
