@@ -74,7 +74,13 @@ start() {
     --dashboard-host=127.0.0.1 --dashboard-port=8265 $RAY_START < /dev/null" > /dev/null
   unset 'scripts[0]'
   at_once
-  on "$head" 'ray status'
+  # The head's account of the nodes is some seconds old.
+  on "$head" "for attempt in {1..20}; do
+      nodes=\$(ray status 2> /dev/null | grep -c '^ *1 node_' || true)
+      [ \"\$nodes\" -lt ${#hosts[@]} ] || break
+      sleep 1
+    done
+    ray status"
 }
 
 # Opens the way to the head's job server, which listens on the head's loopback only.
