@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 RESERVE_TIMEOUT_SECONDS = 10.0
+UNREADY_SECONDS = 60.0
 START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
 LEASE_LOOKS = 4  # a lease
@@ -54,9 +55,9 @@ LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, 
 class WorkersLost(Exception):
     """Ranks that ended, or didn't answer, before they began to train."""
 
-    def __init__(self, reason: str, *, node: str | None = None) -> None:
-        super().__init__(reason)
-        self.node = node
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
 class ClusterError(Exception):
@@ -71,6 +72,8 @@ class Worker:
     actor: Any
     node: Node
     pid: int
+    place: Any
+    """The reserved place that the process lives in, and ends with."""
 
 
 class RayCluster:
@@ -85,6 +88,7 @@ class RayCluster:
         self.own_node = own_node
         """The id of the node that this process runs on."""
         self._reserved: dict[str, tuple[PlacementGroup, Share]] = {}
+        self._unready: dict[str, float] = {}
         self._requested = 0
 
     @classmethod
@@ -161,8 +165,10 @@ class RayCluster:
             node = entry["NodeID"]
             if not entry["Alive"] or node in draining:
                 continue
+            if time.monotonic() < self._unready.get(node, 0.0):
+                continue
             has = free.get(node, {})
-            room = int(has.get("GPU" if on_gpu else "CPU", 0))
+            room = int(min(has.get(kind, 0) for kind in _rank_resources(on_gpu)))
             if node in self._reserved:
                 room += self._reserved[node][1].num_ranks
             found.append(Node(id=node, address=entry["NodeManagerAddress"], room=room))
@@ -182,7 +188,11 @@ class RayCluster:
             self._requested = num_ranks
 
     def reserve(self, shares: Sequence[Share], *, on_gpu: bool) -> bool:
-        """Holds the shares' places, and gives back all others; False where one is gone."""
+        """Holds the shares' places, and gives back all others; False where one isn't to be had.
+
+        A node that didn't give its place is left alone for a while: it may be gone, and Ray not
+        know it yet.
+        """
         wanted = {share.node.id: share for share in shares}
         for node, (group, held) in list(self._reserved.items()):
             if node not in wanted or held.num_ranks != wanted[node].num_ranks:
@@ -195,15 +205,20 @@ class RayCluster:
             group = placement_group([bundle], strategy="STRICT_PACK")
             self._reserved[node] = group, share
         deadline = time.monotonic() + RESERVE_TIMEOUT_SECONDS
-        groups = [self._reserved[node][0] for node in wanted]
-        ready = all(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)
-        if not ready:
-            self.give_back()
+        ready = True
+        for node in wanted:
+            group, _ = self._reserved[node]
+            if not group.wait(max(0.1, deadline - time.monotonic())):
+                remove_placement_group(group)
+                del self._reserved[node]
+                self._unready[node] = time.monotonic() + UNREADY_SECONDS
+                ready = False
         return ready
 
     def holds(self, worker: Worker) -> bool:
-        """Returns whether a process' place is still reserved."""
-        return worker.node.id in self._reserved
+        """Returns whether a process' place is still the reserved one."""
+        held = self._reserved.get(worker.node.id)
+        return held is not None and held[0] is worker.place
 
     def give_back(self) -> None:
         """Gives all places back, with whatever runs there."""
@@ -218,7 +233,7 @@ class RayCluster:
         survivors: Sequence[Worker],
         on_gpu: bool,
         log_dir: Path,
-        interrupted: Callable[[], str | None],
+        interrupted: Callable[[], Failure | None],
     ) -> list[Worker]:
         """Starts a process for each rank, or takes the survivor that had the rank on the same node.
 
@@ -260,11 +275,11 @@ class RayCluster:
                 ray.kill(actor)
             raise
         return [
-            Worker(rank=rank, actor=actor, node=node, pid=pid)
+            Worker(rank=rank, actor=actor, node=node, pid=pid, place=self._reserved[node.id][0])
             for rank, ((actor, node), pid) in enumerate(zip(started, pids, strict=True))
         ]
 
-    def rendezvous(self, workers: list[Worker], interrupted: Callable[[], str | None]) -> str:
+    def rendezvous(self, workers: list[Worker], interrupted: Callable[[], Failure | None]) -> str:
         """Returns a fresh address on the first rank's node at which the ranks can meet."""
         first = workers[0]
         (port,) = _ask([first.actor.free_port.remote()], [first.node.address], interrupted)
@@ -303,31 +318,26 @@ def _rank_resources(on_gpu: bool) -> dict[str, float]:
 
 
 def _ask(
-    references: Sequence[Any], nodes: Sequence[str], interrupted: Callable[[], str | None]
+    references: Sequence[Any], nodes: Sequence[str], interrupted: Callable[[], Failure | None]
 ) -> list[Any]:
     """Returns the answers of starting ranks; `nodes` are their addresses."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     where = dict(zip(references, nodes, strict=True))
-    while len(done := answered(list(references), timeout=0.2, wait_for_all=True)) < len(where):
-        for reference in done:
-            if isinstance(failed := answer(reference), Failure):
-                raise WorkersLost(
-                    f"a rank was lost while it started: {failed.reason}", node=where[reference]
-                )
-        if reason := interrupted():
-            raise WorkersLost(reason)
-        if time.monotonic() > deadline:
-            late = sorted({where[r] for r in references if r not in done})
-            raise WorkersLost(
-                f"no process of a rank within {START_TIMEOUT_SECONDS:.0f} s on {', '.join(late)}",
-                node=late[0],
-            )
-    answers = {reference: answer(reference) for reference in references}
-    for reference, what in answers.items():
-        if isinstance(what, Failure):
-            raise WorkersLost(
-                f"a rank was lost while it started: {what.reason}", node=where[reference]
-            )
+    answers: dict[Any, Any] = {}
+    while len(answers) < len(where):
+        left = [reference for reference in references if reference not in answers]
+        for reference in answered(left, timeout=0.2, wait_for_all=True):
+            what = answers[reference] = answer(reference)
+            if isinstance(what, Failure):
+                reason = f"a rank was lost while it started: {what.reason}"
+                raise WorkersLost(replace(what, reason=reason, node=where[reference]))
+        if failure := interrupted():
+            raise WorkersLost(failure)
+        if len(answers) < len(where) and time.monotonic() > deadline:
+            late = sorted({where[r] for r in references if r not in answers})
+            seconds = f"{START_TIMEOUT_SECONDS:.0f} s"
+            reason = f"no process of a rank within {seconds} on {', '.join(late)}"
+            raise WorkersLost(Failure(kind="died", reason=reason, node=late[0]))
     return [answers[reference] for reference in references]
 
 
@@ -348,9 +358,16 @@ def answer(reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayActorError as error:
         preempted = bool(getattr(error, "preempted", False))
+        if "ModuleNotFoundError" in str(error):
+            reason = str(error).strip().splitlines()[-1]
+            return Failure(kind="error", reason=f"a node has another Python than this: {reason}")
         return Failure(kind="preempted" if preempted else "died", reason=_first_line(error))
     except ray.exceptions.OutOfMemoryError as error:
         return Failure(kind="memory", reason=_first_line(error))
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        return Failure(kind="error", reason=_first_line(error))
+    except ray.exceptions.RayTaskError as error:  # an exception of ours, on the other side
+        return classify(error.cause if isinstance(error.cause, Exception) else error)
     except ray.exceptions.RayError as error:
         return Failure(kind="died", reason=_first_line(error))
 
@@ -413,8 +430,8 @@ class _RankActor:
     def stop(self) -> None:
         self._control.request_stop()
 
-    def move(self) -> None:
-        self._control.request_move()
+    def move(self, wanted: bool) -> None:
+        self._control.request_move(wanted)
 
     def stacks(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}

@@ -272,10 +272,9 @@ def _run_on_ray(
             os.environ, cluster_env=config.cluster.env, pass_env=config.launch.pass_env
         ),
     )
-    on_gpu = config.run.device != "cpu" and cluster.has_gpus()
-    if config.run.device == "cuda" and not on_gpu:
-        cluster.disconnect()
-        raise ClusterError("run.device=cuda: the Ray cluster has no GPU; use cpu or auto")
+    # Told to use CUDA it waits for nodes that have it, if it waits for any.
+    wanted = config.run.device
+    on_gpu = wanted == "cuda" or (wanted == "auto" and cluster.has_gpus())
     supervisor = Supervisor(
         config, cluster, on_gpu=on_gpu, refit=refit, display=display, stop_requested=stop
     )

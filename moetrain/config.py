@@ -284,16 +284,21 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
 def refit(resolved: Config, num_workers: int) -> Config | None:
     """Returns a resolved configuration for fewer workers, None where so many can't run it.
 
-    The global batch stays. Degrees are kept where they divide the workers, and else folded to the
-    largest below that do; only where nothing else is valid there are more replicas than before,
-    for they cost memory. A worker's micro-batches stay as large as they may.
+    The global batch stays. A worker has no more of the weights than before where that is possible:
+    replicas go before shards. The expert degree is kept, or folded to the largest below that
+    divides the shards. A worker's micro-batches stay as large as they may.
     """
     before, batch = resolved.parallel, resolved.train.global_batch_size
     if batch % num_workers:
         return None
     share, micro = batch // num_workers, resolved.train.micro_batch_size or 1
-    most, experts = before.data_replicate_degree, before.expert_degree or 1
-    replicas = sorted(_divisors(num_workers), key=lambda d: (d > most, abs(d - most)))
+    shards, experts = before.data_shard_degree or 1, before.expert_degree or 1
+
+    def memory(replicate: int) -> tuple[bool, int]:
+        shard = num_workers // replicate
+        return shard < shards, abs(shard - shards)
+
+    replicas = sorted(_divisors(num_workers), key=memory)
     for replicate, expert in product(replicas, range(experts, 0, -1)):
         fitting = replace(
             resolved,

@@ -1,6 +1,6 @@
 """Everything that knows ranks: layouts, meshes, the token exchange, sharding, gradients."""
 
-from moetrain.parallel.activity import BETWEEN_STEPS, STEP_PHASES, Activity, Doing
+from moetrain.parallel.activity import BETWEEN_STEPS, COMPUTING_PHASES, STEP_PHASES, Activity, Doing
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.gradients import Gradients
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
@@ -16,6 +16,7 @@ from moetrain.parallel.topology import (
 
 __all__ = [
     "BETWEEN_STEPS",
+    "COMPUTING_PHASES",
     "STEP_PHASES",
     "Activity",
     "AllToAllExchange",

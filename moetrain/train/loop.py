@@ -72,6 +72,7 @@ def train(trainer: Trainer) -> Outcome:
     if state.step > saved_step:
         with tally.saving(state.step):
             save(trainer)
+    control.beat("ending", state.step)
     trainer.checkpoints.wait()
     return Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
 

@@ -72,7 +72,7 @@ def test_a_cut_host_is_reached_by_nobody_until_it_is_healed() -> None:
 def test_hosts_of_a_process_that_is_gone_are_removed() -> None:
     with subprocess.Popen(["true"]) as gone:
         pass
-    name = f"drill{gone.pid}-0"
+    name = f"drill{gone.pid}x-0"
     subprocess.run(["ip", "netns", "add", name], check=True)
     with subprocess.Popen(["ip", "netns", "exec", name, "sleep", "60"]) as left:
         time.sleep(0.2)

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_NAME = re.compile(r"drill(\d+)-\w+")
+_NAME = re.compile(r"drill(\d+)x\w*-\w+")
 
 # Asks a cluster's head, in a process of its own: the one that drills isn't on the hosts' network.
 _NODES = """
@@ -50,7 +50,7 @@ def no_hosts_because() -> str | None:
     """Returns why there can be no hosts on this machine; None where there can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed (no command `ip`)"
-    name = f"drill{os.getpid()}-try"
+    name = f"drill{os.getpid()}x-try"
     tried = subprocess.run(
         ["ip", "netns", "add", name], capture_output=True, text=True, check=False
     )
@@ -65,7 +65,7 @@ class Hosts:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._prefix = f"drill{os.getpid()}"
+        self._prefix = f"drill{os.getpid()}x{secrets.token_hex(2)}"
 
     def __enter__(self) -> "Hosts":
         clear_abandoned()

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.drills.drill import Run, alive
+from moetrain.observe import run_account
+from tests.drills.drill import Run, alive, time_of
 from tests.drills.faults import disarm
 from tests.drills.single_host import this_machine
 from tests.torture.content import digest
@@ -35,7 +36,7 @@ LONG = [
 ]  # fmt: skip
 ENDLESS = 10**6
 SHARES = {"kill of a rank": 0.7, "SIGSTOP of a rank": 0.15, "kill of the driver": 0.15}
-STOP_SECONDS = 120.0
+STOP_SECONDS, STOPPED = 120.0, 75
 
 
 @dataclass
@@ -45,36 +46,46 @@ class Soak:
     run: Run
     draw: random.Random
     strikes: Counter[str] = field(default_factory=Counter)
+    struck_at: float = 0.0
+    next_kind: str | None = None
+    """Drawn, and put off until there is a rank."""
     commands: int = 1
 
     def train(self, *, minutes: float, mean_seconds: float) -> None:
         """Trains for so long under strikes, and stops after saving."""
         end = time.monotonic() + 60 * minutes
         strike_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
-        while time.monotonic() < end:
+        while True:
             with self.run.started() as process:
-                while process.poll() is None and time.monotonic() < end:
+                while process.poll() is None:
                     time.sleep(0.2)
-                    if time.monotonic() < strike_at:
-                        continue
-                    if kind := self._strike(process):
+                    if time.monotonic() > end:
+                        if self._has_recovered():
+                            process.terminate()
+                            process.wait(timeout=STOP_SECONDS)
+                    elif time.monotonic() > strike_at and (kind := self._strike(process)):
                         self.strikes[kind] += 1
+                        self.next_kind = None
                         print(f"{datetime.now(UTC):%H:%M:%S} {kind}", file=sys.stderr, flush=True)
                         strike_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait(timeout=STOP_SECONDS)
-                    assert process.returncode == 75, self.run.log.read_text()[-3000:]
-                    break
-                killed = process.returncode == -signal.SIGKILL
-                assert killed, self.run.log.read_text()[-3000:]
                 assert not self.run.leaves_no_process(seconds=60)
+            if process.returncode == STOPPED:
+                return
+            assert process.returncode == -signal.SIGKILL, self.run.log.read_text()[-3000:]
             self.commands += 1
-        assert not self.run.leaves_no_process(seconds=60)
+
+    def _has_recovered(self) -> bool:
+        """Returns whether the run trains, and nothing that was struck is still to be noticed."""
+        told = self.run.events("training", "failure", "save", "start")
+        if not told or told[-1]["event"] != "save":
+            return False
+        return time_of(told[-1]) > self.struck_at
 
     def _strike(self, process: "subprocess.Popen[bytes]") -> str | None:
-        """Strikes the driver or a rank; returns what was done, None where no rank is there."""
-        (kind,) = self.draw.choices(list(SHARES), list(SHARES.values()))
+        """Strikes the driver or a rank; returns what was done, None where no rank is there yet."""
+        kind = self.next_kind or self.draw.choices(list(SHARES), list(SHARES.values()))[0]
+        self.next_kind = kind
+        self.struck_at = time.time()
         if kind == "kill of the driver":
             process.kill()
             process.wait()
@@ -97,18 +108,6 @@ def is_rank(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return alive(pid) and b"RankActor" in command
-
-
-def lost_steps(run: Run) -> int:
-    """Returns how many steps were trained again, as far as the run's events tell."""
-    lost, reached = 0, 0
-    for event in run.events("failure", "save", "resume"):
-        if event["event"] == "resume":
-            lost += max(0, reached - event["step"])
-            reached = event["step"]
-        else:
-            reached = max(reached, event["step"] or 0)
-    return lost
 
 
 def main(arguments: list[str]) -> int:
@@ -163,6 +162,8 @@ def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[s
         problems.append("other metrics")
     if digest(struck.run.checkpoint()) != digest(calm.checkpoint()):
         problems.append("other weights")
+    account = run_account(struck.run.folder)
+    assert account
     attempts = len(struck.run.events("attempt"))
     failures = Counter(event["failure"] for event in struck.run.events("failure"))
     lines = [
@@ -170,9 +171,10 @@ def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[s
         + ", ".join(f"{kind} {number}" for kind, number in struck.strikes.most_common()),
         f"- {struck.commands} commands, {attempts} attempts; told as "
         + ", ".join(f"{kind} {number}" for kind, number in failures.most_common()),
-        f"- {step} steps; {lost_steps(struck.run)} more were trained twice",
+        f"- {step} steps, and {account.redone_steps} that were lost and trained again",
+        f"- effective training time by the run's own account: {account.effective or 0:.1%}",
         f"- undisturbed the same steps took {calm_seconds / 60:.1f} minutes: "
-        f"{calm_seconds / seconds:.0%} of the time was training",
+        f"{calm_seconds / seconds:.0%} of the time under strikes",
         f"- metrics and weights: {'equal bit for bit' if not problems else 'NOT EQUAL'}",
     ]
     return "\n".join(lines), problems

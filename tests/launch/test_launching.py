@@ -78,7 +78,7 @@ def started(folder: Path, shards: Path, *overrides: str) -> Iterator[subprocess.
         process.wait()
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, IndexError, ValueError):

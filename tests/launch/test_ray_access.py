@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,6 +76,7 @@ def head(folder: Path, *, port: int, token: str | None, num_cpus: int = 1) -> It
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+        shutil.rmtree(f"/tmp/ray-{os.getpid()}-{port}", ignore_errors=True)
         log.close()
 
 
