@@ -243,10 +243,8 @@ def train_until_a_save_fails(config: Config) -> tuple[str, tuple[str, int]]:
         def watched(phase: str, step: int) -> None:
             if (phase, step) == ("save", 6) and dist.get_rank() == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            if (phase, step) == (
-                "between steps",
-                6,
-            ):  # the save is still written while training goes on
+            if (phase, step) == ("between steps", 6):
+                # The save is still written while training goes on.
                 concurrent.futures.wait(trainer.checkpoints._running)
             phases.append((phase, step))
             beat(phase, step)
@@ -270,7 +268,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_its_next_step(
     message, last = first
     assert "checkpoint of step 6 can't be written" in message
     assert "File too large" in message
-    assert last == ("between steps", 6), "no step was begun after it was known"
+    assert last == ("ending", 6), "no step was begun after it was known"
     assert [record["step"] for record in metrics_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
     (kept,) = candidates(tmp_path / "runs/tiny/checkpoints")
     assert kept.name == "step_00000003"
