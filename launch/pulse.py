@@ -106,6 +106,7 @@ class NodeWatch:
         self._asked: dict[str, _Asked] = {}
         self._nodes: dict[str, Node] = {}
         self._doubtful: set[str] = set()
+        self._gone: set[str] = set()
         self._warned: dict[str, str] = {}
 
     def watch(self, nodes: Iterable[Node]) -> None:
@@ -119,12 +120,16 @@ class NodeWatch:
     def silent(self, *, wait_seconds: float = 0.0) -> set[str]:
         """Returns the ids of nodes that haven't answered for too long; asks the others again.
 
-        Where an agent ended, or can't be reached any more, another one is started and asked.
+        Where an agent ended, or can't be reached any more, another one is started and asked. A node
+        that doesn't have that one either is gone; should it come back, it has another id.
         """
         by_answer = {asked.answer: node for node, asked in self._asked.items()}
         for reference in answered(list(by_answer), timeout=wait_seconds, wait_for_all=True):
             node, said = by_answer[reference], answer(reference)
             asked = self._asked.pop(node)
+            if isinstance(said, Failure) and node in self._doubtful:
+                self._gone.add(node)
+                continue
             if isinstance(said, Failure):
                 self._doubtful.add(node)
                 agent = self._cluster.start_agent(self._nodes[node], warnings=self._warnings)
@@ -134,7 +139,7 @@ class NodeWatch:
             if said:
                 self._warned[node] = said
             self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
-        return {node for node, asked in self._asked.items() if asked.is_overdue()}
+        return self._gone | {node for node, asked in self._asked.items() if asked.is_overdue()}
 
     def unfit(self) -> set[str]:
         """Returns the ids of nodes on which nothing should be started now."""
