@@ -99,8 +99,8 @@ class Supervisor:
 
         Raises RunFailed where the run must not be started again.
         """
-        leaving = self._cluster.draining() | self._nodes.warned()
-        if failure.kind in ("died", "lost") and self._nodes.is_among(leaving, failure.node):
+        announced = self._nodes.is_among(self._leaving(), failure.node)
+        if failure.kind in ("died", "lost") and announced:
             failure = replace(failure, kind="preempted")
         if failure.kind == "died" and self._nodes.is_gone(failure.node):
             lost = f"node {failure.node} is gone; {failure.reason}"
@@ -242,7 +242,7 @@ class Supervisor:
                 log_dir=self._run_dir / "logs",
                 hang_timeout_seconds=config.launch.hang_timeout_seconds,
                 stop_requested=self._stop_requested,
-                leaving=lambda: self._cluster.draining() | self._nodes.warned(),
+                leaving=self._leaving,
                 may_grow=lambda: self._may_grow(world_size),
             )
             ended = at_work.watch()
@@ -279,6 +279,10 @@ class Supervisor:
         if not lost:
             return None
         return Failure(kind="lost", reason=f"node {lost[0]} does not answer", node=lost[0])
+
+    def _leaving(self) -> dict[str, str]:
+        """Returns the ids of nodes that will be taken away, and why."""
+        return self._cluster.draining() | self._nodes.warned()
 
     def _may_grow(self, num_ranks: int) -> bool:
         """Returns whether a layout larger than the present one has a place."""
