@@ -100,7 +100,7 @@ def demand_access(address: str, *, allow_unauthenticated: bool) -> str:
             "this Ray cluster doesn't take the token that is in reach here (RAY_AUTH_TOKEN, else "
             "the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token): use the cluster's own",
         )
-    _send_tokens()
+    send_tokens()
     return address
 
 
@@ -121,7 +121,7 @@ def only_this_user() -> Iterator[None]:
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-        _send_tokens()
+        send_tokens()
         try:
             yield
         finally:
@@ -166,7 +166,7 @@ def _named(given: str, address: str) -> str:
     return given if given == address else f"{given} ({address})"
 
 
-def _send_tokens() -> None:
+def send_tokens() -> None:
     """Has Ray in this process, and in those that it starts, send the token with every call."""
     os.environ["RAY_AUTH_MODE"] = "token"
     _read_again()

@@ -16,9 +16,10 @@ from typing import Any
 
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from launch.ray_access import send_tokens
 
 REQUEST_TIMEOUT_SECONDS = (10.0, 120.0)  # to connect, and between two parts of an answer
 
@@ -172,5 +173,4 @@ def _send_token_if_any() -> None:
     if "RAY_AUTH_MODE" in os.environ:
         return
     if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-        os.environ["RAY_AUTH_MODE"] = "token"
-        RayConfig.initialize("")  # Ray has read the mode when it was imported
+        send_tokens()
