@@ -26,7 +26,7 @@ from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
 from moetrain.optim import OptimSettings, ScheduleSettings
-from moetrain.parallel import ParallelSettings, resolve_topology
+from moetrain.parallel import ParallelSettings, divisors, resolve_topology
 from moetrain.train import RunSettings, TrainSettings
 
 Tree = TypeVar("Tree")
@@ -93,7 +93,7 @@ def check(config: Config) -> None:
             "model.num_kv_heads",
             model.num_kv_heads,
             f"must divide model.num_heads={model.num_heads}: use one of "
-            f"{[n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]}",
+            f"{divisors(model.num_heads)}",
         )
     if model.head_dim % 2:
         raise ConfigError(
@@ -207,8 +207,7 @@ def _check_groups(model: ModelSettings) -> None:
         raise ConfigError(
             "model.router.num_groups",
             router.num_groups,
-            f"does not divide model.num_experts={experts}: use one of "
-            f"{[n for n in range(1, experts + 1) if experts % n == 0]}",
+            f"does not divide model.num_experts={experts}: use one of {divisors(experts)}",
         )
     if router.top_groups > router.num_groups:
         raise ConfigError(
@@ -257,7 +256,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
             micro,
             f"does not divide a worker's {share} sequences (train.global_batch_size="
             f"{train.global_batch_size} over {num_workers} workers): use one of "
-            f"{[n for n in range(1, share + 1) if share % n == 0]}",
+            f"{divisors(share)}",
         )
     return replace(
         config,
@@ -298,7 +297,7 @@ def refit(resolved: Config, num_workers: int) -> Config | None:
         shard = num_workers // replicate
         return shard < shards, abs(shard - shards)
 
-    replicas = sorted(_divisors(num_workers), key=memory)
+    replicas = sorted(divisors(num_workers), key=memory)
     for replicate, expert in product(replicas, range(experts, 0, -1)):
         fitting = replace(
             resolved,
@@ -310,7 +309,7 @@ def refit(resolved: Config, num_workers: int) -> Config | None:
             ),
             train=replace(
                 resolved.train,
-                micro_batch_size=max(d for d in _divisors(share) if d <= micro),
+                micro_batch_size=max(d for d in divisors(share) if d <= micro),
             ),
             launch=replace(resolved.launch, num_workers=None),
         )
@@ -321,12 +320,8 @@ def refit(resolved: Config, num_workers: int) -> Config | None:
     return None
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 def _fitting_micro_batch(share: int, *, seq_len: int) -> int:
-    return max((n for n in _divisors(share) if n * seq_len <= MICRO_BATCH_TOKENS), default=1)
+    return max((n for n in divisors(share) if n * seq_len <= MICRO_BATCH_TOKENS), default=1)
 
 
 def _new_name(config: Config, now: datetime) -> str:

@@ -11,6 +11,7 @@ from moetrain.parallel.topology import (
     ExchangeSettings,
     ParallelSettings,
     Topology,
+    divisors,
     resolve_topology,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "Topology",
     "any_rank",
     "build_meshes",
+    "divisors",
     "gather_objects",
     "gather_over_ranks",
     "join_ranks",

@@ -95,7 +95,7 @@ def resolve_topology(
     if world_size % replicate:
         raise ConfigError(
             "parallel.data_replicate_degree", replicate,
-            f"does not divide the {world_size} workers: use one of {_divisors(world_size)}",
+            f"does not divide the {world_size} workers: use one of {divisors(world_size)}",
         )  # fmt: skip
     shard = settings.data_shard_degree or world_size // replicate
     if shard * replicate != world_size:
@@ -105,7 +105,7 @@ def resolve_topology(
             f"are {world_size} workers: use {world_size // replicate}, or leave it open",
         )  # fmt: skip
     fitting = [
-        degree for degree in _divisors(math.gcd(shard, num_experts))
+        degree for degree in divisors(math.gcd(shard, num_experts))
         if ffn_hidden_dim % (shard // degree) == 0
     ]  # fmt: skip
     expert = settings.expert_degree
@@ -138,5 +138,6 @@ def resolve_topology(
     return Topology(data_replicate=replicate, expert_shard=shard // expert, expert=expert)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Returns what a number can be divided by, from 1 up."""
     return [d for d in range(1, number + 1) if number % d == 0]
