@@ -1,0 +1,222 @@
+"""A drill: a real command, a strike, what was measured, and whether all is as if nothing had been.
+
+Owns commands and how they are watched, from outside: by the files that every run leaves. Which
+strikes there are is in single_host.py and cluster.py.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from moetrain.checkpoint import candidates
+from moetrain.observe import read_events, read_metrics
+from tests.drills.faults import VARIABLE, Armed, Fault, arm, disarm
+from tests.support.runs import TIMING
+from tests.torture.content import digest
+
+NUM_STEPS, SAVE_EVERY = 60, 10
+TINY = [
+    "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.ffn_hidden_dim=32", "model.num_experts=4",
+    f"train.num_steps={NUM_STEPS}", "train.global_batch_size=8", "train.seq_len=32",
+    f"checkpoint.every_steps={SAVE_EVERY}", "schedule.warmup_steps=5",
+    "observe.log_every_steps=1", "observe.wandb.mode=disabled", "run.device=cpu",
+    "launch.mode=ray", f"launch.pass_env=[{VARIABLE}]",
+]  # fmt: skip
+KILL_TARGET, NODE_TARGET, HANG_MARGIN = 15.0, 30.0, 15.0  # seconds to the next step, of issue 6
+PATIENCE = 180.0  # seconds: what isn't there by then never will be
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What came of one drill."""
+
+    drill: str
+    noticed: float | None = None
+    """Seconds from the strike to the event that tells of it."""
+    next_step: float | None = None
+    """Seconds from the strike until another step was done."""
+    target: float | None = None
+    """What `next_step` may be."""
+    curve: str = "–"
+    """How the metrics and the weights compare with the undisturbed run's."""
+    said: str = ""
+    """The cause, as the run told it."""
+    problems: list[str] = field(default_factory=list)
+    skipped: str | None = None
+    """Why it could not be tried here."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the target was missed."""
+        return self.target is not None and (self.next_step or float("inf")) > self.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where commands run: this machine, or a host of a cluster."""
+
+    folder: Path
+    shards: Path
+    environment: Mapping[str, str]
+    prefix: Sequence[str]
+    """What stands before each command."""
+    overrides: Sequence[str]
+    """How the ranks run here."""
+    _whole: dict[tuple[str, ...], "Run"] = field(default_factory=dict)
+
+    def undisturbed(self, *overrides: str) -> "Run":
+        """Returns a run that nothing happened to; made once for all who ask."""
+        if overrides not in self._whole:
+            disarm(self.folder)
+            run = Run(self, f"undisturbed_{len(self._whole)}", *overrides)
+            with run.started() as process:
+                process.wait(timeout=PATIENCE)
+            assert process.returncode == 0, run.log.read_text()
+            steps = [record["step"] for record in run.metrics()]
+            assert steps == list(range(1, steps[-1] + 1)), steps
+            assert "failure" not in run.kinds(), run.events()
+            self._whole[overrides] = run
+        return self._whole[overrides]
+
+
+class Run:
+    """A run of the tiny model, by one command or by several that each go on."""
+
+    def __init__(self, site: Site, name: str, *overrides: str, at: Path | None = None) -> None:
+        self.site, self.name, self.overrides = site, name, overrides
+        self.folder = (at or site.folder / "runs") / name
+        self.log = site.folder / f"{name}.log"
+        self.armed: Armed | None = None
+
+    @contextlib.contextmanager
+    def started(
+        self, *, fault: Fault | None = None, environment: Mapping[str, str] | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Starts the command; whatever is left of it at the end is killed."""
+        if fault:
+            self.armed = arm(fault, self.site.folder)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [
+                    *self.site.prefix, sys.executable, "-m", "moetrain", *TINY,
+                    *self.site.overrides, *self.overrides, f"data.dir={self.site.shards}",
+                    f"run.name={self.name}", f"run.dir={self.folder.parent}",
+                ],
+                cwd=self.site.folder, env={**self.site.environment, **(environment or {})},
+                start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """Returns the run's events so far, of some kinds or of all."""
+        events = read_events(self.folder / "events.jsonl")
+        return [e for e in events if not kinds or e["event"] in kinds]
+
+    def kinds(self) -> list[str]:
+        """Returns what events there are, in order."""
+        return [event["event"] for event in self.events()]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the metric records so far, without their timings."""
+        return [
+            {k: v for k, v in record.items() if not k.startswith(TIMING)}
+            for record in read_metrics(self.folder / "metrics.jsonl")
+        ]
+
+    def step(self) -> int:
+        """Returns the last step that is done."""
+        records = read_metrics(self.folder / "metrics.jsonl")
+        return int(records[-1]["step"]) if records else 0
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """Returns rank, node and process of all ranks of the newest attempt."""
+        ranks: list[dict[str, Any]] = self.events("attempt")[-1]["ranks"]
+        return ranks
+
+    def checkpoint(self) -> Path:
+        """Returns the folder of the newest checkpoint."""
+        return candidates(self.folder / "checkpoints")[0]
+
+    def wait_for(self, what: str, there: Callable[[], Any], *, seconds: float = PATIENCE) -> Any:
+        """Returns what `there` returns once that is true; raises AssertionError after a while."""
+        until = time.monotonic() + seconds
+        while not (found := there()):
+            if time.monotonic() > until:
+                raise AssertionError(f"no {what} within {seconds:.0f} s\n{self._tail()}")
+            time.sleep(0.03)
+        return found
+
+    def wait_for_strike(self) -> float:
+        """Returns when the armed fault struck."""
+        assert self.armed
+        armed = self.armed
+        return float(self.wait_for("strike", armed.struck)[0])
+
+    def wait_for_step(self, step: int) -> None:
+        """Waits until a step is done."""
+        self.wait_for(f"step {step}", lambda: self.step() >= step)
+
+    def next_step_after(self, strike: float, process: subprocess.Popen[bytes]) -> float:
+        """Returns the seconds from a strike until an attempt after it has done a step."""
+
+        def training() -> list[int]:
+            assert process.poll() is None, f"exit code {process.returncode}\n{self._tail()}"
+            return [e["step"] for e in self.events("training") if time_of(e) > strike]
+
+        start = self.wait_for("training after the strike", training)[0]
+        self.wait_for(f"step {start + 1}", lambda: self.step() > start)
+        return time.time() - strike
+
+    def leaves_no_process(self, *, seconds: float = 20.0) -> list[str]:
+        """Returns a problem for each rank of any attempt whose process doesn't end in time."""
+        pids = {rank["pid"] for event in self.events("attempt") for rank in event["ranks"]}
+        until = time.monotonic() + seconds
+        while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < until:
+            time.sleep(0.1)
+        return [f"rank process {pid} is still there" for pid in left]
+
+    def _tail(self) -> str:
+        return f"{self.kinds()}\n{self.log.read_text()[-3000:]}"
+
+
+def time_of(event: Mapping[str, Any]) -> float:
+    """Returns when an event was, in seconds since the epoch."""
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def alive(pid: int) -> bool:
+    """Returns whether a process is there and no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def is_as_if_undisturbed(run: Run, whole: Run, result: Result) -> None:
+    """Holds a finished run against an undisturbed one of the same layout, bit for bit."""
+    ours, theirs = run.metrics(), whole.metrics()
+    steps = [record["step"] for record in ours]
+    if steps != [record["step"] for record in theirs]:
+        result.problems.append(f"steps {steps}")
+    elif ours != theirs:
+        first = next(a["step"] for a, b in zip(ours, theirs, strict=True) if a != b)
+        result.problems.append(f"other metrics from step {first} on")
+    elif digest(run.checkpoint()) != digest(whole.checkpoint()):
+        result.problems.append("other weights at the end")
+    else:
+        result.curve = "equal bit for bit"

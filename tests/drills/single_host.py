@@ -1,0 +1,250 @@
+"""Drills on this machine alone: two ranks under a Ray of their own, struck from within and without."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.drills.drill import (
+    HANG_MARGIN,
+    KILL_TARGET,
+    PATIENCE,
+    Result,
+    Run,
+    Site,
+    is_as_if_undisturbed,
+    time_of,
+)
+from tests.drills.faults import POINTS, Fault, on, variables
+from tests.support.runs import write_shards
+
+HANG_SECONDS = 8
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+TWO_RANKS = ["launch.num_workers=2", f"launch.hang_timeout_seconds={HANG_SECONDS}"]
+
+
+def this_machine(folder: Path) -> Site:
+    """Returns a site on two of this machine's cores, so that each rank computes with one thread."""
+    root = str(Path(__file__).parents[2])
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    return Site(
+        folder=folder,
+        shards=write_shards(folder),
+        environment=os.environ | variables(folder, python_path=root),
+        prefix=["taskset", "-c", ",".join(map(str, cores))],
+        overrides=TWO_RANKS,
+    )
+
+
+def replaced(
+    site: Site, name: str, fault: Fault, *, failure: str, said: str = "", target: float
+) -> Result:
+    """A rank is struck from within; all start again and go on."""
+    whole, result = site.undisturbed(), Result(drill=name, target=target)
+    run = Run(site, slug(name))
+    with run.started(fault=fault) as process:
+        strike = run.wait_for_strike()
+        result.next_step = run.next_step_after(strike, process)
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    told_of(run, result, strike, failure=failure, said=said)
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def error_of_the_code(site: Site) -> Result:
+    """An exception on one rank: not tried again; the same command goes on by hand."""
+    whole, result = site.undisturbed(), Result(drill="an exception on one rank (ends the run)")
+    run = Run(site, "exception")
+    with run.started(fault=on("forward", "raise")) as process:
+        strike = run.wait_for_strike()
+        process.wait(timeout=PATIENCE)
+    if process.returncode != 1:
+        result.problems.append(f"exit code {process.returncode}, not 1")
+    if len(run.events("attempt")) != 1:
+        result.problems.append("an error of the code was tried again")
+    told_of(run, result, strike, failure="error", said="ArithmeticError")
+    result.problems += run.leaves_no_process()
+    with run.started() as process:
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def driver_killed(site: Site) -> Result:
+    """The command itself is killed; its ranks end, and the same command goes on."""
+    whole, result = site.undisturbed(), Result(drill="driver killed", target=KILL_TARGET)
+    run = Run(site, "driver")
+    with run.started() as process:
+        run.wait_for_step(25)
+        ranks = run.ranks()
+        strike = time.time()
+        process.kill()
+        process.wait()
+        # Not before its ranks are gone: the killed command's process group is theirs, too.
+        result.problems += run.leaves_no_process()
+    assert ranks
+    result.noticed = time.time() - strike
+    with run.started() as process:
+        result.next_step = run.next_step_after(strike, process)
+        process.wait(timeout=PATIENCE)
+    result.said = "the same command again"
+    ended_well(run, process, result)
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def disk_full(site: Site) -> Result:
+    """The run's disk fills up; what was saved stays, and with more room the command goes on."""
+    whole, result = site.undisturbed(), Result(drill="disk full (ends the run)")
+    disk = site.folder / "disk"
+    with small_disk(disk) as problem:
+        if problem:
+            result.skipped = problem
+            return result
+        run = Run(site, "disk", at=disk)
+        with run.started() as process:
+            process.wait(timeout=PATIENCE)
+        text = run.log.read_text()
+        if process.returncode != 1 or "No space left" not in text:
+            result.problems.append(f"exit code {process.returncode}, or no word of the disk")
+        result.said = next((line for line in text.splitlines() if "No space left" in line), "")
+        kept = run.checkpoint().name
+        shutil.copytree(disk, site.folder / "more_room")
+    run = Run(site, "disk", at=site.folder / "more_room")
+    with run.started() as process:
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    if (resumed := run.events("resume")) and resumed[-1]["step"] != int(kept.split("_")[1]):
+        result.problems.append(f"went on from {resumed[-1]['step']}, not from {kept}")
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def clock_jump(site: Site, *, seconds: int) -> Result:
+    """The wall clock jumps, for driver and ranks; nothing else may happen."""
+    result = Result(drill=f"clock jumps by {seconds:+d} s")
+    if not Path(FAKETIME).exists():
+        result.skipped = f"{FAKETIME} is not installed (Debian's libfaketime)"
+        return result
+    clock = site.folder / f"clock_{seconds}"
+    clock.write_text("+0")
+    names = ("LD_PRELOAD", "FAKETIME_TIMESTAMP_FILE", "FAKETIME_NO_CACHE",
+             "FAKETIME_DONT_FAKE_MONOTONIC", "MOETRAIN_DRILL")  # fmt: skip
+    environment = {
+        "LD_PRELOAD": FAKETIME,
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    whole = site.undisturbed()
+    run = Run(site, slug(result.drill), f"launch.pass_env=[{','.join(names)}]")
+    with run.started(environment=environment) as process:
+        run.wait_for_step(25)
+        moved = clock.with_suffix(".new")
+        moved.write_text(f"{seconds:+d}")
+        moved.rename(clock)
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    times = [time_of(event) for event in run.events("start", "save", "finish")]
+    jumps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    if not any(abs(jump) > abs(seconds) / 2 for jump in jumps):
+        result.problems.append("the clock didn't jump")
+    if "failure" in run.kinds():
+        result.problems.append(f"failed: {run.events('failure')[0]['reason']}")
+    result.said = "nothing, and nothing happened"
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def kill_in(point: str) -> Callable[[Site], Result]:
+    """Returns the drill that kills a rank at a point."""
+    rank = sorted(POINTS).index(point) % 2
+    return lambda site: replaced(
+        site, f"kill -9 of rank {rank}: {point}", on(point, "kill", rank=rank),
+        failure="died", target=KILL_TARGET,
+    )  # fmt: skip
+
+
+def hangs(name: str, fault: Fault) -> Callable[[Site], Result]:
+    """Returns a drill of a rank that neither goes on nor ends."""
+    return lambda site: replaced(
+        site, name, fault, failure="hung", said="rank 1", target=HANG_SECONDS + HANG_MARGIN
+    )
+
+
+def out_of_memory(site: Site) -> Result:
+    """The allocator of one rank fails."""
+    return replaced(
+        site, "out of memory", on("forward", "out of memory"),
+        failure="memory", said="rank 1", target=KILL_TARGET,
+    )  # fmt: skip
+
+
+DRILLS: dict[str, Callable[[Site], Result]] = {
+    **{point: kill_in(point) for point in POINTS},
+    "sigstop": hangs("SIGSTOP of a rank", on("forward", "stop")),
+    "loop": hangs("a rank in an endless Python loop", on("backward", "loop")),
+    "exception": error_of_the_code,
+    "memory": out_of_memory,
+    "driver": driver_killed,
+    "disk": disk_full,
+    "clock+": lambda site: clock_jump(site, seconds=7200),
+    "clock-": lambda site: clock_jump(site, seconds=-7200),
+}
+
+
+def ended_well(run: Run, process: "subprocess.Popen[bytes]", result: Result) -> None:
+    """Notes a bad end of a command, and ranks that it has left behind."""
+    if process.returncode:
+        tail = " / ".join(run.log.read_text().splitlines()[-3:])
+        result.problems.append(f"exit code {process.returncode}: {tail}")
+    result.problems += run.leaves_no_process()
+
+
+def told_of(run: Run, result: Result, strike: float, *, failure: str, said: str) -> None:
+    """Notes when the run noticed the strike, and whether it told what it was."""
+    failures = [e for e in run.events("failure") if time_of(e) > strike]
+    if not failures:
+        result.problems.append("no failure was told")
+        return
+    result.noticed = time_of(failures[0]) - strike
+    result.said = failures[0]["reason"]
+    if failures[0]["failure"] != failure:
+        result.problems.append(f"told as {failures[0]['failure']}, not as {failure}")
+    if said not in result.said:
+        result.problems.append(f"no word of {said!r}")
+    if len(failures) > 1:
+        result.problems.append(f"{len(failures)} failures for one strike")
+
+
+@contextlib.contextmanager
+def small_disk(at: Path, *, kilobytes: int = 1200) -> Iterator[str | None]:
+    """Mounts a small disk while the context lasts; gives the reason where that can't be done."""
+    if os.geteuid():
+        yield "mounting a small disk needs root"
+        return
+    at.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(at)], check=False
+    )
+    if mounted.returncode:
+        yield "this machine does not let root mount a tmpfs"
+        return
+    try:
+        yield None
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+def slug(text: str) -> str:
+    """Returns a text as a run's name."""
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
+assert signal  # noqa

@@ -1,0 +1,153 @@
+"""A fault at an exact point of a rank's work, without a hook in the product.
+
+Runs in the ranks, where nothing else of tests/ does. Once `moetrain.parallel.activity` is imported,
+what a rank says of itself is listened to, and where it says what the fault waits for, the fault
+strikes from within: in the thread that trains, at that very point. It strikes once: a file marks
+that it did, and when, so that the next attempt is spared.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ACTIVITY = "moetrain.parallel.activity"
+OOM_ROOM_BYTES = 64 * 2**20  # for what isn't torch: the error has to be reported
+
+
+def lie_in_wait(path: str) -> None:
+    """Has this process strike itself, if it becomes the rank that the file names."""
+    sys.meta_path.insert(0, _WhenImported(Path(path)))
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Listens to the activity from the moment its module is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != ACTIVITY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_listen(module: ModuleType) -> None:
+            execute(module)
+            with suppress(FileNotFoundError):  # the drill has no fault of this kind
+                _Ambush(json.loads(self._path.read_text())).listen(module.Activity)
+
+        spec.loader.exec_module = execute_and_listen  # type: ignore[method-assign]
+        return spec
+
+
+class _Ambush:
+    """One fault: where it strikes, and how."""
+
+    def __init__(self, fault: dict[str, Any]) -> None:
+        self._fault = fault
+        self._saving = False
+
+    def listen(self, activity: Any) -> None:
+        """Wraps what the training thread calls at each point of its work."""
+        begin, layer, collective = activity.begin, activity.layer, activity.collective
+
+        def begin_and_look(self_: Any, phase: str, *, step: int | None = None) -> None:
+            before = self_.read()[0]
+            if self._fault["at"] == "end" and phase != before.phase:
+                self._look(before)
+            begin(self_, phase, step=step)
+            if self._fault["at"] == "begin":
+                self._look(self_.read()[0])
+            if self._fault["at"] == "file":
+                self._saving |= self._is_there(self_.read()[0])
+
+        def layer_and_look(self_: Any, number: int) -> None:
+            layer(self_, number)
+            if self._fault["at"] == "layer" and self._fault["layer"] == number:
+                self._look(self_.read()[0])
+
+        @contextmanager
+        def look_and_wait(self_: Any, name: str) -> Iterator[None]:
+            waits: AbstractContextManager[None] = collective(self_, name)
+            with waits:
+                # What travels has been handed to gloo, and isn't waited for yet.
+                if self._fault["at"] == "collective" and "sending" in name:
+                    self._look(self_.read()[0])
+                yield
+
+        activity.begin, activity.layer = begin_and_look, layer_and_look
+        activity.collective = look_and_wait
+        if self._fault["at"] == "file":
+            sys.addaudithook(self._before_operation)
+
+    def _before_operation(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Strikes when the rank opens its file of a checkpoint to write into it."""
+        if self._saving and event == "open" and str(arguments[0]).endswith(".safetensors"):
+            flags = arguments[2]
+            if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
+                self._saving = False
+                self._strike(f"opening {Path(str(arguments[0])).name}")
+
+    def _look(self, doing: Any) -> None:
+        if self._is_there(doing):
+            self._strike(str(doing))
+
+    def _is_there(self, doing: Any) -> bool:
+        import torch.distributed as dist
+
+        return (
+            doing.phase == self._fault["phase"]
+            and doing.step == self._fault["step"]
+            and dist.is_initialized()
+            and dist.get_rank() == self._fault["rank"]
+        )
+
+    def _strike(self, where: str) -> None:
+        mark = {"time": time.time(), "pid": os.getpid(), "where": where}
+        try:
+            with open(self._fault["mark"], "x") as file:
+                json.dump(mark, file)
+        except FileExistsError:
+            return  # an earlier attempt was struck
+        match self._fault["action"]:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "loop":
+                while True:
+                    pass
+            case "raise":
+                raise ArithmeticError("an error that the drill has put here")
+            case "out of memory":
+                run_out_of_memory()
+            case action:
+                raise AssertionError(f"no such action: {action}")
+
+
+def run_out_of_memory() -> None:
+    """Has torch's allocator fail, for there is no memory left that this process may have."""
+    import torch
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + OOM_ROOM_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    held = []
+    while True:
+        held.append(torch.ones(2**20))
