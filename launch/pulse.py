@@ -102,6 +102,7 @@ class NodeWatch:
         self._warnings = warnings
         self._own = NodeAgent(warnings)
         self._asked: dict[str, _Asked] = {}
+        self._ended: dict[str, float] = {}
         self._warned: dict[str, str] = {}
 
     def watch(self, nodes: Iterable[Node]) -> None:
@@ -111,18 +112,23 @@ class NodeWatch:
                 agent = self._cluster.start_agent(node, warnings=self._warnings)
                 self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS)
 
-    def silent(self) -> set[str]:
-        """Returns the ids of nodes that haven't answered for too long; asks the others again."""
+    def silent(self, *, wait_seconds: float = 0.0) -> set[str]:
+        """Returns the ids of nodes that haven't answered for too long; asks the others again.
+
+        A node whose agent ended counts as silent for as long: Ray may take it for alive yet.
+        """
         by_answer = {asked.answer: node for node, asked in self._asked.items()}
-        for reference in answered(list(by_answer), timeout=0):
+        for reference in answered(list(by_answer), timeout=wait_seconds, wait_for_all=True):
             node, said = by_answer[reference], answer(reference)
             asked = self._asked.pop(node)
             if isinstance(said, Failure):
-                continue  # Ray knows that the agent ended; the node's next use starts another
+                self._ended[node] = time.monotonic() + NODE_SILENCE_SECONDS
+                continue
             if said:
                 self._warned[node] = said
             self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
-        return {node for node, asked in self._asked.items() if asked.is_overdue()}
+        overdue = {node for node, asked in self._asked.items() if asked.is_overdue()}
+        return overdue | {n for n, until in self._ended.items() if time.monotonic() < until}
 
     def warned(self) -> dict[str, str]:
         """Returns the ids of nodes that will be taken away, with the warnings."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 10.0  # in which Ray learns what is free after a loss
+NODE_ANSWER_SECONDS = 2.0
 
 
 class RunFailed(Exception):
@@ -106,6 +107,7 @@ class Supervisor:
             raise RunFailed(reason)
         if self._stop_requested():
             raise RunFailed(f"failed while stopping: {failure.reason}")
+        self._nodes.silent(wait_seconds=NODE_ANSWER_SECONDS)  # was it the whole node?
         self._event("restart", step=saved)
         self._display.say(f"{failure.reason}; starting again from step {saved}")
 

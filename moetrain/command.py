@@ -210,4 +210,7 @@ def _explained(error: Exception, tree: type) -> str:
     converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
     if converted:
         return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
+    if reason.endswith("is not a ListConfig, list or tuple."):
+        value = getattr(inner, "value", "")
+        return f"{key}={value}: must be a list: use {key}=[{value}]"
     return f"{key}: {reason}" if key else reason

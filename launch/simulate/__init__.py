@@ -1,0 +1,1 @@
+"""How much of its time a run would train for on a cluster that fails: expected, and simulated."""
