@@ -247,11 +247,13 @@ class Supervisor:
     def _usable_survivors(self, config: "Config") -> list[Worker]:
         """Returns the processes that may be used again: of the same layout, in places still held.
 
-        Torch keeps what it worked out for distributed tensors of a layout and a rank as long as
+        Ends the others. Torch keeps what it worked out for distributed tensors of a layout and a rank as long as
         the process lives; as another rank, or in another layout, it would be wrong.
         """
         same = config == self._survivors_layout
-        return [w for w in self._survivors if same and self._cluster.holds(w)]
+        usable = [w for w in self._survivors if same and self._cluster.holds(w)]
+        self._cluster.end_workers([w for w in self._survivors if w not in usable])
+        return usable
 
     def _interruption(self, shares: list[Share]) -> str | None:
         """Returns why ranks that start needn't be waited for."""
