@@ -7,13 +7,16 @@ INSTALLED := .venv/.installed
 KERNELS := .venv/.kernels
 RUN ?= toy
 
-.PHONY: toy kernels test torture check format clean help
+.PHONY: toy kernels test torture drills cluster-test soak check format clean help
 
 help:
 	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
 	@echo "make kernels install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
 	@echo "make test    run the whole test suite"
 	@echo "make torture break checkpoints in every way, count what is lost (5 minutes)"
+	@echo "make drills  strike runs on this machine in every way, time how they go on (6 minutes)"
+	@echo "make cluster-test  the same on hosts made of network namespaces (as root; 8 minutes)"
+	@echo "make soak    30 minutes of training under random kills, then the same undisturbed"
 	@echo "make check   format, lint, types and the direction of imports"
 	@echo "make format  put the code into its format"
 	@echo "make clean   delete the environment (runs/ and data/ stay)"
@@ -48,6 +51,15 @@ test: $(INSTALLED)
 
 torture: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
+
+drills: $(INSTALLED)
+	@$(BIN)/python -m tests.drills where=single
+
+cluster-test: $(INSTALLED)
+	@$(BIN)/python -m tests.drills where=cluster
+
+soak: $(INSTALLED)
+	@$(BIN)/python -m tests.drills.soak
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from data_pipeline.composition import only_compose
 from data_pipeline.settings import DataError
 
 Settings = TypeVar("Settings")
@@ -57,6 +58,7 @@ def run_command(
 
     job.__module__ = module
     _register(settings_type, module=module, about=about)
+    only_compose()
     try:
         hydra.main(version_base="1.3", config_path=None, config_name=module)(job)()
         if goes_on:  # a request to stop, which Ctrl-C is too

@@ -1,8 +1,24 @@
 """Where ranks run: in this process, on Ray, or under somebody else's launcher."""
 
-from launch.plan import Plan, choose_plan
-from launch.ray_cluster import ClusterError
+from launch.plan import Plan, choose_plan, cluster_address, is_ray_copy, lasting
+from launch.ray_cluster import ClusterError, RayCluster
 from launch.settings import ClusterSettings, LaunchSettings
 from launch.start import start
+from launch.sweep import run_sweep
+from launch.sweep_table import Trial, varied_settings
 
-__all__ = ["ClusterError", "ClusterSettings", "LaunchSettings", "Plan", "choose_plan", "start"]
+__all__ = [
+    "ClusterError",
+    "ClusterSettings",
+    "LaunchSettings",
+    "Plan",
+    "RayCluster",
+    "Trial",
+    "choose_plan",
+    "cluster_address",
+    "is_ray_copy",
+    "lasting",
+    "run_sweep",
+    "start",
+    "varied_settings",
+]

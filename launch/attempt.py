@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.failure import Failure
 from launch.hang import culprits
-from launch.pulse import NodeWatch, Pulse
+from launch.pulse import MUTE, NodeWatch, Pulse
 from launch.ray_cluster import Worker, answer, answered
 from moetrain.observe import ProgressDisplay
 from moetrain.train import Outcome
@@ -31,6 +31,8 @@ class Moved:
     step: int
     forced: bool
     """Whether a node was taken away; else more came."""
+    ends: bool
+    """Whether the node of the command itself will be taken away: nothing can go on from here."""
 
 
 class Attempt:
@@ -41,6 +43,7 @@ class Attempt:
         running: dict[Any, Worker],
         *,
         nodes: NodeWatch,
+        own_node: str,
         display: ProgressDisplay,
         log_dir: Path,
         hang_timeout_seconds: float,
@@ -53,6 +56,7 @@ class Attempt:
         self._pending = dict(running)
         self._pulse = Pulse(list(running.values()))
         self._nodes = nodes
+        self._own_node = own_node
         self._display = display
         self._log_dir = log_dir
         self._hang_timeout = hang_timeout_seconds
@@ -61,7 +65,7 @@ class Attempt:
         self._may_grow = may_grow
         self._stopping = False
         self._move: str | None = None
-        self._forced = False
+        self._forced = self._ends = False
         self._looks = 0
         self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
         self.idle: list[Worker] = []
@@ -77,15 +81,15 @@ class Attempt:
                 if isinstance(result, Failure):
                     return self._cause(worker, result)
                 outcomes.append((worker.rank, result))
-            self._pulse.take(self._show)
             self._pass_on_requests()
+            self._pulse.take(self._show)
             if failure := self._lost_node() or self._hang():
                 return failure
         self._pulse.take(self._show, wait_seconds=POLL_SECONDS)
         outcome = min(outcomes, key=lambda pair: pair[0])[1]
         if outcome.finished or self._stop_requested() or self._move is None:
             return outcome
-        return Moved(reason=self._move, step=outcome.step, forced=self._forced)
+        return Moved(reason=self._move, step=outcome.step, forced=self._forced, ends=self._ends)
 
     def _pass_on_requests(self) -> None:
         """Tells the ranks to stop, or to make room for a move, where there is reason to."""
@@ -96,23 +100,39 @@ class Attempt:
         if self._stopping or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
+        if not self._forced:
+            self._leave()
+        if not self._forced:
+            self._grow()
+
+    def _leave(self) -> None:
+        """Has all ranks save and end where a node that the run needs will be taken away."""
         leaving = self._leaving()
         taken = {
             f"{w.node.address} ({leaving[w.node.id]})"
             for w in self._pending.values()
             if w.node.id in leaving
         }
-        if taken and not self._forced:
+        self._ends = self._own_node in leaving
+        if self._ends:
+            taken.add(f"of this command ({leaving[self._own_node]})")
+        if taken:
             self._forced = True
             self._move = f"node {', '.join(sorted(taken))} will be taken away"
             self._display.say(f"{self._move}: saving after this step")
             self._tell(lambda actor: actor.stop.remote())
-        if self._move is None:
-            self._looks = self._looks + 1 if self._may_grow() else 0
-            if self._looks >= GROW_AFTER_LOOKS:
-                self._move = "there is room for more ranks again"
-                self._display.say(f"{self._move}: moving at the next checkpoint")
-                self._tell(lambda actor: actor.move.remote())
+
+    def _grow(self) -> None:
+        """Has all ranks end at their next checkpoint while there is room for a larger layout."""
+        self._looks = self._looks + 1 if self._may_grow() else 0
+        if self._looks >= GROW_AFTER_LOOKS and self._move is None:
+            self._move = "there is room for more ranks again"
+            self._display.say(f"{self._move}: moving at the next checkpoint")
+            self._tell(lambda actor: actor.move.remote(True))
+        elif not self._looks and self._move is not None:
+            self._move = None
+            self._display.say("the room for more ranks is gone again: staying")
+            self._tell(lambda actor: actor.move.remote(False))
 
     def _tell(self, tell: Callable[[Any], object]) -> None:
         for worker in self._pending.values():
@@ -163,7 +183,8 @@ class Attempt:
             return None
         stacks = self._stacks(working.values())
         doing = {rank: self._pulse.doing(rank) for rank in silent}
-        guilty = culprits(doing, stacks)
+        mute = {rank for rank, said in silent.items() if said.startswith(MUTE)}
+        guilty = culprits(doing, stacks, mute=mute)
         path = self._log_dir / f"hang_{time.strftime('%Y%m%d-%H%M%S')}.txt"
         what = "; ".join(f"{_named(working[rank])} {silent[rank]}" for rank in guilty)
         others = len(working) - len(guilty)

@@ -4,6 +4,7 @@ from launch.failure import Failure
 from launch.settings import LaunchSettings
 
 REPEATS = 3  # alike failures at the same step that no chance brings together
+NODES_OWN = ("died", "lost", "hung")  # failures that may be a node's
 NODE_FAILURES = 3  # after which a node is left out
 
 
@@ -45,7 +46,7 @@ class Budget:
             reason = self.count_preemption()
             return reason and f"{reason}: {failure.reason}"
         self._failures.append(failure)
-        if failure.node:
+        if failure.node and failure.kind in NODES_OWN:
             self._on_node[failure.node] = self._on_node.get(failure.node, 0) + 1
         alike = [f for f in self._failures if (f.kind, f.step) == (failure.kind, failure.step)]
         if len(alike) >= REPEATS and failure.kind != "lost":

@@ -1,5 +1,6 @@
 """What went wrong with a rank, and whether starting again can help."""
 
+import errno
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from moetrain.checks import ConfigError
 from moetrain.train import TrainingError
 
 _NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
+# A device that fails: another attempt may get another one. A bug fails at the same step again.
+_DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "HIP error")
+_PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "rendezvous")
 
 
@@ -20,8 +24,8 @@ class Failure:
 
     `died`: its process is gone. `lost`: its node doesn't answer. `preempted`: its node was taken
     away. `hung`: it gave no sign of life. `memory`: it found none left. `peer`: it lost another
-    rank in a collective. Those are worth another attempt. `error`: an exception of its own, which
-    another attempt would meet again.
+    rank in a collective. `service`: a server or a file system failed it. Those are worth another
+    attempt. `error`: an exception of its own, which another attempt would meet again.
     """
 
     kind: str
@@ -42,8 +46,10 @@ class Failure:
 def classify(error: BaseException) -> Failure:
     """Returns what an exception on a rank means for the run."""
     reason = f"{type(error).__name__}: {error}"
-    # A server, a disk or a helping process: nothing that another attempt must meet again.
-    if isinstance(error, UnavailableError | ChildProcessError):
+    # Nothing that another attempt must meet again.
+    if isinstance(error, UnavailableError):
+        return Failure(kind="service", reason=str(error))
+    if isinstance(error, ChildProcessError):
         return Failure(kind="died", reason=str(error))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
         return Failure(kind="memory", reason=reason)
@@ -51,6 +57,12 @@ def classify(error: BaseException) -> Failure:
         return Failure(kind="error", reason=str(error))
     if isinstance(error, dist.DistError):
         return Failure(kind="peer", reason=reason)
+    if isinstance(error, torch.AcceleratorError) or any(s in str(error) for s in _DEVICE_SIGNS):
+        return Failure(kind="died", reason=reason)
+    if isinstance(error, ConnectionError | TimeoutError) or (
+        isinstance(error, OSError) and error.errno in _PASSING
+    ):
+        return Failure(kind="service", reason=reason)
     if isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _COLLECTIVE_SIGNS):
         return Failure(kind="peer", reason=reason)
     return Failure(kind="error", reason=reason)

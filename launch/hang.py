@@ -2,7 +2,7 @@
 
 import re
 
-from moetrain.parallel import Doing
+from moetrain.parallel import STEP_PHASES, Doing
 
 TRAINING = "run_rank"  # the function under which a rank trains
 # A frame as Python's traceback and as py-spy write it.
@@ -10,10 +10,24 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line \d+|\((?P<path>[^()]+\.py):\d
 _WAITING = ("torch/distributed/", "torch\\distributed\\")
 
 
-def culprits(silent: dict[int, Doing], stacks: dict[int, str]) -> list[int]:
-    """Returns which of the silent ranks the others wait for; all of them where none stands out."""
+def culprits(silent: dict[int, Doing], stacks: dict[int, str], *, mute: set[int]) -> list[int]:
+    """Returns which of the silent ranks the others wait for; all of them where none stands out.
+
+    `mute` are those that don't answer at all: who waits for others does. Then come ranks that are
+    in no collective, and of those the ones that got least far: on a GPU the others may wait for
+    their device in the middle of their own code.
+    """
+    if found := sorted(mute & silent.keys()):
+        return found
     found = [r for r, doing in silent.items() if not waits(doing, stacks.get(r, ""))]
-    return found or sorted(silent)
+    found = found or sorted(silent)
+    least = min(_progress(silent[rank]) for rank in found)
+    return [rank for rank in found if _progress(silent[rank]) == least]
+
+
+def _progress(doing: Doing) -> tuple[int, int]:
+    known = doing.phase in STEP_PHASES
+    return doing.step, STEP_PHASES.index(doing.phase) if known else len(STEP_PHASES)
 
 
 def waits(doing: Doing, stacks: str) -> bool:

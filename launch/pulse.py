@@ -12,12 +12,15 @@ from launch.failure import Failure
 from launch.node_agent import STACK_SECONDS, NodeAgent
 from launch.placement import Node
 from launch.ray_cluster import RayCluster, Worker, answer, answered
-from moetrain.parallel import STEP_PHASES, Doing
+from moetrain.parallel import COMPUTING_PHASES, STEP_PHASES, Doing
 
+MUTE = "does not answer"
 LEAST_PATIENCE_SECONDS = 30.0
 PATIENCE_IN_STEPS = 10.0
 NODE_SILENCE_SECONDS = 10.0
-NODE_START_SECONDS = 60.0  # that a node may take to start its agent
+NODE_ANSWER_SECONDS = 2.0
+NODE_RETURN_SECONDS = 30.0  # that a node may take to start another agent
+NODE_START_SECONDS = 120.0  # ... the first one
 
 
 @dataclass
@@ -67,10 +70,13 @@ class Pulse:
         return self._heard[rank].doing
 
     def patience(self, most: float) -> float:
-        """Returns the seconds without a sign of life that ranks may have in a step.
+        """Returns the seconds without a sign of life that ranks may have now.
 
-        Learned from the slowest of their last steps, and never more than `most`.
+        While all compute, that is learned from the slowest of their last steps. Where one reads
+        data, saves or validates, it is `most`, for the others may wait for it.
         """
+        if any(h.doing.phase not in COMPUTING_PHASES for h in self._heard.values()):
+            return most
         slowest = [h.slowest_step for h in self._heard.values()]
         known = [seconds for seconds in slowest if seconds is not None]
         if len(known) < len(slowest):
@@ -78,17 +84,13 @@ class Pulse:
         return min(most, max(LEAST_PATIENCE_SECONDS, PATIENCE_IN_STEPS * max(known)))
 
     def silent(self, most: float) -> dict[int, str]:
-        """Returns the ranks that gave no sign of life for too long, with what they were doing.
-
-        In a step that is `patience`; elsewhere, as in a save or a validation, `most` seconds.
-        """
-        now, in_step = time.monotonic(), self.patience(most)
+        """Returns the ranks that gave no sign of life for too long, with what they were doing."""
+        now, limit = time.monotonic(), self.patience(most)
         found = {}
         for rank, heard in self._heard.items():
             unheard = now - heard.at
-            limit = in_step if heard.doing.phase in STEP_PHASES else most
             if heard.silent + unheard > limit:
-                state = "does not answer" if unheard > limit / 2 else "makes no progress"
+                state = MUTE if unheard > limit / 2 else "makes no progress"
                 found[rank] = f"{state} in {heard.doing}"
         return found
 
@@ -102,12 +104,14 @@ class NodeWatch:
         self._warnings = warnings
         self._own = NodeAgent(warnings)
         self._asked: dict[str, _Asked] = {}
-        self._ended: dict[str, float] = {}
+        self._nodes: dict[str, Node] = {}
+        self._doubtful: set[str] = set()
         self._warned: dict[str, str] = {}
 
     def watch(self, nodes: Iterable[Node]) -> None:
         """Begins to ask nodes that weren't asked before; not this one, which lives as we do."""
         for node in nodes:
+            self._nodes[node.id] = node
             if node.id not in self._asked and node.id != self._cluster.own_node:
                 agent = self._cluster.start_agent(node, warnings=self._warnings)
                 self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS)
@@ -115,20 +119,35 @@ class NodeWatch:
     def silent(self, *, wait_seconds: float = 0.0) -> set[str]:
         """Returns the ids of nodes that haven't answered for too long; asks the others again.
 
-        A node whose agent ended counts as silent for as long: Ray may take it for alive yet.
+        Where an agent ended, or can't be reached any more, another one is started and asked.
         """
         by_answer = {asked.answer: node for node, asked in self._asked.items()}
         for reference in answered(list(by_answer), timeout=wait_seconds, wait_for_all=True):
             node, said = by_answer[reference], answer(reference)
             asked = self._asked.pop(node)
             if isinstance(said, Failure):
-                self._ended[node] = time.monotonic() + NODE_SILENCE_SECONDS
+                self._doubtful.add(node)
+                agent = self._cluster.start_agent(self._nodes[node], warnings=self._warnings)
+                self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS)
                 continue
+            self._doubtful.discard(node)
             if said:
                 self._warned[node] = said
             self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
-        overdue = {node for node, asked in self._asked.items() if asked.is_overdue()}
-        return overdue | {n for n, until in self._ended.items() if time.monotonic() < until}
+        return {node for node, asked in self._asked.items() if asked.is_overdue()}
+
+    def unfit(self) -> set[str]:
+        """Returns the ids of nodes on which nothing should be started now."""
+        return self.silent() | self._doubtful | self.warned().keys()
+
+    def is_gone(self, address: str | None) -> bool:
+        """Returns whether a node seems gone, once all had a moment to answer."""
+        silent = self.silent(wait_seconds=NODE_ANSWER_SECONDS) | self._doubtful
+        return self.is_among(silent, address)
+
+    def is_among(self, nodes: Iterable[str], address: str | None) -> bool:
+        """Returns whether an address is that of one of some nodes, by their ids."""
+        return any(n in self._nodes and self._nodes[n].address == address for n in nodes)
 
     def warned(self) -> dict[str, str]:
         """Returns the ids of nodes that will be taken away, with the warnings."""

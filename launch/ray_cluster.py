@@ -13,8 +13,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,28 +31,33 @@ from ray.util.scheduling_strategies import (
 )
 
 import launch.node_agent
+from launch.environment import Environment, reduced
 from launch.failure import Failure, classify
 from launch.node_agent import NodeAgent
 from launch.placement import Node, Share
+from launch.ray_access import demand_access, only_this_user
+from moetrain.checks import ConfigError, demand_no_secrets
+from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
-CONNECT_TIMEOUT_SECONDS = 10.0
 RESERVE_TIMEOUT_SECONDS = 10.0
+UNREADY_SECONDS = 60.0
 START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
 LEASE_LOOKS = 4  # a lease
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
 
 
 class WorkersLost(Exception):
     """Ranks that ended, or didn't answer, before they began to train."""
 
-    def __init__(self, reason: str, *, node: str | None = None) -> None:
-        super().__init__(reason)
-        self.node = node
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
 class ClusterError(Exception):
@@ -67,42 +72,80 @@ class Worker:
     actor: Any
     node: Node
     pid: int
+    place: Any
+    """The reserved place that the process lives in, and ends with."""
 
 
 class RayCluster:
     """A Ray cluster that this process is connected to."""
 
-    def __init__(self, *, own_node: str) -> None:
+    def __init__(
+        self, *, own_node: str, local: bool, environment: Environment, closing: ExitStack
+    ) -> None:
+        self._local = local
+        self._environment = environment
+        self._closing = closing
         self.own_node = own_node
         """The id of the node that this process runs on."""
         self._reserved: dict[str, tuple[PlacementGroup, Share]] = {}
+        self._unready: dict[str, float] = {}
         self._requested = 0
 
     @classmethod
-    def connect(cls, address: str | None, *, num_workers: int = 1) -> "RayCluster":
-        """Connects to the cluster at an address, or without one starts Ray on this machine."""
+    def connect(
+        cls,
+        address: str | None,
+        *,
+        num_workers: int = 1,
+        allow_unauthenticated: bool = False,
+        environment: Environment | None = None,
+    ) -> "RayCluster":
+        """Connects to the cluster at an address, or without one starts Ray on this machine.
+
+        Raises ConfigError for a cluster that other machines can reach and that wants no token,
+        unless that is allowed. Ranks get the `environment`.
+        """
         quiet: dict[str, Any] = {
             "logging_level": logging.ERROR,
             "log_to_driver": False,
             "ignore_reinit_error": True,
         }
-        try:
-            if address:
-                _demand_listener(address)
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(num_workers, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                    **quiet,
-                )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ClusterError(
-                f"launch.address={address or 'null'}: Ray can't be reached or started ({error})"
-            ) from error
-        return cls(own_node=ray.get_runtime_context().get_node_id())
+        environment = environment or Environment(shown={}, secret={})
+        local = address in (None, "", "local")
+        with ExitStack() as closing:
+            try:
+                if not local:
+                    assert address is not None
+                    demand_no_secrets(
+                        sys.argv[1:], where="Ray shows the command line of whoever uses a cluster"
+                    )
+                    found = demand_access(address, allow_unauthenticated=allow_unauthenticated)
+                    ray.init(address=found, **quiet)
+                else:
+                    closing.enter_context(only_this_user())
+                    # The ranks' own connections stay on this machine, too.
+                    shown = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | dict(environment.shown)
+                    with reduced(replace(environment, shown=shown)):
+                        ray.init(
+                            address="local",
+                            num_cpus=max(num_workers, os.cpu_count() or 1),
+                            include_dashboard=False,
+                            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                            **quiet,
+                        )
+            except ConfigError:
+                raise
+            except Exception as error:  # Ray raises what it likes, Exception itself included
+                raise ClusterError(
+                    f"launch.address={address or 'null'}: Ray can't be reached or started "
+                    f"({redacted_text(str(error))})"
+                ) from error
+            return cls(
+                own_node=ray.get_runtime_context().get_node_id(),
+                local=local,
+                environment=environment,
+                closing=closing.pop_all(),
+            )
 
     def fitting_workers(self) -> int:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
@@ -122,8 +165,10 @@ class RayCluster:
             node = entry["NodeID"]
             if not entry["Alive"] or node in draining:
                 continue
+            if time.monotonic() < self._unready.get(node, 0.0):
+                continue
             has = free.get(node, {})
-            room = int(has.get("GPU" if on_gpu else "CPU", 0))
+            room = int(min(has.get(kind, 0) for kind in _rank_resources(on_gpu)))
             if node in self._reserved:
                 room += self._reserved[node][1].num_ranks
             found.append(Node(id=node, address=entry["NodeManagerAddress"], room=room))
@@ -143,7 +188,11 @@ class RayCluster:
             self._requested = num_ranks
 
     def reserve(self, shares: Sequence[Share], *, on_gpu: bool) -> bool:
-        """Holds the shares' places, and gives back all others; False where one is gone."""
+        """Holds the shares' places, and gives back all others; False where one isn't to be had.
+
+        A node that didn't give its place is left alone for a while: it may be gone, and Ray not
+        know it yet.
+        """
         wanted = {share.node.id: share for share in shares}
         for node, (group, held) in list(self._reserved.items()):
             if node not in wanted or held.num_ranks != wanted[node].num_ranks:
@@ -156,15 +205,20 @@ class RayCluster:
             group = placement_group([bundle], strategy="STRICT_PACK")
             self._reserved[node] = group, share
         deadline = time.monotonic() + RESERVE_TIMEOUT_SECONDS
-        groups = [self._reserved[node][0] for node in wanted]
-        ready = all(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)
-        if not ready:
-            self.give_back()
+        ready = True
+        for node in wanted:
+            group, _ = self._reserved[node]
+            if not group.wait(max(0.1, deadline - time.monotonic())):
+                remove_placement_group(group)
+                del self._reserved[node]
+                self._unready[node] = time.monotonic() + UNREADY_SECONDS
+                ready = False
         return ready
 
     def holds(self, worker: Worker) -> bool:
-        """Returns whether a process' place is still reserved."""
-        return worker.node.id in self._reserved
+        """Returns whether a process' place is still the reserved one."""
+        held = self._reserved.get(worker.node.id)
+        return held is not None and held[0] is worker.place
 
     def give_back(self) -> None:
         """Gives all places back, with whatever runs there."""
@@ -179,14 +233,15 @@ class RayCluster:
         survivors: Sequence[Worker],
         on_gpu: bool,
         log_dir: Path,
-        env: dict[str, str],
-        interrupted: Callable[[], str | None],
+        interrupted: Callable[[], Failure | None],
     ) -> list[Worker]:
         """Starts a process for each rank, or takes the survivor that had the rank on the same node.
 
         Raises WorkersLost where one of them dies, isn't there in time, or it is `interrupted`.
         """
         idle = {(w.node.id, w.rank): w for w in survivors}
+        # Processes of a Ray that was started here begin with them anyhow, and sooner without.
+        env = {} if self._local else dict(self._environment.shown)
         started: list[tuple[Any, Node]] = []
         for share in shares:
             group, _ = self._reserved[share.node.id]
@@ -209,6 +264,7 @@ class RayCluster:
                 str(log_dir / f"rank_{rank:03d}.log"),
                 address=node.address,
                 is_alone=len(shares) == 1,
+                environ=self._environment.secrets_of(rank),
             )
             for rank, (actor, node) in enumerate(started)
         ]
@@ -219,11 +275,11 @@ class RayCluster:
                 ray.kill(actor)
             raise
         return [
-            Worker(rank=rank, actor=actor, node=node, pid=pid)
+            Worker(rank=rank, actor=actor, node=node, pid=pid, place=self._reserved[node.id][0])
             for rank, ((actor, node), pid) in enumerate(zip(started, pids, strict=True))
         ]
 
-    def rendezvous(self, workers: list[Worker], interrupted: Callable[[], str | None]) -> str:
+    def rendezvous(self, workers: list[Worker], interrupted: Callable[[], Failure | None]) -> str:
         """Returns a fresh address on the first rank's node at which the ranks can meet."""
         first = workers[0]
         (port,) = _ask([first.actor.free_port.remote()], [first.node.address], interrupted)
@@ -254,45 +310,34 @@ class RayCluster:
             self.request(0, on_gpu=False)
             self.give_back()
         ray.shutdown()
+        self._closing.close()
 
 
 def _rank_resources(on_gpu: bool) -> dict[str, float]:
     return {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
 
 
-def _demand_listener(address: str) -> None:
-    """Raises OSError where nobody listens at host:port: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
-
-
 def _ask(
-    references: Sequence[Any], nodes: Sequence[str], interrupted: Callable[[], str | None]
+    references: Sequence[Any], nodes: Sequence[str], interrupted: Callable[[], Failure | None]
 ) -> list[Any]:
     """Returns the answers of starting ranks; `nodes` are their addresses."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     where = dict(zip(references, nodes, strict=True))
-    while len(done := answered(list(references), timeout=0.2, wait_for_all=True)) < len(where):
-        for reference in done:
-            if isinstance(failed := answer(reference), Failure):
-                raise WorkersLost(
-                    f"a rank was lost while it started: {failed.reason}", node=where[reference]
-                )
-        if reason := interrupted():
-            raise WorkersLost(reason)
-        if time.monotonic() > deadline:
-            late = sorted({where[r] for r in references if r not in done})
-            raise WorkersLost(
-                f"no process of a rank within {START_TIMEOUT_SECONDS:.0f} s on {', '.join(late)}",
-                node=late[0],
-            )
-    answers = {reference: answer(reference) for reference in references}
-    for reference, what in answers.items():
-        if isinstance(what, Failure):
-            raise WorkersLost(
-                f"a rank was lost while it started: {what.reason}", node=where[reference]
-            )
+    answers: dict[Any, Any] = {}
+    while len(answers) < len(where):
+        left = [reference for reference in references if reference not in answers]
+        for reference in answered(left, timeout=0.2, wait_for_all=True):
+            what = answers[reference] = answer(reference)
+            if isinstance(what, Failure):
+                reason = f"a rank was lost while it started: {what.reason}"
+                raise WorkersLost(replace(what, reason=reason, node=where[reference]))
+        if failure := interrupted():
+            raise WorkersLost(failure)
+        if len(answers) < len(where) and time.monotonic() > deadline:
+            late = sorted({where[r] for r in references if r not in answers})
+            seconds = f"{START_TIMEOUT_SECONDS:.0f} s"
+            reason = f"no process of a rank within {seconds} on {', '.join(late)}"
+            raise WorkersLost(Failure(kind="died", reason=reason, node=late[0]))
     return [answers[reference] for reference in references]
 
 
@@ -313,9 +358,16 @@ def answer(reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayActorError as error:
         preempted = bool(getattr(error, "preempted", False))
+        if "ModuleNotFoundError" in str(error):
+            reason = str(error).strip().splitlines()[-1]
+            return Failure(kind="error", reason=f"a node has another Python than this: {reason}")
         return Failure(kind="preempted" if preempted else "died", reason=_first_line(error))
     except ray.exceptions.OutOfMemoryError as error:
         return Failure(kind="memory", reason=_first_line(error))
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        return Failure(kind="error", reason=_first_line(error))
+    except ray.exceptions.RayTaskError as error:  # an exception of ours, on the other side
+        return classify(error.cause if isinstance(error.cause, Exception) else error)
     except ray.exceptions.RayError as error:
         return Failure(kind="died", reason=_first_line(error))
 
@@ -332,8 +384,9 @@ class _RankActor:
     def __init__(self) -> None:
         self._control = Control()
 
-    def prepare(self, log: str, *, address: str, is_alone: bool) -> int:
+    def prepare(self, log: str, *, address: str, is_alone: bool, environ: dict[str, str]) -> int:
         """Makes the process ready for an attempt; returns its pid."""
+        os.environ.update(environ)
         self._control = Control()
         _log_to(log)
         _allow_stacks()
@@ -360,7 +413,7 @@ class _RankActor:
         try:
             return run_rank(config, place, self._control)
         except BaseException as error:
-            traceback.print_exc()
+            print(redacted_text(traceback.format_exc()), file=sys.stderr, flush=True)
             return classify(error)
         finally:
             over.set()
@@ -377,8 +430,8 @@ class _RankActor:
     def stop(self) -> None:
         self._control.request_stop()
 
-    def move(self) -> None:
-        self._control.request_move()
+    def move(self, wanted: bool) -> None:
+        self._control.request_move(wanted)
 
     def stacks(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -400,10 +453,9 @@ def _log_to(path: str) -> None:
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
     faulthandler.enable(file=sys.stderr)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, force=True,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )  # fmt: skip
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def _end_without_lease(control: Control, seconds: float, over: threading.Event) -> None:

@@ -25,7 +25,8 @@ class LaunchSettings:
     num_workers: PositiveInt | None = None
     """Ranks. None: one for each GPU, or without a GPU two on a machine of several cores."""
     address: str | None = None
-    """A Ray cluster's address; None: the cluster this is started in, or one on this machine."""
+    """A Ray cluster's address. None or `auto`: the cluster that this is a job of, else the one that
+    this machine is a node of, else a Ray of the run's own, which `local` always is."""
     max_failures: NonNegativeInt = 3
     """Restarts after a failed rank, until the run makes progress again."""
     max_preemptions: NonNegativeInt = 100

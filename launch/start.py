@@ -6,11 +6,13 @@ lines and the exit code. Ranks do everything else.
 
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,8 +25,9 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
+from launch.environment import for_ranks
 from launch.failure import classify
-from launch.plan import Plan
+from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
 from moetrain.checkpoint import (
@@ -40,8 +43,17 @@ from moetrain.checkpoint.remote import (
     upload_missing,
 )
 from moetrain.checks import ConfigError
-from moetrain.observe import EventLog, ProgressDisplay, read_metrics
+from moetrain.observe import (
+    Account,
+    EventLog,
+    ProgressDisplay,
+    duration,
+    read_metrics,
+    read_sign,
+    run_account,
+)
 from moetrain.parallel import join_ranks
+from moetrain.redaction import RedactingFormatter, redacted_arguments, redacted_text
 from moetrain.train import (
     Control,
     Outcome,
@@ -60,6 +72,9 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 DONE, FAILED, STOPPED = 0, 1, 75
+SAME_STOP_SECONDS = 1.0
+
+WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be told
 
 
 def start(
@@ -80,6 +95,8 @@ def start(
     if plan.mode == "external":
         _run_external(config, data=data, report=report)
     run_dir = Path(config.run.dir, config.run.name or "")
+    if is_ray_copy(Path.cwd()):
+        print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
     _fetch(config)
     prepared = prepare(config, data, progress=True)
     with _held(run_dir):
@@ -119,9 +136,10 @@ def _run(
                 outcome = _run_on_ray(config, display, stop, refit=refit)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
-    return _close_run(config, outcome, shards, report)
+    with stop.on_signals():  # a stop that comes so late must not spoil the end
+        return _close_run(config, outcome, shards, report)
 
 
 def _fetch(config: "Config") -> None:
@@ -167,11 +185,16 @@ def _complete(run_dir: Path, *, num_steps: int) -> Save | None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once."""
+    """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once.
+
+    What comes within a second is the same stop: Ray, Slurm and terminals signal every process of a
+    job, and a parent among them passes on what it got.
+    """
 
     def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:
         self._event = threading.Event()
         self._told = told
+        self._asked_at = math.inf
 
     def __call__(self) -> bool:
         """Returns whether a stop was asked for."""
@@ -183,7 +206,10 @@ class StopRequest:
 
         def handle(_: int, __: FrameType | None) -> None:
             if self._event.is_set():
-                os._exit(FAILED)  # Ray's processes, if any, end with this one
+                if time.monotonic() - self._asked_at > SAME_STOP_SECONDS:
+                    os._exit(FAILED)  # Ray's processes, if any, end with this one
+                return
+            self._asked_at = time.monotonic()
             self._event.set()
             self._told()
 
@@ -239,13 +265,16 @@ def _run_on_ray(
     """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
     display.phase("starting Ray")
     cluster = RayCluster.connect(
-        config.launch.address or os.environ.get("RAY_ADDRESS"),
+        cluster_address(config.launch),
         num_workers=config.launch.num_workers or 1,
+        allow_unauthenticated=config.launch.allow_unauthenticated,
+        environment=for_ranks(
+            os.environ, cluster_env=config.cluster.env, pass_env=config.launch.pass_env
+        ),
     )
-    on_gpu = config.run.device != "cpu" and cluster.has_gpus()
-    if config.run.device == "cuda" and not on_gpu:
-        cluster.disconnect()
-        raise ClusterError("run.device=cuda: the Ray cluster has no GPU; use cpu or auto")
+    # Told to use CUDA it waits for nodes that have it, if it waits for any.
+    wanted = config.run.device
+    on_gpu = wanted == "cuda" or (wanted == "auto" and cluster.has_gpus())
     supervisor = Supervisor(
         config, cluster, on_gpu=on_gpu, refit=refit, display=display, stop_requested=stop
     )
@@ -306,7 +335,7 @@ def _run_external(
         if prepared:
             code = _close_run(config, outcome, prepared.shards, report)
     except Exception as error:
-        print(f"moetrain: rank {rank}: {classify(error).reason}", file=sys.stderr)
+        print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # tearing a process group down now and then aborts after success
@@ -318,7 +347,13 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     event = EventLog(run_dir / "events.jsonl").write
-    event("start", command=" ".join(sys.argv), workers=config.launch.num_workers, pid=os.getpid())
+    event(
+        "start",
+        command=" ".join(redacted_arguments(sys.argv)),
+        workers=config.launch.num_workers,
+        pid=os.getpid(),
+        last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
+    )
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
@@ -398,6 +433,8 @@ def _closing_lines(
     speeds = [s for r in records if (s := r.get("perf/tokens_per_second"))]
     if speeds:
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
+    if line := effective_line(run_account(run_dir)):
+        yield line
     name = config.run.name
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
@@ -411,11 +448,24 @@ def _closing_lines(
         yield f"next      the same command with run.name={name} goes on from here"
 
 
+def effective_line(account: Account | None) -> str | None:
+    """Returns how much of the run's time counts, if much of it is gone or anything was lost."""
+    if account is None or account.effective is None:
+        return None
+    if account.wall < WORTH_TELLING_SECONDS and not account.interruptions:
+        return None
+    line = f"effective {account.effective:.1%} of {duration(account.wall)} in steps that count"
+    if number := account.interruptions:
+        many = "1 interruption" if number == 1 else f"{number} interruptions"
+        line += f"; {many} cost {duration(account.lost)}"
+    return line
+
+
 @contextmanager
 def _logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
     """Sends this process's log records to the rank's own file while the context lasts."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield

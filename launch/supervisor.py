@@ -6,6 +6,7 @@ Owns the decision when, where and in which layout to start again. Leaves Ray its
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from launch.attempt import Attempt, Moved
 from launch.budget import Budget
 from launch.failure import Failure
-from launch.placement import Share, choose_nodes
+from launch.placement import Node, Share, choose_nodes
 from launch.pulse import NodeWatch
 from launch.ray_cluster import ClusterError, RayCluster, Worker, WorkersLost
 from moetrain.checkpoint.remote import take_over
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 POLL_SECONDS = 0.5
-SETTLE_SECONDS = 10.0  # in which Ray learns what is free after a loss
-NODE_ANSWER_SECONDS = 2.0
+SETTLE_SECONDS = 30.0  # in which Ray learns what is free after a loss
 
 
 class RunFailed(Exception):
@@ -76,7 +76,6 @@ class Supervisor:
                 return self._stopped(f"{moved}, and there is no other place")
             if found is None:
                 return self._stopped("stopped while waiting for a place")
-            moved = None
             ended = self._attempt(*found, again=again)
             again = True
             if isinstance(ended, Outcome):
@@ -84,14 +83,28 @@ class Supervisor:
             if isinstance(ended, Moved):
                 moved = ended.reason
                 self._event("move", step=ended.step, reason=ended.reason)
+                if ended.ends:
+                    return self._stopped(f"{ended.reason}; saved at step {ended.step}")
                 if ended.forced and (reason := self._budget.count_preemption()):
                     raise RunFailed(f"{reason}: {ended.reason}")
                 self._display.say(f"{ended.reason}; saved at step {ended.step}, moving on")
                 continue
-            self._recover(ended)
+            failure = self._recover(ended)
+            if self._stop_requested():
+                return self._stopped(f"stopped; {failure.reason}")
+            moved = failure.reason if failure.kind == "preempted" else None
 
-    def _recover(self, failure: Failure) -> None:
-        """Tells of a failure; raises RunFailed where the run must not be started again."""
+    def _recover(self, failure: Failure) -> Failure:
+        """Tells of a failure and returns what it turned out to be.
+
+        Raises RunFailed where the run must not be started again.
+        """
+        leaving = self._cluster.draining() | self._nodes.warned()
+        if failure.kind in ("died", "lost") and self._nodes.is_among(leaving, failure.node):
+            failure = replace(failure, kind="preempted")
+        if failure.kind == "died" and self._nodes.is_gone(failure.node):
+            lost = f"node {failure.node} is gone; {failure.reason}"
+            failure = replace(failure, kind="lost", reason=lost)
         saved = self._saved_step()
         self._event(
             "failure",
@@ -105,11 +118,10 @@ class Supervisor:
         reason = self._budget.count(failure, saved_step=saved)
         if reason:
             raise RunFailed(reason)
-        if self._stop_requested():
-            raise RunFailed(f"failed while stopping: {failure.reason}")
-        self._nodes.silent(wait_seconds=NODE_ANSWER_SECONDS)  # was it the whole node?
-        self._event("restart", step=saved)
-        self._display.say(f"{failure.reason}; starting again from step {saved}")
+        if not self._stop_requested():
+            self._event("restart", step=saved)
+            self._display.say(f"{failure.reason}; starting again from step {saved}")
+        return failure
 
     def _stopped(self, reason: str) -> Outcome:
         self._display.say(reason)
@@ -118,8 +130,9 @@ class Supervisor:
     def _find_place(self, *, patient: bool) -> "tuple[Config, list[Share]] | None":
         """Returns the layout to run in and where; None where a stop was asked for meanwhile.
 
-        Waits for the full layout as long as it may, and then takes the largest smaller one if the
-        run is elastic. Raises ClusterError naming what is missing.
+        Waits for the full layout as long as it may. An elastic run takes the largest smaller one
+        then, and at once when it goes on: it grows again later. Raises ClusterError naming what is
+        missing.
         """
         settings = self._config.launch
         wait = max(settings.wait_for_nodes_seconds, SETTLE_SECONDS if patient else 0.0)
@@ -127,8 +140,7 @@ class Supervisor:
         said = False
         while not self._stop_requested():
             waits = time.monotonic() < deadline
-            may_shrink = not waits or wait > settings.wait_for_nodes_seconds
-            place = self._place(may_shrink=settings.elastic and may_shrink)
+            place = self._place(may_shrink=settings.elastic and (patient or not waits))
             if place is not None and self._cluster.reserve(place[1], on_gpu=self._on_gpu):
                 self._cluster.request(0, on_gpu=self._on_gpu)
                 self._nodes.watch(share.node for share in place[1])
@@ -145,8 +157,7 @@ class Supervisor:
     def _place(self, *, may_shrink: bool) -> "tuple[Config, list[Share]] | None":
         """Returns the full layout with its place, or if allowed the largest smaller one that has
         one; on nodes that failed too often only where there are no others."""
-        gone = self._nodes.silent() | self._nodes.warned().keys()
-        nodes = [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in gone]
+        nodes = self._usable_nodes()
         left_out = self._budget.left_out
         for usable in ([n for n in nodes if n.address not in left_out], nodes):
             room, full = sum(n.room for n in usable), self._config.launch.num_workers or 1
@@ -163,10 +174,14 @@ class Supervisor:
                     return config, shares
         return None
 
+    def _usable_nodes(self) -> list[Node]:
+        unfit = self._nodes.unfit()
+        return [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in unfit]
+
     def _what_is_missing(self) -> str:
         wanted = self._config.launch.num_workers or 1
         kind = "GPU" if self._on_gpu else "CPU"
-        nodes = self._cluster.nodes(on_gpu=self._on_gpu)
+        nodes = self._usable_nodes()
         room = sum(node.room for node in nodes)
         places = ", ".join(f"{n.address}: {n.room}" for n in sorted(nodes, key=lambda n: n.address))
         return (
@@ -196,7 +211,6 @@ class Supervisor:
                 survivors=self._usable_survivors(config),
                 on_gpu=self._on_gpu,
                 log_dir=self._run_dir / "logs",
-                env=config.cluster.env,
                 interrupted=lambda: self._interruption(shares),
             )
             rendezvous = self._cluster.rendezvous(workers, lambda: self._interruption(shares))
@@ -223,6 +237,7 @@ class Supervisor:
             at_work = Attempt(
                 running,
                 nodes=self._nodes,
+                own_node=self._cluster.own_node,
                 display=self._display,
                 log_dir=self._run_dir / "logs",
                 hang_timeout_seconds=config.launch.hang_timeout_seconds,
@@ -236,7 +251,7 @@ class Supervisor:
         except WorkersLost as error:
             if self._stop_requested():
                 return self._stopped("stopped while the ranks started")
-            return Failure(kind="died", reason=str(error), node=error.node)
+            return error.failure
         finally:
             # With CUDA none is used again: its context may be broken.
             self._survivors = [] if self._on_gpu else self._cluster.cleared(idle)
@@ -247,21 +262,23 @@ class Supervisor:
     def _usable_survivors(self, config: "Config") -> list[Worker]:
         """Returns the processes that may be used again: of the same layout, in places still held.
 
-        Ends the others. Torch keeps what it worked out for distributed tensors of a layout and a rank as long as
-        the process lives; as another rank, or in another layout, it would be wrong.
+        Ends the others. Torch keeps what it worked out for distributed tensors of a layout and a
+        rank as long as the process lives; as another rank, or in another layout, it would be wrong.
         """
         same = config == self._survivors_layout
         usable = [w for w in self._survivors if same and self._cluster.holds(w)]
         self._cluster.end_workers([w for w in self._survivors if w not in usable])
         return usable
 
-    def _interruption(self, shares: list[Share]) -> str | None:
+    def _interruption(self, shares: list[Share]) -> Failure | None:
         """Returns why ranks that start needn't be waited for."""
         if self._stop_requested():
-            return "a stop was asked for"
+            return Failure(kind="died", reason="a stop was asked for")
         silent = self._nodes.silent()
         lost = sorted({s.node.address for s in shares if s.node.id in silent})
-        return f"node {', '.join(lost)} does not answer" if lost else None
+        if not lost:
+            return None
+        return Failure(kind="lost", reason=f"node {lost[0]} does not answer", node=lost[0])
 
     def _may_grow(self, num_ranks: int) -> bool:
         """Returns whether a layout larger than the present one has a place."""

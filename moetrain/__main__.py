@@ -10,7 +10,9 @@ from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
 from moetrain.config import Config, check, refit, resolve
+from moetrain.redaction import redacted_text
 from moetrain.report import render_report
+from moetrain.sweep import sweep
 
 
 def train(config: Config) -> int:
@@ -27,16 +29,16 @@ def train(config: Config) -> int:
             report=render_report,
         )
     except (ConfigError, DataError) as error:
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return BAD_CONFIGURATION
     except (ClusterError, CheckpointError, OSError) as error:
-        print(f"moetrain: {error}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
 
 
 def main() -> None:
     """The console script."""
-    run_command(train, tree=Config, module="moetrain", files=config_dir())
+    run_command(train, tree=Config, module="moetrain", files=config_dir(), sweep=sweep)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,33 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.checks import ConfigError, nearest
+from data_pipeline.composition import only_compose
+from moetrain.checks import ConfigError, demand_no_secrets, nearest
 from moetrain.config import known_keys, unknown_setting, validated
+from moetrain.redaction import redacted_text
 
 Tree = TypeVar("Tree")
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Combination(Generic[Tree]):
+    """One combination of a sweep: the overrides it is composed from, and its settings."""
+
+    overrides: tuple[str, ...]
+    settings: Tree
 
 
 def config_dir() -> Path:
@@ -42,12 +55,14 @@ def run_command(
     module: str,
     files: Path | None = None,
     config_name: str = "config",
+    sweep: Callable[[list[Combination[Tree]], Path], int] | None = None,
 ) -> None:
     """Runs `main` with the validated tree of the command line, and exits with its code.
 
     `files` is a folder with groups and a `config.yaml`, or the file named by `config_name`;
-    without it the settings are the tree's own. A sweep (`-m`) runs `main` once a combination and
-    exits with the worst code.
+    without it the settings are the tree's own. A sweep (`-m`) is handed to `sweep` with the folder
+    that Hydra made for it, once every combination is known to be one; without `sweep` it runs
+    `main` once a combination and exits with the worst code.
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -57,14 +72,29 @@ def run_command(
     else:
         _register_bare(module)
     register(tree, name="schema")
+    only_compose()
     codes: list[int] = []
-    trees: list[Tree] = []
+    found: list[Combination[Tree]] = []
+    folders: list[Path] = []
+    if {"-m", "--multirun"} & set(sys.argv):
+        where = "a sweep's settings are written into its multirun.yaml"
+
+        def refuse_secrets() -> int:
+            demand_no_secrets(sys.argv[1:], where=where)
+            return DONE
+
+        if code := _guarded(refuse_secrets, tree):
+            raise SystemExit(code)
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
     def job(config: DictConfig) -> None:
         def compose() -> int:
-            trees.append(_tree(config, tree))
+            hydra_config = HydraConfig.get()
+            overrides = tuple(hydra_config.overrides.task)
+            found.append(Combination(overrides=overrides, settings=_tree(config, tree)))
+            if hydra_config.mode == RunMode.MULTIRUN:
+                folders.append(Path(hydra_config.sweep.dir))
             return DONE
 
         codes.append(_guarded(compose, tree))
@@ -78,12 +108,16 @@ def run_command(
     )(job)
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))
-    except (ValueError, TypeError) as error:  # what Hydra itself lets through
-        print(f"moetrain: {error}", file=sys.stderr)
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # what Hydra itself lets through
+        text = " ".join(str(error).split())
+        print(f"moetrain: {redacted_text(text)}", file=sys.stderr)
         codes.append(BAD_CONFIGURATION)
+    if sweep and folders:
+        worst = max(codes)  # a combination that can't be ends a sweep before any of it begins
+        raise SystemExit(worst or _guarded(partial(sweep, found, folders[0]), tree))
     try:
-        for values in trees:
-            codes.append(_guarded(partial(main, values), tree))
+        for combination in found:
+            codes.append(_guarded(partial(main, combination.settings), tree))
             if codes[-1] == STOPPED:
                 break  # a stop is meant for the whole sweep
     except KeyboardInterrupt:
@@ -181,7 +215,7 @@ def _guarded(work: Callable[[], int], tree: type) -> int:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = _explained(error, tree)
-    print(f"moetrain: {message}", file=sys.stderr)
+    print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
     return BAD_CONFIGURATION
 
 

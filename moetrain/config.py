@@ -6,12 +6,10 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +17,11 @@ from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
+from launch.plan import cluster_address, lasting
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
-from moetrain.checks import ConfigError, nearest
+from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
@@ -32,6 +31,7 @@ from moetrain.train import RunSettings, TrainSettings
 
 Tree = TypeVar("Tree")
 
+SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
 MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
 
 
@@ -156,13 +156,14 @@ def check(config: Config) -> None:
                 f"would never begin, with train.num_steps={train.num_steps}: use at most "
                 f"{train.num_steps - 1}, or more steps",
             )
-    elsewhere = config.launch.address or os.environ.get("RAY_ADDRESS")
+    elsewhere = cluster_address(config.launch)
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("run.device", "cuda", "this machine has no CUDA device: use cpu or auto")
     if model.is_moe and model.experts.backend == "megablocks" and not elsewhere:
         here = "cpu" if config.run.device == "cpu" else None
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
+    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
 
 
 def _check_layers(model: ModelSettings) -> None:
@@ -268,7 +269,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
         ),
         run=replace(
             config.run,
-            dir=str(Path(config.run.dir).absolute()),
+            dir=str(lasting(config.run.dir)),
             name=config.run.name or _new_name(config, now),
         ),
         data=replace(
@@ -283,16 +284,21 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
 def refit(resolved: Config, num_workers: int) -> Config | None:
     """Returns a resolved configuration for fewer workers, None where so many can't run it.
 
-    The global batch stays. Degrees are kept where they divide the workers, and else folded to the
-    largest below that do; only where nothing else is valid there are more replicas than before,
-    for they cost memory. A worker's micro-batches stay as large as they may.
+    The global batch stays. A worker has no more of the weights than before where that is possible:
+    replicas go before shards. The expert degree is kept, or folded to the largest below that
+    divides the shards. A worker's micro-batches stay as large as they may.
     """
     before, batch = resolved.parallel, resolved.train.global_batch_size
     if batch % num_workers:
         return None
     share, micro = batch // num_workers, resolved.train.micro_batch_size or 1
-    most, experts = before.data_replicate_degree, before.expert_degree or 1
-    replicas = sorted(_divisors(num_workers), key=lambda d: (d > most, abs(d - most)))
+    shards, experts = before.data_shard_degree or 1, before.expert_degree or 1
+
+    def memory(replicate: int) -> tuple[bool, int]:
+        shard = num_workers // replicate
+        return shard < shards, abs(shard - shards)
+
+    replicas = sorted(_divisors(num_workers), key=memory)
     for replicate, expert in product(replicas, range(experts, 0, -1)):
         fitting = replace(
             resolved,
@@ -328,4 +334,4 @@ def _new_name(config: Config, now: datetime) -> str:
     base = f"{now:%Y%m%d-%H%M%S}"
     taken = (f"{base}-{n}" for n in range(2, 10_000))
     names = [base, *taken]
-    return next(n for n in names if not (Path(config.run.dir) / n).exists())
+    return next(n for n in names if not (lasting(config.run.dir) / n).exists())

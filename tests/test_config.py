@@ -247,13 +247,27 @@ def test_fewer_ranks_keep_the_global_batch_and_the_expert_degree_where_it_divide
             assert config.run == full.run
 
 
-def test_fewer_ranks_keep_as_many_replicas_as_divide_them() -> None:
-    wished = toy(parallel__data_replicate_degree=4, train__global_batch_size=48)
-    full = resolve(validated(wished, Config), num_workers=8, now=NOW)
-    assert layout(full)[:3] == (8, 4, 2)
-    six = refit(full, 6)
-    assert six is not None
-    assert layout(six)[:3] == (6, 3, 2)
+@pytest.mark.parametrize(
+    ("full", "fewer"),
+    [
+        ((8, 4, 2), (6, 3, 2)),
+        ((16, 2, 8), (8, 1, 8)),
+        ((32, 4, 8), (16, 2, 8)),
+        ((32, 4, 8), (12, 1, 12)),
+        ((16, 4, 4), (2, 1, 2)),  # each must hold more: as little more as possible
+    ],
+)
+def test_replicas_go_before_shards(full: tuple[int, ...], fewer: tuple[int, ...]) -> None:
+    """So that no rank has more of the weights than it had memory for."""
+    wished = toy(
+        parallel__data_replicate_degree=full[1], train__global_batch_size=96,
+        model__ffn_hidden_dim=192, model__num_experts=8,
+    )  # fmt: skip
+    before = resolve(validated(wished, Config), num_workers=full[0], now=NOW)
+    assert layout(before)[:3] == full
+    after = refit(before, fewer[0])
+    assert after is not None
+    assert layout(after)[:3] == fewer
 
 
 def test_fewer_ranks_have_more_replicas_only_where_nothing_else_is_valid() -> None:

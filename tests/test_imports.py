@@ -40,7 +40,13 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("ray", {"launch/ray_cluster.py"}),
+        # What a run does with a cluster, and whether it may; jobs are submitted by HTTP, also from
+        # where no Ray runs.
+        (
+            "ray",
+            {"launch/ray_cluster.py", "launch/ray_access.py", "launch/submit/ray_jobs.py"},
+        ),
+        ("grpc", {"launch/ray_access.py"}),
         # Ours are written and read in one place; another reads Hugging Face's.
         (
             "safetensors",
@@ -58,7 +64,11 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("gcsfs", {"data_pipeline/storage.py", "moetrain/checkpoint/remote/object_folder.py"}),
         ("aiohttp", {"data_pipeline/storage.py"}),
         # Each of the two packages that have commands has one entry of its own.
-        ("hydra", {"moetrain/command.py", "data_pipeline/command.py"}),
+        # A third says what Hydra may do, for both.
+        (
+            "hydra",
+            {"moetrain/command.py", "data_pipeline/command.py", "data_pipeline/composition.py"},
+        ),
         ("matplotlib", {"moetrain/report/figures.py"}),
         ("megablocks", {"moetrain/kernels/megablocks_ops.py"}),
         ("stk", {"moetrain/kernels/megablocks_ops.py"}),

@@ -1,5 +1,6 @@
 """The decoder's single-device math: it knows no ranks and imports no torch.distributed."""
 
+from moetrain.model.attention import Attention
 from moetrain.model.cost import active_parameters, total_parameters, training_flops_per_token
 from moetrain.model.documents import Documents
 from moetrain.model.init import initial_values, random_stream
@@ -11,6 +12,7 @@ from moetrain.model.token_exchange import Compute, LocalExchange, TokenExchange
 from moetrain.model.transformer import LossSums, Transformer
 
 __all__ = [
+    "Attention",
     "Compute",
     "Documents",
     "ExpertsSettings",

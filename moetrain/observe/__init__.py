@@ -4,20 +4,29 @@ Knows no ranks and no model: it is handed records and writes or shows them.
 """
 
 from moetrain.observe.events import EventLog, read_events
+from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import MetricsFile, Record, iterate_metrics, read_metrics
 from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.settings import ObserveSettings, WandbSettings
+from moetrain.observe.tally import Tally, read_sign
 from moetrain.observe.wandb_sink import WandbSink
 
 __all__ = [
+    "Account",
     "EventLog",
     "MetricsFile",
     "ObserveSettings",
     "ProgressDisplay",
     "Record",
+    "Span",
+    "Tally",
     "WandbSettings",
     "WandbSink",
+    "account",
+    "duration",
     "iterate_metrics",
     "read_events",
     "read_metrics",
+    "read_sign",
+    "run_account",
 ]

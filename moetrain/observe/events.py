@@ -1,15 +1,20 @@
 """events.jsonl: what happened to a run, when and why.
 
-Owns one line for each start, save, failure, restart and stop. The driver and the ranks all append
-to the same file. Leaves it to whoever meets an event to name it and give its reason.
+Owns one line for each start, save, failure, restart and stop, and the two times that each has.
+The driver and the ranks all append to the same file. Leaves it to whoever meets an event to name
+it and give its reason, and to ledger.py to say what became of the time between two of them.
 """
 
 import logging
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moetrain.observe.json_lines import append_line, read_lines
+from moetrain.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +26,15 @@ class EventLog:
         self.path = Path(path)
 
     def write(self, kind: str, *, reason: str | None = None, **fields: Any) -> None:
-        """Append `{"time", "event", "reason", **fields}`.
+        """Append `{"time", "event", "reason", **fields, "clock"}`, without the secrets in them.
 
         Never raises for the disk's sake: an event is often written while something worse is being
         handled, and a full disk must not hide that.
         """
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record = {"time": time, "event": kind, "reason": reason} | fields
+        now = times()
+        record = {"time": now.pop("time"), "event": kind, "reason": reason} | fields | now
         try:
-            append_line(self.path, record)
+            append_line(self.path, redacted(record))
         except OSError as error:
             logger.warning("event %r not recorded: %s", kind, error)
 
@@ -37,3 +42,79 @@ class EventLog:
 def read_events(path: Path | str) -> list[dict[str, Any]]:
     """All events in the order in which they were written."""
     return [record for _, record in read_lines(Path(path))]
+
+
+def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Returns when each event was, in seconds since the first, never before the one before it.
+
+    Events of one boot of one machine are as far apart as their `clock` says. The date counts only
+    for the first event of another boot, and where there is no clock. Machines whose dates differ
+    are held together by the order of their events: those of the machine that started the life of
+    the run, the driver's, stand fast. A `sign` of life may stand later than it was left.
+    """
+    found: list[float] = []
+    begins: dict[str, float] = {}  # when each boot's clock would have been 0
+    driver, fast = None, 0  # the driver's boot, and its newest event
+    dated: tuple[float, float] | None = None  # the newest event that has a date, and its date
+    for number, event in enumerate(events):
+        last, newest = (found[-1], _clock(events[number - 1])[0]) if found else (0.0, None)
+        (boot, seconds), date = _clock(event), _date(event)
+        if boot in begins:
+            moment = begins[boot] + seconds
+            if moment < last and boot == driver and found[fast] < last:
+                # Another machine's date was ahead: its events were placed too late.
+                late = last - max(moment, found[fast])
+                found[fast + 1 :] = [max(found[fast], m - late) for m in found[fast + 1 :]]
+                for other in {_clock(e)[0] for e in events[fast + 1 : number]} - {None, driver}:
+                    begins[str(other)] -= late
+                last = found[-1]
+            elif moment < last and boot not in (driver, newest) and event.get("event") != "sign":
+                begins[boot] += last - moment  # its date was behind
+            moment = max(moment, last)
+        else:
+            moment = max(last, dated[0] + date - dated[1]) if dated and date is not None else last
+            if boot is not None:
+                begins[boot] = moment - seconds
+        found.append(moment)
+        if date is not None and event.get("event") != "sign":
+            dated = (moment, date)
+        if number == 0 or event.get("event") == "start":
+            driver = boot
+        if boot == driver:
+            fast = number
+    return found
+
+
+def times() -> dict[str, Any]:
+    """Returns this moment: `time`, for people, and `clock`, which nobody can set.
+
+    `clock` is a boot of a machine and the seconds in it in which the machine was awake: two of the
+    same boot can be compared, from whatever processes, whatever becomes of the machine's date
+    in between. It is left out where the system doesn't say which boot this is.
+    """
+    now: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    return now | ({"clock": [boot, round(time.monotonic(), 3)]} if (boot := _boot()) else {})
+
+
+@cache
+def _boot() -> str | None:
+    """Returns a name for this boot of this machine, as far as Linux tells."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8] or None
+    except OSError:
+        return None
+
+
+def _clock(event: Mapping[str, Any]) -> tuple[str | None, float]:
+    """Returns an event's boot and the seconds in it; no boot where it doesn't tell."""
+    match event.get("clock"):
+        case [str(boot), int() | float() as seconds]:
+            return boot, seconds
+    return None, 0.0
+
+
+def _date(event: Mapping[str, Any]) -> float | None:
+    try:
+        return datetime.fromisoformat(str(event.get("time"))).timestamp()
+    except ValueError:
+        return None

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.observe.metrics import Record
+from moetrain.redaction import redacted_text
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class ProgressDisplay:
 
     def _say(self, text: str) -> None:
         stamp = Text(f"{datetime.now():%H:%M:%S} ", style="dim")
-        self._console.print(stamp + Text(text), soft_wrap=True)
+        self._console.print(stamp + Text(redacted_text(text)), soft_wrap=True)
 
     def _phase(self, text: str) -> None:
         self._view = replace(self._view, phase=text, seen_at=self._clock())

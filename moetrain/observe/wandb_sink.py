@@ -9,12 +9,14 @@ import logging
 import math
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moetrain.observe.metrics import Record
 from moetrain.observe.settings import WandbSettings
+from moetrain.redaction import redacted_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ def _start(
         "silent": True,
         "console": "off",
         "save_code": False,
+        # Else W&B keeps this process's command line as it is.
+        "x_disable_meta": redacted_arguments(sys.argv) != sys.argv,
         "init_timeout": ONLINE_START_SECONDS,
         "finish_timeout": FINISH_SECONDS,
     }

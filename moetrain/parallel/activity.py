@@ -20,6 +20,8 @@ STEP_PHASES = (
     "summing up",
     "optimizer",
 )
+# What takes as long as it took before: a read may wait for a server.
+COMPUTING_PHASES = tuple(phase for phase in STEP_PHASES if phase != "reading data")
 RECENT_STEPS, MIN_STEPS = 100, 5
 
 

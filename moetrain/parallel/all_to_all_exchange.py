@@ -248,7 +248,7 @@ class _Counting:
         """Returns one row of counts for each rank: the layer's one host synchronisation."""
         with _named(self.name), self.activity.collective(self.name):
             self.work.wait()
-        table: list[list[int]] = self.table.tolist()
+            table: list[list[int]] = self.table.tolist()  # where a GPU's wait really is
         return table
 
 

@@ -1,7 +1,10 @@
 """The ranks' process groups: joining them, and the two views of them as device meshes."""
 
 import datetime
+import socket
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -45,12 +48,41 @@ def join_ranks(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    meeting: dict[str, Any] = {"init_method": rendezvous}
+    if rendezvous.startswith("tcp://"):
+        meeting = {"store": _store(rendezvous, rank=rank, world_size=world_size, timeout=timeout)}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=rendezvous,
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=timeout,
+        **meeting,
+    )
+
+
+def _store(
+    rendezvous: str, *, rank: int, world_size: int, timeout: datetime.timedelta
+) -> dist.TCPStore:
+    """Returns the store in which ranks find each other; the first serves it at that address only.
+
+    By itself torch serves it on every network of the machine, and who can write there can have
+    ranks talk to him, pickled objects included.
+    """
+    place = urlsplit(rendezvous)
+    assert place.hostname is not None
+    assert place.port is not None
+    served = None
+    if rank == 0:
+        family = socket.getaddrinfo(place.hostname, place.port, type=socket.SOCK_STREAM)[0][0]
+        served = socket.create_server((place.hostname, place.port), family=family).detach()
+    return dist.TCPStore(
+        place.hostname,
+        place.port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=served,
     )
 
 

@@ -1,7 +1,8 @@
 """report.html: one file that tells a run, to be opened anywhere, offline, in light or dark.
 
 Owns the words, the tables and the style of the page, and that nothing in it is markup but ours:
-every name, value and reason is escaped. Leaves the curves to figures.py.
+every name, value and reason is escaped. Leaves the curves to figures.py, and where the time went to
+time_line.py.
 """
 
 import os
@@ -10,10 +11,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moetrain.report import figures
+from moetrain.observe import duration
+from moetrain.report import figures, time_line
 from moetrain.report.run_record import RunRecord, read_run
 
 MAX_EVENTS = 200
+_NOT_FOR_PEOPLE = ("time", "event", "reason", "step", "clock", "last_sign", "spent")
 
 
 def render_report(run_dir: Path | str) -> Path:
@@ -47,6 +50,7 @@ def page(run: RunRecord) -> str:
             ),
             _section("Balance of the router", figures.balance_figure(run)),
             _section("Throughput", figures.throughput_figure(run)),
+            time_line.section(run.account),
             _section("Optimisation", figures.optimisation_figure(run)),
             _events(run.events),
             _configuration(run.config_text),
@@ -56,7 +60,7 @@ def page(run: RunRecord) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{name} · moetrain</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{name} · moetrain</title>\n<style>{_STYLE}{time_line.STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n"
         "<footer>Written by <code>python -m moetrain.report</code></footer>\n"
         "</main>\n</body>\n</html>\n"
@@ -89,6 +93,9 @@ def _headline(run: RunRecord) -> str:
         count = f"{dead.last:.0f}" if dead and dead.last else "no"
         note = f"{count} dead expert{'' if count == '1' else 's'}" if dead else ""
         tiles.append(_tile("max violation", f"{violation.last:.2f}", note))
+    if run.account and run.account.effective is not None:
+        of = f"of {duration(run.account.wall)}"
+        tiles.append(_tile("effective time", f"{run.account.effective:.1%}", of))
     if not tiles:
         return '<p class="empty">No metrics have been logged yet.</p>'
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -159,7 +166,7 @@ def _events(events: list[dict[str, Any]]) -> str:
 
 def _details(event: dict[str, Any]) -> str:
     reason = event.get("reason")
-    rest = {k: v for k, v in event.items() if k not in ("time", "event", "reason", "step")}
+    rest = {k: v for k, v in event.items() if k not in _NOT_FOR_PEOPLE}
     fields = ", ".join(f"{key}={_text(value)}" for key, value in rest.items())
     if len(fields) > 400:
         fields = fields[:400] + " …"
@@ -210,7 +217,7 @@ h2 { font-size: 1.1rem; margin: 2.5rem 0 .25rem; }
 .badge.finished { background: var(--green); } .badge.failed { background: var(--red); }
 .badge.running { background: var(--blue); } .badge.stopped { background: var(--orange); }
 .tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
-.tile { flex: 1 1 7.5rem; background: var(--card); border-radius: .6rem; padding: .8rem 1rem; }
+.tile { flex: 1 1 7rem; background: var(--card); border-radius: .6rem; padding: .8rem; }
 .tile b, .tile span, .tile small { display: block; white-space: nowrap; }
 .tile b { font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { font-size: .9rem; } .tile small { color: var(--faint); min-height: 1.2em; }

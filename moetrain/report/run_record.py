@@ -14,7 +14,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moetrain.observe import iterate_metrics, read_events
+from moetrain.observe import Account, account, iterate_metrics, read_events, read_sign
+from moetrain.redaction import redacted_text
 
 Floats = NDArray[np.float64]
 
@@ -80,6 +81,7 @@ class RunRecord:
     series: Mapping[str, Series]
     expert_loads: ExpertLoads | None
     events: list[dict[str, Any]]
+    account: Account | None  # where its time went; None where that isn't known
     baselines: Mapping[str, float]  # bits per byte, by "bigram" and "zlib"
 
     def get(self, name: str) -> Series:
@@ -102,6 +104,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read whatever of a run is there; records of one step are joined, and the later value wins."""
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(errors="replace") if config_path.is_file() else ""
+    config_text = redacted_text(config_text)  # of a version that saved it as it was
     config = _parsed(config_text)
     events = read_events(run_dir / "events.jsonl")
     state, reason = _state(events)
@@ -115,6 +118,7 @@ def read_run(run_dir: Path) -> RunRecord:
         series=_series(metrics),
         expert_loads=_expert_loads(metrics),
         events=events,
+        account=account(events, sign=read_sign(run_dir)),
         baselines=_baselines(events),
     )
 

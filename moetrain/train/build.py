@@ -15,12 +15,13 @@ from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatc
 from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
-from moetrain.observe import EventLog, MetricsFile, WandbSink
+from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import as_plain, demand_same_model, global_batches
 from moetrain.train.state import TrainState, checkpoint_tensors
+from moetrain.train.stragglers import Stragglers
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -52,6 +53,10 @@ class Trainer:
     sinks: list[Callable[[dict[str, Any]], None]]
     """Where metric records go; empty on every rank but one."""
     event: Callable[..., None]
+    stragglers: Stragglers | None
+    """Compares the ranks; None where there is but one."""
+    tally: Tally
+    """What this attempt's time goes to."""
     close: Callable[[int], None]
     """Ends what must be ended, told the exit code."""
 
@@ -75,6 +80,7 @@ def build_trainer(
 
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
+    tally = Tally(run_dir if leads else None)
     uploader = _uploader(config, place, control, event=event) if leads else None
     checkpoints = CheckpointStore(
         run_dir / "checkpoints",
@@ -83,7 +89,7 @@ def build_trainer(
         config=as_plain(config),
         mesh=_mesh(config, place, device),
         timeout=timedelta(seconds=patience),
-        event=event,
+        event=tally.on_save(event),
         good=_tell_nobody if uploader is None else uploader.submit,
         in_use=set if uploader is None else uploader.busy,
         alive=control.still_there,
@@ -143,6 +149,17 @@ def build_trainer(
         for source in shards.sources
     }
 
+    stragglers = None
+    if place.world_size > 1:
+        stragglers = Stragglers(
+            model,
+            device=device,
+            step=state.step,
+            activity=control.activity,
+            event=event,
+            say=lambda text: control.publish("say", text) if leads else None,
+        )
+
     def close_all(exit_code: int) -> None:
         checkpoints.close(timeout_seconds=patience)
         prefetcher.close()
@@ -166,6 +183,8 @@ def build_trainer(
         state=state,
         sinks=sinks,
         event=event,
+        stragglers=stragglers,
+        tally=tally,
         close=close_all,
     )
 

@@ -55,9 +55,12 @@ class Control:
         """Asks the run to save and stop after the step that it is in."""
         self._stop.set()
 
-    def request_move(self) -> None:
-        """Asks the run to stop once its next regular checkpoint is saved."""
-        self._move.set()
+    def request_move(self, wanted: bool = True) -> None:
+        """Asks the run to stop once its next regular checkpoint is saved, or no longer to."""
+        if wanted:
+            self._move.set()
+        else:
+            self._move.clear()
 
     @property
     def move_requested(self) -> bool:

@@ -37,11 +37,13 @@ def train(trainer: Trainer) -> Outcome:
     checkpoint can't be written; what was saved before stays as it is.
     """
     settings, state, control = trainer.config.train, trainer.state, trainer.control
+    tally = trainer.tally
     observe, checkpoint = trainer.config.observe, trainer.config.checkpoint
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
     trainer.event("training", step=state.step, attempt=trainer.place.attempt)
+    tally.begin(trainer.place.attempt)
     while state.step < settings.num_steps:
         control.beat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
@@ -54,19 +56,23 @@ def train(trainer: Trainer) -> Outcome:
             record = metric_record(trainer, report, stopwatch)
             if validates:
                 control.beat("validation", state.step)
-                record |= run_validation(trainer)
+                with tally.validating():
+                    record |= run_validation(trainer)
             for write in trainer.sinks:
                 write(record)
             last = record
             stopwatch.restart()
         if is_last or _due(state.step, checkpoint.every_steps):
-            with stopwatch.saving():
+            with stopwatch.saving(), tally.saving(state.step):
                 save(trainer)
             saved_step = state.step
             if any_rank(control.move_requested, device=trainer.device):
                 break
+        tally.sign(state.step)
     if state.step > saved_step:
-        save(trainer)
+        with tally.saving(state.step):
+            save(trainer)
+    control.beat("ending", state.step)
     trainer.checkpoints.wait()
     return Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
 
@@ -160,6 +166,14 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         "perf/data_wait_seconds": stopwatch.data_wait_seconds(),
         "memory/peak_gib": _peak_gib(trainer.device),
     }
+    if (effective := trainer.tally.effective()) is not None:
+        record["perf/effective_training_time"] = effective
+    if trainer.stragglers is not None:
+        record |= trainer.stragglers.compare(
+            step=state.step,
+            step_seconds=stopwatch.step_seconds(),
+            data_wait_seconds=stopwatch.data_wait_seconds(),
+        )
     if (stalled := stopwatch.stall_seconds()) is not None:
         record["checkpoint/stall_seconds"] = stalled
     if peak := config.cluster.peak_tflops_per_gpu:

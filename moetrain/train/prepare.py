@@ -18,6 +18,7 @@ from data_pipeline import (
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.model import ModelSettings
+from moetrain.redaction import redacted
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -56,8 +57,11 @@ class Prepared:
 
 
 def as_plain(config: "Config") -> dict[str, Any]:
-    """Returns the configuration as nested dictionaries of JSON values."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    """Returns the configuration as nested dictionaries of JSON values, without its secrets.
+
+    Nothing goes on from what is saved of a secret: the same command gives it again.
+    """
+    plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))
     return plain
 
 

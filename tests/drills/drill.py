@@ -57,7 +57,18 @@ class Result:
     @property
     def is_late(self) -> bool:
         """Whether the target was missed."""
-        return self.target is not None and (self.next_step or float("inf")) > self.target
+        if self.target is None or self.skipped:
+            return False
+        return self.next_step is None or self.next_step > self.target
+
+    @property
+    def verdict(self) -> str:
+        """How it went, in a few words."""
+        if self.skipped:
+            return "skipped"
+        if self.problems:
+            return "FAILED"
+        return "late" if self.is_late else "passes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +107,19 @@ class Run:
         self.folder = (at or site.folder / "runs") / name
         self.log = site.folder / f"{name}.log"
         self.armed: Armed | None = None
+        self.began = 0.0
+        """When the newest command was started."""
+        self._process: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
     def started(
         self, *, fault: Fault | None = None, environment: Mapping[str, str] | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
         """Starts the command; whatever is left of it at the end is killed."""
+        disarm(self.site.folder)
         if fault:
             self.armed = arm(fault, self.site.folder)
+        self.began = time.time()
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [
@@ -114,6 +130,7 @@ class Run:
                 cwd=self.site.folder, env={**self.site.environment, **(environment or {})},
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+        self._process = process
         try:
             yield process
         finally:
@@ -152,13 +169,21 @@ class Run:
         return candidates(self.folder / "checkpoints")[0]
 
     def wait_for(self, what: str, there: Callable[[], Any], *, seconds: float = PATIENCE) -> Any:
-        """Returns what `there` returns once that is true; raises AssertionError after a while."""
+        """Returns what `there` returns once that is true.
+
+        Raises AssertionError where the command ends before, or after a while.
+        """
+        assert self._process
         until = time.monotonic() + seconds
-        while not (found := there()):
+        while True:
+            ended = self._process.poll()
+            if found := there():
+                return found
+            if ended is not None:
+                raise AssertionError(f"no {what}: ended with {ended}\n{self._tail()}")
             if time.monotonic() > until:
                 raise AssertionError(f"no {what} within {seconds:.0f} s\n{self._tail()}")
             time.sleep(0.03)
-        return found
 
     def wait_for_strike(self) -> float:
         """Returns when the armed fault struck."""
@@ -170,11 +195,10 @@ class Run:
         """Waits until a step is done."""
         self.wait_for(f"step {step}", lambda: self.step() >= step)
 
-    def next_step_after(self, strike: float, process: subprocess.Popen[bytes]) -> float:
+    def next_step_after(self, strike: float) -> float:
         """Returns the seconds from a strike until an attempt after it has done a step."""
 
         def training() -> list[int]:
-            assert process.poll() is None, f"exit code {process.returncode}\n{self._tail()}"
             return [e["step"] for e in self.events("training") if time_of(e) > strike]
 
         start = self.wait_for("training after the strike", training)[0]
@@ -220,3 +244,24 @@ def is_as_if_undisturbed(run: Run, whole: Run, result: Result) -> None:
         result.problems.append("other weights at the end")
     else:
         result.curve = "equal bit for bit"
+
+
+def table(results: Sequence[Result]) -> str:
+    """Returns the results as Markdown, with what the runs said of them below."""
+    lines = [
+        "| drill | noticed after | next step after | target | metrics and weights | verdict |",
+        "|---|--:|--:|--:|---|---|",
+    ]
+    for result in results:
+        times = " | ".join(
+            "–" if seconds is None else f"{seconds:.1f} s"
+            for seconds in (result.noticed, result.next_step)
+        )
+        target = "–" if result.target is None else f"{result.target:.0f} s"
+        lines.append(f"| {result.drill} | {times} | {target} | {result.curve} | {result.verdict} |")
+    lines.append("\nWhat the runs said:\n")
+    for result in results:
+        said = result.skipped or result.said or "nothing"
+        lines.append(f"- {result.drill}: {said}")
+        lines += [f"  - **{problem}**" for problem in result.problems]
+    return "\n".join(lines)

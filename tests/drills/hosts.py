@@ -6,6 +6,7 @@ be pulled, and all that runs on a host can be ended as when its power goes.
 """
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -16,9 +17,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_NAME = re.compile(r"drill(\d+)-\w+")
+_NAME = re.compile(r"drill(\d+)x\w*-\w+")
+
+# Asks a cluster's head, in a process of its own: the one that drills isn't on the hosts' network.
+_NODES = """
+import json, sys
+import ray
+from ray._private.worker import global_worker
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+leaving = set(global_worker.gcs_client.get_draining_nodes())
+nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+print(json.dumps([(n["NodeManagerAddress"], n["NodeID"]) for n in nodes]))
+"""
 
 # Ray looks after its nodes every second instead of every ten; a node is lost after about 5 s.
 HEALTH_CHECKS = {
@@ -28,6 +42,7 @@ HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": "3",
 }
 PORT = 6379
+START_TRIES = 3
 OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes is 75 MiB
 
 
@@ -35,8 +50,10 @@ def no_hosts_because() -> str | None:
     """Returns why there can be no hosts on this machine; None where there can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed (no command `ip`)"
-    name = f"drill{os.getpid()}-try"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    name = f"drill{os.getpid()}x-try"
+    tried = subprocess.run(
+        ["ip", "netns", "add", name], capture_output=True, text=True, check=False
+    )
     if tried.returncode:
         return f"`ip netns add` is not permitted: {tried.stderr.strip()}"
     _ip("netns", "del", name)
@@ -48,7 +65,7 @@ class Hosts:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._prefix = f"drill{os.getpid()}"
+        self._prefix = f"drill{os.getpid()}x{secrets.token_hex(2)}"
 
     def __enter__(self) -> "Hosts":
         clear_abandoned()
@@ -82,8 +99,13 @@ class Hosts:
         return f"10.{200 + pid // 250 % 50}.{pid % 250}.{n + 1}"
 
     def command(self, n: int, arguments: Sequence[str]) -> list[str]:
-        """Returns the command that runs another on a host; it keeps its process id."""
-        return ["ip", "netns", "exec", self._name(n), *arguments]
+        """Returns the command that runs another on a host; it keeps its process id.
+
+        Each host has one core of this machine, in turn, so that it computes with one thread.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[n % len(cores)]
+        return ["ip", "netns", "exec", self._name(n), "taskset", "-c", str(core), *arguments]
 
     def cut(self, n: int) -> None:
         """Pulls a host's cable."""
@@ -126,8 +148,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         try:
-            for n in range(len(self._places)):
-                self.start(n)
+            self._start_all(list(range(len(self._places))))
         except BaseException:
             self.__exit__()
             raise
@@ -143,8 +164,59 @@ class Cluster:
         """Where the head listens."""
         return f"{self.hosts.address(0)}:{PORT}"
 
+    def repair(self) -> None:
+        """Puts all cables in, and starts Ray anew on hosts that have lost it or are being drained.
+
+        As a service manager would. Where the head is gone all begin anew.
+        """
+        for n in range(len(self._places)):
+            self.hosts.heal(n)
+        there = self.nodes() if self.hosts.pids(0) else {}
+        lost = [n for n in range(len(self._places)) if self.hosts.address(n) not in there]
+        for n in lost:
+            self.hosts.kill(n)
+        self._start_all(lost)
+
+    def nodes(self) -> dict[str, str]:
+        """Returns the living nodes' ids by address, of those that aren't being drained."""
+        return dict(
+            json.loads(self.run(0, [sys.executable, "-c", _NODES, self.address], seconds=60))
+        )
+
+    def drain(self, node: str) -> None:
+        """Has a cloud say that it takes a node away in half a minute."""
+        self.run(
+            0,
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
+                f"--address={self.address}",
+                f"--node-id={node}",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message=the drill takes it away",
+                "--deadline-remaining-seconds=30",
+            ],
+            seconds=60,
+        )
+
+    def _start_all(self, numbers: Sequence[int]) -> None:
+        """Starts the head, if it is among them, and then the others at the same time."""
+        if 0 in numbers:
+            self.start(0)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.start, [n for n in numbers if n]))
+
     def start(self, n: int) -> None:
-        """Starts a host's part of Ray."""
+        """Starts a host's part of Ray.
+
+        Ray gives a node half a minute, which is too little on a machine that does much else.
+        """
+        for _ in range(START_TRIES - 1):
+            with contextlib.suppress(AssertionError):
+                return self._start(n)
+            self.hosts.kill(n)
+        self._start(n)
+
+    def _start(self, n: int) -> None:
         role = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         if n:
             role = [f"--address={self.address}"]

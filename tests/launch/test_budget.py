@@ -62,5 +62,8 @@ def test_a_node_that_failed_repeatedly_is_left_out() -> None:
         count.count(died(step, node=node), saved_step=step)
     assert count.left_out == set()
     assert count.troubles == {"a": 2, "b": 1}
-    count.count(died(4, node="a"), saved_step=4)
+    for kind in ("memory", "service", "peer"):
+        count.count(died(4, kind=kind, node="a"), saved_step=4)
+    assert count.left_out == set(), "what isn't the node's fault"
+    count.count(died(5, node="a"), saved_step=5)
     assert count.left_out == {"a"}

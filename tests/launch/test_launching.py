@@ -78,7 +78,7 @@ def started(folder: Path, shards: Path, *overrides: str) -> Iterator[subprocess.
         process.wait()
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
@@ -88,8 +88,8 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 60) ->
     raise AssertionError(f"no {what} within {seconds} s")
 
 
-def reached(folder: Path, step: int) -> Callable[[], bool]:
-    return lambda: metrics_of(folder)[-1]["step"] >= step
+def reached(folder: Path, step: int, *, name: str = "tiny") -> Callable[[], bool]:
+    return lambda: metrics_of(folder, name)[-1]["step"] >= step
 
 
 def rank_pids(folder: Path) -> list[int]:
@@ -98,8 +98,8 @@ def rank_pids(folder: Path) -> list[int]:
     return [rank["pid"] for rank in attempts[-1]["ranks"]]
 
 
-def kinds(folder: Path) -> list[str]:
-    return [event["event"] for event in events_of(folder)]
+def kinds(folder: Path, *, name: str = "tiny") -> list[str]:
+    return [event["event"] for event in events_of(folder, name)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -184,7 +184,9 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
         ranks = rank_pids(tmp_path)
         os.kill(ranks[1], signal.SIGSTOP)  # so that the first signal alone would not end it
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)  # so soon it is the same stop, passed on
+        time.sleep(2.0)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 1

@@ -1,4 +1,5 @@
 import multiprocessing
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,11 +17,14 @@ def test_an_event_has_a_time_a_kind_a_reason_and_its_fields(tmp_path: Path) -> N
     log.write("restart", reason="rank 1 died", step=40, path=tmp_path, loss=float("nan"))
     log.write("start")
     first, second = read_events(log.path)
-    assert list(first) == ["time", "event", "reason", "step", "path", "loss"]
+    assert list(first) == ["time", "event", "reason", "step", "path", "loss", "clock"]
     assert first["path"] == str(tmp_path)
     assert first["loss"] is None
     assert abs((datetime.now(UTC) - datetime.fromisoformat(first["time"])).total_seconds()) < 60
     assert (second["event"], second["reason"]) == ("start", None)
+    (boot, then), (same_boot, now) = first["clock"], second["clock"]
+    assert boot == same_boot
+    assert then <= now <= time.monotonic() + 0.001
 
 
 def test_events_of_several_processes_interleave_as_whole_lines(tmp_path: Path) -> None:

@@ -89,9 +89,12 @@ def _events(num_steps: int) -> list[dict[str, Any]]:
     kinds: list[dict[str, Any]] = [
         {"event": "start", "reason": None, "num_ranks": 2},
         {"event": "data", "reason": None, "baselines": baselines},
+        {"event": "training", "reason": None, "step": 0, "attempt": 1},
         {"event": "save", "reason": "every 100 steps", "step": num_steps // 2},
         {"event": "failure", "reason": "rank 1 was killed by SIGKILL", "step": num_steps // 2 + 7},
         {"event": "restart", "reason": "attempt 2 of 4", "step": num_steps // 2},
+        {"event": "training", "reason": None, "step": num_steps // 2, "attempt": 2},
+        {"event": "save", "reason": None, "step": num_steps},
         {"event": "done", "reason": f"all {num_steps} steps made", "step": num_steps},
     ]
     return [

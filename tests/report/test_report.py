@@ -1,13 +1,16 @@
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from moetrain.observe import Span
 from moetrain.report import figure_for_readme, render_report
 from moetrain.report.__main__ import ReportSettings, main
 from moetrain.report.figures import MAX_POINTS, thinned
 from moetrain.report.run_record import MAX_LOAD_RECORDS, read_run
+from moetrain.report.time_line import joined
 from tests.report.synthetic_run import write_run
 
 
@@ -64,6 +67,43 @@ def test_a_large_model_s_report_stays_small(tmp_path: Path) -> None:
     assert loads is not None
     assert loads.loads.shape == (MAX_LOAD_RECORDS, 32, 64)
     assert loads.loads.sum(axis=2) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_report_says_what_the_time_went_to(tmp_path: Path) -> None:
+    """Half a minute lies between two events, of which two begin the steps and one saves them."""
+    html = render_report(write_run(tmp_path / "run", num_records=3)).read_text()
+    assert "<b>28.6%</b><span>effective time</span><small>of 3 min 30 s</small>" in html
+    assert "Steps that count took 28.6% of 3 min 30 s. 1 interruption cost 1 min 30 s." in html
+    assert "7 steps were lost." in html
+    (line,) = re.findall(r'<div class="line">(.*?)</div>', html)
+    pieces = re.findall(r'<i class="(\w+)" style="left:([\d.]+)%;width:([\d.]+)%"', line)
+    assert [kind for kind, _, _ in pieces] == ["other", "kept", "lost", "lost", "kept"]
+    assert sum(float(width) for _, _, width in pieces) == pytest.approx(100, abs=0.01)
+    (table,) = re.findall(r'<table class="time">(.*?)</table>', html)
+    assert re.findall(r"</i>(\w+)</th><td>([^<]*)</td>", table) == [
+        ("training", "1 min 0 s"), ("starting", "1 min 0 s"), ("redone", "30.0 s"),
+        ("restarting", "1 min 0 s"),
+    ]  # fmt: skip
+
+
+def test_a_run_whose_time_is_not_known_has_no_word_of_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_records=3)
+    events = (run / "events.jsonl").read_text().splitlines()
+    old = [line for line in events if '"training"' not in line]
+    (run / "events.jsonl").write_text("\n".join(old) + "\n")
+    assert "<h2>Time</h2>" not in render_report(run).read_text()
+
+
+def test_a_long_run_s_line_of_time_stays_small() -> None:
+    ends = list(range(1, 50_000))
+    spans = [
+        Span(kind="training" if end % 3 else "redone", begin=end - 1, end=end) for end in ends
+    ] + [Span(kind="down", begin=50_000, end=60_000)]  # fmt: skip
+    pieces = joined(spans, shortest=100)
+    assert 400 < len(pieces) <= 600
+    assert {piece.kind for piece in pieces[:-1]} == {"training"}
+    assert (pieces[-1].kind, pieces[-1].begin) == ("down", 50_000), "a gap is left as it is"
+    assert all(a.end <= b.begin for a, b in pairwise(pieces))
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_spike(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""What Hydra may do with a configuration: compose it, and nothing that a file names by itself.
+
+Hydra makes objects of whatever classes stand below `hydra.callbacks`, and logging's `dictConfig`
+calls whatever a logging configuration names. A file of somebody else's, an experiment for one, can
+bring both. So each composed configuration is looked through before Hydra acts on it.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+
+PLUGINS = {
+    "hydra.launcher._target_": (
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher",
+    ),
+    "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+}
+_LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
+_LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def only_compose() -> None:
+    """Has Hydra refuse, from now on in this process, configurations that name what is to be run.
+
+    Ends the process where the command line would have it load a pickle, which can name anything.
+    Else it raises ConfigCompositionException where it composes one: for a run, a sweep and each of
+    its trials.
+    """
+    # Its beginning is enough for Hydra, and no other option of it begins so.
+    if any(word.startswith("--e") for word in sys.argv):
+        print("--experimental-rerun: it would load a pickle: give the settings", file=sys.stderr)
+        raise SystemExit(2)
+    composed = ConfigLoaderImpl.load_configuration
+    if getattr(composed, "is_checked", False):
+        return
+
+    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        config = composed(self, *args, **kwargs)
+        demand_harmless(config)
+        return config
+
+    checked.is_checked = True  # type: ignore[attr-defined]
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+
+
+def demand_harmless(config: DictConfig) -> None:
+    """Raises ConfigCompositionException for a configuration by which something would be run."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    for path, key, value in _entries(plain):
+        at = f"{path}.{key}".lstrip(".")
+        in_logging = at.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
+        if key == "_target_" and value in PLUGINS.get(at, ()):
+            continue
+        if key in ("_target_", "()") or (in_logging and not _is_plain_logging(key, value)):
+            known = " or ".join(PLUGINS.get(at, ()))
+            raise ConfigCompositionException(
+                f"{at}={value}: nothing is run because a configuration names it"
+                + (f"; only {known} may stand there" if known else ": leave it out")
+            )
+    if OmegaConf.select(config, "hydra.job.env_set"):
+        raise ConfigCompositionException(
+            "hydra.job.env_set: a configuration doesn't set this process's environment: set it "
+            "in the shell, or for the ranks by cluster.env"
+        )
+
+
+def _is_plain_logging(key: str, value: Any) -> bool:
+    if key == "class":
+        return value in _LOG_CLASSES
+    # Of other texts, logging looks up what begins like this.
+    return not (isinstance(value, str) and value.startswith(("ext://", "cfg://"))) or (
+        value in _LOG_STREAMS
+    )
+
+
+def _entries(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yields every entry of nested dictionaries and lists: where it stands, its key, its value."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield path, str(key), value
+            yield from _entries(value, f"{path}.{key}".lstrip("."))

@@ -1,0 +1,105 @@
+"""Which environment variables ranks get of the command's: those listed here, and no others.
+
+What is in a shell (keys of other services, session cookies, agents' sockets) is no business of
+processes on other machines. Decides by names alone, and starts nothing.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from moetrain.checks import ConfigError
+from moetrain.redaction import holds_secret_value, is_secret_name
+
+OF_A_MACHINE = (
+    # Each machine has its own, which its processes need: never sent to another.
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LC_*", "LD_LIBRARY_PATH",
+    "LD_PRELOAD", "DYLD_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "XDG_*", "HOSTNAME", "TERM",
+    "CUDA_*", "NVIDIA_*", "ROCR_*", "HIP_*", "RAY_*", "SLURM_*", "KUBERNETES_*",
+    "SSL_CERT_*", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+)  # fmt: skip
+OF_A_RUN = (
+    # How ranks compute and talk: the same on all of them.
+    "OMP_*", "MKL_*", "OPENBLAS_*", "KMP_*", "GOMP_*", "ONEDNN_*", "DNNL_*", "MALLOC_*",
+    "TORCH_*", "TORCHINDUCTOR_*", "PYTORCH_*", "TRITON_*", "CUBLAS_*", "CUDNN_*",
+    "NCCL_*", "GLOO_*", "FI_*", "UCX_*", "TP_SOCKET_IFNAME",
+    # Where shards come from and checkpoints go to, and the way there.
+    "AWS_*", "S3_*", "GOOGLE_*", "CLOUDSDK_*", "GCSFS_*", "STORAGE_EMULATOR_HOST", "FSSPEC_*",
+    "HF_*", "HUGGING_FACE_*", "TRANSFORMERS_*", "TOKENIZERS_*",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
+    "all_proxy",
+    # What the first rank alone gets of.
+    "WANDB_*",
+)  # fmt: skip
+OF_THE_FIRST_RANK = ("WANDB_*",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What ranks get besides their machine's own variables."""
+
+    shown: Mapping[str, str]
+    """Set before a rank's process begins. Ray shows these to everybody who may ask it."""
+    secret: Mapping[str, str]
+    """Set in the process by itself, and never told to Ray as settings."""
+
+    def secrets_of(self, rank: int) -> dict[str, str]:
+        """Returns the secrets that a rank has a use for."""
+        return {
+            name: value
+            for name, value in self.secret.items()
+            if rank == 0 or not _fits(name, OF_THE_FIRST_RANK)
+        }
+
+
+def for_ranks(
+    environ: Mapping[str, str], *, cluster_env: Mapping[str, str], pass_env: Sequence[str]
+) -> Environment:
+    """Returns what ranks get of an environment: what is listed, `pass_env`, and `cluster.env`.
+
+    `pass_env` has names, or patterns such as `MY_*`. Raises ConfigError for a name that isn't set.
+    """
+    for name in pass_env:
+        if name not in environ and not any(sign in name for sign in "*?["):
+            raise ConfigError(
+                "launch.pass_env", name, "isn't set in this environment: leave it out"
+            )
+    wanted = {
+        name: value
+        for name, value in environ.items()
+        if _fits(name, OF_A_RUN) or _fits(name, pass_env)
+    } | dict(cluster_env)
+    secret = {
+        name: value
+        for name, value in wanted.items()
+        if is_secret_name(name) or holds_secret_value(value, environ=environ)
+    }
+    shown = {name: value for name, value in wanted.items() if name not in secret}
+    return Environment(shown=shown, secret=secret)
+
+
+@contextmanager
+def reduced(environment: Environment) -> Iterator[None]:
+    """While it lasts, this process has only what a rank on this machine should begin with."""
+    before = dict(os.environ)
+    kept = {name: value for name, value in before.items() if _fits(name, OF_A_MACHINE)}
+    _become(kept | dict(environment.shown))
+    try:
+        yield
+    finally:
+        # What was set meanwhile, by Ray for itself, stays.
+        begun = kept | dict(environment.shown)
+        since = {name: value for name, value in os.environ.items() if begun.get(name) != value}
+        _become(before | since)
+
+
+def _become(environ: Mapping[str, str]) -> None:
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    os.environ.update(environ)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,177 @@
+"""Who may give a Ray cluster commands: what is asked of a cluster, and how one is started here.
+
+Whoever may talk to a Ray cluster runs any code on it (CVE-2023-48022). So a cluster that other
+machines can reach must want a token, which is found out by asking without one: a client that sends
+a token can't see whether anybody looks at it. One that is started here listens on loopback only,
+and wants a token of its own, for a machine may have other users.
+"""
+
+import ipaddress
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import ray._private.ray_constants as ray_constants
+from ray._private.services import (
+    canonicalize_bootstrap_address,
+    find_bootstrap_address,
+    get_ray_address_from_environment,
+)
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from moetrain.checks import ConfigError
+
+ANSWER_TIMEOUT_SECONDS = 10.0
+CLIENT = "ray://"
+# Questions that ask for nothing: an empty message is a whole request.
+_GCS_QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_CLIENT_QUESTION = "/ray.rpc.RayletDriver/ClusterInfo"
+
+START_WITH_TOKEN = (
+    "`ray get-auth-token --generate` once, ~/.ray/auth_token copied to every node and to this "
+    "machine (or RAY_AUTH_TOKEN set there), and RAY_AUTH_MODE=token before every `ray start`"
+)
+
+
+def running_cluster() -> str | None:
+    """Returns the address of the cluster that `ray start` has made this machine a node of, if any.
+
+    Ray's own `auto` also finds the private Ray of any other program on the machine, and a cluster
+    that ended without `ray stop`.
+    """
+    address: str | None = find_bootstrap_address(None)
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_SECONDS).close()
+    except (OSError, ValueError):
+        return None
+    return address
+
+
+def demand_access(address: str, *, allow_unauthenticated: bool) -> str:
+    """Returns the address at which a cluster really is, once it is one that may be used.
+
+    Takes what Ray takes: host:port, ray://host:port, or `auto` for RAY_ADDRESS or a cluster that
+    runs on this machine. Raises ConfigError where the cluster wants no token and other machines
+    can reach it, or wants another token than the one in reach here; OSError where none answers.
+    """
+    given = address
+    if address == "auto":
+        address = get_ray_address_from_environment("auto", None)
+        if address == "auto":
+            raise ConnectionError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
+    if not address.startswith(CLIENT):
+        # Ray takes a loopback address for that of this machine in its network; so must we.
+        address = canonicalize_bootstrap_address(address) or address
+    question = _CLIENT_QUESTION if address.startswith(CLIENT) else _GCS_QUESTION
+    target = address.removeprefix(CLIENT)
+    if _accepts(target, question, token=None):
+        # A loopback ray:// is a tunnel, or the door of a cluster that listens elsewhere as well.
+        alone = _is_loopback(target) and not address.startswith(CLIENT)
+        if not alone and not allow_unauthenticated:
+            raise ConfigError(
+                "launch.address",
+                _named(given, address),
+                "this Ray cluster takes commands from anybody who reaches that port, and runs any "
+                f"code for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or "
+                "insist with launch.allow_unauthenticated=true",
+            )
+        return address
+    tokens = AuthenticationTokenLoader.instance()
+    tokens.reset_cache()
+    if not tokens.has_token(ignore_auth_mode=True):
+        raise ConfigError(
+            "launch.address",
+            _named(given, address),
+            "this Ray cluster wants a token, and none is in reach: set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH, or copy the cluster's ~/.ray/auth_token here",
+        )
+    if not _accepts(target, question, token=tokens.get_raw_token(ignore_auth_mode=True)):
+        raise ConfigError(
+            "launch.address",
+            _named(given, address),
+            "this Ray cluster doesn't take the token that is in reach here (RAY_AUTH_TOKEN, else "
+            "the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token): use the cluster's own",
+        )
+    _send_tokens()
+    return address
+
+
+@contextmanager
+def only_this_user() -> Iterator[None]:
+    """While it lasts, a Ray that is started here listens on loopback and wants a token of its own.
+
+    The token stands in a file that only this user can read, not in the environment, of which
+    every rank has a copy. Ray's own, ~/.ray/auth_token, can be read by other users.
+    """
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.pop(name, None) for name in names}
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    # What Ray does on macOS and Windows: the node's address is 127.0.0.1, and it listens there.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    with tempfile.TemporaryDirectory(prefix="moetrain-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder, "auth_token")
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+        _send_tokens()
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = clusters
+            os.environ.pop("RAY_AUTH_MODE", None)
+            os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+            os.environ |= {name: value for name, value in before.items() if value is not None}
+            _read_again()
+
+
+def _accepts(target: str, question: str, *, token: str | None) -> bool:
+    """Returns whether a cluster answers, with a token or without; OSError where nothing answers."""
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    host, _, port = target.rpartition(":")
+    # Without this a name that can't be resolved, or a port that drops packets, has gRPC try on.
+    socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_SECONDS).close()
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary(question)
+        try:
+            ask(b"", timeout=ANSWER_TIMEOUT_SECONDS, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            if error.code() == grpc.StatusCode.NOT_FOUND:  # it was let through to an empty question
+                return True
+            raise ConnectionError(
+                f"{target} doesn't answer as Ray does ({error.code().name}: {error.details()})"
+            ) from None
+    return True
+
+
+def _is_loopback(target: str) -> bool:
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
+
+
+def _named(given: str, address: str) -> str:
+    return given if given == address else f"{given} ({address})"
+
+
+def _send_tokens() -> None:
+    """Has Ray in this process, and in those that it starts, send the token with every call."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    _read_again()
+
+
+def _read_again() -> None:
+    Config.initialize("")  # Ray has read the mode when it was imported
+    AuthenticationTokenLoader.instance().reset_cache()

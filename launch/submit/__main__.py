@@ -1,0 +1,172 @@
+"""`python -m launch.submit +model=8x7b launch.address=http://127.0.0.1:8265`: train as a Ray job.
+
+Owns the command's settings, what is sent to the cluster and what must not be. The settings are
+those of `python -m moetrain`, composed and checked here first.
+"""
+
+import os
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from launch import cluster_address
+from launch.submit.job import Gone, JobWatch, entrypoint
+from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
+from moetrain.checks import ConfigError
+from moetrain.command import FAILED, Combination, config_dir, run_command
+from moetrain.config import Config, check
+from moetrain.redaction import REDACTED, redacted_arguments
+
+# Ray's own default of 3 s ends a job while it saves.
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+EXCLUDES = [".git", ".venv", "venv", "runs", "data", "hf", "wandb", ".mypy_cache", ".ruff_cache"]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class SubmitSettings:
+    """How a job is submitted and waited for."""
+
+    attach: str | None = None
+    """A job that was submitted before, to wait for instead of submitting one."""
+    working_dir: str | None = "auto"
+    """A folder that every node gets a copy of, with moetrain in it; null: moetrain is installed
+    there; auto: the current folder if it is a checkout of moetrain, else null."""
+    python: str = "python"
+    """The interpreter on the head node."""
+    stop_seconds: PositiveInt = 1800
+    """Time that a job has to save after a stop was asked for, before Ray kills it."""
+    give_up_seconds: PositiveFloat = 600.0
+    """Time without a connection to the head node after which waiting ends; the job doesn't."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class SubmitConfig(Config):
+    """The training command's settings, and those of the submission."""
+
+    submit: SubmitSettings = Field(default_factory=SubmitSettings)
+
+
+def submit(config: SubmitConfig, arguments: list[str]) -> int:
+    """Submits the training command with its arguments and waits; returns the job's exit code."""
+    attached = config.submit.attach
+    try:
+        address = _address(config)
+        jobs = RayJobs(address)
+        job = attached or _submitted(config, arguments, jobs)
+    except JobsUnavailable as error:
+        print(f"moetrain: launch.address={config.launch.address}: {error}", file=sys.stderr)
+        return FAILED
+    except JobRefused as error:
+        print(f"moetrain: {error}", file=sys.stderr)
+        return FAILED
+    again = f"python -m launch.submit submit.attach={job} launch.address={jobs.address}"
+    if not attached:
+        print(f"submitted {job}; to wait for it again: {again}", file=sys.stderr, flush=True)
+    try:
+        return JobWatch(jobs, job, give_up_seconds=config.submit.give_up_seconds).wait()
+    except Gone as error:
+        print(f"moetrain: {error}\nto wait for it again: {again}", file=sys.stderr)
+        return FAILED
+
+
+def _submitted(config: SubmitConfig, arguments: list[str], jobs: RayJobs) -> str:
+    here = jobs.is_on_this_machine()
+    folder = _working_dir(config.submit.working_dir)
+    said = f"a copy of {folder}, without {', '.join(EXCLUDES)}" if folder else "installed there"
+    print(f"moetrain on the cluster: {said}", file=sys.stderr)
+    return jobs.submit(
+        # On the head node itself, paths mean what they mean to `python -m moetrain` here.
+        entrypoint(
+            arguments, python=config.submit.python, folder=str(Path.cwd()) if here else None
+        ),
+        working_dir=folder,
+        excludes=_excludes(config, folder) if folder else [],
+        env={STOP_WAIT: str(config.submit.stop_seconds)},
+    )
+
+
+def _address(config: SubmitConfig) -> str:
+    """Returns the address of the job server, or of the cluster that has one."""
+    given = config.launch.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if given and urlsplit(given).scheme in ("http", "https"):
+        return given
+    found = given if given and given != "auto" else cluster_address(config.launch)
+    if not found:
+        raise ConfigError(
+            "launch.address",
+            config.launch.address,
+            "no Ray cluster runs on this machine, and RAY_ADDRESS is not set: use the address that "
+            "`ray start` prints for jobs, such as http://127.0.0.1:8265",
+        )
+    return found
+
+
+def _working_dir(setting: str | None) -> Path | None:
+    if setting != "auto":
+        folder = Path(setting).absolute() if setting else None
+        if folder and not _has_moetrain(folder):
+            raise ConfigError(
+                "submit.working_dir",
+                setting,
+                "has no moetrain/__main__.py: use a checkout, or null",
+            )
+        return folder
+    return Path.cwd() if _has_moetrain(Path.cwd()) else None
+
+
+def _has_moetrain(folder: Path) -> bool:
+    return (folder / "moetrain" / "__main__.py").is_file()
+
+
+def _excludes(config: SubmitConfig, folder: Path) -> list[str]:
+    """Returns patterns that keep data and runs here; each begins at the folder itself.
+
+    `data` alone would leave out conf/data as well.
+    """
+    own = [Path(config.run.dir), *([Path(config.data.dir)] if config.data.dir else [])]
+    inside = [p.absolute().relative_to(folder) for p in own if p.absolute().is_relative_to(folder)]
+    return [f"/{name}" for name in dict.fromkeys([*EXCLUDES, *map(str, inside)])]
+
+
+def passed_on(arguments: list[str]) -> list[str]:
+    """Returns the arguments that are the training command's; raises ConfigError for a secret.
+
+    Everybody who sees the cluster's jobs reads them.
+    """
+    kept = []
+    for argument in arguments:
+        key = argument.lstrip("+~").partition("=")[0]
+        if key == "launch.address" or key.startswith("submit."):
+            continue
+        if redacted_arguments([argument]) != [argument]:
+            raise ConfigError(
+                key,
+                REDACTED,
+                "looks like a secret, and everybody who sees the cluster's jobs could read it: set "
+                "it in the environment of the cluster's nodes",
+            )
+        kept.append(argument)
+    return kept
+
+
+def main() -> None:
+    """Runs the command."""
+    arguments = sys.argv[1:]  # as given: the job composes them anew
+
+    def one(config: SubmitConfig) -> int:
+        check(config)
+        return submit(config, passed_on(arguments))
+
+    def sweep(combinations: list[Combination[SubmitConfig]], _: Path) -> int:
+        for combination in combinations:
+            check(combination.settings)
+        return submit(combinations[0].settings, passed_on(arguments))
+
+    run_command(one, tree=SubmitConfig, module="launch.submit", files=config_dir(), sweep=sweep)
+
+
+if __name__ == "__main__":
+    main()

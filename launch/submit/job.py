@@ -1,0 +1,159 @@
+"""Standing in for a job at a terminal: its log as it comes, a stop passed on, its exit code.
+
+Owns what a lost connection, a signal and a job's end mean. Leaves HTTP to `ray_jobs.py`.
+"""
+
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+from launch.submit.ray_jobs import JobRefused, JobState, JobsUnavailable, RayJobs
+
+FAILED = 1
+POLL_SECONDS = 0.5
+RETRY_SECONDS = 1.0
+LOG_END_SECONDS = 10.0
+
+_SAID_CODE = re.compile(r"^moetrain exit code (\d+)$", re.MULTILINE)
+_SIGNALLED = 128  # what a shell adds to the number of the signal that ended a command
+
+T = TypeVar("T")
+
+
+def entrypoint(arguments: Sequence[str], *, python: str, folder: str | None) -> str:
+    """Returns the shell command of a job that trains, in a folder of the head node's or Ray's copy.
+
+    Ray keeps no exit code of a job that was stopped, and signals the shell as well as the command:
+    so the shell waits for it, and says the code.
+    """
+    command = shlex.join([python, "-m", "moetrain", *arguments])
+    there = f"cd {shlex.quote(folder)} && " if folder else ""
+    return f'trap : TERM; {there}{command}; code=$?; echo "moetrain exit code $code"; exit $code'
+
+
+class Gone(Exception):
+    """A job that can't be waited for any longer, with the reason."""
+
+
+class JobWatch:
+    """Waits for a job, on behalf of the person at this terminal."""
+
+    def __init__(self, jobs: RayJobs, job: str, *, give_up_seconds: float) -> None:
+        self._jobs = jobs
+        self._job = job
+        self._give_up_seconds = give_up_seconds
+        self._asked = 0
+        self._shown = 0
+        self._over = threading.Event()
+
+    def wait(self) -> int:
+        """Returns the job's exit code; raises Gone where the cluster can't be asked any more.
+
+        The first SIGTERM or Ctrl-C stops the job after saving, the second at once.
+        """
+        follower = threading.Thread(target=self._follow, name="log", daemon=True)
+        told = 0
+        with self._on_signals():
+            follower.start()
+            state = self._ask(lambda: self._jobs.state(self._job))
+            while not state.ended:
+                if told < self._asked:
+                    told += self._stop(state, again=told > 0)
+                time.sleep(POLL_SECONDS)
+                state = self._ask(lambda: self._jobs.state(self._job))
+        self._over.set()
+        follower.join(timeout=LOG_END_SECONDS)
+        return self._exit_code(state)
+
+    def _stop(self, state: JobState, *, again: bool) -> int:
+        """Passes a stop on; returns whether it could be: a driver that isn't there yet can't."""
+        if not again:
+            _say(f"stopping {self._job}: it saves first; once more ends it at once")
+            self._ask(lambda: self._jobs.stop(self._job))
+            return 1
+        if state.driver_pid is None:
+            return 0
+        _say(f"ending {self._job} at once")
+        self._ask(lambda: self._jobs.signal_driver(state))
+        return 1
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Returns an answer of the cluster, however often the connection is lost meanwhile."""
+        lost_at: float | None = None
+        while True:
+            try:
+                answer = question()
+            except JobsUnavailable as error:
+                now = time.monotonic()
+                if lost_at is None:
+                    lost_at = now
+                    _say(f"no connection to {self._jobs.address}, trying again: {error}")
+                if now - lost_at > self._give_up_seconds:
+                    raise Gone(
+                        f"no connection to {self._jobs.address} for {now - lost_at:.0f} s; "
+                        "the job may go on"
+                    ) from error
+                if self._asked > 1:
+                    raise Gone("left without an answer; the job may go on") from error
+                time.sleep(RETRY_SECONDS)
+            except JobRefused as error:
+                raise Gone(f"the cluster can't be asked for job {self._job}: {error}") from error
+            else:
+                if lost_at is not None:
+                    _say(f"connected again after {time.monotonic() - lost_at:.0f} s")
+                return answer
+
+    def _follow(self) -> None:
+        """Shows the log until the job ends; after a lost connection from where it was."""
+        while True:
+            skip = self._shown
+
+            def show(text: str) -> None:
+                nonlocal skip
+                new = text[skip:]
+                skip = max(0, skip - len(text))
+                self._shown += len(new)
+                sys.stdout.write(new)
+                sys.stdout.flush()
+
+            try:
+                return self._jobs.follow(self._job, show)
+            except Exception:  # the waiting thread says what is wrong with the connection
+                if self._over.wait(RETRY_SECONDS):
+                    return
+
+    def _exit_code(self, state: JobState) -> int:
+        if state.exit_code is not None:
+            code = state.exit_code
+        elif state.stopped:
+            said = _SAID_CODE.findall(self._ask(lambda: self._jobs.log(self._job)))
+            if not said:
+                _say(f"job {self._job} was stopped; Ray keeps no exit code of such a job")
+            code = int(said[-1]) if said else FAILED
+        else:
+            _say(f"job {self._job} could not be run: {state.message}")
+            code = FAILED
+        return code if 0 <= code <= _SIGNALLED else FAILED
+
+    @contextmanager
+    def _on_signals(self) -> Iterator[None]:
+        def handle(_: int, __: FrameType | None) -> None:
+            self._asked += 1
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

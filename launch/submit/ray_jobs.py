@@ -1,0 +1,176 @@
+"""Ray's job server, and only what a submission needs of it: submit, look, follow, stop.
+
+Owns the import of Ray's job client. Speaks HTTP with the head node's dashboard, so that the machine
+it runs on needs no other way into the cluster.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+REQUEST_TIMEOUT_SECONDS = (10.0, 120.0)  # to connect, and between two parts of an answer
+
+
+class JobsUnavailable(Exception):
+    """A job server that can't be reached now; it may be later."""
+
+
+class JobRefused(Exception):
+    """What a job server, or Ray's client, won't do, with its reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """How far a job is."""
+
+    ended: bool
+    stopped: bool
+    """Whether it ended because a stop was asked for; then Ray knows no exit code."""
+    exit_code: int | None
+    message: str
+    node: str | None
+    """The node of its driver."""
+    driver_pid: int | None
+    """The process that has connected to Ray, once it has."""
+
+
+class RayJobs:
+    """The job server of a cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Connects to http://host:port, the address that `ray start` prints, or `auto`."""
+        _send_token_if_any()
+        logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
+        with _environment_without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"), _translated():
+            self._client = _Client(address)
+        self.address = self._client.get_address()
+
+    def is_on_this_machine(self) -> bool:
+        """Returns whether the head node runs here and not behind a tunnel: its folder is here."""
+        with _translated():
+            session = self._client.session_name()
+        places = {os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"} - {None}
+        return any(Path(str(place), "ray", session).is_dir() for place in places)
+
+    def submit(
+        self,
+        entrypoint: str,
+        *,
+        working_dir: Path | None,
+        excludes: list[str],
+        env: dict[str, str],
+    ) -> str:
+        """Submits a shell command, with a folder that every node gets a copy of; returns its id."""
+        runtime_env: dict[str, Any] = {"env_vars": env}
+        if working_dir:
+            runtime_env |= {"working_dir": str(working_dir), "excludes": excludes}
+        with _translated():
+            return self._client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+
+    def state(self, job: str) -> JobState:
+        """Returns how far a job is; JobRefused for one that the cluster doesn't know."""
+        with _translated():
+            details: JobDetails = self._client.get_job_info(job)
+        info = details.driver_info
+        return JobState(
+            ended=details.status.is_terminal(),
+            stopped=details.status == JobStatus.STOPPED,
+            exit_code=0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code,
+            message=details.message or "",
+            node=details.driver_node_id,
+            driver_pid=int(info.pid) if info else None,
+        )
+
+    def stop(self, job: str) -> None:
+        """Has Ray send SIGTERM to every process of a job."""
+        with _translated():
+            self._client.stop_job(job)
+
+    def signal_driver(self, state: JobState) -> None:
+        """Sends SIGTERM to a job's driver, by a job beside it: Ray sends its own only once."""
+        assert state.driver_pid is not None
+        with _translated():
+            self._client.submit_job(
+                entrypoint=f"kill -TERM {state.driver_pid}",
+                entrypoint_label_selector={"ray.io/node-id": state.node} if state.node else None,
+            )
+
+    def log(self, job: str) -> str:
+        """Returns all that a job has written so far."""
+        with _translated():
+            return str(self._client.get_job_logs(job))
+
+    def follow(self, job: str, show: Callable[[str], None]) -> None:
+        """Shows what a job has written, from its beginning, and goes on until the job ends."""
+
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job):
+                show(text)
+
+        with _translated():
+            asyncio.run(tail())
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, which would wait for ever for an answer from a network that was cut."""
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
+        size = len(kwargs.get("data") or b"")
+        if size > DASHBOARD_CLIENT_MAX_SIZE:
+            raise JobRefused(
+                f"the folder to be copied has {size / 2**20:,.0f} MiB, and Ray's job server takes "
+                f"{DASHBOARD_CLIENT_MAX_SIZE / 2**20:,.0f} MiB: move large files out of it, or "
+                "name them in its .gitignore or .rayignore"
+            )
+        return super()._do_request(method, endpoint, timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)
+
+    def session_name(self) -> str:
+        answer = self._do_request("GET", "/api/version")
+        return str(answer.json()["session_name"])
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Makes two errors of the many that Ray's client and its libraries raise."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise JobRefused(
+            "the cluster wants a token: set RAY_AUTH_TOKEN, or copy the head node's "
+            "~/.ray/auth_token here"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise JobRefused(str(error)) from error
+    except OSError as error:  # requests' and aiohttp's errors of connections among them
+        raise JobsUnavailable(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _environment_without(*names: str) -> Iterator[None]:
+    """Hides variables that Ray would rather believe than the address it is given."""
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= before
+
+
+def _send_token_if_any() -> None:
+    """Has Ray's client send the token that this machine has, unless the environment says."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        RayConfig.initialize("")  # Ray has read the mode when it was imported

@@ -1,0 +1,148 @@
+"""Runs the trials of a sweep, as many at once as a cluster has room for, and sums them up.
+
+A trial is a command of its own: a driver with its own supervisor, signals and exit code, so that
+it saves when it is stopped and nothing that becomes of it touches the others. Leaves composing to
+`moetrain.command`, and what a trial does to that command.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from launch.sweep_table import Result, Trial, result_of, write_table
+
+FAILED, STOPPED = 1, 75
+POLL_SECONDS = 0.2
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+@dataclass(kw_only=True)
+class _Running:
+    trial: Trial
+    process: subprocess.Popen[str]
+    reader: threading.Thread | None
+
+
+def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> int:
+    """Runs all trials, prints their table and returns the exit code: 0 if all are done.
+
+    `places` is the number of ranks that the cluster has room for; None: one trial after the other.
+    The first SIGTERM or Ctrl-C stops every trial after saving, the second at once. `folder` gets
+    the table, its lines as JSON, and what trials that ran side by side have said.
+    """
+    return _Sweep(trials, folder=folder, places=places).run()
+
+
+class _Sweep:
+    def __init__(self, trials: Sequence[Trial], *, folder: Path, places: int | None) -> None:
+        self._trials = trials
+        self._folder = folder
+        self._places = places
+        smallest = sorted(trial.num_workers for trial in trials)[:2]
+        self._side_by_side = len(smallest) > 1 and sum(smallest) <= (places or 0)
+        self._running: list[_Running] = []
+        self._stops = 0
+
+    def run(self) -> int:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        waiting, codes = list(self._trials), dict[int, int]()
+        with self._on_signals():
+            while self._running or (waiting and not self._stops):
+                if not self._stops and (trial := next(filter(self._fits, waiting), None)):
+                    waiting.remove(trial)
+                    self._start(trial)
+                    continue
+                for one in [r for r in self._running if r.process.poll() is not None]:
+                    codes[one.trial.number] = self._ended(one)
+                time.sleep(POLL_SECONDS)
+        results = [result_of(trial, codes.get(trial.number)) for trial in self._trials]
+        print(write_table(results, self._folder), flush=True)
+        return _exit_code(results, stopped=self._stops > 0)
+
+    def _fits(self, trial: Trial) -> bool:
+        """Returns whether there is room; a trial too large for it all says so when it is alone."""
+        taken = sum(one.trial.num_workers for one in self._running)
+        return not self._running or taken + trial.num_workers <= (self._places or 0)
+
+    def _start(self, trial: Trial) -> None:
+        self._say(f"trial {trial.number} of {len(self._trials)}: {trial.label} → {trial.run_dir}")
+        command = [sys.executable, "-m", "moetrain", *trial.command]
+        process = subprocess.Popen(
+            command,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if self._side_by_side else None,
+            stderr=subprocess.STDOUT if self._side_by_side else None,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            # Of a group of its own, so that a terminal's Ctrl-C reaches it through the sweep only.
+            process_group=0 if self._side_by_side else None,
+            preexec_fn=_stop_with_parent,
+        )
+        reader = None
+        if process.stdout:
+            log = (self._folder / f"trial_{trial.number}.log").open("w")
+            reader = threading.Thread(target=_relay, args=(process.stdout, trial.number, log))
+            reader.start()
+        self._running.append(_Running(trial=trial, process=process, reader=reader))
+        if self._stops:  # a signal that came while it was started
+            process.send_signal(signal.SIGTERM)
+
+    def _ended(self, one: _Running) -> int:
+        self._running.remove(one)
+        if one.reader:
+            one.reader.join()
+        return one.process.returncode
+
+    @contextmanager
+    def _on_signals(self) -> Iterator[None]:
+        """Passes SIGTERM and Ctrl-C on to the trials while the context lasts."""
+
+        def handle(_: int, __: FrameType | None) -> None:
+            self._stops += 1
+            for one in self._running:
+                one.process.send_signal(signal.SIGTERM)
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _relay(lines: IO[str], number: int, log: IO[str]) -> None:
+    """Shows what a trial says with its number before each line, and keeps it."""
+    with log:
+        for line in lines:
+            log.write(line)
+            log.flush()
+            sys.stderr.write(f"{number}| {line}")  # one write a line, so that none are mixed
+
+
+def _stop_with_parent() -> None:
+    """Has the kernel stop a trial, after saving, when the sweep is killed."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None)  # before any fork: loading it there could meet a lock
+
+
+def _exit_code(results: Sequence[Result], *, stopped: bool) -> int:
+    codes = [r.exit_code for r in results if r.exit_code is not None]
+    if stopped or STOPPED in codes:
+        return STOPPED
+    return max((code if code >= 0 else FAILED for code in codes), default=FAILED)

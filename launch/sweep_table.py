@@ -1,0 +1,141 @@
+"""The trials of a sweep beside each other: one table, and a line of JSON for each."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+from moetrain.observe import read_metrics
+
+_NOTHING = "–"
+_BITS = ("validation/", "/bits_per_byte")
+_ENDS = {None: "not begun", 0: "done", 1: "failed", 2: "bad settings", 75: "stopped"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One command of a sweep."""
+
+    number: int
+    varied: dict[str, str]
+    """What of its settings the sweep varies."""
+    command: tuple[str, ...]
+    """All overrides that it is started with, its name and folder included."""
+    run_dir: Path
+    num_workers: int
+
+    @property
+    def label(self) -> str:
+        """What it is called where there is no column for each setting."""
+        return " ".join(f"{key}={value}" for key, value in self.varied.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of a trial; None for what it didn't come to."""
+
+    trial: Trial
+    exit_code: int | None
+    """Its own; below zero: the signal that ended it."""
+    steps: int | None = None
+    training_loss: float | None = None
+    validation_loss: float | None = None
+    bits_per_byte: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+
+    @property
+    def end(self) -> str:
+        """How it ended, in words."""
+        code = self.exit_code
+        if code is not None and code < 0:
+            return f"killed ({-code})"
+        return _ENDS.get(code, f"exit {code}")
+
+
+def varied_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Returns of each trial's overrides those that aren't the same in all of them."""
+    pairs = [
+        {key: value for key, _, value in (o.lstrip("+").partition("=") for o in trial)}
+        for trial in overrides
+    ]
+    return [
+        {k: v for k, v in trial.items() if any(other.get(k) != v for other in pairs)}
+        for trial in pairs
+    ]
+
+
+def result_of(trial: Trial, exit_code: int | None) -> Result:
+    """Returns what a trial's run folder says of it."""
+    path = trial.run_dir / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    known = {k: v for record in records for k, v in record.items() if v is not None}
+    first, last = _BITS
+    speeds = [s for record in records if (s := record.get("perf/tokens_per_second"))]
+    return Result(
+        trial=trial,
+        exit_code=exit_code,
+        steps=int(known["step"]) if "step" in known else None,
+        training_loss=known.get("train/cross_entropy"),
+        validation_loss=known.get("validation/loss"),
+        bits_per_byte={
+            key.removeprefix(first).removesuffix(last): value
+            for key, value in known.items()
+            if key.startswith(first) and key.endswith(last)
+        },
+        tokens_per_second=median(speeds) if speeds else None,
+    )
+
+
+def write_table(results: Sequence[Result], folder: Path) -> str:
+    """Returns the table, best loss first, and writes it and `trials.jsonl` into a folder."""
+    ordered = sorted(results, key=_rank)
+    lines = [
+        {**asdict(r), "trial": r.trial.number, "varied": r.trial.varied,
+         "command": list(r.trial.command), "run": str(r.trial.run_dir), "end": r.end}
+        for r in ordered
+    ]  # fmt: skip
+    (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ends = [r.end for r in ordered]
+    counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+    text = f"sweep     {counts}; {folder}\n" + _table(ordered)
+    (folder / "table.txt").write_text(text + "\n")
+    return text
+
+
+def _rank(result: Result) -> tuple[bool, bool, float]:
+    """Orders what is done before what isn't, and losses on held-out text before others."""
+    validated = result.validation_loss is not None
+    loss = result.validation_loss if validated else result.training_loss
+    return result.exit_code != 0, not validated, float("inf") if loss is None else loss
+
+
+def _table(results: Sequence[Result]) -> str:
+    keys = list(dict.fromkeys(key for r in results for key in r.trial.varied))
+    sources = list(dict.fromkeys(source for r in results for source in r.bits_per_byte))
+    header = ["trial", *keys, "end", "steps", "loss", "validation"]
+    header += [f"{source} bits/byte" for source in sources] + ["tokens/s", "run"]
+    rows = [
+        [
+            str(r.trial.number),
+            *(r.trial.varied.get(key, _NOTHING) for key in keys),
+            r.end,
+            _NOTHING if r.steps is None else str(r.steps),
+            _figure(r.training_loss),
+            _figure(r.validation_loss),
+            *(_figure(r.bits_per_byte.get(source)) for source in sources),
+            _NOTHING if r.tokens_per_second is None else f"{r.tokens_per_second:,.0f}",
+            r.trial.run_dir.name,
+        ]
+        for r in results
+    ]
+    columns = [c for c in zip(header, *rows, strict=True) if set(c[1:]) != {_NOTHING}]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    )
+
+
+def _figure(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.3f}"

@@ -1,0 +1,317 @@
+"""Where a run's time went, from its events alone.
+
+Owns the account: which time is the run's own, and what each part of it went to. Leaves to events.py
+how far apart two events are, and writing them to those who meet them.
+
+A *life* of a run goes from a `start` to its end: `finish` or `stop` (wanted), `fail`, or nothing at
+all where the driver was killed. Time between a wanted end and the next start isn't the run's. Time
+after an unwanted end is, if the run was started again: it should have been training.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from moetrain.observe.events import moments, read_events
+
+KINDS = {
+    "training": "steps that count",
+    "saving": "training stood still for a checkpoint",
+    "validation": "validation",
+    "starting": "from a start on request to the first step",
+    "ending": "from the last save to the end",
+    "redone": "steps that were lost, and trained again where the run went on",
+    "detecting": "from the last sign of progress to the notice of a failure",
+    "restarting": "from a failure or a move to the next step",
+    "down": "nobody at work after a failed or killed run",
+}
+"""What a run's time goes to."""
+
+INTERRUPTED = ("redone", "detecting", "restarting", "down")
+_SPENT = ("training", "saving", "validation")
+
+# What only a life in progress writes: the last of them was lived to see.
+_ALIVE = {
+    "attempt", "data_order", "failure", "move", "restart", "resume", "save", "sign",
+    "step_skipped", "straggler", "straggler_over", "training", "warning",
+}  # fmt: skip
+
+Event = Mapping[str, Any]
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people: `9.4 s`, `1 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    for size, unit, below, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if seconds >= size - below / 2:
+            many, rest = divmod(round(seconds / below), size // below)
+            return f"{many} {unit} {rest} {part}"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A piece of a run's time, in seconds since its first event."""
+
+    kind: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a run's time went to."""
+
+    seconds: Mapping[str, float]
+    """By each of KINDS; together they are `wall`."""
+    spans: Sequence[Span]
+    """The same one after the other; saving and validation stand within `training` here. A gap is
+    where the run was stopped on request."""
+    interruptions: int
+    """How often training broke off unwanted, and went on later."""
+    redone_steps: int
+
+    @property
+    def wall(self) -> float:
+        """The run's own time."""
+        return sum(self.seconds.values())
+
+    @property
+    def effective(self) -> float | None:
+        """Effective training time: the share of steps that count; None before any time."""
+        return self.seconds["training"] / self.wall if self.wall > 0 else None
+
+    @property
+    def lost(self) -> float:
+        """What interruptions cost, from the last step that counts to the next one."""
+        return sum(self.seconds[kind] for kind in INTERRUPTED)
+
+
+def run_account(run_dir: Path | str, *, sign: Event | None = None) -> Account | None:
+    """Returns the account of the run in a folder."""
+    return account(read_events(Path(run_dir, "events.jsonl")), sign=sign)
+
+
+def account(events: Iterable[Event], *, sign: Event | None = None) -> Account | None:
+    """Returns what a run's time went to, up to its last event, or the last sign of life if given.
+
+    None where it can't be known: no step was begun, or a version trained that didn't say when.
+    """
+    story = _Story()
+    everything = list(_with_signs(events, sign))
+    for event, moment in zip(everything, moments(everything), strict=True):
+        story.take(event, moment)
+    return story.account()
+
+
+class _Story:
+    """A run's events, told one after the other."""
+
+    def __init__(self) -> None:
+        self._told: list[Span | _Stretch] = []
+        self._doing: str | None = None  # None: in no life
+        self._since = self._alive = 0.0  # when that began, and the last thing known of this life
+        self._down_since: float | None = None
+        self._stretch: _Stretch | None = None  # this life's newest
+        self._unknown = False
+        self._broken = False  # since the last step; however often, it is one interruption
+        self._interruptions = 0
+
+    def take(self, event: Event, moment: float) -> None:
+        """Goes on with the next event."""
+        kind = str(event.get("event"))
+        if kind == "start":
+            self._start(moment)
+            return
+        if self._doing is None:
+            if kind != "training":
+                return  # a download before a start, or somebody's last words
+            self._begin("starting", moment)
+        before = self._alive
+        if kind in _ALIVE:
+            self._alive = moment
+        if kind == "training":
+            self._train(event, moment, before)
+        elif kind == "save":
+            self._save(event, moment)
+        elif kind == "sign":
+            self._sign(event)
+        elif kind == "failure":
+            self._broken = True
+            silent = event.get("silent_seconds")
+            seen = moment if silent is None else max(before, self._since, moment - silent)
+            self._end(seen, step=event.get("step"))
+            self._tell("detecting", seen, moment)
+            self._begin("restarting", moment)
+        elif kind == "move":
+            self._end(moment, step=event.get("step"), wanted=True)
+            self._begin("restarting", moment)
+        elif kind in ("finish", "stop"):
+            self._end(moment, step=event.get("step"), wanted=True)
+        elif kind == "fail":
+            self._broken = True
+            self._end(moment)
+            self._down_since = moment
+
+    def account(self) -> Account | None:
+        """Returns what there is to account for; the story is over then."""
+        if self._doing == "training" and self._stretch:
+            self._stretch.goes_on = True
+        if self._doing is not None:
+            self._end(self._alive)
+        stretches = [part for part in self._told if isinstance(part, _Stretch)]
+        if self._unknown or not stretches:
+            return None
+        seconds, spans, redone_steps = dict.fromkeys(KINDS, 0.0), list[Span](), 0
+        limits = _limits(stretches)
+        for part in self._told:
+            if isinstance(part, Span):
+                seconds[part.kind] += part.end - part.begin
+                spans.append(part)
+                continue
+            limit = next(limits)
+            spent, rest = part.shares(limit)
+            for kind, value in spent.items():
+                seconds[kind] += value
+            middle = part.begin + sum(spent.values())
+            seconds[rest] += part.end - middle
+            spans += [
+                Span(kind="training", begin=part.begin, end=middle),
+                Span(kind=rest, begin=middle, end=part.end),
+            ]
+            redone_steps += part.redone_steps(limit)
+        return Account(
+            seconds=seconds,
+            spans=[span for span in spans if span.end > span.begin],
+            interruptions=self._interruptions,
+            redone_steps=redone_steps,
+        )
+
+    def _start(self, moment: float) -> None:
+        if self._doing is not None:  # the driver was killed
+            self._broken = True
+            self._end(self._alive)
+            self._down_since = self._alive
+        down, self._down_since = self._down_since, None
+        if down is not None:
+            self._tell("down", down, moment)
+        self._begin("starting" if down is None else "restarting", moment)
+        self._stretch, self._alive = None, moment
+
+    def _train(self, event: Event, moment: float, before: float) -> None:
+        if self._doing == "training":  # the end of the attempt before this one went unseen
+            self._end(before)
+            self._begin("restarting", before)
+            self._broken = True
+        self._end(moment)
+        self._begin("training", moment)
+        step = int(event.get("step") or 0)
+        self._stretch = _Stretch(attempt=event.get("attempt"), first_step=step, begin=moment)
+        self._told.append(self._stretch)
+        self._interruptions += self._broken
+        self._broken = False
+
+    def _save(self, event: Event, moment: float) -> None:
+        if self._stretch is None:
+            self._unknown = True  # what was saved had been trained, by a version that told nothing
+        elif isinstance(step := event.get("step"), int):
+            self._stretch.saves.append((step, moment, event.get("spent")))
+
+    def _sign(self, event: Event) -> None:
+        stretch = self._stretch
+        if self._doing == "training" and stretch and stretch.attempt == event.get("attempt"):
+            stretch.last_step, stretch.so_far = event.get("step"), event.get("spent")
+
+    def _begin(self, doing: str, moment: float) -> None:
+        self._doing, self._since = doing, moment
+
+    def _end(self, moment: float, *, step: int | None = None, wanted: bool = False) -> None:
+        """Ends what was being done, and with it the life unless something else is begun."""
+        if self._doing == "training" and self._stretch:
+            self._stretch.end, self._stretch.as_wanted = moment, wanted
+            self._stretch.last_step = step if step is not None else self._stretch.last_step
+        elif self._doing is not None:
+            self._tell(self._doing, self._since, moment)
+        self._doing = None
+
+    def _tell(self, kind: str, begin: float, end: float) -> None:
+        self._told.append(Span(kind=kind, begin=begin, end=end))
+
+
+@dataclass(kw_only=True)
+class _Stretch:
+    """The training of one attempt."""
+
+    attempt: object
+    first_step: int
+    begin: float
+    end: float = inf
+    last_step: int | None = None
+    """The last one heard of."""
+    as_wanted: bool = False
+    """It ended in good order: what follows its last save isn't lost."""
+    goes_on: bool = False
+    """It hasn't ended: what follows its last save isn't lost yet."""
+    so_far: Mapping[str, float] | None = None
+    """What its last sign of life had spent."""
+    saves: list[tuple[int, float, Mapping[str, float] | None]] = field(default_factory=list)
+    """Step, moment of the commit, and what had been spent up to the step and on saving it."""
+
+    def shares(self, limit: float) -> tuple[dict[str, float], str]:
+        """Returns the seconds of what counts, and what the rest of the time was.
+
+        `limit` is the lowest step from which a later attempt went on.
+        """
+        save = self._last_save(limit)
+        told: Mapping[str, float] = {}
+        if save is not None:
+            told = save[2] or {"training": save[1] - self.begin}
+        if self.goes_on and self.so_far is not None:
+            told = self.so_far
+        room, spent = self.end - self.begin, {}
+        for kind in _SPENT:  # never more than there was
+            spent[kind] = min(max(0.0, told.get(kind, 0.0)), room)
+            room -= spent[kind]
+        if self.goes_on:
+            return spent | {"training": spent["training"] + room}, "ending"
+        return spent, "ending" if self.as_wanted and save == self._last_save(inf) else "redone"
+
+    def redone_steps(self, limit: float) -> int:
+        """Returns how many of its steps don't count."""
+        if self.goes_on:
+            return 0
+        kept, newest = self._last_save(limit), self._last_save(inf)
+        last = max(self.last_step or 0, newest[0] if newest else self.first_step)
+        return max(0, last - (kept[0] if kept else self.first_step))
+
+    def _last_save(self, limit: float) -> tuple[int, float, Mapping[str, float] | None] | None:
+        return max((s for s in self.saves if s[0] <= limit), key=lambda s: s[:2], default=None)
+
+
+def _limits(stretches: Sequence[_Stretch]) -> Iterator[float]:
+    """Yields for each the lowest step from which a later one went on; none is lower than any."""
+    limits, limit = [], inf
+    for stretch in reversed(stretches):
+        limits.append(limit)
+        limit = min(limit, stretch.first_step)
+    return reversed(limits)
+
+
+def _with_signs(events: Iterable[Event], newest: Event | None) -> Iterator[Event]:
+    """Yields the events, with each sign of life as one, after the last event of a life at work."""
+    waiting = list[Event]()  # what a command writes before its `start` can't come before the sign
+    for event in events:
+        left = event.get("last_sign") if event.get("event") == "start" else None
+        if isinstance(left, Mapping):
+            yield {**left, "event": "sign"}
+        waiting.append(event)
+        if event.get("event") == "start" or event.get("event") in _ALIVE:
+            yield from waiting
+            waiting = []
+    if newest is not None:
+        yield {**newest, "event": "sign"}
+    yield from waiting

@@ -1,0 +1,328 @@
+"""Drills on a Ray cluster of several hosts: nodes and cables that go, and some that come back.
+
+Host 0 has Ray's head and the driver and no rank; of the three others one is spare, as each has
+room for one of two ranks. Each host has one core, so that every rank computes with one thread.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from moetrain.config import Config, validated
+from moetrain.verify.comparison import difference, norm
+from moetrain.verify.tolerance import tolerances
+from tests.drills.drill import (
+    KILL_TARGET,
+    NODE_TARGET,
+    PATIENCE,
+    Result,
+    Run,
+    Site,
+    alive,
+    is_as_if_undisturbed,
+    time_of,
+)
+from tests.drills.faults import on, variables
+from tests.drills.hosts import Cluster, Hosts
+from tests.drills.single_host import driver_killed, ended_well, replaced, slug, told_of
+from tests.support.runs import write_shards
+from tests.torture.content import read_plainly
+
+LEASE_SECONDS, HANG_SECONDS = 12, 20
+PLACES = (0, 1, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSite(Site):
+    """Where commands run: on host 0."""
+
+    cluster: Cluster
+
+    def host_of(self, run: Run, rank: int) -> int:
+        """Returns the host that a rank of the newest attempt runs on."""
+        address = next(r["node"] for r in run.ranks() if r["rank"] == rank)
+        return next(n for n in range(len(PLACES)) if self.hosts.address(n) == address)
+
+    @property
+    def hosts(self) -> Hosts:
+        """The hosts of the cluster."""
+        return self.cluster.hosts
+
+
+@contextlib.contextmanager
+def four_hosts(folder: Path) -> Iterator[ClusterSite]:
+    """Returns a site on a cluster that lasts as long as the context."""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | variables(folder, python_path=root)
+    with (
+        Hosts(len(PLACES)) as hosts,
+        Cluster(
+            hosts, places=PLACES, environment=environment, log=folder / "cluster.log"
+        ) as cluster,
+    ):
+        yield ClusterSite(
+            folder=folder,
+            shards=write_shards(folder),
+            environment=cluster.environment,
+            prefix=hosts.command(0, []),
+            overrides=[
+                f"launch.address={cluster.address}", "launch.num_workers=2",
+                f"launch.hang_timeout_seconds={HANG_SECONDS}",
+                f"launch.lease_seconds={LEASE_SECONDS}",
+            ],
+            cluster=cluster,
+        )  # fmt: skip
+
+
+# Steps long enough for a host to come back, or a notice to be given, while the run lasts. In
+# another layout sums are rounded in another order: all experts are chosen, so that no rounding
+# makes a token choose another one, and SGD doesn't magnify it.
+LONG = [
+    "launch.elastic=true", "optim=sgd", "optim.lr=0.1", "model.top_k=4", "train.dtype=float32",
+    "checkpoint.keep_every=10", "train.num_steps=240", "train.global_batch_size=32",
+    "train.seq_len=128", "model.max_seq_len=128",
+]  # fmt: skip
+
+
+def struck(
+    site: ClusterSite,
+    name: str,
+    strike: Callable[[int], None],
+    *,
+    rank: int,
+    failures: set[str],
+    target: float = NODE_TARGET,
+    meanwhile: Callable[[Run, int, Result, float], None] = lambda *_: None,
+) -> Result:
+    """Strikes the host of a rank, and holds what comes of it against an undisturbed run.
+
+    `failures` are the kinds that it may be told as. `meanwhile` is called once the next attempt has
+    done a step, with the host, the result and the time of the strike.
+    """
+    whole, result = site.undisturbed(), Result(drill=name, target=target)
+    site.cluster.repair()
+    run = Run(site, slug(name))
+    with run.started() as process:
+        run.wait_for_step(25)
+        host = site.host_of(run, rank)
+        at = time.time()
+        strike(host)
+        result.next_step = run.next_step_after(at)
+        meanwhile(run, host, result, at)
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    told_of(run, result, at, failures=failures, said=site.hosts.address(host))
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def power_gone(site: ClusterSite) -> Result:
+    """A host vanishes without a word: nobody's connection is closed."""
+
+    def strike(host: int) -> None:
+        site.hosts.cut(host)
+        site.hosts.kill(host)
+
+    return struck(
+        site, "node's power gone, spare takes over", strike, rank=0, failures={"lost", "died"}
+    )
+
+
+def node_killed(site: ClusterSite) -> Result:
+    """All processes of a host end, and its kernel says so to whoever they were connected to."""
+    return struck(
+        site, "node's processes killed, spare takes over", site.hosts.kill, rank=1,
+        failures={"lost", "died"},
+    )  # fmt: skip
+
+
+def cut_and_healed(site: ClusterSite) -> Result:
+    """A cable is out so long that its host is given up, and back while others train."""
+
+    def meanwhile(run: Run, host: int, result: Result, at: float) -> None:
+        site.hosts.heal(host)
+
+    return struck(
+        site, "network cut, healed once the spare trains", site.hosts.cut, rank=1,
+        failures={"lost", "died"}, meanwhile=meanwhile,
+    )  # fmt: skip
+
+
+def cut_for_good(site: ClusterSite) -> Result:
+    """A cable is out for good; the rank behind it ends itself once its lease is over."""
+
+    def meanwhile(run: Run, host: int, result: Result, at: float) -> None:
+        address = site.hosts.address(host)
+        ranks = run.events("attempt")[0]["ranks"]
+        (pid,) = [rank["pid"] for rank in ranks if rank["node"] == address]
+        most = LEASE_SECONDS * 1.5
+        while alive(pid) and time.time() < at + most:
+            time.sleep(0.1)
+        if alive(pid):
+            result.problems.append(f"the rank cut off is still there after {most:.0f} s")
+
+    return struck(
+        site, "network cut for good, spare takes over", site.hosts.cut, rank=0,
+        failures={"lost", "died"}, meanwhile=meanwhile,
+    )  # fmt: skip
+
+
+def short_cut(site: ClusterSite, *, seconds: float = 3.0) -> Result:
+    """A cable is out for a moment: whatever is made of it, the run goes on."""
+    result = Result(drill=f"network cut for {seconds:.0f} s", target=NODE_TARGET)
+    whole = site.undisturbed()
+    site.cluster.repair()
+    run = Run(site, slug(result.drill))
+    with run.started() as process:
+        run.wait_for_step(25)
+        host, at = site.host_of(run, 1), time.time()
+        site.hosts.cut(host)
+        time.sleep(seconds / 2)
+        stalled = run.step()
+        time.sleep(seconds / 2)
+        if run.step() > stalled:
+            result.problems.append("the cut didn't stop the run")
+        site.hosts.heal(host)
+        run.wait_for_step(stalled + 2)
+        result.next_step = time.time() - at
+        process.wait(timeout=PATIENCE)
+    result.said = "; ".join(e["reason"] for e in run.events("failure")) or "nothing: it waited"
+    ended_well(run, process, result)
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def head_killed(site: ClusterSite) -> Result:
+    """Ray's head and the driver are gone; the cluster is begun anew, and the command again."""
+    whole = site.undisturbed()
+    result = Result(drill="head node killed, job resubmitted", target=NODE_TARGET)
+    site.cluster.repair()
+    run = Run(site, slug(result.drill))
+    with run.started() as process:
+        run.wait_for_step(25)
+        at = time.time()
+        site.hosts.kill(0)
+        process.wait()
+    result.noticed = time.time() - at
+    site.cluster.repair()
+    with run.started() as process:
+        result.next_step = run.next_step_after(at)
+        process.wait(timeout=PATIENCE)
+    result.said = "the same command again, on a new head"
+    ended_well(run, process, result)
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def drained(site: ClusterSite) -> Result:
+    """A notice that a node will be taken away: the run saves, and moves before it is gone."""
+    whole = site.undisturbed(*LONG)
+    result = Result(drill="drain notice, run moves to the spare", target=NODE_TARGET)
+    site.cluster.repair()
+    nodes = site.cluster.nodes()
+    run = Run(site, slug(result.drill), *LONG)
+    with run.started() as process:
+        run.wait_for_step(12)
+        host, at = site.host_of(run, 1), time.time()
+        site.cluster.drain(nodes[site.hosts.address(host)])
+        result.next_step = run.next_step_after(at)
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    moves, resumed = run.events("move"), run.events("resume")
+    if "failure" in run.kinds() or len(moves) != 1:
+        result.problems.append(f"not one move: {run.kinds()}")
+    else:
+        result.noticed, result.said = time_of(moves[0]) - at, moves[0]["reason"]
+        if resumed[-1]["step"] != moves[0]["step"]:
+            result.problems.append(f"{resumed[-1]['step']}: steps were trained twice")
+        if site.hosts.address(host) in {rank["node"] for rank in run.ranks()}:
+            result.problems.append("the run is still on the node that is taken away")
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def shrunk_and_grown(site: ClusterSite) -> Result:
+    """A node is lost and there is no spare: one rank goes on, and two once the node is back."""
+    result = Result(drill="node lost, no spare: shrinks, grows back", target=NODE_TARGET)
+    whole = site.undisturbed(*LONG)
+    site.cluster.repair()
+    run = Run(site, slug(result.drill), *LONG)
+    with run.started() as process:
+        run.wait_for_step(12)
+        used = [site.host_of(run, rank) for rank in (0, 1)]
+        (spare,) = set(range(1, len(PLACES))) - set(used)
+        site.hosts.kill(spare)
+        at = time.time()
+        site.hosts.kill(used[1])
+        result.next_step = run.next_step_after(at)
+        site.cluster.start(used[1])
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    told_of(run, result, at, failures={"lost", "died"}, said=site.hosts.address(used[1]))
+    sizes = [event["world_size"] for event in run.events("attempt")]
+    if sizes != [2, 1, 2]:
+        result.problems.append(f"attempts of {sizes} ranks, not of 2, 1 and 2")
+    shared = run.events("resume")[0]["step"] if run.events("resume") else 0
+    is_within_rounding(run, whole, result, shared=shared)
+    return result
+
+
+def is_within_rounding(run: Run, whole: Run, result: Result, *, shared: int) -> None:
+    """Holds a run that was in several layouts against one that wasn't, from the checkpoint of the
+    step that they share: as moetrain.verify holds layouts against each other."""
+    config = validated(yaml.safe_load((whole.folder / "config.yaml").read_text()), Config)
+    limits = tolerances(
+        config.model,
+        seq_len=config.train.seq_len,
+        num_tokens=config.train.seq_len * config.train.global_batch_size,
+    )
+    ours, theirs = run.metrics(), whole.metrics()
+    if [r["step"] for r in ours] != [r["step"] for r in theirs]:
+        result.problems.append(f"steps {[r['step'] for r in ours]}")
+        return
+    if ours[:shared] != theirs[:shared]:
+        result.problems.append(f"other metrics before the loss, up to step {shared}")
+    worst = 0.0
+    for a, b in zip(ours[shared:], theirs[shared:], strict=True):
+        off = abs(a["train/loss"] - b["train/loss"]) / abs(b["train/loss"])
+        worst = max(worst, off)
+        if off > limits.forward * (b["step"] - shared):
+            result.problems.append(f"loss of step {b['step']} is off by {off:.1e}")
+        if a["train/tokens"] != b["train/tokens"]:
+            result.problems.append(f"step {b['step']} saw other tokens")
+    at_loss, _ = read_plainly(whole.folder / f"checkpoints/step_{shared:08d}")
+    final, _ = read_plainly(run.checkpoint())
+    expected, _ = read_plainly(whole.checkpoint())
+    steps, farthest = len(ours) - shared, 0.0
+    for name, tensor in expected.items():
+        if not name.startswith("model."):
+            continue
+        moved = norm(tensor - at_loss[name])
+        allowed = limits.weights(steps=steps, size=norm(tensor), moved=moved)
+        found = difference(name, final[name], tensor, allowed=allowed, scale=moved)
+        farthest = max(farthest, found.relative)
+        if not found.passes:
+            result.problems.append(f"{name} is off by {found.relative:.1e} of {allowed:.1e}")
+    result.curve = f"loss within {worst:.0e}, weights within {farthest:.0e} of their way"
+
+
+DRILLS: dict[str, Callable[[ClusterSite], Result]] = {
+    "rank": lambda site: replaced(
+        site, "kill -9 of a rank on another host: all-to-all", on("all-to-all", "kill"),
+        failure="died", target=KILL_TARGET,
+    ),
+    "node": node_killed,
+    "power": power_gone,
+    "short-cut": short_cut,
+    "cut-healed": cut_and_healed,
+    "cut": cut_for_good,
+    "driver": driver_killed,
+    "head": head_killed,
+    "drain": drained,
+    "elastic": shrunk_and_grown,
+}  # fmt: skip
