@@ -196,6 +196,26 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
     assert metrics_of(tmp_path) == undisturbed
 
 
+def test_a_stop_that_comes_twice_within_a_second_is_one_stop() -> None:
+    script = """
+import os, signal, time
+from launch.start import StopRequest
+stop = StopRequest()
+with stop.on_signals():
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), signum)
+        time.sleep(0.1)
+    print("asked" if stop() else "not asked", flush=True)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not ended", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "asked\n"), done.stderr
+
+
 def test_a_hung_rank_is_reported_and_replaced(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:

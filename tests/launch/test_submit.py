@@ -176,16 +176,17 @@ class TestExitCodes:
     ) -> None:
         arguments = overrides(shards, "train.num_steps=100000")
         with submitted(head, tmp_path, *arguments, at(head)) as process:
+            job = submission(process)
             wait_for(reached(tmp_path, 3), "step 3", seconds=120)
             ranks = rank_pids(tmp_path)
             os.kill(ranks[1], signal.SIGSTOP)  # so that the first alone would not end it
             process.send_signal(signal.SIGINT)
-            time.sleep(6.0)
+            time.sleep(8.0)
             assert process.poll() is None, "Ray's own 3 s would be over"
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert "at once" in errors
+        assert f"ending {job} at once" in errors
         wait_for(lambda: not any(map(alive, ranks)), "end of the ranks", seconds=30)
         assert "stop" not in kinds(tmp_path)
 
