@@ -74,7 +74,7 @@ def demand_access(address: str, *, allow_unauthenticated: bool) -> str:
     target = address.removeprefix(CLIENT)
     if _accepts(target, question, token=None):
         # A loopback ray:// is a tunnel, or the door of a cluster that listens elsewhere as well.
-        alone = _is_loopback(target) and not address.startswith(CLIENT)
+        alone = is_loopback(target) and not address.startswith(CLIENT)
         if not alone and not allow_unauthenticated:
             raise ConfigError(
                 "launch.address",
@@ -153,7 +153,8 @@ def _accepts(target: str, question: str, *, token: str | None) -> bool:
     return True
 
 
-def _is_loopback(target: str) -> bool:
+def is_loopback(target: str) -> bool:
+    """Returns whether host:port can be reached from this machine only."""
     host = target.rpartition(":")[0].strip("[]")
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}

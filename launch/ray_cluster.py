@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 RESERVE_TIMEOUT_SECONDS = 10.0
 UNREADY_SECONDS = 60.0
+LOOK_SECONDS = 2.0
 START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
 LEASE_LOOKS = 4  # a lease
@@ -76,6 +77,17 @@ class Worker:
     """The reserved place that the process lives in, and ends with."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """What Ray's head node said of the cluster, by node id where by anything."""
+
+    nodes: list[dict[str, Any]]
+    free: dict[str, dict[str, float]]
+    held: dict[str, int]
+    """The ranks that we held places for, which aren't free."""
+    draining: set[str]
+
+
 class RayCluster:
     """A Ray cluster that this process is connected to."""
 
@@ -89,6 +101,8 @@ class RayCluster:
         """The id of the node that this process runs on."""
         self._reserved: dict[str, tuple[PlacementGroup, Share]] = {}
         self._unready: dict[str, float] = {}
+        self._view = _View(nodes=[], free={}, held={}, draining=set())
+        self._over: threading.Event | None = None
         self._requested = 0
 
     @classmethod
@@ -157,29 +171,46 @@ class RayCluster:
         return bool(ray.cluster_resources().get("GPU"))
 
     def nodes(self, *, on_gpu: bool) -> list[Node]:
-        """Returns the nodes that live and aren't being drained, with the room that we may use."""
-        free = ray._private.state.available_resources_per_node()
-        draining = self.draining()
-        found = []
-        for entry in ray.nodes():
+        """Returns the nodes that lived and weren't being drained at the last `look`, with the room
+        that we may use."""
+        view, found = self._view, []
+        for entry in view.nodes:
             node = entry["NodeID"]
-            if not entry["Alive"] or node in draining:
+            if not entry["Alive"] or node in view.draining:
                 continue
             if time.monotonic() < self._unready.get(node, 0.0):
                 continue
-            has = free.get(node, {})
+            has = view.free.get(node, {})
             room = int(min(has.get(kind, 0) for kind in _rank_resources(on_gpu)))
-            if node in self._reserved:
-                room += self._reserved[node][1].num_ranks
+            room += view.held.get(node, 0)
             found.append(Node(id=node, address=entry["NodeManagerAddress"], room=room))
         return found
 
     def draining(self) -> dict[str, str]:
         """Returns the ids of the nodes that Ray was told to empty, and that it was."""
+        return dict.fromkeys(self._view.draining, "Ray drains it")
+
+    def look(self) -> None:
+        """Sees how the cluster is now; from the first time on a thread looks again and again.
+
+        Ranks would end themselves if their supervisor waited for a head node that doesn't answer.
+        """
         client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        draining: set[str] = set()
         with suppress(Exception):  # not public, and not worth a run
-            return dict.fromkeys(client.get_draining_nodes(), "Ray drains it")
-        return {}
+            draining = set(client.get_draining_nodes())
+        held = {node: share.num_ranks for node, (_, share) in list(self._reserved.items())}
+        free = ray._private.state.available_resources_per_node()
+        self._view = _View(nodes=ray.nodes(), free=free, held=held, draining=draining)
+        if self._over is None:
+            over = self._over = threading.Event()
+
+            def keep_looking() -> None:
+                while not over.wait(LOOK_SECONDS):
+                    with suppress(Exception):  # the next look may do
+                        self.look()
+
+            threading.Thread(target=keep_looking, name="cluster", daemon=True).start()
 
     def request(self, num_ranks: int, *, on_gpu: bool) -> None:
         """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more."""
@@ -306,6 +337,8 @@ class RayCluster:
 
     def disconnect(self) -> None:
         """Gives the places back, and ends Ray if it was started here."""
+        if self._over is not None:
+            self._over.set()
         with suppress(Exception):  # the cluster may be gone
             self.request(0, on_gpu=False)
             self.give_back()

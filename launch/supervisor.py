@@ -140,6 +140,7 @@ class Supervisor:
         said = False
         while not self._stop_requested():
             waits = time.monotonic() < deadline
+            self._cluster.look()
             place = self._place(may_shrink=settings.elastic and (patient or not waits))
             if place is not None and self._cluster.reserve(place[1], on_gpu=self._on_gpu):
                 self._cluster.request(0, on_gpu=self._on_gpu)

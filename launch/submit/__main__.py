@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from launch import cluster_address
+from launch.ray_access import START_WITH_TOKEN
 from launch.submit.job import Gone, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
@@ -55,6 +56,14 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
     try:
         address = _address(config)
         jobs = RayJobs(address)
+        if not config.launch.allow_unauthenticated and jobs.takes_anybody():
+            raise ConfigError(
+                "launch.address",
+                jobs.address,
+                "this Ray cluster takes jobs from anybody who reaches that port, and runs any code "
+                f"for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or insist "
+                "with launch.allow_unauthenticated=true",
+            )
         job = attached or _submitted(config, arguments, jobs)
     except JobsUnavailable as error:
         print(f"moetrain: launch.address={config.launch.address}: {error}", file=sys.stderr)

@@ -8,18 +8,21 @@ import asyncio
 import logging
 import os
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from launch.ray_access import send_tokens
+from launch.ray_access import is_loopback, send_tokens
 
 REQUEST_TIMEOUT_SECONDS = (10.0, 120.0)  # to connect, and between two parts of an answer
 
@@ -57,6 +60,21 @@ class RayJobs:
         with _environment_without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"), _translated():
             self._client = _Client(address)
         self.address = self._client.get_address()
+
+    def takes_anybody(self) -> bool:
+        """Returns whether the server answers without a token where other machines reach it."""
+        if is_loopback(urlsplit(self.address).netloc):
+            return False
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.address}/api/jobs/", timeout=REQUEST_TIMEOUT_SECONDS[0]):
+                return True
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                return False
+            raise JobsUnavailable(f"{self.address}: {error}") from error
+        except OSError as error:
+            raise JobsUnavailable(f"{self.address}: {error}") from error
 
     def is_on_this_machine(self) -> bool:
         """Returns whether the head node runs here and not behind a tunnel: its folder is here."""
