@@ -127,13 +127,13 @@ class NodeWatch:
         for reference in answered(list(by_answer), timeout=wait_seconds, wait_for_all=True):
             node, said = by_answer[reference], answer(reference)
             asked = self._asked.pop(node)
-            if isinstance(said, Failure) and node in self._doubtful:
+            if isinstance(said, Failure) and asked.is_second:
                 self._gone.add(node)
                 continue
             if isinstance(said, Failure):
                 self._doubtful.add(node)
                 agent = self._cluster.start_agent(self._nodes[node], warnings=self._warnings)
-                self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS)
+                self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS, is_second=True)
                 continue
             self._doubtful.discard(node)
             if said:
@@ -146,9 +146,14 @@ class NodeWatch:
         return self.silent() | self._doubtful | self.warned().keys()
 
     def is_gone(self, address: str | None) -> bool:
-        """Returns whether a node seems gone, once all had a moment to answer."""
-        silent = self.silent(wait_seconds=NODE_ANSWER_SECONDS) | self._doubtful
-        return self.is_among(silent, address)
+        """Returns whether a node seems gone, once all had a moment to answer.
+
+        Nothing is started on one that didn't, until it does.
+        """
+        before = {node: asked.answer for node, asked in self._asked.items()}
+        silent = self.silent(wait_seconds=NODE_ANSWER_SECONDS)
+        self._doubtful |= {n for n, asked in self._asked.items() if before.get(n) is asked.answer}
+        return self.is_among(silent | self._doubtful, address)
 
     def is_among(self, nodes: Iterable[str], address: str | None) -> bool:
         """Returns whether an address is that of one of some nodes, by their ids."""
@@ -187,8 +192,9 @@ class NodeWatch:
 class _Asked:
     """A node's agent that was asked for a sign of life."""
 
-    def __init__(self, agent: Any, *, patience: float) -> None:
-        self.agent = agent
+    def __init__(self, agent: Any, *, patience: float, is_second: bool = False) -> None:
+        """`is_second` where the first one ended."""
+        self.agent, self.is_second = agent, is_second
         self.answer = agent.ping.remote()
         self._until = time.monotonic() + patience
 

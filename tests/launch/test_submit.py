@@ -307,6 +307,31 @@ class TestFolders:
         assert "has 101 MiB, and Ray's job server takes 100 MiB" in done.stderr
 
 
+class TestAccess:
+    pytestmark = slow
+
+    def test_a_server_that_takes_anybody_s_jobs_gets_none_unless_insisted(
+        self, tmp_path: Path
+    ) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # sends nothing
+            except OSError:
+                pytest.skip("this machine has no address but its loopback")
+            here = probe.getsockname()[0]
+        disabled = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
+        with ray_head(num_cpus=1, dashboard_host=here, **disabled) as wide:
+            refused = submit(wide, tmp_path, *TINY, at(wide))
+            insist = ["data.dir=/nowhere", "launch.allow_unauthenticated=true"]
+            taken = submit(wide, tmp_path, *TINY, *insist, at(wide), PYTHONPATH=str(ROOT))
+        assert refused.returncode == 2, refused.stderr
+        assert f"launch.address={wide.dashboard}: this Ray cluster takes jobs" in refused.stderr
+        for part in ("CVE-2023-48022", "RAY_AUTH_MODE=token", "launch.allow_unauthenticated=true"):
+            assert part in refused.stderr
+        assert taken.returncode == 2
+        assert "/nowhere" in taken.stdout, taken.stderr
+
+
 class TestBeforeAnythingIsSubmitted:
     @pytest.mark.parametrize(
         ("argument", "said"),

@@ -21,7 +21,7 @@ START_SECONDS = 90
 
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
-    """A head node on the loopback that jobs can be submitted to."""
+    """A head node that jobs can be submitted to; all but its dashboard is on the loopback."""
 
     address: str
     """host:port, what `ray.init` takes."""
@@ -34,7 +34,7 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(*, num_cpus: int, **env: str) -> Iterator[RayHead]:
+def ray_head(*, num_cpus: int, dashboard_host: str = "127.0.0.1", **env: str) -> Iterator[RayHead]:
     """Runs a head node with a dashboard while the context lasts.
 
     `python` in its jobs is this one, as in an environment that was activated before `ray start`.
@@ -56,7 +56,7 @@ def ray_head(*, num_cpus: int, **env: str) -> Iterator[RayHead]:
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
          "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
-         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}",
+         f"--dashboard-host={dashboard_host}", f"--dashboard-agent-listen-port={agent}",
          f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0",
          f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=100000000",
          "--include-log-monitor=false"],
@@ -65,10 +65,10 @@ def ray_head(*, num_cpus: int, **env: str) -> Iterator[RayHead]:
     )  # fmt: skip
     try:
         current = tmp / "ray/ray_current_cluster"
-        _await_jobs(f"http://127.0.0.1:{dashboard}", head, tmp / "start.log", current)
+        _await_jobs(f"http://{dashboard_host}:{dashboard}", head, tmp / "start.log", current)
         yield RayHead(
             address=current.read_text().strip(),
-            dashboard=f"http://127.0.0.1:{dashboard}",
+            dashboard=f"http://{dashboard_host}:{dashboard}",
             tmp=tmp,
             process=head.pid,
             env=environment,

@@ -37,6 +37,7 @@ def start(host: Host, rank: int, members: list[Host], train: list[str]) -> subpr
         "TRAIN": " ".join(train),
         "RAY_AUTH_TOKEN": "0123456789abcdef",
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',  # so that two ranks need both hosts
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a node without head ends; is 60
     }
     return subprocess.Popen(
         host.inside("bash", "-c", task["run"], folder=ROOT), env=environment, text=True,

@@ -118,6 +118,8 @@ def test_a_job_on_two_nodes_saves_when_its_time_is_up_and_goes_on(
         "launch/clusters/slurm.sbatch", *TINY, f"data.dir={shards}", f"run.dir={tmp_path}/runs",
         VENV=str(Path(sys.executable).parents[1]), HEAD_ADDRESS=slurm.head.address,
         RAY_OVERRIDE_RESOURCES='{"CPU": 1}',  # so that two ranks need both nodes
+        # A node without head ends; is 60. `ray stop` takes 16 s, and what called it must live on.
+        RAY_gcs_rpc_server_reconnect_timeout_s="25",
     )  # fmt: skip
     job = submitted.strip()
     wait_for(lambda: len(steps(tmp_path)) > 5, lambda: f"step 6: {log.read_text()}")

@@ -14,6 +14,7 @@ TINY = [
     "checkpoint.every_steps=1000", "schedule.warmup_steps=5", "observe.log_every_steps=1",
     "observe.wandb.mode=disabled", "run.device=cpu", "run.name=tiny", "launch.num_workers=2",
     "cluster=ethernet", "cluster.env.GLOO_SOCKET_IFNAME=eth0",
+    "launch.wait_for_nodes_seconds=100",  # the head's node may be there long before the other
 ]  # fmt: skip
 
 
