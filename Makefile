@@ -46,8 +46,9 @@ $(KERNELS): $(INSTALLED) constraints.txt
 
 kernels: $(KERNELS)
 
+# Two files at once: much of the suite waits for Ray, for time-outs and for processes to end.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture

@@ -197,7 +197,7 @@ def ended_well(run: Run, process: "subprocess.Popen[bytes]", result: Result) -> 
 
 
 def told_of(run: Run, result: Result, strike: float, *, failures: set[str], said: str) -> None:
-    """Notes when the run noticed the strike, and whether it told what it was."""
+    """Notes when the run noticed the strike, whether it told what it was, and where it went on."""
     told = [e for e in run.events("failure") if time_of(e) > strike]
     if not told:
         result.problems.append("no failure was told")
@@ -210,6 +210,9 @@ def told_of(run: Run, result: Result, strike: float, *, failures: set[str], said
         result.problems.append(f"no word of {said!r}")
     if len(told) > 1:
         result.problems.append(f"{len(told)} failures for one strike")
+    resumed = [e["step"] for e in run.events("resume") if time_of(e) > strike]
+    if resumed and resumed[0] < told[0]["last_saved_step"]:
+        result.problems.append(f"went on from {resumed[0]}, not from {told[0]['last_saved_step']}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Whole commands as a user starts them: Ray, torchrun, signals, kills, hangs, bad input.
 
-Every disturbed run must end with the metrics of an undisturbed one, bit for bit.
+Every disturbed run must end with the metrics of an undisturbed one, bit for bit. Ranks that are
+killed at work are in tests/drills.
 """
 
 import contextlib
@@ -102,22 +103,6 @@ def kinds(folder: Path, *, name: str = "tiny") -> list[str]:
     return [event["event"] for event in events_of(folder, name)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_replaced_and_the_run_goes_on(
-    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], rank: int
-) -> None:
-    with started(tmp_path, shards, *RAY) as process:
-        wait_for(reached(tmp_path, 25), "step 25")
-        os.kill(rank_pids(tmp_path)[rank], signal.SIGKILL)
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "failure" in kinds(tmp_path)
-    resumed = [e["step"] for e in events_of(tmp_path) if e["event"] == "resume"]
-    assert resumed[0] >= 20, "no more is lost than since the last checkpoint"
-    assert metrics_of(tmp_path) == undisturbed
-    assert "run " in output
-
-
 def test_a_rank_killed_while_it_starts_is_replaced(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -145,8 +130,7 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
     assert metrics_of(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("mode", ["ray", "inline"])
+@pytest.mark.parametrize(("mode", "stop"), [("ray", signal.SIGTERM), ("inline", signal.SIGINT)])
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], mode: str, stop: signal.Signals
 ) -> None:
@@ -236,15 +220,6 @@ def test_a_hung_rank_is_reported_and_replaced(
     assert "process state: T (stopped)" in stopped
     assert "run_rank" in stopped, "the stack of a stopped process, too"
     assert metrics_of(tmp_path) == undisturbed
-
-
-def test_an_error_of_the_code_is_not_tried_again(tmp_path: Path, shards: Path) -> None:
-    """A metrics file that can't be written fails rank 0 in every attempt alike."""
-    (tmp_path / "runs/tiny/metrics.jsonl").mkdir(parents=True)
-    done = moetrain(tmp_path, shards, *RAY)
-    assert done.returncode == 1
-    assert "metrics.jsonl" in done.stderr
-    assert kinds(tmp_path).count("attempt") == 1
 
 
 def test_failures_without_progress_use_up_the_budget(tmp_path: Path, shards: Path) -> None:
@@ -381,22 +356,6 @@ def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_saved(
     assert done.returncode == 0, done.stderr
     resumed = [e["step"] for e in events_of(tmp_path) if e["event"] == "resume"]
     assert set(resumed) == {int(kept.removeprefix("step_"))}  # on the full disk, too
-
-
-def test_a_sweep_trains_every_combination(tmp_path: Path, shards: Path) -> None:
-    overrides = [
-        o for o in command(shards)[3:] if not o.startswith(("run.name", "train.num_steps"))
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "moetrain", "-m", *overrides, "launch.mode=inline",
-         "train.num_steps=3", "schedule.warmup_steps=1", "optim.lr=1e-3,1e-2"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    runs = [p for p in (tmp_path / "runs").iterdir() if p.name != "sweeps"]
-    rates = sorted(metrics_of(tmp_path, run.name)[-1]["optim/lr"] for run in runs)
-    assert rates == pytest.approx([1e-3, 1e-2], rel=0.6)
-    assert len(runs) == 2
 
 
 def actor_of(driver: int) -> int | None:
