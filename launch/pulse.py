@@ -17,6 +17,7 @@ from moetrain.parallel import COMPUTING_PHASES, STEP_PHASES, Doing
 MUTE = "does not answer"
 LEAST_PATIENCE_SECONDS = 30.0
 PATIENCE_IN_STEPS = 10.0
+REPORT_SECONDS = 3.0  # for all ranks' stacks, so that a hang is told of within its time-out
 NODE_SILENCE_SECONDS = 10.0
 NODE_ANSWER_SECONDS = 2.0
 NODE_RETURN_SECONDS = 30.0  # that a node may take to start another agent
@@ -73,8 +74,10 @@ class Pulse:
         """Returns the seconds without a sign of life that ranks may have now.
 
         While all compute, that is learned from the slowest of their last steps. Where one reads
-        data, saves or validates, it is `most`, for the others may wait for it.
+        data, saves or validates, it is `most`, for the others may wait for it. From that goes what
+        a report takes.
         """
+        most = max(most - REPORT_SECONDS, most / 2)
         if any(h.doing.phase not in COMPUTING_PHASES for h in self._heard.values()):
             return most
         slowest = [h.slowest_step for h in self._heard.values()]

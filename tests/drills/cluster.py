@@ -17,7 +17,9 @@ from moetrain.config import Config, validated
 from moetrain.verify.comparison import difference, norm
 from moetrain.verify.tolerance import tolerances
 from tests.drills.drill import (
+    KILL_NOTICE,
     KILL_TARGET,
+    NODE_NOTICE,
     NODE_TARGET,
     PATIENCE,
     Result,
@@ -104,7 +106,8 @@ def struck(
     `failures` are the kinds that it may be told as. `meanwhile` is called once the next attempt has
     done a step, with the host, the result and the time of the strike.
     """
-    whole, result = site.undisturbed(), Result(drill=name, target=target)
+    whole = site.undisturbed()
+    result = Result(drill=name, notice_target=NODE_NOTICE, target=target)
     site.cluster.repair()
     run = Run(site, slug(name))
     with run.started() as process:
@@ -248,7 +251,11 @@ def drained(site: ClusterSite) -> Result:
 
 def shrunk_and_grown(site: ClusterSite) -> Result:
     """A node is lost and there is no spare: one rank goes on, and two once the node is back."""
-    result = Result(drill="node lost, no spare: shrinks, grows back", target=NODE_TARGET)
+    result = Result(
+        drill="node lost, no spare: shrinks, grows back",
+        notice_target=NODE_NOTICE,
+        target=NODE_TARGET,
+    )
     whole = site.undisturbed(*LONG)
     site.cluster.repair()
     run = Run(site, slug(result.drill), *LONG)
@@ -314,7 +321,7 @@ def is_within_rounding(run: Run, whole: Run, result: Result, *, shared: int) -> 
 DRILLS: dict[str, Callable[[ClusterSite], Result]] = {
     "rank": lambda site: replaced(
         site, "kill -9 of a rank on another host: all-to-all", on("all-to-all", "kill"),
-        failure="died", target=KILL_TARGET,
+        failure="died", notice=KILL_NOTICE, target=KILL_TARGET,
     ),
     "node": node_killed,
     "power": power_gone,

@@ -31,7 +31,9 @@ TINY = [
     "observe.log_every_steps=1", "observe.wandb.mode=disabled", "run.device=cpu",
     "launch.mode=ray", f"launch.pass_env=[{VARIABLE}]",
 ]  # fmt: skip
-KILL_TARGET, NODE_TARGET, HANG_MARGIN = 15.0, 30.0, 15.0  # seconds to the next step, of issue 6
+# Seconds to the notice, and to the next step.
+KILL_NOTICE, NODE_NOTICE = 2.0, 15.0
+KILL_TARGET, NODE_TARGET, HANG_MARGIN = 15.0, 30.0, 15.0
 PATIENCE = 180.0  # seconds: what isn't there by then never will be
 
 
@@ -46,6 +48,8 @@ class Result:
     """Seconds from the strike until another step was done."""
     target: float | None = None
     """What `next_step` may be."""
+    notice_target: float | None = None
+    """What `noticed` may be."""
     curve: str = "–"
     """How the metrics and the weights compare with the undisturbed run's."""
     said: str = ""
@@ -56,10 +60,12 @@ class Result:
 
     @property
     def is_late(self) -> bool:
-        """Whether the target was missed."""
-        if self.target is None or self.skipped:
-            return False
-        return self.next_step is None or self.next_step > self.target
+        """Whether a target was missed."""
+        pairs = [(self.noticed, self.notice_target), (self.next_step, self.target)]
+        return not self.skipped and any(
+            target is not None and (seconds is None or seconds > target)
+            for seconds, target in pairs
+        )
 
     @property
     def verdict(self) -> str:
@@ -249,19 +255,24 @@ def is_as_if_undisturbed(run: Run, whole: Run, result: Result) -> None:
 def table(results: Sequence[Result]) -> str:
     """Returns the results as Markdown, with what the runs said of them below."""
     lines = [
-        "| drill | noticed after | next step after | target | metrics and weights | verdict |",
-        "|---|--:|--:|--:|---|---|",
+        "| drill | noticed after | target | next step after | target | in the end | verdict |",
+        "|---|--:|--:|--:|--:|---|---|",
     ]
     for result in results:
         times = " | ".join(
-            "–" if seconds is None else f"{seconds:.1f} s"
-            for seconds in (result.noticed, result.next_step)
-        )
-        target = "–" if result.target is None else f"{result.target:.0f} s"
-        lines.append(f"| {result.drill} | {times} | {target} | {result.curve} | {result.verdict} |")
+            f"{_seconds(found, 1)} | {_seconds(target, 0)}"
+            for found, target in (
+                (result.noticed, result.notice_target), (result.next_step, result.target)
+            )
+        )  # fmt: skip
+        lines.append(f"| {result.drill} | {times} | {result.curve} | {result.verdict} |")
     lines.append("\nWhat the runs said:\n")
     for result in results:
         said = result.skipped or result.said or "nothing"
         lines.append(f"- {result.drill}: {said}")
         lines += [f"  - **{problem}**" for problem in result.problems]
     return "\n".join(lines)
+
+
+def _seconds(number: float | None, digits: int) -> str:
+    return "–" if number is None else f"{number:.{digits}f} s"

@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.drills.clock import Clock, no_clock_because
 from tests.drills.drill import (
     HANG_MARGIN,
+    KILL_NOTICE,
     KILL_TARGET,
     PATIENCE,
     Result,
@@ -22,7 +23,7 @@ from tests.drills.drill import (
 from tests.drills.faults import POINTS, VARIABLE, Fault, on, variables
 from tests.support.runs import write_shards
 
-HANG_SECONDS = 8
+HANG_SECONDS = 10
 TWO_RANKS = ["launch.num_workers=2", f"launch.hang_timeout_seconds={HANG_SECONDS}"]
 
 
@@ -40,10 +41,12 @@ def this_machine(folder: Path) -> Site:
 
 
 def replaced(
-    site: Site, name: str, fault: Fault, *, failure: str, said: str = "", target: float
-) -> Result:
+    site: Site, name: str, fault: Fault, *, failure: str, said: str = "",
+    notice: float | None = None, target: float,
+) -> Result:  # fmt: skip
     """A rank is struck from within; all start again and go on."""
-    whole, result = site.undisturbed(), Result(drill=name, target=target)
+    whole = site.undisturbed()
+    result = Result(drill=name, notice_target=notice, target=target)
     run = Run(site, slug(name))
     with run.started(fault=fault) as process:
         strike = run.wait_for_strike()
@@ -156,15 +159,16 @@ def kill_in(point: str) -> Callable[[Site], Result]:
     rank = sorted(POINTS).index(point) % 2
     return lambda site: replaced(
         site, f"kill -9 of rank {rank}: {point}", on(point, "kill", rank=rank),
-        failure="died", target=KILL_TARGET,
+        failure="died", notice=KILL_NOTICE, target=KILL_TARGET,
     )  # fmt: skip
 
 
 def hangs(name: str, fault: Fault) -> Callable[[Site], Result]:
     """Returns a drill of a rank that neither goes on nor ends."""
     return lambda site: replaced(
-        site, name, fault, failure="hung", said="rank 1", target=HANG_SECONDS + HANG_MARGIN
-    )
+        site, name, fault, failure="hung", said="rank 1",
+        notice=HANG_SECONDS, target=HANG_SECONDS + HANG_MARGIN,
+    )  # fmt: skip
 
 
 def out_of_memory(site: Site) -> Result:

@@ -116,9 +116,10 @@ def test_the_table_tells_what_failed_and_what_was_late() -> None:
         Result(drill="good", next_step=3.0, target=15.0, curve="equal bit for bit"),
         Result(drill="slow", next_step=16.0, target=15.0),
         Result(drill="never", target=15.0),
+        Result(drill="unnoticed", next_step=3.0, target=15.0, noticed=2.1, notice_target=2.0),
         Result(drill="bad", problems=["other weights at the end"]),
         Result(drill="left out", target=15.0, skipped="no root"),
     ]
-    verdicts = [line.split("|")[-2].strip() for line in table(results).splitlines()[2:7]]
-    assert verdicts == ["passes", "late", "late", "FAILED", "skipped"]
+    verdicts = [line.split("|")[-2].strip() for line in table(results).splitlines()[2:8]]
+    assert verdicts == ["passes", "late", "late", "late", "FAILED", "skipped"]
     assert "**other weights at the end**" in table(results)

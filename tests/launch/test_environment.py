@@ -69,6 +69,7 @@ from launch.ray_cluster import RayCluster
 
 environment = for_ranks(os.environ, cluster_env={"FI_PROVIDER": "efa"}, pass_env=["MY_FLAG"])
 cluster = RayCluster.connect(sys.argv[1] or None, num_workers=2, environment=environment)
+cluster.look()
 (node,) = cluster.nodes(on_gpu=False)
 shares = [Share(node=node, num_ranks=2)]
 assert cluster.reserve(shares, on_gpu=False)
