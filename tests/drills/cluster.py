@@ -6,6 +6,7 @@ room for one of two ranks. Each host has one core, so that every rank computes w
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -249,6 +250,66 @@ def drained(site: ClusterSite) -> Result:
     return result
 
 
+def own_node_drained(site: ClusterSite) -> Result:
+    """The node that the command runs on will be taken away: it saves and ends with 75."""
+    whole = site.undisturbed(*LONG)
+    result = Result(drill="drain of the command's own node, job resubmitted")
+    site.cluster.repair()
+    nodes = site.cluster.nodes()
+    run = Run(site, slug(result.drill), *LONG)
+    with run.started() as process:
+        run.wait_for_step(12)
+        at = time.time()
+        site.cluster.drain(nodes[site.hosts.address(0)])
+        process.wait(timeout=PATIENCE)
+    moves, stop = run.events("move"), run.events()[-1]
+    if process.returncode != 75 or stop["event"] != "stop" or len(moves) != 1:
+        result.problems.append(f"exit code {process.returncode}: {run.kinds()}")
+    else:
+        result.noticed, result.said = time_of(moves[0]) - at, moves[0]["reason"]
+    site.cluster.repair()
+    with run.started() as process:
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    if [event["step"] for event in run.events("resume")] != [stop["step"]]:
+        result.problems.append("steps were trained twice")
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def agent_killed(site: ClusterSite) -> Result:
+    """What answers for a node dies, and the node doesn't: another one answers, and that is all."""
+    whole = site.undisturbed(*LONG)
+    result = Result(drill="kill -9 of a node's agent, not of its rank")
+    site.cluster.repair()
+    run = Run(site, slug(result.drill), *LONG)
+    with run.started() as process:
+        run.wait_for_step(12)
+        host = site.host_of(run, 1)
+        (first,) = agents(site, host)
+        os.kill(first, signal.SIGKILL)
+        at = time.time()
+        run.wait_for("other agent", lambda: set(agents(site, host)) - {first})
+        result.noticed = time.time() - at
+        process.wait(timeout=PATIENCE)
+    ended_well(run, process, result)
+    if len(run.events("attempt")) != 1 or "failure" in run.kinds():
+        result.problems.append(f"taken for its node: {run.kinds()}")
+    result.said = "nothing, and training went on"
+    is_as_if_undisturbed(run, whole, result)
+    return result
+
+
+def agents(site: ClusterSite, host: int) -> list[int]:
+    """Returns the processes that answer for a host."""
+    found = []
+    for pid in site.hosts.pids(host):
+        with contextlib.suppress(OSError):
+            if b"NodeAgent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
 def shrunk_and_grown(site: ClusterSite) -> Result:
     """A node is lost and there is no spare: one rank goes on, and two once the node is back."""
     result = Result(
@@ -331,5 +392,7 @@ DRILLS: dict[str, Callable[[ClusterSite], Result]] = {
     "driver": driver_killed,
     "head": head_killed,
     "drain": drained,
+    "own-drain": own_node_drained,
+    "agent": agent_killed,
     "elastic": shrunk_and_grown,
 }  # fmt: skip

@@ -172,6 +172,8 @@ class Cluster:
         for n in range(len(self._places)):
             self.hosts.heal(n)
         there = self.nodes() if self.hosts.pids(0) else {}
+        if self.hosts.address(0) not in there:
+            there = {}
         lost = [n for n in range(len(self._places)) if self.hosts.address(n) not in there]
         for n in lost:
             self.hosts.kill(n)

@@ -180,6 +180,24 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
     assert metrics_of(tmp_path) == undisturbed
 
 
+def test_a_rank_lost_while_stopping_is_no_failure_of_the_run(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    with started(tmp_path, shards, *RAY) as process:
+        wait_for(reached(tmp_path, 13), "step 13")
+        rank = rank_pids(tmp_path)[1]
+        os.kill(rank, signal.SIGSTOP)  # so that it is still there when it is killed
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        os.kill(rank, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert kinds(tmp_path).count("attempt") == 1
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path) == undisturbed
+
+
 def test_a_stop_that_comes_twice_within_a_second_is_one_stop() -> None:
     script = """
 import os, signal, time
