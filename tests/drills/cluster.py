@@ -250,33 +250,6 @@ def drained(site: ClusterSite) -> Result:
     return result
 
 
-def own_node_drained(site: ClusterSite) -> Result:
-    """The node that the command runs on will be taken away: it saves and ends with 75."""
-    whole = site.undisturbed(*LONG)
-    result = Result(drill="drain of the command's own node, job resubmitted")
-    site.cluster.repair()
-    nodes = site.cluster.nodes()
-    run = Run(site, slug(result.drill), *LONG)
-    with run.started() as process:
-        run.wait_for_step(12)
-        at = time.time()
-        site.cluster.drain(nodes[site.hosts.address(0)])
-        process.wait(timeout=PATIENCE)
-    moves, stop = run.events("move"), run.events()[-1]
-    if process.returncode != 75 or stop["event"] != "stop" or len(moves) != 1:
-        result.problems.append(f"exit code {process.returncode}: {run.kinds()}")
-    else:
-        result.noticed, result.said = time_of(moves[0]) - at, moves[0]["reason"]
-    site.cluster.repair()
-    with run.started() as process:
-        process.wait(timeout=PATIENCE)
-    ended_well(run, process, result)
-    if [event["step"] for event in run.events("resume")] != [stop["step"]]:
-        result.problems.append("steps were trained twice")
-    is_as_if_undisturbed(run, whole, result)
-    return result
-
-
 def agent_killed(site: ClusterSite) -> Result:
     """What answers for a node dies, and the node doesn't: another one answers, and that is all."""
     whole = site.undisturbed(*LONG)
@@ -392,7 +365,6 @@ DRILLS: dict[str, Callable[[ClusterSite], Result]] = {
     "driver": driver_killed,
     "head": head_killed,
     "drain": drained,
-    "own-drain": own_node_drained,
-    "agent": agent_killed,
     "elastic": shrunk_and_grown,
+    "agent": agent_killed,
 }  # fmt: skip
