@@ -117,13 +117,19 @@ def disk_full(site: Site) -> Result:
             result.problems.append(f"exit code {process.returncode}, or no word of the disk")
         result.said = next((line for line in text.splitlines() if "No space left" in line), "")
         kept = run.checkpoint().name
+        latest = disk / run.name / "checkpoints/latest"
+        before = latest.read_text()
+        with run.started() as process:  # on the full disk
+            process.wait(timeout=PATIENCE)
+        if process.returncode != 1 or latest.read_text() != before:
+            result.problems.append(f"again on the full disk: exit code {process.returncode}")
         shutil.copytree(disk, site.folder / "more_room")
     run = Run(site, "disk", at=site.folder / "more_room")
     with run.started() as process:
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)
-    if (resumed := run.events("resume")) and resumed[-1]["step"] != int(kept.split("_")[1]):
-        result.problems.append(f"went on from {resumed[-1]['step']}, not from {kept}")
+    if {event["step"] for event in run.events("resume")} != {int(kept.split("_")[1])}:
+        result.problems.append(f"{run.events('resume')}: didn't go on from {kept}")
     is_as_if_undisturbed(run, whole, result)
     return result
 

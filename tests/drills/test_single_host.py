@@ -1,6 +1,6 @@
-"""The quick drills in full, and that what holds a run against another one notices a difference.
+"""The drills, and that what holds a run against another one notices a difference.
 
-`make drills` runs all of them, and holds them to their targets.
+`make drills` runs them, too, and holds them to their targets.
 """
 
 import json
@@ -28,9 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "name", ["all-to-all", "optimizer", "loop", "memory", "exception", "clock+"]
-)
+@pytest.mark.parametrize("name", DRILLS)
 def test_a_run_that_is_struck_ends_as_if_it_had_not_been(site: Site, name: str) -> None:
     result = DRILLS[name](site)
     if result.skipped:
