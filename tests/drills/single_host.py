@@ -24,10 +24,9 @@ from tests.drills.faults import POINTS, VARIABLE, Fault, on, variables
 from tests.support.runs import write_shards
 
 HANG_SECONDS = 10
-TWO_RANKS = ["launch.num_workers=2", f"launch.hang_timeout_seconds={HANG_SECONDS}"]
 
 
-def this_machine(folder: Path) -> Site:
+def this_machine(folder: Path, *, hang_seconds: int = HANG_SECONDS) -> Site:
     """Returns a site on two of this machine's cores, so that each rank computes with one thread."""
     root = str(Path(__file__).parents[2])
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -36,7 +35,7 @@ def this_machine(folder: Path) -> Site:
         shards=write_shards(folder),
         environment=os.environ | variables(folder, python_path=root),
         prefix=["taskset", "-c", ",".join(map(str, cores))],
-        overrides=TWO_RANKS,
+        overrides=["launch.num_workers=2", f"launch.hang_timeout_seconds={hang_seconds}"],
     )
 
 

@@ -19,11 +19,12 @@ from tests.drills.single_host import DRILLS, this_machine
 
 ROOT = str(Path(__file__).parents[2])
 TIMES_AS_SLOW = 4  # as the machine that the targets are for: it may be busy
+HANG_SECONDS = 20  # for the same reason: what is only slow must not be taken for a hang
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return this_machine(tmp_path_factory.mktemp("drills"))
+    return this_machine(tmp_path_factory.mktemp("drills"), hang_seconds=HANG_SECONDS)
 
 
 @pytest.mark.slow

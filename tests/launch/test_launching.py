@@ -207,7 +207,7 @@ with stop.on_signals():
 def test_a_hung_rank_is_reported_and_replaced(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
-    with started(tmp_path, shards, *RAY, "launch.hang_timeout_seconds=10") as process:
+    with started(tmp_path, shards, *RAY, "launch.hang_timeout_seconds=20") as process:
         wait_for(reached(tmp_path, 25), "step 25")
         os.kill(rank_pids(tmp_path)[1], signal.SIGSTOP)
         _, errors = process.communicate(timeout=120)
