@@ -17,7 +17,7 @@ from moetrain.parallel import COMPUTING_PHASES, STEP_PHASES, Doing
 MUTE = "does not answer"
 LEAST_PATIENCE_SECONDS = 30.0
 PATIENCE_IN_STEPS = 10.0
-REPORT_SECONDS = 3.0  # for all ranks' stacks, so that a hang is told of within its time-out
+REPORT_SECONDS = 3.0  # that stacks usually take, so that a hang is told of within its time-out
 NODE_SILENCE_SECONDS = 10.0
 NODE_ANSWER_SECONDS = 2.0
 NODE_RETURN_SECONDS = 30.0  # that a node may take to start another agent
@@ -115,10 +115,21 @@ class NodeWatch:
     def watch(self, nodes: Iterable[Node]) -> None:
         """Begins to ask nodes that weren't asked before; not this one, which lives as we do."""
         for node in nodes:
+            if node.id not in self._nodes:
+                self._forget(node.address)
             self._nodes[node.id] = node
             if node.id not in self._asked and node.id != self._cluster.own_node:
                 agent = self._cluster.start_agent(node, warnings=self._warnings)
-                self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS)
+                self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS, new_agent=1)
+
+    def _forget(self, address: str) -> None:
+        """Forgets the nodes that had an address before: what became of them says nothing of it."""
+        for node in [n for n, known in self._nodes.items() if known.address == address]:
+            del self._nodes[node]
+            self._asked.pop(node, None)
+            self._warned.pop(node, None)
+            self._doubtful.discard(node)
+            self._gone.discard(node)
 
     def silent(self, *, wait_seconds: float = 0.0) -> set[str]:
         """Returns the ids of nodes that haven't answered for too long; asks the others again.
@@ -130,13 +141,13 @@ class NodeWatch:
         for reference in answered(list(by_answer), timeout=wait_seconds, wait_for_all=True):
             node, said = by_answer[reference], answer(reference)
             asked = self._asked.pop(node)
-            if isinstance(said, Failure) and asked.is_second:
+            if isinstance(said, Failure) and asked.new_agent == 2:
                 self._gone.add(node)
                 continue
             if isinstance(said, Failure):
                 self._doubtful.add(node)
                 agent = self._cluster.start_agent(self._nodes[node], warnings=self._warnings)
-                self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS, is_second=True)
+                self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS, new_agent=2)
                 continue
             self._doubtful.discard(node)
             if said:
@@ -151,9 +162,9 @@ class NodeWatch:
     def is_gone(self, address: str | None) -> bool:
         """Returns whether a node seems gone, once all had a moment to answer.
 
-        Nothing is started on one that didn't, until it does.
+        Nothing is started on one that didn't, until it does. A first agent may still be starting.
         """
-        before = {node: asked.answer for node, asked in self._asked.items()}
+        before = {n: asked.answer for n, asked in self._asked.items() if asked.new_agent != 1}
         silent = self.silent(wait_seconds=NODE_ANSWER_SECONDS)
         self._doubtful |= {n for n, asked in self._asked.items() if before.get(n) is asked.answer}
         return self.is_among(silent | self._doubtful, address)
@@ -195,9 +206,9 @@ class NodeWatch:
 class _Asked:
     """A node's agent that was asked for a sign of life."""
 
-    def __init__(self, agent: Any, *, patience: float, is_second: bool = False) -> None:
-        """`is_second` where the first one ended."""
-        self.agent, self.is_second = agent, is_second
+    def __init__(self, agent: Any, *, patience: float, new_agent: int = 0) -> None:
+        """`new_agent` is 1 for a node's first, 2 for another in its place; 0 once it answered."""
+        self.agent, self.new_agent = agent, new_agent
         self.answer = agent.ping.remote()
         self._until = time.monotonic() + patience
 

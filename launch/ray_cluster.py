@@ -79,7 +79,7 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """What Ray's head node said of the cluster, by node id where by anything."""
+    """What Ray's head node said of the cluster. Nodes are told by their ids."""
 
     nodes: list[dict[str, Any]]
     free: dict[str, dict[str, float]]
@@ -103,7 +103,8 @@ class RayCluster:
         self._unready: dict[str, float] = {}
         self._view = _View(nodes=[], free={}, held={}, draining=set())
         self._over: threading.Event | None = None
-        self._requested = 0
+        self._wanted: list[dict[str, float]] = []
+        self._told_wanted: list[dict[str, float]] = []
 
     @classmethod
     def connect(
@@ -191,8 +192,9 @@ class RayCluster:
         return dict.fromkeys(self._view.draining, "Ray drains it")
 
     def look(self) -> None:
-        """Sees how the cluster is now; from the first time on a thread looks again and again.
+        """Sees how the cluster is now, and tells an autoscaler what is wanted.
 
+        From the first time on a thread does that again and again.
         Ranks would end themselves if their supervisor waited for a head node that doesn't answer.
         """
         client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
@@ -202,6 +204,7 @@ class RayCluster:
         held = {node: share.num_ranks for node, (_, share) in list(self._reserved.items())}
         free = ray._private.state.available_resources_per_node()
         self._view = _View(nodes=ray.nodes(), free=free, held=held, draining=draining)
+        self._tell_wanted()
         if self._over is None:
             over = self._over = threading.Event()
 
@@ -213,10 +216,16 @@ class RayCluster:
             threading.Thread(target=keep_looking, name="cluster", daemon=True).start()
 
     def request(self, num_ranks: int, *, on_gpu: bool) -> None:
-        """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more."""
-        if num_ranks != self._requested:
-            request_resources(bundles=[_rank_resources(on_gpu)] * num_ranks)
-            self._requested = num_ranks
+        """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more.
+
+        It hears of it at the next `look`.
+        """
+        self._wanted = [_rank_resources(on_gpu)] * num_ranks
+
+    def _tell_wanted(self) -> None:
+        if (wanted := self._wanted) != self._told_wanted:
+            request_resources(bundles=wanted)
+            self._told_wanted = wanted
 
     def reserve(self, shares: Sequence[Share], *, on_gpu: bool) -> bool:
         """Holds the shares' places, and gives back all others; False where one isn't to be had.
@@ -341,6 +350,7 @@ class RayCluster:
             self._over.set()
         with suppress(Exception):  # the cluster may be gone
             self.request(0, on_gpu=False)
+            self._tell_wanted()
             self.give_back()
         ray.shutdown()
         self._closing.close()

@@ -56,7 +56,8 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
     try:
         address = _address(config)
         jobs = RayJobs(address)
-        if not config.launch.allow_unauthenticated and jobs.takes_anybody():
+        insisted = attached or config.launch.allow_unauthenticated
+        if not insisted and jobs.takes_anybody():
             raise ConfigError(
                 "launch.address",
                 jobs.address,

@@ -63,11 +63,11 @@ class RayJobs:
 
     def takes_anybody(self) -> bool:
         """Returns whether the server answers without a token where other machines reach it."""
-        if is_loopback(urlsplit(self.address).netloc):
+        if is_loopback(f"{urlsplit(self.address).hostname}:"):
             return False
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        question = f"{self.address}/api/jobs/"
         try:
-            with opener.open(f"{self.address}/api/jobs/", timeout=REQUEST_TIMEOUT_SECONDS[0]):
+            with urllib.request.urlopen(question, timeout=REQUEST_TIMEOUT_SECONDS[0]):
                 return True
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):

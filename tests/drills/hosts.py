@@ -31,7 +31,7 @@ from ray._private.worker import global_worker
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
 leaving = set(global_worker.gcs_client.get_draining_nodes())
 nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
-print(json.dumps([(n["NodeManagerAddress"], n["NodeID"]) for n in nodes]))
+print("nodes", json.dumps([(n["NodeManagerAddress"], n["NodeID"]) for n in nodes]))
 """
 
 # Ray looks after its nodes every second instead of every ten; a node is lost after about 5 s.
@@ -183,7 +183,8 @@ class Cluster:
         """Returns the living nodes' ids by address, of those that aren't being drained."""
         said = self.run(0, [sys.executable, "-c", _NODES, self.address], seconds=60)
         # Ray's own warnings, of nodes that are lost, can stand beside it.
-        return dict(json.loads(next(line for line in said.splitlines() if line.startswith("["))))
+        (line,) = [line for line in said.splitlines() if line.startswith("nodes ")]
+        return dict(json.loads(line.removeprefix("nodes ")))
 
     def drain(self, node: str) -> None:
         """Has a cloud say that it takes a node away in half a minute."""

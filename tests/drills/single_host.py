@@ -14,6 +14,7 @@ from tests.drills.drill import (
     KILL_NOTICE,
     KILL_TARGET,
     PATIENCE,
+    SAVE_EVERY,
     Result,
     Run,
     Site,
@@ -116,12 +117,15 @@ def disk_full(site: Site) -> Result:
             result.problems.append(f"exit code {process.returncode}, or no word of the disk")
         result.said = next((line for line in text.splitlines() if "No space left" in line), "")
         kept = run.checkpoint().name
-        latest = disk / run.name / "checkpoints/latest"
-        before = latest.read_text()
+        files = [run.folder / "checkpoints/latest", run.folder / "config.yaml"]
+        before = [file.read_text() for file in files]
         with run.started() as process:  # on the full disk
             process.wait(timeout=PATIENCE)
-        if process.returncode != 1 or latest.read_text() != before:
-            result.problems.append(f"again on the full disk: exit code {process.returncode}")
+        said = run.log.read_text()[len(text) :]
+        if process.returncode != 1 or "No space left" not in said:
+            result.problems.append(f"again on the full disk: {process.returncode}, {said[-500:]}")
+        if [f.read_text() for f in files] != before or list(run.folder.glob("*/staged_*")):
+            result.problems.append("the second command harmed what the first had left")
         shutil.copytree(disk, site.folder / "more_room")
     run = Run(site, "disk", at=site.folder / "more_room")
     with run.started() as process:
@@ -219,9 +223,10 @@ def told_of(run: Run, result: Result, strike: float, *, failures: set[str], said
         result.problems.append(f"no word of {said!r}")
     if len(told) > 1:
         result.problems.append(f"{len(told)} failures for one strike")
-    resumed = [e["step"] for e in run.events("resume") if time_of(e) > strike]
-    if resumed and resumed[0] < told[0]["last_saved_step"]:
-        result.problems.append(f"went on from {resumed[0]}, not from {told[0]['last_saved_step']}")
+    saved = told[0]["last_saved_step"]
+    again = [e["step"] for e in run.events("training") if time_of(e) > strike]
+    if saved < SAVE_EVERY or (again and again[0] < saved):
+        result.problems.append(f"went on from {again[:1]}, and step {saved} was saved")
 
 
 @contextlib.contextmanager

@@ -310,15 +310,25 @@ class TestFolders:
 class TestAccess:
     pytestmark = slow
 
-    def test_a_server_that_takes_anybody_s_jobs_gets_none_unless_insisted(
-        self, tmp_path: Path
-    ) -> None:
+    @pytest.fixture
+    def here(self) -> str:
+        """Returns this machine's address for others."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(("192.0.2.1", 9))  # sends nothing
             except OSError:
                 pytest.skip("this machine has no address but its loopback")
-            here = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
+
+    def test_a_server_that_wants_a_token_gets_jobs(self, tmp_path: Path, here: str) -> None:
+        with ray_head(num_cpus=1, dashboard_host=here, PYTHONPATH=str(ROOT)) as wide:
+            done = submit(wide, tmp_path, *TINY, "data.dir=/nowhere", at(wide))
+        assert done.returncode == 2
+        assert "/nowhere" in done.stdout, done.stderr
+
+    def test_a_server_that_takes_anybody_s_jobs_gets_none_unless_insisted(
+        self, tmp_path: Path, here: str
+    ) -> None:
         disabled = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
         with ray_head(num_cpus=1, dashboard_host=here, **disabled) as wide:
             refused = submit(wide, tmp_path, *TINY, at(wide))
