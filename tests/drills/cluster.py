@@ -7,6 +7,8 @@ room for one of two ranks. Each host has one core, so that every rank computes w
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from tests.torture.content import read_plainly
 
 LEASE_SECONDS, HANG_SECONDS = 12, 20
 PLACES = (0, 1, 1, 1)
+METADATA_PORT = 8111
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ def four_hosts(folder: Path) -> Iterator[ClusterSite]:
     """Returns a site on a cluster that lasts as long as the context."""
     root = str(Path(__file__).parents[2])
     environment = os.environ | variables(folder, python_path=root)
+    environment["GCE_METADATA_HOST"] = f"127.0.0.1:{METADATA_PORT}"
     with (
         Hosts(len(PLACES)) as hosts,
         Cluster(
@@ -95,11 +99,10 @@ LONG = [
 def struck(
     site: ClusterSite,
     name: str,
-    strike: Callable[[int], None],
-    *,
+    strike: Callable[[Run, int], None],
+    *overrides: str,
     rank: int,
     failures: set[str],
-    target: float = NODE_TARGET,
     meanwhile: Callable[[Run, int, Result, float], None] = lambda *_: None,
 ) -> Result:
     """Strikes the host of a rank, and holds what comes of it against an undisturbed run.
@@ -108,14 +111,14 @@ def struck(
     done a step, with the host, the result and the time of the strike.
     """
     whole = site.undisturbed()
-    result = Result(drill=name, notice_target=NODE_NOTICE, target=target)
+    result = Result(drill=name, notice_target=NODE_NOTICE, target=NODE_TARGET)
     site.cluster.repair()
-    run = Run(site, slug(name))
+    run = Run(site, slug(name), *overrides)
     with run.started() as process:
         run.wait_for_step(25)
         host = site.host_of(run, rank)
         at = time.time()
-        strike(host)
+        strike(run, host)
         result.next_step = run.next_step_after(at)
         meanwhile(run, host, result, at)
         process.wait(timeout=PATIENCE)
@@ -128,7 +131,7 @@ def struck(
 def power_gone(site: ClusterSite) -> Result:
     """A host vanishes without a word: nobody's connection is closed."""
 
-    def strike(host: int) -> None:
+    def strike(run: Run, host: int) -> None:
         site.hosts.cut(host)
         site.hosts.kill(host)
 
@@ -140,8 +143,8 @@ def power_gone(site: ClusterSite) -> Result:
 def node_killed(site: ClusterSite) -> Result:
     """All processes of a host end, and its kernel says so to whoever they were connected to."""
     return struck(
-        site, "node's processes killed, spare takes over", site.hosts.kill, rank=1,
-        failures={"lost", "died"},
+        site, "node's processes killed, spare takes over", lambda _, host: site.hosts.kill(host),
+        rank=1, failures={"lost", "died"},
     )  # fmt: skip
 
 
@@ -152,8 +155,8 @@ def cut_and_healed(site: ClusterSite) -> Result:
         site.hosts.heal(host)
 
     return struck(
-        site, "network cut, healed once the spare trains", site.hosts.cut, rank=1,
-        failures={"lost", "died"}, meanwhile=meanwhile,
+        site, "network cut, healed once the spare trains", lambda _, host: site.hosts.cut(host),
+        rank=1, failures={"lost", "died"}, meanwhile=meanwhile,
     )  # fmt: skip
 
 
@@ -171,8 +174,8 @@ def cut_for_good(site: ClusterSite) -> Result:
             result.problems.append(f"the rank cut off is still there after {most:.0f} s")
 
     return struck(
-        site, "network cut for good, spare takes over", site.hosts.cut, rank=0,
-        failures={"lost", "died"}, meanwhile=meanwhile,
+        site, "network cut for good, spare takes over", lambda _, host: site.hosts.cut(host),
+        rank=0, failures={"lost", "died"}, meanwhile=meanwhile,
     )  # fmt: skip
 
 
@@ -224,16 +227,81 @@ def head_killed(site: ClusterSite) -> Result:
 
 
 def drained(site: ClusterSite) -> Result:
-    """A notice that a node will be taken away: the run saves, and moves before it is gone."""
+    """Ray is told to empty a node."""
+    return announced(
+        site, "drain notice, run moves to the spare", lambda _, n: site.cluster.drain(n)
+    )
+
+
+def warned(site: ClusterSite) -> Result:
+    """A cloud's own service says, on a node and nowhere else, that the node will be taken away."""
+    with clouds(site) as warn:
+        return announced(
+            site, "spot warning, run moves to the spare", lambda host, _: warn(host),
+            "cluster.spot_warnings=gcp",
+        )  # fmt: skip
+
+
+def warned_too_late(site: ClusterSite) -> Result:
+    """A node goes before the run has saved: its loss was announced, and is none of its failures."""
+    with clouds(site) as warn:
+
+        def strike(run: Run, host: int) -> None:
+            (pid,) = [r["pid"] for r in run.ranks() if r["node"] == site.hosts.address(host)]
+            os.kill(pid, signal.SIGSTOP)  # so that it can't save
+            warn(host)
+            run.wait_for("warning", lambda: "will be taken away" in run.log.read_text())
+            site.hosts.kill(host)
+
+        return struck(
+            site, "node lost between spot warning and save", strike,
+            "cluster.spot_warnings=gcp", "launch.max_failures=0", rank=1, failures={"preempted"},
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def clouds(site: ClusterSite) -> Iterator[Callable[[int], None]]:
+    """Gives each host Compute Engine's metadata service; returns what lets it warn a host."""
+    site.cluster.repair()
+
+    def say(host: int, preempted: str) -> None:
+        said = site.folder / f"cloud_{host}/computeMetadata/v1/instance/preempted"
+        said.parent.mkdir(parents=True, exist_ok=True)
+        said.write_text(preempted)
+
+    with contextlib.ExitStack() as services:
+        for host in range(len(PLACES)):
+            say(host, "FALSE")
+            serve = [
+                *(sys.executable, "-m", "http.server", str(METADATA_PORT)),
+                *("--bind", "127.0.0.1", "--directory", str(site.folder / f"cloud_{host}")),
+            ]
+            service = subprocess.Popen(
+                site.hosts.command(host, serve),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            services.callback(service.wait)
+            services.callback(service.kill)
+        yield lambda host: say(host, "TRUE")
+
+
+def announced(
+    site: ClusterSite, name: str, announce: Callable[[int, str], None], *overrides: str
+) -> Result:
+    """A notice that a node will be taken away: the run saves, and moves before it is gone.
+
+    `announce` gives it, by the host's number and Ray's id of the node.
+    """
     whole = site.undisturbed(*LONG)
-    result = Result(drill="drain notice, run moves to the spare", target=NODE_TARGET)
+    result = Result(drill=name, notice_target=NODE_NOTICE, target=NODE_TARGET)
     site.cluster.repair()
     nodes = site.cluster.nodes()
-    run = Run(site, slug(result.drill), *LONG)
+    run = Run(site, slug(result.drill), *LONG, *overrides)
     with run.started() as process:
         run.wait_for_step(12)
         host, at = site.host_of(run, 1), time.time()
-        site.cluster.drain(nodes[site.hosts.address(host)])
+        announce(host, nodes[site.hosts.address(host)])
         result.next_step = run.next_step_after(at)
         process.wait(timeout=PATIENCE)
     ended_well(run, process, result)
@@ -365,6 +433,8 @@ DRILLS: dict[str, Callable[[ClusterSite], Result]] = {
     "driver": driver_killed,
     "head": head_killed,
     "drain": drained,
+    "spot": warned,
+    "spot-late": warned_too_late,
     "elastic": shrunk_and_grown,
     "agent": agent_killed,
 }  # fmt: skip

@@ -11,8 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,39 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
     assert done.returncode == 0, done.stderr
     if mode == "ray":
         assert metrics_of(tmp_path) == undisturbed
+
+
+def test_a_clouds_warning_saves_and_exits_75_and_the_same_command_goes_on(
+    tmp_path: Path,
+    shards: Path,
+    undisturbed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The machine of the command itself will be taken away: there is nowhere to move to."""
+    said = tmp_path / "cloud/computeMetadata/v1/instance/preempted"
+    said.parent.mkdir(parents=True)
+    said.write_text("FALSE")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "cloud"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{service.server_port}")
+        with started(tmp_path, shards, *RAY, "cluster.spot_warnings=gcp") as process:
+            wait_for(reached(tmp_path, 13), "step 13")
+            rank = rank_pids(tmp_path)[1]
+            os.kill(rank, signal.SIGSTOP)  # the run would be done before the service is asked again
+            said.write_text("TRUE")
+            assert process.stderr
+            told = next(line for line in process.stderr if "will be taken away" in line)
+            os.kill(rank, signal.SIGCONT)
+            output, errors = process.communicate(timeout=60)
+        service.shutdown()
+    assert process.returncode == 75, errors
+    assert "Compute Engine will take this instance" in told
+    assert "goes on from here" in output
+    assert kinds(tmp_path)[-2:] == ["move", "stop"]
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path) == undisturbed
 
 
 def test_ctrl_c_of_a_whole_terminal_stops_after_saving(tmp_path: Path, shards: Path) -> None:
