@@ -245,7 +245,10 @@ class TestNodeWatch:
         until(lambda: watch.unfit() == set())
         assert not watch.is_gone(node.address)
 
-    def test_a_first_agent_may_take_its_time(self, cluster: AgentsKept, node: Node) -> None:
+    def test_a_first_agent_may_take_its_time(
+        self, cluster: AgentsKept, node: Node, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pulse, "NODE_ANSWER_SECONDS", 0.0)
         watch = NodeWatch(cluster)
         watch.watch([node])
         assert not watch.is_gone(node.address)
