@@ -15,7 +15,7 @@ help:
 	@echo "make test    run the whole test suite"
 	@echo "make torture break checkpoints in every way, count what is lost (5 minutes)"
 	@echo "make drills  strike runs on this machine in every way, time how they go on (7 minutes)"
-	@echo "make cluster-test  the same on hosts made of network namespaces (as root; 8 minutes)"
+	@echo "make cluster-test  the same on hosts made of network namespaces (as root; 10 minutes)"
 	@echo "make soak    30 minutes of training under random kills, then the same undisturbed (1 hour)"
 	@echo "make check   format, lint, types and the direction of imports"
 	@echo "make format  put the code into its format"

@@ -64,7 +64,9 @@ class Attempt:
         self._leaving = leaving
         self._may_grow = may_grow
         self._stopping = False
+        self._moving = False
         self._move: str | None = None
+        """Why the ranks were told to move, the last time; they may be ending when that is over."""
         self._forced = self._ends = False
         self._looks = 0
         self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
@@ -87,7 +89,7 @@ class Attempt:
                 return failure
         self._pulse.take(self._show, wait_seconds=POLL_SECONDS)
         outcome = min(outcomes, key=lambda pair: pair[0])[1]
-        if outcome.finished or self._stop_requested() or self._move is None:
+        if outcome.finished or self._move is None or self._stop_requested():
             return outcome
         return Moved(reason=self._move, step=outcome.step, forced=self._forced, ends=self._ends)
 
@@ -117,7 +119,7 @@ class Attempt:
         if self._ends:
             taken.add(f"of this command ({leaving[self._own_node]})")
         if taken:
-            self._forced = True
+            self._forced = self._moving = True
             self._move = f"node {', '.join(sorted(taken))} will be taken away"
             self._display.say(f"{self._move}: saving after this step")
             self._tell(lambda actor: actor.stop.remote())
@@ -125,12 +127,13 @@ class Attempt:
     def _grow(self) -> None:
         """Has all ranks end at their next checkpoint while there is room for a larger layout."""
         self._looks = self._looks + 1 if self._may_grow() else 0
-        if self._looks >= GROW_AFTER_LOOKS and self._move is None:
+        if self._looks >= GROW_AFTER_LOOKS and not self._moving:
+            self._moving = True
             self._move = "there is room for more ranks again"
             self._display.say(f"{self._move}: moving at the next checkpoint")
             self._tell(lambda actor: actor.move.remote(True))
-        elif not self._looks and self._move is not None:
-            self._move = None
+        elif not self._looks and self._moving:
+            self._moving = False
             self._display.say("the room for more ranks is gone again: staying")
             self._tell(lambda actor: actor.move.remote(False))
 
@@ -167,10 +170,15 @@ class Attempt:
         lost = [w for w in self._pending.values() if w.node.id in silent]
         if not lost:
             return None
-        node = lost[0].node.address
-        ranks = ", ".join(str(w.rank) for w in lost if w.node.address == node)
-        reason = f"node {node} does not answer (ranks {ranks})"
-        return Failure(kind="lost", reason=reason, step=self._pulse.step, node=node)
+        node = lost[0].node
+        ranks = ", ".join(str(w.rank) for w in lost if w.node.id == node.id)
+        return Failure(
+            kind="lost",
+            reason=f"node {node.address} does not answer (ranks {ranks})",
+            step=self._pulse.step,
+            node=node.address,
+            silent_seconds=self._nodes.silent_seconds(node.id),
+        )
 
     def _hang(self) -> Failure | None:
         """Returns the hang that there is, with a report of what every rank does in the run's logs.

@@ -1,32 +1,46 @@
 """How much trouble a run may have: pure counting, knows no ranks."""
 
+import time
+from collections.abc import Callable
+
 from launch.failure import Failure
 from launch.settings import LaunchSettings
 
 REPEATS = 3  # alike failures at the same step that no chance brings together
 NODES_OWN = ("died", "lost", "hung")  # failures that may be a node's
-NODE_FAILURES = 3  # after which a node is left out
+# After so many within so long a node is left out: before REPEATS, so that the next attempt, on
+# other nodes, tells whether it was the node or the code.
+NODE_FAILURES, NODE_MEMORY_SECONDS = 2, 86_400.0
 
 
 class Budget:
     """Counts failures and preemptions apart, and says when a run must not be started again."""
 
-    def __init__(self, settings: LaunchSettings, *, saved_step: int) -> None:
+    def __init__(
+        self,
+        settings: LaunchSettings,
+        *,
+        saved_step: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._settings = settings
         self._saved = saved_step
         self._failures: list[Failure] = []  # since the last progress
         self._preemptions = 0
-        self._on_node: dict[str, int] = {}
+        self._on_node: dict[str, list[float]] = {}
 
     @property
     def troubles(self) -> dict[str, int]:
-        """Failures of each node, by address."""
-        return dict(self._on_node)
+        """Recent failures of each node, by address."""
+        since = self._clock() - NODE_MEMORY_SECONDS
+        counts = {node: sum(at > since for at in times) for node, times in self._on_node.items()}
+        return {node: count for node, count in counts.items() if count}
 
     @property
     def left_out(self) -> set[str]:
         """Nodes that failed too often to be used while there are others."""
-        return {node for node, count in self._on_node.items() if count >= NODE_FAILURES}
+        return {node for node, count in self.troubles.items() if count >= NODE_FAILURES}
 
     def count_preemption(self) -> str | None:
         """Counts a node that was taken away; returns why the run must stop, if it must."""
@@ -47,7 +61,7 @@ class Budget:
             return reason and f"{reason}: {failure.reason}"
         self._failures.append(failure)
         if failure.node and failure.kind in NODES_OWN:
-            self._on_node[failure.node] = self._on_node.get(failure.node, 0) + 1
+            self._on_node.setdefault(failure.node, []).append(self._clock())
         alike = [f for f in self._failures if (f.kind, f.step) == (failure.kind, failure.step)]
         if len(alike) >= REPEATS and failure.kind != "lost":
             where = "before the first step" if failure.step is None else f"at step {failure.step}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from moetrain.checks import ConfigError
-from moetrain.redaction import holds_secret_value, is_secret_name
+from moetrain.redaction import is_secret_name, redacted_text
 
 OF_A_MACHINE = (
     # Each machine has its own, which its processes need: never sent to another.
@@ -74,7 +74,7 @@ def for_ranks(
     secret = {
         name: value
         for name, value in wanted.items()
-        if is_secret_name(name) or holds_secret_value(value, environ=environ)
+        if is_secret_name(name) or redacted_text(value, environ=environ) != value
     }
     shown = {name: value for name, value in wanted.items() if name not in secret}
     return Environment(shown=shown, secret=secret)

@@ -1,20 +1,18 @@
 """What went wrong with a rank, and whether starting again can help."""
 
-import errno
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline import DataError, UnavailableError
-from moetrain.checkpoint import CheckpointError
+from moetrain.checkpoint import CheckpointError, StorageError, is_passing
 from moetrain.checks import ConfigError
 from moetrain.train import TrainingError
 
 _NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
 # A device that fails: another attempt may get another one. A bug fails at the same step again.
 _DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "HIP error")
-_PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "rendezvous")
 
 
@@ -47,7 +45,7 @@ def classify(error: BaseException) -> Failure:
     """Returns what an exception on a rank means for the run."""
     reason = f"{type(error).__name__}: {error}"
     # Nothing that another attempt must meet again.
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError | StorageError):
         return Failure(kind="service", reason=str(error))
     if isinstance(error, ChildProcessError):
         return Failure(kind="died", reason=str(error))
@@ -59,9 +57,7 @@ def classify(error: BaseException) -> Failure:
         return Failure(kind="peer", reason=reason)
     if isinstance(error, torch.AcceleratorError) or any(s in str(error) for s in _DEVICE_SIGNS):
         return Failure(kind="died", reason=reason)
-    if isinstance(error, ConnectionError | TimeoutError) or (
-        isinstance(error, OSError) and error.errno in _PASSING
-    ):
+    if isinstance(error, ConnectionError | TimeoutError) or is_passing(error):
         return Failure(kind="service", reason=reason)
     if isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _COLLECTIVE_SIGNS):
         return Failure(kind="peer", reason=reason)

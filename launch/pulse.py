@@ -108,6 +108,7 @@ class NodeWatch:
         self._own = NodeAgent(warnings)
         self._asked: dict[str, _Asked] = {}
         self._nodes: dict[str, Node] = {}
+        self._heard: dict[str, float] = {}
         self._doubtful: set[str] = set()
         self._gone: set[str] = set()
         self._warned: dict[str, str] = {}
@@ -118,6 +119,7 @@ class NodeWatch:
             if node.id not in self._nodes:
                 self._forget(node.address)
             self._nodes[node.id] = node
+            self._heard.setdefault(node.id, time.monotonic())
             if node.id not in self._asked and node.id != self._cluster.own_node:
                 agent = self._cluster.start_agent(node, warnings=self._warnings)
                 self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS, new_agent=1)
@@ -150,10 +152,15 @@ class NodeWatch:
                 self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS, new_agent=2)
                 continue
             self._doubtful.discard(node)
+            self._heard[node] = time.monotonic()
             if said:
                 self._warned[node] = said
             self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
         return self._gone | {node for node, asked in self._asked.items() if asked.is_overdue()}
+
+    def silent_seconds(self, node: str) -> float:
+        """Returns for how long nothing was heard of a node."""
+        return time.monotonic() - self._heard[node]
 
     def unfit(self) -> set[str]:
         """Returns the ids of nodes on which nothing should be started now."""

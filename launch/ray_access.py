@@ -67,6 +67,16 @@ def demand_access(address: str, *, allow_unauthenticated: bool) -> str:
         address = get_ray_address_from_environment("auto", None)
         if address == "auto":
             raise ConnectionError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        job_server = address.startswith(("http://", "https://"))
+        raise ConfigError(
+            "launch.address",
+            _named(given, address),
+            "the address of a Ray cluster (launch.address, else RAY_ADDRESS) is host:port, such as "
+            "10.0.0.1:6379, or ray://host:10001"
+            + ("; to a job server jobs go by `python -m launch.submit`" if job_server else ""),
+        )
     if not address.startswith(CLIENT):
         # Ray takes a loopback address for that of this machine in its network; so must we.
         address = canonicalize_bootstrap_address(address) or address

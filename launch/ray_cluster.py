@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +127,7 @@ class RayCluster:
         }
         environment = environment or Environment(shown={}, secret={})
         local = address in (None, "", "local")
-        with ExitStack() as closing:
+        with ExitStack() as closing, _own_signals():
             try:
                 if not local:
                     assert address is not None
@@ -168,8 +168,8 @@ class RayCluster:
         return int(resources.get("GPU") or resources.get("CPU", 1))
 
     def has_gpus(self) -> bool:
-        """Returns whether any node has a GPU; the driver's own machine may have none."""
-        return bool(ray.cluster_resources().get("GPU"))
+        """Returns whether any node had a GPU at the last `look`; the driver's own may have none."""
+        return any(n["Alive"] and n["Resources"].get("GPU") for n in self._view.nodes)
 
     def nodes(self, *, on_gpu: bool) -> list[Node]:
         """Returns the nodes that lived and weren't being drained at the last `look`, with the room
@@ -188,7 +188,7 @@ class RayCluster:
         return found
 
     def draining(self) -> dict[str, str]:
-        """Returns the ids of the nodes that Ray was told to empty, and that it was."""
+        """Returns the ids of the nodes that Ray was ever told to empty, and that it was."""
         return dict.fromkeys(self._view.draining, "Ray drains it")
 
     def look(self) -> None:
@@ -198,9 +198,9 @@ class RayCluster:
         Ranks would end themselves if their supervisor waited for a head node that doesn't answer.
         """
         client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-        draining: set[str] = set()
+        draining = self._view.draining  # Ray forgets it of those that are gone
         with suppress(Exception):  # not public, and not worth a run
-            draining = set(client.get_draining_nodes())
+            draining = draining | set(client.get_draining_nodes())
         held = {node: share.num_ranks for node, (_, share) in list(self._reserved.items())}
         free = ray._private.state.available_resources_per_node()
         self._view = _View(nodes=ray.nodes(), free=free, held=held, draining=draining)
@@ -354,6 +354,18 @@ class RayCluster:
             self.give_back()
         ray.shutdown()
         self._closing.close()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """While it lasts, Ray doesn't put its own handler of SIGTERM, which ends a process at once,
+    in the place of whatever was there."""
+    utils: Any = ray._private.utils
+    rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = rays
 
 
 def _rank_resources(on_gpu: bool) -> dict[str, float]:

@@ -39,7 +39,8 @@ class LaunchSettings:
     elastic: bool = False
     """Whether the run goes on in a smaller layout where nodes are missing, until they are back."""
     wait_for_nodes_seconds: NonNegativeFloat = 0.0
-    """Time to wait for a place for all ranks, at the start and after a loss."""
+    """Time to wait for a place for all ranks, at the start, and after a loss unless the run is
+    elastic: then it goes on at once in a smaller layout, and grows again."""
     allow_unauthenticated: bool = False
     """Use a cluster that isn't on this machine and takes commands from anybody."""
     pass_env: list[str] = field(default_factory=list)

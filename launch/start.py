@@ -97,10 +97,26 @@ def start(
     run_dir = Path(config.run.dir, config.run.name or "")
     if is_ray_copy(Path.cwd()):
         print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
-    _fetch(config)
-    prepared = prepare(config, data, progress=True)
+    with _stops_at_once():
+        _fetch(config)
+        prepared = prepare(config, data, progress=True)
     with _held(run_dir):
         return _run(config, plan, prepared, refit=refit, report=report)
+
+
+@contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """While it lasts, SIGTERM ends the command as a stop: the same one begins where this did."""
+
+    def handle(*_: object) -> NoReturn:
+        print("moetrain: stopped before anything was trained", file=sys.stderr)
+        raise SystemExit(STOPPED)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(
@@ -111,7 +127,9 @@ def _run(
     refit: Callable[[int], "Config | None"],
     report: Callable[[Path], object],
 ) -> int:
-    run_dir, shards = _open_run(config, prepared), prepared.shards
+    stop = StopRequest()
+    with stop.on_signals():
+        run_dir, shards = _open_run(config, prepared), prepared.shards
     event = EventLog(run_dir / "events.jsonl").write
     if good := _complete(run_dir, num_steps=config.train.num_steps):
         print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
@@ -120,7 +138,6 @@ def _run(
         if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
             print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
         return _close_run(config, outcome, shards, report)
-    stop = StopRequest()
     display = ProgressDisplay(
         mode=config.observe.progress,
         total_steps=config.train.num_steps,
@@ -272,15 +289,9 @@ def _run_on_ray(
             os.environ, cluster_env=config.cluster.env, pass_env=config.launch.pass_env
         ),
     )
-    # Told to use CUDA it waits for nodes that have it, if it waits for any.
-    wanted = config.run.device
-    on_gpu = wanted == "cuda" or (wanted == "auto" and cluster.has_gpus())
-    supervisor = Supervisor(
-        config, cluster, on_gpu=on_gpu, refit=refit, display=display, stop_requested=stop
-    )
+    supervisor = Supervisor(config, cluster, refit=refit, display=display, stop_requested=stop)
     try:
-        with stop.on_signals():  # again: Ray has put its own handlers in the way
-            return supervisor.run()
+        return supervisor.run()
     finally:
         cluster.disconnect()
 
@@ -294,9 +305,11 @@ def _run_external(
     leads = rank == 0
     # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
     # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
+    prepared = None
     if leads:
-        _fetch(config)
-    prepared = prepare(config, data, progress=True) if leads else None
+        with _stops_at_once():
+            _fetch(config)
+            prepared = prepare(config, data, progress=True)
     held = ExitStack()  # until this process ends
     if leads:
         held.enter_context(_held(Path(config.run.dir, config.run.name or "")))

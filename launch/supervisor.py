@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.attempt import Attempt, Moved
-from launch.budget import Budget
+from launch.budget import NODES_OWN, Budget
 from launch.failure import Failure
 from launch.placement import Node, Share, choose_nodes
 from launch.pulse import NodeWatch
 from launch.ray_cluster import ClusterError, RayCluster, Worker, WorkersLost
+from moetrain.checkpoint import is_passing
 from moetrain.checkpoint.remote import take_over
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.train import Outcome, Place, newest_manifest
@@ -44,14 +45,13 @@ class Supervisor:
         config: "Config",
         cluster: RayCluster,
         *,
-        on_gpu: bool,
         refit: Callable[[int], "Config | None"],
         display: ProgressDisplay,
         stop_requested: Callable[[], bool],
     ) -> None:
         self._config = config
         self._cluster = cluster
-        self._on_gpu = on_gpu
+        self._on_gpu = config.run.device == "cuda"
         self._refit = cache(refit)
         self._display = display
         self._stop_requested = stop_requested
@@ -100,7 +100,7 @@ class Supervisor:
         Raises RunFailed where the run must not be started again.
         """
         announced = self._nodes.is_among(self._leaving(), failure.node)
-        if failure.kind in ("died", "lost") and announced:
+        if failure.kind in NODES_OWN and announced:
             failure = replace(failure, kind="preempted")
         if failure.kind == "died" and self._nodes.is_gone(failure.node):
             lost = f"node {failure.node} is gone; {failure.reason}"
@@ -141,6 +141,8 @@ class Supervisor:
         while not self._stop_requested():
             waits = time.monotonic() < deadline
             self._cluster.look()
+            if self._config.run.device == "auto" and not patient:  # what it began on it stays on
+                self._on_gpu = self._cluster.has_gpus()
             place = self._place(may_shrink=settings.elastic and (patient or not waits))
             if place is not None and self._cluster.reserve(place[1], on_gpu=self._on_gpu):
                 self._cluster.request(0, on_gpu=self._on_gpu)
@@ -148,9 +150,9 @@ class Supervisor:
                 return place
             if not waits:
                 raise ClusterError(self._what_is_missing())
+            self._cluster.request(settings.num_workers or 1, on_gpu=self._on_gpu)
             if not said:
                 said = True
-                self._cluster.request(settings.num_workers or 1, on_gpu=self._on_gpu)
                 self._display.phase(f"waiting for a place for {settings.num_workers} ranks")
             time.sleep(POLL_SECONDS)
         return None
@@ -195,12 +197,10 @@ class Supervisor:
         self, config: "Config", shares: list[Share], *, again: bool
     ) -> "Outcome | Failure | Moved":
         """Runs all ranks once; returns the outcome, or what ended it."""
-        attempt = take_over(
-            config.checkpoint,
-            run=config.run.name or "",
-            directory=self._run_dir / "checkpoints",
-            may_be_alone=again,
-        )
+        attempt = self._take_over(may_be_alone=again)
+        # Decided here: a rank that was given no GPU may still see one, which is another's.
+        device = "cuda" if self._on_gpu else "cpu"
+        config = replace(config, run=replace(config.run, device=device))
         world_size = config.launch.num_workers or 1
         self._display.phase(f"starting {world_size} ranks")
         self._tell_left_out(shares)
@@ -260,6 +260,24 @@ class Supervisor:
             kept = {w.rank for w in self._survivors}
             self._cluster.end_workers([w for w in workers if w.rank not in kept])
 
+    def _take_over(self, *, may_be_alone: bool) -> int:
+        """Returns the new attempt's number; tries again while the file system fails for now."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            try:
+                return take_over(
+                    self._config.checkpoint,
+                    run=self._config.run.name or "",
+                    directory=self._run_dir / "checkpoints",
+                    may_be_alone=may_be_alone,
+                )
+            except OSError as error:
+                over = self._stop_requested() or time.monotonic() > deadline
+                if over or not is_passing(error):
+                    raise
+                self._display.phase(f"waiting for {self._run_dir} ({error})")
+                time.sleep(POLL_SECONDS)
+
     def _usable_survivors(self, config: "Config") -> list[Worker]:
         """Returns the processes that may be used again: of the same layout, in places still held.
 
@@ -295,6 +313,7 @@ class Supervisor:
         return place is not None and (place[0].launch.num_workers or 1) > num_ranks
 
     def _tell_left_out(self, shares: list[Share]) -> None:
+        self._told_left_out &= self._budget.left_out
         used = {share.node.address for share in shares}
         for node in sorted(self._budget.left_out - used - self._told_left_out):
             self._told_left_out.add(node)

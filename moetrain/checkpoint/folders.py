@@ -227,6 +227,15 @@ def _demand_older(folder: Path, manifest: Manifest) -> None:
         raise _taken_over(folder.parent, manifest, owner)
 
 
+def demand_newest(directory: Path, attempt: int) -> None:
+    """Raises CheckpointError for an attempt that has a successor: the run is no longer its."""
+    if (owner := read_attempt(directory)) > attempt:
+        raise CheckpointError(
+            f"attempt {attempt} of the run of {directory} ends itself: attempt {owner} has taken "
+            "the run over"
+        )
+
+
 def _demand_ownership(directory: Path, manifest: Manifest) -> None:
     if (owner := read_attempt(directory)) > manifest.attempt:
         raise _taken_over(directory, manifest, owner)

@@ -5,6 +5,7 @@ launcher may read it.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -21,10 +22,25 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_([0-9]{8,18})")
 _READ_BYTES = 8 << 20
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EADDRINUSE,
+}  # fmt: skip
 
 
 class CheckpointError(Exception):
     """A checkpoint that can't be written, read or trusted; the message names it and why."""
+
+
+class StorageError(CheckpointError):
+    """A checkpoint that can't be written because a file system fails: another attempt may work."""
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Returns whether an error is a file system's or a network's, and may be over in a moment."""
+    return isinstance(error, StorageError) or (
+        isinstance(error, OSError) and error.errno in _PASSING
+    )
 
 
 class Block(NamedTuple):

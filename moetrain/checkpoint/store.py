@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -45,9 +45,11 @@ from moetrain.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
+    StorageError,
     TensorEntry,
     folder_name,
     forget_cached,
+    is_passing,
     read_manifest,
     verify_files,
 )
@@ -203,8 +205,8 @@ class CheckpointStore:
                 )
             except CheckpointError as error:
                 failure = error
-            if reasons := self._reasons(failure):
-                reject(name, reasons[0])
+            if troubles := self._troubles(failure):
+                reject(name, troubles[0].reason)
                 continue
             same_model(manifest)
             wanted = tensors(manifest)
@@ -250,11 +252,11 @@ class CheckpointStore:
         except Exception as error:
             failure = error
         gathered: list[Any] | None = [None] * dist.get_world_size() if self._leads else None
-        dist.gather_object((written, _reason(failure)), gathered, dst=0, group=self._group)
+        dist.gather_object((written, _trouble(failure)), gathered, dst=0, group=self._group)
         if gathered is not None:
             try:
-                if reasons := [reason for _, reason in gathered if reason]:
-                    raise CheckpointError(reasons[0])
+                if troubles := [trouble for _, trouble in gathered if trouble]:
+                    raise min(troubles).error()
                 manifest = _complete(manifest, [written for written, _ in gathered])
                 folder = commit(self._directory, staged, manifest)
                 size = sum(entry.size for entry in manifest.files.values())
@@ -269,9 +271,9 @@ class CheckpointStore:
         """Deletes what needn't stay, once the newest checkpoint has been read back and is good."""
         if writing.exception() is not None:
             return  # on all ranks: nothing is newer than it was
-        reason, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
-        if reason:
-            raise CheckpointError(f"old checkpoints of {self._directory} can't be found: {reason}")
+        trouble, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
+        if trouble:
+            raise trouble.error(f"old checkpoints of {self._directory} can't be found")
         if not old:
             return
         newest = self._directory / folder_name(manifest.step)
@@ -288,10 +290,10 @@ class CheckpointStore:
             )
         except (CheckpointError, OSError) as error:
             failure = error
-        reasons = self._reasons(failure)
-        if self._leads and reasons:  # the older ones stay for this
+        troubles = self._troubles(failure)
+        if self._leads and troubles:  # the older ones stay for this
             self._damaged.add(Save(manifest.step, manifest.attempt))
-            self._event("checkpoint_rejected", reason=reasons[0], checkpoint=newest.name)
+            self._event("checkpoint_rejected", reason=troubles[0].reason, checkpoint=newest.name)
         elif self._leads:
             try:
                 busy = self._in_use()
@@ -299,9 +301,9 @@ class CheckpointStore:
                 delete(self._directory, free, attempt=self._attempt)
             except Exception as error:
                 failure = error
-        self._agree(failure if not reasons else None, f"{self._directory} can't be tidied")
+        self._agree(failure if not troubles else None, f"{self._directory} can't be tidied")
 
-    def _to_tidy(self) -> tuple[str | None, list[Save], Manifest | None]:
+    def _to_tidy(self) -> "tuple[_Trouble | None, list[Save], Manifest | None]":
         """Returns why it can't be said, or what may be deleted and the newest one's manifest."""
         try:
             delete(self._directory, [], attempt=self._attempt)
@@ -318,15 +320,15 @@ class CheckpointStore:
             manifest = read_manifest(self._directory / folder_name(newest.step))
             return None, old, replace(manifest, tensors={})  # which may be many, and aren't needed
         except Exception as error:
-            return _reason(error), [], None
+            return _trouble(error), [], None
 
     def _agree(self, failure: Exception | None, what: str) -> None:
         """Raises CheckpointError on every rank if any of them failed."""
-        if reasons := self._reasons(failure):
-            raise CheckpointError(f"{what}: {reasons[0]}") from failure
+        if troubles := self._troubles(failure):
+            raise min(troubles).error(what) from failure
 
-    def _reasons(self, failure: Exception | None) -> list[str]:
-        return [reason for reason in self._gather(_reason(failure)) if reason]
+    def _troubles(self, failure: Exception | None) -> "list[_Trouble]":
+        return [trouble for trouble in self._gather(_trouble(failure)) if trouble]
 
     def _gather(self, own: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -400,5 +402,18 @@ def _demand_equal(
             )
 
 
-def _reason(failure: Exception | None) -> str | None:
-    return None if failure is None else f"{type(failure).__name__}: {failure}"
+class _Trouble(NamedTuple):
+    """A rank's failure, as the others hear of it. What doesn't pass comes first."""
+
+    passes: bool
+    reason: str
+
+    def error(self, what: str = "") -> CheckpointError:
+        kind = StorageError if self.passes else CheckpointError
+        return kind(f"{what}: {self.reason}" if what else self.reason)
+
+
+def _trouble(failure: Exception | None) -> _Trouble | None:
+    if failure is None:
+        return None
+    return _Trouble(passes=is_passing(failure), reason=f"{type(failure).__name__}: {failure}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches, open_folder
-from moetrain.checkpoint import CheckpointStore, Manifest
+from moetrain.checkpoint import CheckpointStore, Manifest, demand_newest
 from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink
@@ -126,7 +126,12 @@ def build_trainer(
             config=as_plain(config),
             resume_step=state.step if restored else None,
         )
-        sinks = [metrics.write, wandb.write, lambda record: control.publish("record", record)]
+        sinks = [
+            lambda _: demand_newest(run_dir / "checkpoints", place.attempt),
+            metrics.write,
+            wandb.write,
+            lambda record: control.publish("record", record),
+        ]
         close = wandb.close
     prefetcher = Prefetcher(
         batches,

@@ -1,5 +1,6 @@
 """A save that fails, hangs or is cut short: what every rank learns of it, and what stays."""
 
+import errno
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ from moetrain.checkpoint import (
     CheckpointReader,
     CheckpointSettings,
     CheckpointStore,
+    StorageError,
     candidates,
     read_latest,
     read_manifest,
@@ -113,6 +115,40 @@ def test_what_fails_on_one_rank_is_told_on_all_and_older_checkpoints_stay(
     assert saved_steps(tmp_path) == [1]
     assert read_latest(tmp_path) == "step_00000001"
     assert not list(tmp_path.glob("staged_*"))
+
+
+def fail_with(directory: Path, numbers: list[int]) -> tuple[type, str]:
+    """Saves once; each rank's file system fails with its error's number."""
+    store = open_store(directory)
+
+    def fail() -> None:
+        raise OSError(numbers[dist.get_rank()], "failed")
+
+    before_writing(1, fail)
+    store.save(tensors(), step=1, state={})
+    try:
+        store.wait()
+    except CheckpointError as error:
+        return type(error), str(error)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind"),
+    [
+        ([errno.ESTALE, errno.ESTALE], StorageError),
+        ([errno.ESTALE, errno.ENOSPC], CheckpointError),
+        ([errno.ENOSPC, errno.ESTALE], CheckpointError),
+    ],
+)
+def test_a_file_system_that_fails_for_now_is_told_from_what_another_attempt_would_meet(
+    tmp_path: Path, numbers: list[int], kind: type
+) -> None:
+    first, second = run_ranks(fail_with, 2, tmp_path, numbers)
+    assert first == second
+    assert first[0] is kind
+    told = errno.ESTALE if kind is StorageError else errno.ENOSPC
+    assert f"[Errno {told}]" in first[1]
 
 
 def lose_rank_1(directory: Path, how: str) -> tuple[str, float, float] | None:

@@ -243,20 +243,46 @@ def warned(site: ClusterSite) -> Result:
 
 
 def warned_too_late(site: ClusterSite) -> Result:
-    """A node goes before the run has saved: its loss was announced, and is none of its failures."""
+    """A node's processes end between a cloud's warning and the save."""
     with clouds(site) as warn:
-
-        def strike(run: Run, host: int) -> None:
-            (pid,) = [r["pid"] for r in run.ranks() if r["node"] == site.hosts.address(host)]
-            os.kill(pid, signal.SIGSTOP)  # so that it can't save
-            warn(host)
-            run.wait_for("warning", lambda: "will be taken away" in run.log.read_text())
-            site.hosts.kill(host)
-
-        return struck(
-            site, "node lost between spot warning and save", strike,
-            "cluster.spot_warnings=gcp", "launch.max_failures=0", rank=1, failures={"preempted"},
+        return announced_too_late(
+            site, "node's processes killed between spot warning and save", warn, site.hosts.kill,
+            "cluster.spot_warnings=gcp",
         )  # fmt: skip
+
+
+def drained_too_late(site: ClusterSite) -> Result:
+    """A drained node vanishes before the run has saved; Ray, which drained it, forgets it."""
+
+    def vanish(host: int) -> None:
+        site.hosts.cut(host)
+        site.hosts.kill(host)
+
+    return announced_too_late(
+        site, "node's power gone between drain notice and save",
+        lambda host: site.cluster.drain(site.cluster.nodes()[site.hosts.address(host)]), vanish,
+    )  # fmt: skip
+
+
+def announced_too_late(
+    site: ClusterSite,
+    name: str,
+    announce: Callable[[int], None],
+    end: Callable[[int], None],
+    *overrides: str,
+) -> Result:
+    """A node goes before the run has saved: its loss was announced, and is none of its failures."""
+
+    def strike(run: Run, host: int) -> None:
+        (pid,) = [r["pid"] for r in run.ranks() if r["node"] == site.hosts.address(host)]
+        os.kill(pid, signal.SIGSTOP)  # so that it can't save
+        announce(host)
+        run.wait_for("notice", lambda: "will be taken away" in run.log.read_text())
+        end(host)
+
+    return struck(
+        site, name, strike, "launch.max_failures=0", *overrides, rank=1, failures={"preempted"}
+    )
 
 
 @contextlib.contextmanager
@@ -435,6 +461,7 @@ DRILLS: dict[str, Callable[[ClusterSite], Result]] = {
     "drain": drained,
     "spot": warned,
     "spot-late": warned_too_late,
+    "drain-late": drained_too_late,
     "elastic": shrunk_and_grown,
     "agent": agent_killed,
 }  # fmt: skip

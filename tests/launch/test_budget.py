@@ -1,6 +1,6 @@
 """What a run may suffer before it is given up."""
 
-from launch.budget import Budget
+from launch.budget import NODE_FAILURES, NODE_MEMORY_SECONDS, Budget
 from launch.failure import Failure
 from launch.settings import LaunchSettings
 
@@ -58,12 +58,35 @@ def test_failures_at_the_same_step_that_differ_are_chance() -> None:
 
 def test_a_node_that_failed_repeatedly_is_left_out() -> None:
     count = budget(failures=100)
-    for step, node in ((1, "a"), (2, "b"), (3, "a")):
+    for step, node in ((1, "a"), (2, "b")):
         count.count(died(step, node=node), saved_step=step)
-    assert count.left_out == set()
-    assert count.troubles == {"a": 2, "b": 1}
+    assert count.troubles == {"a": 1, "b": 1}
     for kind in ("memory", "service", "peer"):
         count.count(died(4, kind=kind, node="a"), saved_step=4)
     assert count.left_out == set(), "what isn't the node's fault"
+    count.count(died(5, node="a"), saved_step=5)
+    assert count.left_out == {"a"}
+
+
+def test_a_bad_node_is_left_out_before_its_failures_end_the_run() -> None:
+    """As when a node with a broken device comes back: every attempt there dies before a step."""
+    count = budget()
+    for _ in range(NODE_FAILURES):
+        assert count.count(died(None, node="c"), saved_step=0) is None
+    assert count.left_out == {"c"}
+    assert "in the same way before the first step" in str(
+        count.count(died(None, node="a"), saved_step=0)
+    ), "elsewhere it is the same: it wasn't the node"
+
+
+def test_what_a_node_did_days_ago_is_forgotten() -> None:
+    now = 0.0
+    count = Budget(LaunchSettings(), saved_step=0, clock=lambda: now)
+    for step in (1, 2, 3):
+        assert count.left_out == set()
+        count.count(died(step, node="a"), saved_step=step)
+        now += NODE_MEMORY_SECONDS
+    count.count(died(4, node="a"), saved_step=4)
+    now += 60.0
     count.count(died(5, node="a"), saved_step=5)
     assert count.left_out == {"a"}

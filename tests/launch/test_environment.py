@@ -32,6 +32,14 @@ def test_ranks_get_what_is_listed_and_secrets_apart() -> None:
     }  # fmt: skip
 
 
+def test_a_secret_within_a_variable_of_many_settings_is_one() -> None:
+    options = '{"key": "minio-user", "secret": "minio-pass", "endpoint_url": "http://minio:9000"}'
+    shell = {"FSSPEC_S3": options, "FSSPEC_S3_ENDPOINT_URL": "http://minio:9000"}
+    got = for_ranks(shell, cluster_env={}, pass_env=[])
+    assert got.shown == {"FSSPEC_S3_ENDPOINT_URL": "http://minio:9000"}
+    assert got.secret == {"FSSPEC_S3": options}
+
+
 def test_only_the_first_rank_may_write_to_wandb() -> None:
     got = for_ranks(SHELL, cluster_env={}, pass_env=[])
     assert "WANDB_API_KEY" in got.secrets_of(0)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from data_pipeline import DataError, UnavailableError
 from launch.failure import classify
-from moetrain.checkpoint import CheckpointError
+from moetrain.checkpoint import CheckpointError, StorageError
 from moetrain.train import TrainingError
 
 
@@ -22,6 +22,9 @@ from moetrain.train import TrainingError
         (CheckpointError("can't be written: No space left on device"), "error"),
         (OSError(errno.ENOSPC, "No space left on device"), "error"),
         (PermissionError(errno.EACCES, "metrics.jsonl"), "error"),
+        (StorageError("can't be written: Stale file handle"), "service"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), "service"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "service"),
         (UnavailableError("the server is away"), "service"),
         (OSError(errno.ESTALE, "Stale file handle"), "service"),
         (OSError(errno.EIO, "Input/output error"), "service"),

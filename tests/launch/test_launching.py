@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from moetrain.checkpoint import next_attempt
+from moetrain.train import newest_manifest
 from tests.support.runs import events_of, metrics_of, write_shards
 
 TINY = [
@@ -167,6 +169,47 @@ def test_a_clouds_warning_saves_and_exits_75_and_the_same_command_goes_on(
     assert "Compute Engine will take this instance" in told
     assert "goes on from here" in output
     assert kinds(tmp_path)[-2:] == ["move", "stop"]
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_the_first_step_exits_75_too(
+    tmp_path: Path, shards: Path, begun: bool
+) -> None:
+    """Ray has a handler of its own, which would end the command with the signal's number."""
+    with started(tmp_path, shards, *RAY) as process:
+        if begun:
+            wait_for(lambda: "start" in kinds(tmp_path), "start")
+        else:
+            wait_for((tmp_path / "runs").is_dir, "folder")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    assert kinds(tmp_path)[-1] == "stop"
+
+
+def test_an_attempt_with_a_successor_ends_itself_and_writes_no_more(
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """As where a command on another machine, which can't reach this one, has taken the run over."""
+    with started(tmp_path, shards, *RAY) as process:
+        wait_for(reached(tmp_path, 13), "step 13")
+        ranks = rank_pids(tmp_path)
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        written, saved = metrics_of(tmp_path), newest_manifest(tmp_path / "runs/tiny")
+        next_attempt(tmp_path / "runs/tiny/checkpoints")
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "attempt 1 of the run of" in errors
+    assert "attempt 2 has taken the run over" in errors
+    assert metrics_of(tmp_path) == written
+    assert newest_manifest(tmp_path / "runs/tiny") == saved
     done = moetrain(tmp_path, shards, *RAY)
     assert done.returncode == 0, done.stderr
     assert metrics_of(tmp_path) == undisturbed

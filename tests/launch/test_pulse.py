@@ -240,9 +240,11 @@ class TestNodeWatch:
             assert watch.unfit() == {node.id}
             assert watch.silent() == set(), "it may answer yet"
             until(lambda: watch.silent() == {node.id})
+            assert watch.silent_seconds(node.id) > 6.0
         finally:
             os.kill(pid, signal.SIGCONT)
         until(lambda: watch.unfit() == set())
+        assert watch.silent_seconds(node.id) < 6.0
         assert not watch.is_gone(node.address)
 
     def test_a_first_agent_may_take_its_time(

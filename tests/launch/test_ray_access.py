@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.ray_access import demand_access
 from launch.ray_cluster import RayCluster
 from moetrain.checks import ConfigError
 from tests.launch.test_launching import RAY, reached, started, wait_for
@@ -175,6 +176,19 @@ def test_a_command_line_with_a_secret_is_not_brought_to_a_cluster(
     monkeypatch.setattr(sys, "argv", ["moetrain", "cluster.env.HF_TOKEN=abc"])
     with pytest.raises(ConfigError, match=r"^cluster.env.HF_TOKEN=\[redacted\]: is a secret, and"):
         RayCluster.connect("192.0.2.1:6379")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:8265", "10.0.0.1", "localhost", "ray://head", "head:port", ":6379"],
+)
+def test_what_is_no_address_of_a_cluster_is_told_from_one_that_does_not_answer(
+    address: str,
+) -> None:
+    with pytest.raises(ConfigError, match=r"host:port, such as 10\.0\.0\.1:6379") as refused:
+        demand_access(address, allow_unauthenticated=False)
+    assert f"launch.address={address}" in str(refused.value)
+    assert ("launch.submit" in str(refused.value)) == address.startswith("http")
 
 
 def test_where_nothing_answers_as_ray_does_is_said_at_once(tmp_path: Path) -> None:
