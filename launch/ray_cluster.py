@@ -6,6 +6,7 @@ import fcntl
 import gc
 import logging
 import os
+import signal
 import socket
 import struct
 import sys
@@ -358,14 +359,21 @@ class RayCluster:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """While it lasts, Ray doesn't put its own handler of SIGTERM, which ends a process at once,
-    in the place of whatever was there."""
+    """Keeps this process's own handlers of signals while Ray is started.
+
+    Ray first sets one for SIGTERM that ends the process at once, and then one below Python's, which
+    aborts it three seconds after it was called, by an alarm.
+    """
     utils: Any = ray._private.utils
     rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         utils.set_sigterm_handler = rays
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        signal.alarm(0)
 
 
 def _rank_resources(on_gpu: bool) -> dict[str, float]:

@@ -97,11 +97,12 @@ def start(
     run_dir = Path(config.run.dir, config.run.name or "")
     if is_ray_copy(Path.cwd()):
         print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
+    stop = StopRequest()
     with _stops_at_once():
         _fetch(config)
         prepared = prepare(config, data, progress=True)
-    with _held(run_dir):
-        return _run(config, plan, prepared, refit=refit, report=report)
+        with _held(run_dir), stop.on_signals():
+            return _run(config, plan, prepared, stop=stop, refit=refit, report=report)
 
 
 @contextmanager
@@ -109,7 +110,7 @@ def _stops_at_once() -> Iterator[None]:
     """While it lasts, SIGTERM ends the command as a stop: the same one begins where this did."""
 
     def handle(*_: object) -> NoReturn:
-        print("moetrain: stopped before anything was trained", file=sys.stderr)
+        print("moetrain: stopped, with nothing of a run begun", file=sys.stderr)
         raise SystemExit(STOPPED)
 
     before = signal.signal(signal.SIGTERM, handle)
@@ -124,12 +125,11 @@ def _run(
     plan: Plan,
     prepared: Prepared,
     *,
+    stop: "StopRequest",
     refit: Callable[[int], "Config | None"],
     report: Callable[[Path], object],
 ) -> int:
-    stop = StopRequest()
-    with stop.on_signals():
-        run_dir, shards = _open_run(config, prepared), prepared.shards
+    run_dir, shards = _open_run(config, prepared), prepared.shards
     event = EventLog(run_dir / "events.jsonl").write
     if good := _complete(run_dir, num_steps=config.train.num_steps):
         print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
@@ -144,7 +144,7 @@ def _run(
         run_name=config.run.name or "",
     )
     try:
-        with display, stop.on_signals():
+        with display:
             for line in prepared.lines():
                 display.say(line)
             if plan.mode == "inline":
@@ -155,8 +155,7 @@ def _run(
         event("fail", reason=str(error))
         print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
-    with stop.on_signals():  # a stop that comes so late must not spoil the end
-        return _close_run(config, outcome, shards, report)
+    return _close_run(config, outcome, shards, report)
 
 
 def _fetch(config: "Config") -> None:
