@@ -140,7 +140,8 @@ def read_index(files: ShardFiles) -> Index:
         text = files.read_bytes(INDEX_NAME)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{where} is not a shard folder: it has no {INDEX_NAME}; make one with "
+            f"{where} is not a shard folder (data.dir): there is no {INDEX_NAME} in it, or no such "
+            "folder; make one with "
             "'python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=FOLDER'"
         ) from None
     return parsed_index(text, where=f"{where}/{INDEX_NAME}")

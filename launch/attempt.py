@@ -196,7 +196,8 @@ class Attempt:
         path = self._log_dir / f"hang_{time.strftime('%Y%m%d-%H%M%S')}.txt"
         what = "; ".join(f"{_named(working[rank])} {silent[rank]}" for rank in guilty)
         others = len(working) - len(guilty)
-        waiting = f"; {others} other ranks wait" if others else ""
+        waiting = f"; {others} other {'rank waits' if others == 1 else 'ranks wait'}"
+        waiting = waiting if others else ""
         lines = [f"no sign of life for {self._pulse.patience(self._hang_timeout):.0f} s: {what}\n"]
         for rank, worker in sorted(working.items()):
             said = silent.get(rank) or f"in {self._pulse.doing(rank)}"

@@ -67,19 +67,7 @@ def demand_access(address: str, *, allow_unauthenticated: bool) -> str:
         address = get_ray_address_from_environment("auto", None)
         if address == "auto":
             raise ConnectionError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
-    host, _, port = address.removeprefix(CLIENT).rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        job_server = address.startswith(("http://", "https://"))
-        raise ConfigError(
-            "launch.address",
-            _named(given, address),
-            "the address of a Ray cluster (launch.address, else RAY_ADDRESS) is host:port, such as "
-            "10.0.0.1:6379, or ray://host:10001"
-            + ("; to a job server jobs go by `python -m launch.submit`" if job_server else ""),
-        )
-    if not address.startswith(CLIENT):
-        # Ray takes a loopback address for that of this machine in its network; so must we.
-        address = canonicalize_bootstrap_address(address) or address
+    address = real_address(address, named=_named(given, address))
     question = _CLIENT_QUESTION if address.startswith(CLIENT) else _GCS_QUESTION
     target = address.removeprefix(CLIENT)
     if _accepts(target, question, token=None):
@@ -145,9 +133,6 @@ def only_this_user() -> Iterator[None]:
 def _accepts(target: str, question: str, *, token: str | None) -> bool:
     """Returns whether a cluster answers, with a token or without; OSError where nothing answers."""
     metadata = [("authorization", f"Bearer {token}")] if token else []
-    host, _, port = target.rpartition(":")
-    # Without this a name that can't be resolved, or a port that drops packets, has gRPC try on.
-    socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_SECONDS).close()
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary(question)
         try:
@@ -171,6 +156,30 @@ def is_loopback(target: str) -> bool:
     except OSError:
         return False
     return bool(found) and all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
+
+
+def real_address(address: str, *, named: str) -> str:
+    """Returns the address at which a cluster that is given by one really listens.
+
+    Raises ConfigError for what can be no cluster's address, OSError where nobody listens.
+    """
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        job_server = address.startswith(("http://", "https://"))
+        raise ConfigError(
+            "launch.address",
+            named,
+            "the address of a Ray cluster (launch.address, else RAY_ADDRESS) is host:port, such as "
+            "10.0.0.1:6379, or ray://host:10001"
+            + ("; to a job server jobs go by `python -m launch.submit`" if job_server else ""),
+        )
+    if not address.startswith(CLIENT):
+        # Ray takes a loopback address for that of this machine in its network; so must we.
+        address = canonicalize_bootstrap_address(address) or address
+        host, _, port = address.rpartition(":")
+    # Without this a name that can't be resolved, or a port that drops packets, has gRPC try on.
+    socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_SECONDS).close()
+    return address
 
 
 def _named(given: str, address: str) -> str:

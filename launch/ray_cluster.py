@@ -50,6 +50,7 @@ LOOK_SECONDS = 2.0
 START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
 LEASE_LOOKS = 4  # a lease
+SUDDENLY = "died unexpectedly before finishing this task"  # Ray's word for a process that is gone
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
 
@@ -421,6 +422,9 @@ def answer(reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayActorError as error:
         preempted = bool(getattr(error, "preempted", False))
+        if SUDDENLY in str(error) and not preempted:
+            reason = "its process ended suddenly: it was killed, or it crashed"
+            return Failure(kind="died", reason=reason)
         if "ModuleNotFoundError" in str(error):
             reason = str(error).strip().splitlines()[-1]
             return Failure(kind="error", reason=f"a node has another Python than this: {reason}")

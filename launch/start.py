@@ -279,9 +279,10 @@ def _run_on_ray(
     refit: Callable[[int], "Config | None"],
 ) -> Outcome:
     """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
-    display.phase("starting Ray")
+    address = cluster_address(config.launch)
+    display.phase(f"joining the Ray cluster at {address}" if address else "starting Ray, here only")
     cluster = RayCluster.connect(
-        cluster_address(config.launch),
+        address,
         num_workers=config.launch.num_workers or 1,
         allow_unauthenticated=config.launch.allow_unauthenticated,
         environment=for_ranks(

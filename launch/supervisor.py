@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 POLL_SECONDS = 0.5
+FEW_NODES = 4  # so many are named in a line
 SETTLE_SECONDS = 30.0  # in which Ray learns what is free after a loss
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _listed(shares: list[Share]) -> str:
+    few = len(shares) <= FEW_NODES
+    return ", ".join(s.node.address for s in shares) if few else f"{len(shares)} nodes"
 
 
 class RunFailed(Exception):
@@ -153,7 +163,8 @@ class Supervisor:
             self._cluster.request(settings.num_workers or 1, on_gpu=self._on_gpu)
             if not said:
                 said = True
-                self._display.phase(f"waiting for a place for {settings.num_workers} ranks")
+                ranks = _counted(settings.num_workers or 1, "rank")
+                self._display.phase(f"waiting for a place for {ranks}")
             time.sleep(POLL_SECONDS)
         return None
 
@@ -202,7 +213,7 @@ class Supervisor:
         device = "cuda" if self._on_gpu else "cpu"
         config = replace(config, run=replace(config.run, device=device))
         world_size = config.launch.num_workers or 1
-        self._display.phase(f"starting {world_size} ranks")
+        self._display.phase(f"starting {_counted(world_size, 'rank')} on {_listed(shares)}")
         self._tell_left_out(shares)
         workers: list[Worker] = []
         idle: list[Worker] = []

@@ -23,6 +23,7 @@ from launch.sweep_table import Result, Trial, result_of, write_table
 
 FAILED, STOPPED = 1, 75
 POLL_SECONDS = 0.2
+THREADS = "run.threads_per_rank="
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
@@ -77,6 +78,8 @@ class _Sweep:
     def _start(self, trial: Trial) -> None:
         self._say(f"trial {trial.number} of {len(self._trials)}: {trial.label} → {trial.run_dir}")
         command = [sys.executable, "-m", "moetrain", *trial.command]
+        if self._side_by_side and not any(a.startswith(THREADS) for a in trial.command):
+            command.append(f"{THREADS}1")  # each would take all cores for its own
         process = subprocess.Popen(
             command,
             text=True,

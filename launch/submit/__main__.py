@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from launch import cluster_address
-from launch.ray_access import START_WITH_TOKEN
+from launch.ray_access import START_WITH_TOKEN, real_address
 from launch.submit.job import Gone, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
@@ -66,7 +66,7 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
                 "with launch.allow_unauthenticated=true",
             )
         job = attached or _submitted(config, arguments, jobs)
-    except JobsUnavailable as error:
+    except (JobsUnavailable, OSError) as error:
         print(f"moetrain: launch.address={config.launch.address}: {error}", file=sys.stderr)
         return FAILED
     except JobRefused as error:
@@ -111,6 +111,7 @@ def _address(config: SubmitConfig) -> str:
             "no Ray cluster runs on this machine, and RAY_ADDRESS is not set: use the address that "
             "`ray start` prints for jobs, such as http://127.0.0.1:8265",
         )
+    real_address(found, named=found)
     return found
 
 

@@ -115,7 +115,8 @@ def resolve_topology(
             raise ConfigError(
                 "parallel.expert_degree", None,
                 f"no degree fits {num_experts} experts of ffn_hidden_dim={ffn_hidden_dim} on "
-                f"{shard} shard ranks: use more data_replicate_degree",
+                f"{shard} shard ranks (launch.num_workers={world_size}): use a number of workers "
+                "that divides one of the two, or more data_replicate_degree",
             )  # fmt: skip
         expert = max(inside)
     if num_experts % expert:

@@ -63,7 +63,8 @@ def _note(account: Account, whole: float) -> str:
     if steps := account.redone_steps:
         notes.append("1 step was lost." if steps == 1 else f"{steps:,} steps were lost.")
     if whole - account.wall >= 0.1:
-        notes.append(f"It was stopped on request for {duration(whole - account.wall)} (hatched).")
+        rested = duration(whole - account.wall)
+        notes.append(f"It was stopped on request, or finished, for {rested} (hatched).")
     return " ".join(notes)
 
 

@@ -81,6 +81,11 @@ def build_trainer(
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
     tally = Tally(run_dir if leads else None)
+
+    def say(text: str) -> None:
+        if leads:
+            control.publish("say", text)
+
     uploader = _uploader(config, place, control, event=event) if leads else None
     checkpoints = CheckpointStore(
         run_dir / "checkpoints",
@@ -109,10 +114,10 @@ def build_trainer(
     batches = global_batches(config, shards, position=state.position)
     if restored:
         event("resume", step=state.step, attempt=place.attempt)
-        control.publish("say", f"goes on from step {state.step}")
+        say(f"goes on from step {state.step}")
         if change := order_change(state, batches):
             event("data_order", step=state.step, reason=change)
-            control.publish("say", change)
+            say(change)
 
     sinks: list[Callable[[dict[str, Any]], None]] = []
     close: Callable[[int], None] = _tell_nobody
@@ -162,7 +167,7 @@ def build_trainer(
             step=state.step,
             activity=control.activity,
             event=event,
-            say=lambda text: control.publish("say", text) if leads else None,
+            say=say,
         )
 
     def close_all(exit_code: int) -> None:

@@ -28,7 +28,8 @@ def run_rank(config: "Config", place: Place, control: Control) -> Outcome:
     device = rank_device(config.run.device, index=place.device_index)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // place.local_world_size))
+        own = max(1, cores // place.local_world_size)
+        torch.set_num_threads(config.run.threads_per_rank or own)
         keep_freed_memory()
     control.beat("joining the other ranks", 0)
     if not dist.is_initialized():  # somebody else's launcher may have joined them already

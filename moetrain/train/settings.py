@@ -42,3 +42,6 @@ class RunSettings:
     dir: str = "runs"
     """The folder that holds the runs."""
     device: Annotated[str, AfterValidator(one_of("auto", "cpu", "cuda"))] = "auto"
+    threads_per_rank: PositiveInt | None = None
+    """Threads that a rank computes with on a CPU. None: its machine's cores over the run's ranks
+    there, and one in the trials of a sweep that run side by side."""
