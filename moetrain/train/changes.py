@@ -1,0 +1,144 @@
+"""Which settings of two configurations differ, and what each difference means for a run.
+
+Pure: takes plain configurations (`as_plain`, a manifest's `config`) and decides nothing. What is
+refused at a resume, and what is told, is `prepare`'s matter.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import StrEnum
+from typing import Any
+
+from data_pipeline import DataSettings
+from moetrain.model import ModelSettings
+from moetrain.optim import OptimSettings, ScheduleSettings
+from moetrain.train.settings import TrainSettings
+
+
+class Kind(StrEnum):
+    """What a setting decides."""
+
+    function = "function"
+    """What the weights compute: with another value the same weights are another model."""
+    order = "order"
+    """Which text a sample index means: with another value some text would come twice."""
+    text = "text"
+    """Where the text is. Whether it is the same text, the shards' fingerprints say."""
+    recipe = "recipe"
+    """How the weights are trained, and what the metrics mean."""
+    layout = "layout"
+    """Who computes what, with what: the same numbers up to rounding."""
+    incidental = "incidental"
+    """Nothing of the training: where it is kept, what is shown, who may start it."""
+
+
+# By the longest name that fits. A new setting of the model changes its function until it is listed
+# here as one that doesn't; a new one of anything else is part of the recipe.
+_KINDS = {
+    "": Kind.recipe,
+    "model": Kind.function,
+    "model.max_seq_len": Kind.recipe,
+    "model.loss_chunk_size": Kind.layout,
+    "model.router.load_balance_loss_weight": Kind.recipe,
+    "model.router.load_balance_scope": Kind.recipe,
+    "model.router.z_loss_weight": Kind.recipe,
+    "model.router.bias_update_rate": Kind.recipe,
+    "model.router.jitter_noise": Kind.recipe,
+    "model.experts.backend": Kind.layout,
+    "model.experts.recompute": Kind.layout,
+    "seed": Kind.order,
+    "train.seq_len": Kind.order,
+    "train.micro_batch_size": Kind.layout,
+    "train.validate_every_steps": Kind.incidental,
+    "train.max_skipped_steps": Kind.incidental,
+    "data.dir": Kind.text,
+    "data.corpus": Kind.text,
+    "data.tokenizer": Kind.text,
+    "data.packing": Kind.order,
+    "data.shuffle_window": Kind.order,
+    "data.max_epochs": Kind.incidental,
+    "data.num_workers": Kind.incidental,
+    "data.prefetch_batches": Kind.incidental,
+    "data.cache": Kind.incidental,
+    "parallel": Kind.layout,
+    "run": Kind.incidental,
+    "run.device": Kind.layout,
+    "run.threads_per_rank": Kind.layout,
+    "checkpoint": Kind.incidental,
+    "observe": Kind.incidental,
+    "launch": Kind.incidental,
+    "launch.num_workers": Kind.layout,
+    "cluster": Kind.incidental,
+}
+
+# The parts of the configuration in which a setting that wasn't there yet has its default.
+_TREES: dict[str, type] = {
+    "model": ModelSettings,
+    "train": TrainSettings,
+    "optim": OptimSettings,
+    "schedule": ScheduleSettings,
+    "data": DataSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A setting that has another value than before."""
+
+    name: str
+    """As on a command line: `model.router.z_loss_weight`."""
+    before: Any
+    now: Any
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.name} {shown(self.before)} → {shown(self.now)}"
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Returns the settings in which two plain configurations differ, in the order of `now`.
+
+    A setting that one of them lacks has its default there: it may be of an older version.
+    """
+    ours, theirs = dict(_leaves(now)), dict(_leaves(before))
+    known = {"seed": 0} | {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
+    found = []
+    for name in dict.fromkeys([*ours, *theirs]):
+        left, right = (leaves.get(name, known.get(name)) for leaves in (theirs, ours))
+        if left != right:
+            found.append(Change(name=name, before=left, now=right, kind=kind_of(name)))
+    return found
+
+
+def kind_of(name: str) -> Kind:
+    """Returns what a setting decides."""
+    while name not in _KINDS:
+        name = name.rpartition(".")[0]
+    return _KINDS[name]
+
+
+def shown(value: Any) -> str:
+    """Returns a value as a command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        name = f"{path}.{key}".lstrip(".")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _defaults(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the settings of a part of the configuration that have a default, as JSON has it."""
+    for field in fields(tree):
+        name = f"{path}.{field.name}"
+        if is_dataclass(field.type):
+            yield from _defaults(name, field.type)
+        elif field.default is not MISSING:
+            yield name, json.loads(json.dumps(field.default))
+        elif field.default_factory is list:
+            yield name, []
