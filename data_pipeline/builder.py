@@ -25,6 +25,7 @@ from data_pipeline.index import (
     BuildEntry,
     Index,
     SourceEntry,
+    TextEntry,
     TokenizerEntry,
     write_index,
 )
@@ -318,7 +319,7 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
 
 def _build_entry(settings: BuildSettings) -> BuildEntry:
     return BuildEntry(
-        sources=sources_of(settings),
+        sources={n: TextEntry(**asdict(source)) for n, source in sources_of(settings).items()},
         tokenizer=settings.tokenizer,
         end_of_document=settings.end_of_document,
         validation_fraction=settings.validation_fraction,

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
 import hydra
@@ -126,6 +126,9 @@ def _schema(settings_type: type[Any]) -> DictConfig:
     )
     for name in dictionaries:
         OmegaConf.set_struct(made[name], False)
+    for known in fields(settings_type):
+        if is_dataclass(known.type):  # a frozen one would be read-only to overrides as well
+            OmegaConf.set_readonly(made[known.name], False)
     return made
 
 
@@ -144,7 +147,8 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
             raise DataError(_unknown(key, settings_type)) from error
         if first["type"] == "missing":
             raise DataError(f"{key} must be given: add {key}=…") from error
-        raise DataError(f"{key}={first['input']!r} can't be: {first['msg']}") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{key}={first['input']!r} can't be: {reason}") from error
 
 
 def _plain(error: Exception, settings_type: type[Any]) -> str:

@@ -21,7 +21,6 @@ from data_pipeline.settings import (
     Fraction,
     Natural,
     OnCorrupt,
-    SourceSettings,
 )
 from data_pipeline.storage import ShardFiles
 from data_pipeline.tokenizers import token_dtype
@@ -103,10 +102,19 @@ class SourceEntry:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TextEntry:
+    """A source's settings, as a record: its path is of the machine that built, and only told."""
+
+    corpus: str
+    language: str | None
+    licence: str | None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BuildEntry:
     """The settings that decide what a folder holds; the number of processes isn't one."""
 
-    sources: dict[str, SourceSettings]
+    sources: dict[str, TextEntry]
     tokenizer: str
     end_of_document: str | None
     validation_fraction: Fraction

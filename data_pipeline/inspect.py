@@ -14,7 +14,7 @@ from data_pipeline.command import run_command
 from data_pipeline.index import Index, SourceEntry, read_index, shards_of
 from data_pipeline.progress import byte_progress
 from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import CacheSettings, Count, DataError, Natural
+from data_pipeline.settings import CacheSettings, Count, DataError, Natural, PathText
 from data_pipeline.storage import ShardFiles, open_files
 from data_pipeline.verification import damaged_files, open_table, tokenizer_of
 
@@ -37,7 +37,7 @@ class InspectSettings:
     `sample_tokens` tokens (characters, in a folder of text).
     """
 
-    dir: str
+    dir: PathText
     verify: bool = True
     num_samples: Natural = 3
     sample_tokens: Count = 100

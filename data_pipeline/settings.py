@@ -5,19 +5,43 @@ them, and the reading of command lines to `command`. The types are those that
 `OmegaConf.structured` digests, so that Hydra can use the classes as schemas.
 """
 
+import os
 import re
 from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+
+def _path_text(text: str) -> str:
+    """A path with a leading `~` or `~user` expanded; refused where it is empty, or nobody's."""
+    if not text.strip():
+        raise ValueError(
+            "is empty, as from a shell's variable that isn't set: give a path (. is the folder "
+            "that the command runs in)"
+        )
+    if not text.startswith("~"):
+        return text
+    user = text.partition("/")[0].removeprefix("~")
+    expanded = os.path.expanduser(text)
+    # What has no home comes back as it was; an empty HOME would be the root.
+    if expanded == text or (not user and os.environ.get("HOME") == ""):
+        why = f"there is no user {user!r}" if user else "HOME isn't set"
+        raise ValueError(f"{why}, so that ~{user} means no folder: write the path out, or ./{text}")
+    return expanded
+
+
+# A setting that is a path, or may be one beside a name or an address. For every such setting of
+# every command: an empty path would mean the working directory, and `~` a folder of that name.
+PathText = Annotated[str, AfterValidator(_path_text)]
 
 # What goes into file names and metric names.
 SOURCE_NAME = r"^[A-Za-z0-9_-]{1,40}$"
@@ -67,7 +91,7 @@ class CacheSettings:
     long each time, up to a minute.
     """
 
-    dir: str | None = None
+    dir: PathText | None = None
     max_gib: Positive = 50.0
     timeout_seconds: Positive = 60.0
     num_retries: Natural = 5
@@ -92,9 +116,9 @@ class DataSettings:
     for text) read `prefetch_batches` global batches ahead.
     """
 
-    dir: str | None = None
-    corpus: str = "stdlib"
-    tokenizer: str = "bytes"
+    dir: PathText | None = None
+    corpus: PathText = "stdlib"
+    tokenizer: PathText = "bytes"
     weights: dict[str, float | None] = field(default_factory=dict)
     epochs: dict[str, float | None] = field(default_factory=dict)
     temperature: Positive = 1.0
@@ -113,7 +137,7 @@ class DataSettings:
 class SourceSettings:
     """One source of a build: where its text is, and what the index says of it."""
 
-    corpus: str
+    corpus: PathText
     language: str | None = None
     licence: str | None = None
 
@@ -132,9 +156,9 @@ class BuildSettings:
     becomes of input that can't be read.
     """
 
-    to: str
-    tokenizer: str
-    corpus: str | None = None
+    to: PathText
+    tokenizer: PathText
+    corpus: PathText | None = None
     name: str | None = None
     language: str | None = None
     licence: str | None = None

@@ -5,7 +5,6 @@ message that names the key, the value, why it can't be, and the nearest thing th
 """
 
 import dataclasses
-import keyword
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.composition import only_compose
 from moetrain.checks import ConfigError, demand_no_secrets, nearest
-from moetrain.config import known_keys, unknown_setting, validated
+from moetrain.config import known_keys, spelt, unknown_setting, validated
 from moetrain.redaction import redacted_text
 
 Tree = TypeVar("Tree")
@@ -150,16 +149,10 @@ def _with_plusses(argument: str, tree: type) -> str:
 def register(tree: type, *, name: str) -> None:
     """Makes the tree known to Hydra as the schema that files and overrides are merged into."""
     schema: Any = _mutable(tree)
-    if any(_spelt(field.name) != field.name for field in dataclasses.fields(tree)):
+    if any(spelt(field.name) != field.name for field in dataclasses.fields(tree)):
         named = OmegaConf.structured(schema)
-        schema = OmegaConf.create({_spelt(key): named._get_node(key) for key in named})
+        schema = OmegaConf.create({spelt(key): named._get_node(key) for key in named})
     ConfigStore.instance().store(name=name, node=schema)
-
-
-def _spelt(field: str) -> str:
-    """Returns the setting that a field stands for: `from` for `from_`, a word of Python's own."""
-    bare = field.removesuffix("_")
-    return bare if keyword.iskeyword(bare) else field
 
 
 def _register_bare(module: str) -> None:
@@ -203,7 +196,7 @@ def _tree(config: DictConfig, tree: type[Tree]) -> Tree:
     if missing:
         raise ConfigError(missing[0], "(missing)", f"must be given: add {missing[0]}=…")
     values: Any = OmegaConf.to_container(config, resolve=True)
-    fields = {_spelt(field.name): field.name for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
+    fields = {spelt(field.name): field.name for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
     return validated({fields.get(key, key): value for key, value in values.items()}, tree)
 
 
@@ -236,7 +229,7 @@ def _explained(error: Exception, tree: type) -> str:
     unknown = re.match(r"Key '(.+?)' (?:is )?not in ", reason)
     if unknown:
         parent, _, name = key.rpartition(".")
-        known = [_spelt(k) for k in known_keys(tree, parent.split(".") if parent else [])]
+        known = [spelt(k) for k in known_keys(tree, parent.split(".") if parent else [])]
         kind = getattr(inner, "object_type", None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             known = [f.name for f in dataclasses.fields(kind)]  # also of a list's elements

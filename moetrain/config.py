@@ -6,6 +6,7 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
+import keyword
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -65,7 +66,13 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
             known = known_keys(tree, path[:-1])
             reason = unknown_setting(path[-1], known)
         value = "(missing)" if first["type"].startswith("missing") else first["input"]
-        raise ConfigError(".".join(path), value, reason) from None
+        raise ConfigError(".".join(map(spelt, path)), value, reason) from None
+
+
+def spelt(field: str) -> str:
+    """Returns the setting that a field stands for: `from` for `from_`, a word of Python's own."""
+    bare = field.removesuffix("_")
+    return bare if keyword.iskeyword(bare) else field
 
 
 def unknown_setting(name: str, known: list[str]) -> str:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
+from data_pipeline.settings import PathText
 from moetrain.checkpoint import (
     CheckpointError,
     CheckpointReader,
@@ -36,9 +37,9 @@ from moetrain.huggingface.tokenizer import write_tokenizer
 class ExportSettings:
     """Which checkpoint is exported, and how."""
 
-    run: str
+    run: PathText
     """The run's own folder."""
-    to: str
+    to: PathText
     """The folder to make."""
     step: NonNegativeInt | None = None
     """None: that of the newest good checkpoint."""
@@ -46,7 +47,7 @@ class ExportSettings:
     """auto: that of the model that was imported, else what the run multiplied in."""
     max_shard_bytes: PositiveInt = 5_000_000_000
     """What the tensors of one file have at most."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """A name, or the path of a tokenizer's file; None: the one that the run was trained with."""
     drop_router_bias: bool = False
     """Whether the routers' selection biases, which Mixtral has not, may be left out."""

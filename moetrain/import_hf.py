@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
+from data_pipeline.settings import PathText
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
@@ -56,9 +57,9 @@ TOKENIZER_FILES = (
 class ImportSettings:
     """What is imported, and where to."""
 
-    from_: str
+    from_: PathText
     """A folder of transformers' or the Hub's: config.json and safetensors."""
-    to: str
+    to: PathText
     """The run's folder to make."""
 
 

@@ -7,11 +7,13 @@ those of `python -m moetrain`, composed and checked here first.
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.settings import PathText
 from launch import cluster_address
 from launch.ray_access import START_WITH_TOKEN, real_address
 from launch.submit.job import Gone, JobWatch, entrypoint
@@ -26,17 +28,23 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 EXCLUDES = [".git", ".venv", "venv", "runs", "data", "hf", "wandb", ".mypy_cache", ".ruff_cache"]
 
 
+def _not_empty(program: str) -> str:
+    if not program.strip():
+        raise ValueError("is empty: give a program's name or path on the head node, as python")
+    return program
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class SubmitSettings:
     """How a job is submitted and waited for."""
 
     attach: str | None = None
     """A job that was submitted before, to wait for instead of submitting one."""
-    working_dir: str | None = "auto"
+    working_dir: PathText | None = "auto"
     """A folder that every node gets a copy of, with moetrain in it; null: moetrain is installed
     there; auto: the current folder if it is a checkout of moetrain, else null."""
-    python: str = "python"
-    """The interpreter on the head node."""
+    python: Annotated[str, AfterValidator(_not_empty)] = "python"
+    """The interpreter on the head node; `~` is the home folder there."""
     stop_seconds: PositiveInt = 1800
     """Time that a job has to save after a stop was asked for, before Ray kills it."""
     give_up_seconds: PositiveFloat = 600.0

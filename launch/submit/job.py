@@ -33,7 +33,10 @@ def entrypoint(arguments: Sequence[str], *, python: str, folder: str | None) -> 
     Ray keeps no exit code of a job that was stopped, and signals the shell as well as the command:
     so the shell waits for it, and says the code.
     """
-    command = shlex.join([python, "-m", "moetrain", *arguments])
+    # A `~` is the head node's home, and so left to its shell.
+    home, slash, below = python.partition("/")
+    program = f"{home}/{shlex.quote(below)}" if slash and home == "~" else shlex.quote(python)
+    command = f"{program} {shlex.join(['-m', 'moetrain', *arguments])}"
     there = f"cd {shlex.quote(folder)} && " if folder else ""
     return f'trap : TERM; {there}{command}; code=$?; echo "moetrain exit code $code"; exit $code'
 

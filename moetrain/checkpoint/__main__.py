@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.settings import PathText
 from moetrain.checkpoint.folders import broken, candidates
 from moetrain.checkpoint.manifest import (
     MANIFEST,
@@ -25,7 +26,7 @@ from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 class VerifySettings:
     """What to verify."""
 
-    verify: str
+    verify: PathText
     """A run's folder, its checkpoints, or one of them."""
 
 

@@ -6,6 +6,7 @@ from annotated_types import Ge
 from pydantic import AfterValidator, ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.settings import PathText
 from moetrain.checks import one_of
 
 
@@ -23,5 +24,5 @@ class CheckpointSettings:
     async_save: bool = True
     """Whether training goes on while a checkpoint is being written. It takes host memory for a
     copy of what a rank has of the model and its optimizer."""
-    upload_to: str | None = None
+    upload_to: PathText | None = None
     """The address of a folder, such as s3://bucket/runs, that gets a copy of each checkpoint."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.settings import PathText
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 from moetrain.report.page import render_report
 from moetrain.report.run_record import is_run_dir
@@ -21,7 +22,7 @@ MAX_NAMED_RUNS = 8
 class ReportSettings:
     """Which run to report on."""
 
-    run: str  # the run's own folder
+    run: PathText  # the run's own folder
 
 
 def main(settings: ReportSettings) -> int:

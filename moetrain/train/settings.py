@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.settings import PathText
 from moetrain.checks import one_of
 
 
@@ -39,7 +40,7 @@ class RunSettings:
 
     name: Annotated[str, AfterValidator(_one_folder)] | None = None
     """A run that has the name already goes on from its newest checkpoint; None: a new name."""
-    dir: str = "runs"
+    dir: PathText = "runs"
     """The folder that holds the runs."""
     device: Annotated[str, AfterValidator(one_of("auto", "cpu", "cuda"))] = "auto"
     threads_per_rank: PositiveInt | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
+from data_pipeline.settings import PathText
 from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, newest_good
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
@@ -35,9 +36,9 @@ from moetrain.upcycle.experts import Changes, Index, Upcycled, dense_name
 class UpcycleSettings:
     """Which dense run becomes an MoE, of how many experts, and how they differ to begin with."""
 
-    from_: str
+    from_: PathText
     """The own folder of a dense run, trained or imported."""
-    to: str
+    to: PathText
     """The run's folder to make."""
     num_experts: PositiveInt
     top_k: PositiveInt
