@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
 from data_pipeline.settings import DataError
 
 _ROWS_AT_ONCE = 256  # rows may hold a book each
@@ -16,11 +17,11 @@ _BYTES_AT_ONCE = 2**20
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-def table_texts(path: Path) -> Iterator[str | UnicodeDecodeError | DataError]:
+def table_texts(path: Path, *, where: str) -> Iterator[RawDocument]:
     """The texts of a `.parquet` file or of an `.arrow` stream, row by row.
 
-    A row without text, and the place where the file is damaged, is given as the error that says
-    so. Raises DataError where pyarrow isn't installed.
+    A row without text, and the place where the file is damaged, is given as what says so. Raises
+    DataError where pyarrow isn't installed.
     """
     try:
         import pyarrow
@@ -35,16 +36,13 @@ def table_texts(path: Path) -> Iterator[str | UnicodeDecodeError | DataError]:
         for column in batches(path, pyarrow):
             for value in _binary(column, pyarrow).to_pylist():
                 number += 1
-                if value is None:
-                    yield DataError(f"{path}, row {number} has no text: its 'text' is null")
-                else:
-                    yield _decoded(value)
+                yield _document(value, f"{where}, row {number}")
     except _NoTextError as error:
-        yield DataError(f"{path} has no column 'text' of strings, but {error}")
+        yield Unread(where, Reason.corrupt, f"has no column 'text' of strings, but {error}")
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error, not the file's
-        yield DataError(f"{path} is damaged after row {number}: {error}")
+        yield Unread(where, Reason.corrupt, f"is damaged after row {number}: {error}")
 
 
 class _NoTextError(Exception):
@@ -106,8 +104,10 @@ def _binary(column: Any, pyarrow: Any) -> Any:
     return column
 
 
-def _decoded(value: bytes) -> str | UnicodeDecodeError:
+def _document(value: bytes | None, where: str) -> RawDocument:
+    if value is None:
+        return Unread(where, Reason.corrupt, "has no text: its 'text' is null")
     try:
-        return value.decode("utf-8")
+        return Text(where, value.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return error
+        return Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")

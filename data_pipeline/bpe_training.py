@@ -8,8 +8,9 @@ import hashlib
 import re
 from collections.abc import Iterator
 
-from data_pipeline.corpora import Corpus, LeftOut, kept_documents
+from data_pipeline.corpora import Corpus, kept_documents
 from data_pipeline.progress import ByteCounter, byte_progress
+from data_pipeline.raw_documents import LeftOut
 from data_pipeline.settings import BuildSettings
 from data_pipeline.splits import split_of
 from data_pipeline.tokenizers import Tokenizer, tokenizer_again

@@ -5,6 +5,7 @@ import time
 from data_pipeline.builder import build_shards, existing_shards
 from data_pipeline.command import run_command
 from data_pipeline.index import SourceEntry
+from data_pipeline.raw_documents import left_out_text
 from data_pipeline.settings import BuildSettings
 from data_pipeline.unfinished import hidden_folder
 
@@ -35,9 +36,7 @@ def _summary(source: SourceEntry) -> str:
         + f"{entry.num_documents:,} documents, {entry.num_bytes:,} bytes of text"
         for split, entry in source.splits.items()
     )
-    left_out = ", ".join(
-        f"{number:,} {reason.replace('_', ' ')}" for reason, number in source.num_left_out.items()
-    )
+    left_out = left_out_text(source.num_left_out, source.left_out_examples)
     return f"{source.name} ({source.description}):{splits}\n  left out: {left_out}"
 
 

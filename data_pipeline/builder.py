@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.baselines import BaselineCounter
 from data_pipeline.bpe_training import bpe_size, trained_tokenizer
-from data_pipeline.corpora import Corpus, Document, LeftOut, kept_documents, open_corpus
+from data_pipeline.corpora import Corpus, Document, kept_documents, open_corpus
 from data_pipeline.encoding import Encoder, num_encoding_processes
 from data_pipeline.index import (
     FORMAT_VERSION,
@@ -30,6 +30,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.progress import ByteCounter, byte_progress, tell
+from data_pipeline.raw_documents import LeftOut, left_out_text
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
     BuildSettings,
@@ -103,8 +104,9 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
     existing = existing_shards(settings)
     if existing is not None and not hidden_folder(folder).exists():
         return existing
+    outputs = (folder, hidden_folder(folder))
     corpora = {
-        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt)
+        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt, outputs=outputs)
         for name, source in sources_of(settings).items()
     }
     tokenizer = _tokenizer_given(settings)
@@ -258,7 +260,8 @@ def _write_source(
         description=corpus.description,
         language=sources_of(settings)[name].language,
         licence=sources_of(settings)[name].licence,
-        num_left_out=asdict(left_out),
+        num_left_out=left_out.num,
+        left_out_examples={reason: tuple(named) for reason, named in left_out.examples.items()},
         splits={split: writer.entry() for split, writer in writers.items()},
         baselines=baselines.baselines(),
     )
@@ -285,9 +288,7 @@ def _items(
 
 
 def _nothing_to_train_on(source: SourceEntry, settings: BuildSettings) -> str:
-    left_out = ", ".join(
-        f"{number} {reason.replace('_', ' ')}" for reason, number in source.num_left_out.items()
-    )
+    left_out = left_out_text(source.num_left_out, source.left_out_examples)
     return (
         f"source {source.name} (corpus={sources_of(settings)[source.name].corpus!r}) has no "
         f"document to train on: {source.splits['validation'].num_documents} for validation, left "

@@ -6,7 +6,7 @@ shards to `shards`, and whether the files agree with the index to `reader`.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated
 
@@ -90,13 +90,17 @@ class Baselines:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SourceEntry:
-    """One source of documents; `num_left_out` counts documents by reason."""
+    """One source of documents; `num_left_out` counts what was left out, by reason.
+
+    `left_out_examples` names the first few of each, none in folders that older programs built.
+    """
 
     name: Annotated[str, Field(pattern=SOURCE_NAME)]
     description: str
     language: str | None
     licence: str | None
     num_left_out: dict[str, Natural]
+    left_out_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
     splits: dict[str, SplitEntry]
     baselines: Baselines
 

@@ -17,10 +17,9 @@ from typing import BinaryIO
 
 from data_pipeline.arrow_tables import table_texts
 from data_pipeline.html_text import html_text
+from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
 from data_pipeline.settings import DataError
 
-# A document as it was read: its text, or the error that says why there is none.
-RawDocument = str | UnicodeDecodeError | DataError
 _Reader = Callable[[BinaryIO, str], Iterator[RawDocument]]
 
 _COMPRESSIONS = (".gz", ".zst")
@@ -34,8 +33,8 @@ _ZST_BYTES_AT_ONCE = 2**14  # unpacked in one piece, and it may unpack to much m
 _TAR_BLOCK = 512
 
 
-def read_documents(path: Path) -> Iterator[RawDocument]:
-    """The documents of a file, in its order, or the errors that stand for them.
+def read_documents(path: Path, *, where: str) -> Iterator[RawDocument]:
+    """The documents of a file that is called `where`, in its order, and what of it isn't read.
 
     The name decides how it is read, `.gz` and `.zst` in place of compression: `.jsonl` and
     `.ndjson` hold a document a line, `.parquet` and `.arrow` one a row, `.tar` one a text member,
@@ -46,25 +45,25 @@ def read_documents(path: Path) -> Iterator[RawDocument]:
     format_suffix, compression = _suffixes(path.name)
     if format_suffix in _TABLES:
         if compression:
-            yield DataError(f"{path} can't be read compressed: unpack it to a {format_suffix} file")
+            yield _corrupt(where, f"can't be read compressed: unpack it to a {format_suffix} file")
         else:
-            yield from table_texts(path)
+            yield from table_texts(path, where=where)
         return
     reader = _READERS.get(format_suffix, _plain)
     with path.open("rb") as file:
         try:
-            yield from reader(_uncompressed(file, compression, path), str(path))
+            yield from reader(_uncompressed(file, compression, path), where)
         except _DAMAGE as error:
-            yield DataError(f"{path} is damaged or not whole: {error}")
+            yield _corrupt(where, f"is damaged or not whole: {error}")
 
 
-def text_size(path: Path) -> int:
+def text_size(name: str, size: int) -> int:
     """About how many bytes of text a file holds, from its name and its size on disk."""
-    format_suffix, compression = _suffixes(path.name)
+    format_suffix, compression = _suffixes(name)
     share = 0.2 if _READERS.get(format_suffix) is _html else 1.0
     # Markup is most of a page; text packs to a third or a quarter.
     packed = compression or format_suffix == ".parquet"
-    return round(path.stat().st_size * share * (4 if packed else 1))
+    return round(size * share * (4 if packed else 1))
 
 
 class _DamagedError(Exception):
@@ -138,48 +137,49 @@ class _ZstdFrames(io.RawIOBase):
         return size
 
 
+def _corrupt(where: str, why: str) -> Unread:
+    return Unread(where, Reason.corrupt, why)
+
+
 def _plain(file: BinaryIO, where: str) -> Iterator[RawDocument]:
     try:
-        yield file.read().decode("utf-8")
+        yield Text(where, file.read().decode("utf-8"))
     except UnicodeDecodeError as error:
-        yield error
+        yield Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
 
 
 def _html(file: BinaryIO, where: str) -> Iterator[RawDocument]:
     try:
-        yield html_text(file.read())
+        yield Text(where, html_text(file.read()))
     except UnicodeDecodeError as error:
-        yield error
+        yield Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
 
 
 def _json_lines(file: BinaryIO, where: str) -> Iterator[RawDocument]:
     for number, line in enumerate(file, start=1):
         if not line.isspace():
             place = f"{where}, line {number}"
-            text = _json_text(line, place)
-            if text is None:
-                yield DataError(f"{place} has no 'text' field that holds a string")
-            else:
-                yield text
+            document = _json_document(line, place)
+            yield document or _corrupt(place, "has no 'text' field that holds a string")
 
 
 def _json_member(file: BinaryIO, where: str) -> Iterator[RawDocument]:
     # One without text says something else of its sample, such as an image's size.
-    text = _json_text(file.read(), where)
-    if text is not None:
-        yield text
+    document = _json_document(file.read(), where)
+    if document is not None:
+        yield document
 
 
-def _json_text(content: bytes, where: str) -> RawDocument | None:
+def _json_document(content: bytes, where: str) -> RawDocument | None:
     """The `text` of a JSON object, None where there is none."""
     try:
         record = json.loads(content)
     except UnicodeDecodeError as error:
-        return error
+        return Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
     except (ValueError, RecursionError) as error:
-        return DataError(f"{where} is not JSON: {error}")
+        return _corrupt(where, f"is not JSON: {error}")
     text = record.get("text") if isinstance(record, dict) else None
-    return text if isinstance(text, str) else None
+    return Text(where, text) if isinstance(text, str) else None
 
 
 def _tar(file: BinaryIO, where: str) -> Iterator[RawDocument]:
@@ -201,15 +201,13 @@ def _member_documents(
 ) -> Iterator[RawDocument]:
     suffix, compression = _suffixes(member.name)
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        yield DataError(f"{where} is refused: its name leads out of the tar")
+        yield _corrupt(where, "is refused: its name leads out of the tar")
     elif member.isdir():
         return
     elif not member.isreg() or member.issparse():
-        yield DataError(f"{where} is refused: it is a link, a device or a sparse file")
+        yield _corrupt(where, "is refused: it is a link, a device or a sparse file")
     elif suffix in _PICKLES:
-        yield DataError(
-            f"{where} is refused: a pickle can run code; give the text as .txt or .json"
-        )
+        yield _corrupt(where, "is refused: a pickle can run code; give the text as .txt or .json")
     elif not compression and (reader := _MEMBER_READERS.get(suffix)) is not None:
         content = tar.extractfile(member)
         assert content is not None, "a regular member has content"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import DataError
+from data_pipeline.raw_documents import Reason, Text, Unread
 from data_pipeline.text_files import read_documents
 
 zstandard = pytest.importorskip("zstandard")
@@ -30,9 +31,10 @@ class Touch:
 
 
 def texts_and_errors(path: Path) -> tuple[list[str], list[str]]:
-    documents = list(read_documents(path))
-    texts = [document for document in documents if isinstance(document, str)]
-    return texts, [str(document) for document in documents if not isinstance(document, str)]
+    documents = list(read_documents(path, where=str(path)))
+    texts = [document.text for document in documents if isinstance(document, Text)]
+    unread = [document for document in documents if isinstance(document, Unread)]
+    return texts, [f"{document.where} {document.why}" for document in unread]
 
 
 def json_lines(texts: list[str]) -> bytes:
@@ -86,8 +88,9 @@ def test_name_says_how_a_file_is_read(
 @pytest.mark.parametrize("name", ["x.txt", "x.html", "x.jsonl"])
 def test_what_is_not_utf8_is_an_error_of_that_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b'{"text": "\xe9t\xe9"}')
-    (error,) = read_documents(tmp_path / name)
-    assert isinstance(error, UnicodeDecodeError)
+    (unread,) = read_documents(tmp_path / name, where=name)
+    assert isinstance(unread, Unread)
+    assert unread.reason is Reason.not_utf8
 
 
 @pytest.mark.parametrize(
@@ -268,4 +271,4 @@ def test_missing_zstandard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(packed(json_lines(["a"]), path.name))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(DataError, match=r"x\.jsonl\.zst.*pip install 'moetrain\[corpora\]'"):
-        list(read_documents(path))
+        list(read_documents(path, where=path.name))
