@@ -1,0 +1,1 @@
+import moetrain  # noqa: F401 - before torch, as commands and ranks have it

@@ -102,7 +102,7 @@ def measure(
     case: Case, *, device: torch.device, threads: int, rounds: int, folder: Path
 ) -> list[dict[str, Any]]:
     """Returns a record for our step and for each of transformers', taken in turn."""
-    config = _config(case, device=device, folder=folder)
+    config = configured(case, device=device, folder=folder)
     place = Place(rank=0, world_size=1, rendezvous="joined", attempt=1)
     trainer = build_trainer(config, place, Control(), device=device)
     oracle = _same_in_transformers(trainer.model).to(device)
@@ -110,9 +110,9 @@ def measure(
     micro_batches = MicroBatch.cut(batch, len(batch.tokens), device=device)
     theirs = _TransformersStep(oracle, config, micro_batches[0])
 
-    losses = {"moetrain": _our_step(trainer, micro_batches)()}
+    losses = {"moetrain": our_step(trainer, micro_batches)()}
     losses |= {name: theirs.loss_with(name) for name in EXPERTS}
-    passes: dict[str, Callable[[], object]] = {"moetrain": _our_step(trainer, micro_batches)}
+    passes: dict[str, Callable[[], object]] = {"moetrain": our_step(trainer, micro_batches)}
     for name in EXPERTS:
         passes[name] = lambda name=name: theirs.step_with(name)
     taken = time_in_turn(passes, rounds=rounds, warmup=2, device=device)
@@ -149,7 +149,7 @@ def measure(
     ]
 
 
-def _our_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> Callable[[], float]:
+def our_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> Callable[[], float]:
     def step() -> float:
         report = train_step(
             micro_batches,
@@ -211,7 +211,7 @@ class _TransformersStep:
         return float(loss.item())
 
 
-def _config(case: Case, *, device: torch.device, folder: Path) -> Config:
+def configured(case: Case, *, device: torch.device, folder: Path) -> Config:
     """Returns the resolved configuration of the preset and its experiment, cut to the case."""
     files = config_dir()
     values = yaml.safe_load((files / "experiment" / f"{case.model}.yaml").read_text())

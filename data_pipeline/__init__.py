@@ -20,8 +20,11 @@ from data_pipeline.settings import (
     resolved_dir,
 )
 from data_pipeline.storage import without_secrets
+from data_pipeline.threads import sleep_when_waiting
 from data_pipeline.tokenizer_json import TokenizerJson, tokenizer_json
 from data_pipeline.tokenizers import Tokenizer, resolved_tokenizer, tokenizer_named
+
+sleep_when_waiting()  # webdataset loads torch, as a user's script may after this
 
 __all__ = [
     "Baselines",

@@ -1,5 +1,6 @@
 """Where ranks run: in this process, on Ray, or under somebody else's launcher."""
 
+import moetrain  # noqa: F401 - before torch, which the modules below load
 from launch.plan import Plan, choose_plan, cluster_address, is_ray_copy, lasting
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.settings import ClusterSettings, LaunchSettings

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from data_pipeline.threads import WAITING
 from moetrain.checks import ConfigError
 from moetrain.redaction import is_secret_name, redacted_text
 
@@ -66,10 +67,12 @@ def for_ranks(
             raise ConfigError(
                 "launch.pass_env", name, "isn't set in this environment: leave it out"
             )
+    # `cluster.env` may say by one variable how threads wait, and this process by another.
+    replaced = WAITING if any(name in cluster_env for name in WAITING) else ()
     wanted = {
         name: value
         for name, value in environ.items()
-        if _fits(name, OF_A_RUN) or _fits(name, pass_env)
+        if (_fits(name, OF_A_RUN) or _fits(name, pass_env)) and name not in replaced
     } | dict(cluster_env)
     secret = {
         name: value

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.threads import WAITING
 from launch.environment import for_ranks, reduced
 from moetrain.checks import ConfigError
 from tests.launch.test_ray_access import head
@@ -30,6 +31,14 @@ def test_ranks_get_what_is_listed_and_secrets_apart() -> None:
         "WANDB_API_KEY": "wandb-key", "AWS_SECRET_ACCESS_KEY": "aws-secret", "DB_PASSWORD": "x",
         "HTTPS_PROXY": "http://ann:pw-of-ann@proxy:1",
     }  # fmt: skip
+
+
+def test_the_clusters_word_on_waiting_threads_replaces_the_commands() -> None:
+    shell = {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "2"}
+    active = {"OMP_WAIT_POLICY": "active"}
+    assert for_ranks(shell, cluster_env={}, pass_env=[]).shown == shell
+    got = for_ranks(shell, cluster_env=active, pass_env=[])
+    assert got.shown == {"OMP_NUM_THREADS": "2"} | active
 
 
 def test_a_secret_within_a_variable_of_many_settings_is_one() -> None:
@@ -111,6 +120,7 @@ def check_ranks(environs: list[dict[str, str]], shown: str) -> None:
     first, second = environs
     for environ in environs:
         assert environ["OMP_NUM_THREADS"] == "2"
+        assert set(WAITING) & set(environ), "how threads wait, which the command has decided"
         assert environ["FI_PROVIDER"] == "efa"
         assert environ["MY_FLAG"] == "on"
         assert environ["AWS_SECRET_ACCESS_KEY"] == "aws-secret"
