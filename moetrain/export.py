@@ -14,14 +14,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from moetrain.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    candidates,
-    newest_good,
-    read_manifest,
-    verify_all,
-)
+from moetrain.checkpoint import CheckpointError, CheckpointReader, chosen_checkpoint
 from moetrain.checks import ConfigError, one_of
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 from moetrain.config import Config, validated
@@ -57,7 +50,7 @@ def export(settings: ExportSettings) -> int:
     """Exports a run; returns the exit code."""
     try:
         demand_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
-        folder = _checkpoint(Path(settings.run), settings.step)
+        folder = chosen_checkpoint(Path(settings.run), step=settings.step)
         with CheckpointReader(folder) as reader:
             _export(settings, folder, reader)
     except (ConfigError, DataError, ConversionError) as error:
@@ -67,29 +60,6 @@ def export(settings: ExportSettings) -> int:
         print(f"moetrain.export: {error}", file=sys.stderr)
         return FAILED
     return DONE
-
-
-def _checkpoint(run_dir: Path, step: int | None) -> Path:
-    """Returns the folder of the checkpoint to export, its files verified."""
-    directory = run_dir / "checkpoints"
-    if not directory.is_dir():
-        raise ConfigError("run", run_dir, "has no checkpoints/: use the own folder of a run")
-    _say(f"checking the files of a checkpoint in {directory}")
-    if step is None:
-        found = newest_good(
-            directory, rejected=lambda name, why: _say(f"passing over {name}: {why}")
-        )
-        if found is None:
-            raise ConfigError("run", run_dir, "has no good checkpoint: use another run")
-        return found
-    folder = directory / f"step_{step:08d}"
-    if not folder.is_dir():
-        there = [str(int(p.name.removeprefix("step_"))) for p in sorted(candidates(directory))]
-        raise ConfigError(
-            "step", step, f"{directory} has no such step: use one of {', '.join(there) or 'none'}"
-        )
-    verify_all(folder, read_manifest(folder))
-    return folder
 
 
 def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
@@ -128,10 +98,6 @@ def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) ->
         f"to        {to}\n"
         f"next      AutoModelForCausalLM.from_pretrained({str(to)!r}), or vllm serve {to}"
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

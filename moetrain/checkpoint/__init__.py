@@ -1,14 +1,17 @@
 """Checkpoints: complete or not there, and provably what was saved."""
 
+from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.folders import (
     Save,
     candidates,
+    commit,
     demand_newest,
     newest_good,
     next_attempt,
     read_attempt,
     read_latest,
     replace_text,
+    staged_folder,
 )
 from moetrain.checkpoint.manifest import (
     CheckpointError,
@@ -36,6 +39,8 @@ __all__ = [
     "TensorEntry",
     "TensorFileWriter",
     "candidates",
+    "chosen_checkpoint",
+    "commit",
     "cut_into_files",
     "demand_newest",
     "is_passing",
@@ -45,6 +50,7 @@ __all__ = [
     "read_latest",
     "read_manifest",
     "replace_text",
+    "staged_folder",
     "verify_all",
     "verify_files",
     "write_checkpoint",

@@ -179,7 +179,7 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     _write(staged / MANIFEST, manifest_text(manifest))
     sync_folder(staged)
     target = directory / folder_name(manifest.step)
-    if target.exists():  # the same step of an older attempt, which a fall-back left behind
+    if os.path.lexists(target):  # the same step of an older attempt, left by a fall-back
         _demand_ownership(directory, manifest)
         _point_elsewhere(target)
         _put_aside(target, manifest)
@@ -264,13 +264,22 @@ def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
     for folder in folders:
         match = _LEFTOVER.match(folder.name)
         if match and int(match[1]) <= attempt:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder, or a link to one: what somebody has linked here is theirs and stays."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _free(directory: Path, name: str, *, attempt: int) -> Path:
     """Returns a name that isn't taken, of something that this attempt may delete."""
     path, number = directory / f"{name}_attempt_{attempt}", 1
-    while path.exists():
+    while os.path.lexists(path):
         path, number = directory / f"{name}_{number}_attempt_{attempt}", number + 1
     return path
 

@@ -157,7 +157,11 @@ def _text(description: str, corpus: str) -> str:
 
 
 def _origins(events: list[dict[str, Any]]) -> Iterator[str]:
-    began = {"import": "It was imported from", "upcycle": "It was upcycled from"}
+    began = {
+        "import": "It was imported from",
+        "upcycle": "It was upcycled from",
+        "branch": "It was branched from",
+    }
     for event in events:
         kind, source = str(event.get("event")), event.get("source")
         if kind in began and isinstance(source, str):

@@ -60,14 +60,12 @@ def write_run(
     `state` is what the checkpoint says beside its counters, which are 0.
     """
     (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
-    name = model_name(to)
-    for group, text in {
-        "model": _yaml(_given(config.model)),
-        "experiment": "# @package _global_\n"
-        + _yaml(_recipe(config.model, to=to, has_tokenizer=has_tokenizer)),
-    }.items():
-        (folder / group).mkdir()
-        (folder / group / f"{name}.yaml").write_text(text)
+    write_choices(
+        folder,
+        to=to,
+        model=_given(config.model),
+        recipe=_recipe(config.model, to=to, has_tokenizer=has_tokenizer),
+    )
     write_checkpoint(
         folder / "checkpoints",
         step=0,
@@ -80,6 +78,19 @@ def write_run(
         },
         read=read,
     )
+
+
+def write_choices(
+    folder: Path, *, to: Path, model: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> None:
+    """Writes the files by which Hydra knows a run's model, and the recipe that goes with it."""
+    name = model_name(to)
+    for group, text in {
+        "model": _yaml(model),
+        "experiment": f"# @package _global_\n{_yaml(recipe)}",
+    }.items():
+        (folder / group).mkdir()
+        (folder / group / f"{name}.yaml").write_text(text)
 
 
 def training_command(to: Path) -> str:

@@ -4,6 +4,7 @@ Knows no ranks and no model: it is handed records and writes or shows them.
 """
 
 from moetrain.observe.events import EventLog, read_events
+from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import MetricsFile, Record, iterate_metrics, read_metrics
 from moetrain.observe.progress import ProgressDisplay
@@ -23,6 +24,7 @@ __all__ = [
     "WandbSettings",
     "WandbSink",
     "account",
+    "append_line",
     "duration",
     "iterate_metrics",
     "read_events",

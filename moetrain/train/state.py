@@ -36,6 +36,8 @@ class TrainState:
     """Sequences that were left out because of damaged documents."""
     imported_dtype: str | None = None
     """The dtype of the weights that the run began with, where they were imported."""
+    branched_from: dict[str, Any] = field(default_factory=dict)
+    """Run, step and attempt that the run was branched from; empty for any other."""
 
     @classmethod
     def restored(cls, counters: Mapping[str, Any], *, sources: Sequence[str]) -> "TrainState":

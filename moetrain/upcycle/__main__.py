@@ -19,7 +19,7 @@ from torch import Tensor
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, newest_good
+from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, chosen_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 from moetrain.config import Config, validated
@@ -66,7 +66,7 @@ def upcycle(settings: UpcycleSettings) -> int:
 
 
 def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
-    with CheckpointReader(_newest(source)) as reader:
+    with CheckpointReader(chosen_checkpoint(source, key="from")) as reader:
         manifest = reader.manifest
         dense = validated(manifest.config, Config)
         model = _model(settings, dense.model, source)
@@ -111,21 +111,6 @@ def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
     _tell(
         settings, source, to, manifest=manifest, model=model, data=dense.data.dir if state else None
     )
-
-
-def _newest(source: Path) -> Path:
-    """Returns the folder of a run's newest good checkpoint, its files verified."""
-    directory = source / "checkpoints"
-    if not directory.is_dir():
-        raise ConfigError("from", source, "has no checkpoints/: use the own folder of a run")
-    print(f"checking the files of a checkpoint in {directory}", file=sys.stderr)
-    found = newest_good(
-        directory,
-        rejected=lambda name, why: print(f"passing over {name}: {why}", file=sys.stderr),
-    )
-    if found is None:
-        raise ConfigError("from", source, "has no good checkpoint: use another run")
-    return found
 
 
 def _model(settings: UpcycleSettings, dense: ModelSettings, source: Path) -> ModelSettings:

@@ -242,6 +242,30 @@ def test_latest_has_no_say_in_what_is_loaded(tmp_path: Path) -> None:
     assert candidates(tmp_path)[0].name == "step_00000003"
 
 
+def test_an_old_checkpoint_that_is_a_symbolic_link_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Nor is what it leads to deleted: somebody else's, or on another disk on purpose."""
+    directory, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in (1, 2, 3):
+        stage(directory, step)
+    (directory / "step_00000001").rename(elsewhere)
+    (directory / "step_00000001").symlink_to(elsewhere)
+    delete_old(directory, keep_last=2, attempt=1)
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "latest", "step_00000002", "step_00000003",
+    ]  # fmt: skip
+    verify_files(elsewhere, read_manifest(elsewhere))
+
+
+def test_a_step_can_be_saved_where_a_link_to_nothing_has_its_name(tmp_path: Path) -> None:
+    stage(tmp_path, 1)
+    (tmp_path / "step_00000002").symlink_to(tmp_path / "unmounted")
+    folder = stage(tmp_path, 2)
+    verify_files(folder, read_manifest(folder))
+    assert not folder.is_symlink()
+    delete_old(tmp_path, keep_last=2, attempt=1)
+    assert not [p.name for p in tmp_path.iterdir() if p.is_symlink()]
+
+
 def test_what_stays() -> None:
     line = [Save(step, 1) for step in range(10, 110, 10)]
     assert to_delete(line, keep_last=2, keep_every=50) == [

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moetrain.checkpoint.folders import Save, demand_space, in_order, sync_folder
+from moetrain.checkpoint.folders import Save, demand_space, in_order, remove, sync_folder
 from moetrain.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -216,9 +216,9 @@ class _Fetch:
     def _commit(self) -> None:
         """Gives the checkpoint its name; what had it, damaged or of another attempt, moves."""
         sync_folder(self.staged)
-        if self._target.exists():
+        if os.path.lexists(self._target):
             replaced = f"replaced_{self._target.name}_attempt_{self._save.attempt}"
-            shutil.rmtree(self._target.with_name(replaced), ignore_errors=True)
+            remove(self._target.with_name(replaced))
             os.rename(self._target, self._target.with_name(replaced))
         os.rename(self.staged, self._target)
         sync_folder(self._target.parent)
