@@ -17,10 +17,10 @@ from data_pipeline.index import (
     ShardEntry,
     SourceEntry,
     SplitEntry,
+    TextEntry,
     sha256_of,
     write_index,
 )
-from data_pipeline.settings import SourceSettings
 
 VOCAB_SIZE = 2**20  # so that tokens are uint32
 END = VOCAB_SIZE - 1  # of a document
@@ -97,7 +97,9 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
     return Index(
         format_version=FORMAT_VERSION,
         build=BuildEntry(
-            sources={name: SourceSettings(corpus="numbers") for name in splits},
+            sources={
+                name: TextEntry(corpus="numbers", language=None, licence=None) for name in splits
+            },
             tokenizer="numbers",
             end_of_document=None,
             validation_fraction=0.5,
