@@ -6,7 +6,7 @@ Knows no ranks and no model: it is handed records and writes or shows them.
 from moetrain.observe.events import EventLog, read_events
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
-from moetrain.observe.metrics import MetricsFile, Record, iterate_metrics, read_metrics
+from moetrain.observe.metrics import MetricsFile, Record, iterate_metrics, numbers_of, read_metrics
 from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.settings import ObserveSettings, WandbSettings
 from moetrain.observe.tally import Tally, read_sign
@@ -27,6 +27,7 @@ __all__ = [
     "append_line",
     "duration",
     "iterate_metrics",
+    "numbers_of",
     "read_events",
     "read_metrics",
     "read_sign",

@@ -15,10 +15,19 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+_MAX_DEPTH = 20
+"""What is nested deeper, or in itself, is cut off there."""
+_MAX_BITS = 10_000
+"""Python refuses to write much longer integers out."""
+
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON, keys in the order given; NaN and infinity become null."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    """One line of strict JSON, keys in the order given, whatever the values are.
+
+    NaN and infinity become null, arrays and tensors lists, and what JSON has no word for text.
+    """
+    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # as JSON itself spells a lone surrogate
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -70,16 +79,24 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 logger.warning("%s, line %d is no JSON object; passed over", path, number)
 
 
-def _plain(value: Any) -> Any:
-    """The same value in JSON's own types; NumPy's scalars are numbers too."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value)
+def _plain(value: Any, *, depth: int = 0) -> Any:
+    """The same value in JSON's own types; NumPy's scalars are numbers too. Never raises."""
+    try:
+        if depth > _MAX_DEPTH:
+            return "…"
+        if value is None or isinstance(value, (str, bool)):
+            return value
+        if isinstance(value, Integral):
+            number = int(value)
+            return number if number.bit_length() <= _MAX_BITS else None
+        if isinstance(value, Real):
+            return float(value) if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {str(key): _plain(item, depth=depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [_plain(item, depth=depth + 1) for item in value]
+        if hasattr(value, "tolist"):  # of NumPy or torch
+            return _plain(value.tolist(), depth=depth + 1)
+        return str(value)
+    except Exception:  # an object that can't even say what it is
+        return f"<{type(value).__name__}>"

@@ -7,6 +7,7 @@ that every record tells its `step`.
 
 import os
 from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ class MetricsFile:
     """One JSON object for each logged step, on disk for other processes as soon as it is written.
 
     Unlike the other sinks a failure here does stop the run: a metrics file with a hole in it
-    would break the promise that the same run writes the same file.
+    would break the promise that the same run writes the same file. That is a disk's failure: a
+    metric that is no number is none, and stands there as JSON has it.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     def write(self, record: Record) -> None:
-        """Append a record, which must have `step`; non-finite numbers become null."""
+        """Append a record, which must have `step`.
+
+        Numbers that aren't finite become null, arrays become lists, and what else JSON can't hold
+        becomes text.
+        """
         if record.get("step") is None:
             raise ValueError(f"a metrics record needs a step; this one has {list(record)}")
         append_line(self.path, record)
@@ -50,6 +56,23 @@ class MetricsFile:
             os.replace(shorter, self.path)
         finally:
             shorter.unlink(missing_ok=True)
+
+
+def numbers_of(record: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """Returns the metrics of a record that are numbers or None, as Python's own; never raises."""
+    found: dict[str, float | int | None] = {}
+    for name, value in record.items():
+        try:
+            if not isinstance(value, Real | None) and hasattr(value, "item"):
+                value = value.item()  # a tensor or an array of one element
+            if value is None:
+                found[str(name)] = None
+            elif isinstance(value, Real):
+                number = float(value)
+                found[str(name)] = int(value) if isinstance(value, Integral) else number
+        except Exception:  # several elements, or a number no float can hold: no number to show
+            continue
+    return found
 
 
 def iterate_metrics(path: Path | str) -> Iterator[dict[str, Any]]:

@@ -23,8 +23,10 @@ def _switch(value: object) -> object:
 class WandbSettings:
     """Where W&B's record of a run goes; `offline` needs neither key nor network."""
 
-    mode: Annotated[str, AfterValidator(one_of("offline", "online", "disabled"))] = "offline"
-    project: str = "moetrain"
+    mode: Annotated[str, AfterValidator(one_of("auto", "offline", "online", "disabled"))] = "auto"
+    """auto: what WANDB_MODE or WANDB_DISABLED in the environment says, else offline."""
+    project: str | None = None
+    """None: WANDB_PROJECT of the environment, else moetrain."""
     entity: str | None = None
     group: str | None = None
 

@@ -8,20 +8,38 @@ silence. Leaves it to the caller to keep secrets out of the configuration it han
 import logging
 import math
 import os
-import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moetrain.observe.metrics import Record
+from moetrain.observe.metrics import numbers_of
 from moetrain.observe.settings import WandbSettings
+from moetrain.observe.wandb_identity import wandb_run_id
 from moetrain.redaction import redacted_arguments
 
 logger = logging.getLogger(__name__)
 
 ONLINE_START_SECONDS = 10.0
 FINISH_SECONDS = 60.0
+PROJECT = "moetrain"
+
+
+_MODES = {
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What WANDB_MODE may say, and what it comes to here."""
+_OURS = {
+    "WANDB_NAME": "the run's name is run.name",
+    "WANDB_RUN_ID": "the id is kept in the run's folder",
+    "WANDB_RESUME": "a run that goes on always does so in its own W&B run",
+}
+"""What is decided here, whatever the environment says."""
 
 
 class WandbSink:
@@ -29,7 +47,8 @@ class WandbSink:
 
     The id of that run is kept in `<run_dir>/wandb/run_id`, so that a resumed run goes on in the
     same curves. `resume_step` is the step a resumed run goes on from (None for a fresh one):
-    records up to it are with W&B already, and W&B refuses to go back.
+    records up to it are with W&B already, and W&B refuses to go back. `tell` is called with what a
+    person should know: that W&B isn't what was asked for, and why.
     """
 
     def __init__(
@@ -40,24 +59,34 @@ class WandbSink:
         run_dir: Path | str,
         config: Mapping[str, Any],
         resume_step: int | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._run: Any = None
         self._broken = False
         self._last_step = -1 if resume_step is None else resume_step
-        if settings.mode == "disabled":
+        self._tell_person = tell
+        mode = wandb_mode(settings, os.environ, tell=self._tell)
+        if mode == "disabled":
             return
 
         def start() -> None:
-            self._run = _start(settings, run_name=run_name, run_dir=Path(run_dir), config=config)
+            self._run = _start(
+                settings,
+                mode=mode,
+                run_name=run_name,
+                run_dir=Path(run_dir),
+                config=config,
+                tell=self._tell,
+            )
 
         self._guarded("start", start)
 
-    def write(self, record: Record) -> None:
-        """Log one record at its own step; a step gone by is not told twice."""
-        step = record.get("step")
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log the finite numbers of a record at its step; a step gone by is not told twice."""
+        values = {k: v for k, v in numbers_of(record).items() if v is not None and math.isfinite(v)}
+        step = values.get("step")
         if self._run is None or step is None or step < self._last_step:
             return
-        values = {k: v for k, v in record.items() if v is not None and math.isfinite(v)}
         self._last_step = int(step)
         self._guarded("log", lambda: self._run.log(values, step=int(step)))
 
@@ -72,23 +101,73 @@ class WandbSink:
             return
         try:
             call()
-        except Exception as error:  # whatever it is, the training is worth more
+        except KeyboardInterrupt:  # a person's, who wants something else
+            raise
+        except BaseException as error:  # whatever it is, the training is worth more
             self._broken = True
             self._run = None
-            logger.warning("W&B could not %s; going on without it: %s", what, _brief(error))
+            self._tell(f"W&B could not {what}; going on without it: {_brief(error)}")
+
+    def _tell(self, text: str) -> None:
+        logger.warning("%s", text)
+        self._tell_person(text)
+
+
+def wandb_mode(
+    settings: WandbSettings, environ: Mapping[str, str], *, tell: Callable[[str], None]
+) -> str:
+    """Returns `offline`, `online` or `disabled`: what is set, else what the environment says.
+
+    `tell` is called for each of W&B's variables that is set and doesn't count.
+    """
+    for name, asked in _asked_modes(environ):
+        if asked is None:
+            tell(f"{name}={environ[name]} in the environment means nothing to W&B: passed over")
+        elif settings.mode == "auto":
+            return asked
+        elif asked != settings.mode:
+            tell(
+                f"observe.wandb.mode={settings.mode} counts, and not {name}={environ[name]} in the "
+                "environment: leave the setting out (auto) for the environment to count"
+            )
+    if settings.mode != "disabled":
+        for name, reason in _OURS.items():
+            if environ.get(name):
+                tell(f"{name} in the environment doesn't count: {reason}")
+    return "offline" if settings.mode == "auto" else settings.mode
+
+
+def _asked_modes(environ: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Yields the variables that ask for a mode, and the mode; None for a word there isn't."""
+    if environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        yield "WANDB_DISABLED", "disabled"  # transformers' word for it, which users know
+    if asked := environ.get("WANDB_MODE", "").strip():
+        yield "WANDB_MODE", _MODES.get(asked.lower())
 
 
 def _start(
-    settings: WandbSettings, *, run_name: str, run_dir: Path, config: Mapping[str, Any]
+    settings: WandbSettings,
+    *,
+    mode: str,
+    run_name: str,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    tell: Callable[[str], None],
 ) -> Any:
     # Read at import. It also keeps W&B from asking for a key on a terminal, which would wait.
     os.environ.setdefault("WANDB_SILENT", "true")
+    if os.environ.get("WANDB_MODE") not in _MODES:
+        os.environ.pop("WANDB_MODE", None)  # which W&B would refuse to start for
     import wandb
 
-    mode: Any = settings.mode  # W&B spells its few modes out as types
-    folder = run_dir / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
-    wished: dict[str, Any] = {
+    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
+    elsewhere = os.environ.get("WANDB_DIR")
+    directory = Path(elsewhere).expanduser() if elsewhere else run_dir
+    (directory / "wandb").mkdir(parents=True, exist_ok=True)
+    run_id, told = wandb_run_id(run_dir)
+    if told:
+        tell(told)
+    wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",
         "save_code": False,
@@ -99,42 +178,30 @@ def _start(
     }
     known = wandb.Settings.model_fields  # older versions lack some
     arguments: dict[str, Any] = {
-        "project": settings.project,
+        "project": settings.project or os.environ.get("WANDB_PROJECT") or PROJECT,
         "entity": settings.entity,
         "group": settings.group,
         "name": run_name,
-        "id": _run_id(folder / "run_id"),
+        "id": run_id,
         "resume": "allow",
         "reinit": "create_new",  # a sweep trains several runs in one process
-        "dir": str(run_dir),
+        "dir": str(directory),
         "config": dict(config),
-        "settings": wandb.Settings(**{k: v for k, v in wished.items() if k in known}),
+        "settings": wandb.Settings(**{k: v for k, v in wanted.items() if k in known}),
     }
     try:
-        run = wandb.init(mode=mode, **arguments)
+        run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
     except Exception as error:
-        if settings.mode != "online":
+        if mode != "online":
             raise
-        logger.warning(
-            "W&B is not reachable, so its files stay in %s (`wandb sync` sends them later): %s",
-            folder,
-            _brief(error),
+        tell(
+            f"W&B is not reachable, so its files stay in {directory / 'wandb'} (`wandb sync` sends "
+            f"them later): {_brief(error)}"
         )
         wandb.teardown()  # else its service holds the id of the run that did not start
         run = wandb.init(mode="offline", **arguments)
     _define_axes(run)
     return run
-
-
-def _run_id(path: Path) -> str:
-    try:
-        known = path.read_text().strip()
-    except FileNotFoundError:
-        known = ""
-    if not known:
-        known = secrets.token_hex(8)
-        path.write_text(known + "\n")
-    return known
 
 
 def _define_axes(run: Any) -> None:
@@ -146,6 +213,6 @@ def _define_axes(run: Any) -> None:
     run.define_metric("router/layer_*", step_metric="train/tokens", hidden=True)
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

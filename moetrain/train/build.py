@@ -15,7 +15,7 @@ from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatc
 from moetrain.checkpoint import CheckpointStore, Manifest, demand_newest
 from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
-from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink
+from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.train.control import Control, Place, collective_timeout
@@ -86,6 +86,10 @@ def build_trainer(
         if leads:
             control.publish("say", text)
 
+    def tell_of_wandb(text: str) -> None:
+        event("wandb", step=state.step, reason=text)
+        say(text)
+
     uploader = _uploader(config, place, control, event=event) if leads else None
     checkpoints = CheckpointStore(
         run_dir / "checkpoints",
@@ -130,12 +134,13 @@ def build_trainer(
             run_dir=run_dir,
             config=as_plain(config),
             resume_step=state.step if restored else None,
+            tell=tell_of_wandb,
         )
         sinks = [
             lambda _: demand_newest(run_dir / "checkpoints", place.attempt),
             metrics.write,
             wandb.write,
-            lambda record: control.publish("record", record),
+            lambda record: control.publish("record", numbers_of(record)),
         ]
         close = wandb.close
     prefetcher = Prefetcher(

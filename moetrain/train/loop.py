@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline import Batch
 from moetrain.model import random_stream, training_flops_per_token
+from moetrain.observe import numbers_of
 from moetrain.optim import learning_rate
 from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
@@ -60,7 +61,7 @@ def train(trainer: Trainer) -> Outcome:
                     record |= run_validation(trainer)
             for write in trainer.sinks:
                 write(record)
-            last = record
+            last = numbers_of(record)
             stopwatch.restart()
         if is_last or _due(state.step, checkpoint.every_steps):
             with stopwatch.saving(), tally.saving(state.step):

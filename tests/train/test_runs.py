@@ -1,6 +1,7 @@
 """Whole small runs on real ranks: resume, other layouts, skipped steps, bad checkpoints."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 
 from moetrain.checkpoint import candidates, read_manifest
 from moetrain.checks import ConfigError
+from moetrain.config import Config
+from moetrain.report import render_report
+from moetrain.train import Outcome, loop
 from moetrain.train.prepare import demand_same_model
 from tests.support.ranks import run_ranks
 from tests.support.runs import (
@@ -110,6 +114,35 @@ def test_forced_balance_is_even_and_leaves_a_warning(tmp_path: Path, shards: Pat
     assert [r["router/max_violation"] for r in metrics_of(tmp_path)] == [0.0, 0.0]
     (warning,) = [e for e in events_of(tmp_path) if e["event"] == "warning"]
     assert "force_balance" in warning["reason"]
+
+
+def train_with_odd_metrics(config: Config, attempt: int) -> Outcome:
+    """Trains as a rank whose records have more than numbers in them, with the real W&B."""
+    measured = loop.metric_record
+    odd = {"odd/text": "fast", "odd/nested": {"a": [1]}, "odd/array": np.ones(2), "odd/call": print}
+
+    def with_odd_ones(*arguments: Any) -> dict[str, Any]:
+        return measured(*arguments) | odd | {"odd/tensor": torch.tensor(2.0), "odd/nan": np.nan}
+
+    loop.metric_record = with_odd_ones
+    os.environ["WANDB_MODE"] = "onlin"
+    return train_as_rank(config, None, attempt)
+
+
+def test_metrics_that_are_no_numbers_end_no_run(tmp_path: Path, shards: Path) -> None:
+    config = tiny_config(tmp_path, shards=shards, train__num_steps=2, observe__wandb__mode="auto")
+    outcome = run_ranks(train_with_odd_metrics, 1, config, 1)[0]
+    assert outcome.finished
+    assert outcome.last["odd/tensor"] == 2.0
+    assert not {"odd/text", "odd/call"} & outcome.last.keys()
+    first, second = metrics_of(tmp_path)
+    assert (first["odd/text"], first["odd/array"], first["odd/nan"]) == ("fast", [1, 1], None)
+    assert second["odd/tensor"] == 2.0
+    folder = tmp_path / "runs/tiny"
+    assert list((folder / "wandb").glob("offline-run-*"))
+    (event,) = (e for e in events_of(tmp_path) if e["event"] == "wandb")
+    assert "WANDB_MODE=onlin in the environment means nothing" in event["reason"]
+    assert render_report(folder).is_file()
 
 
 def test_a_checkpoint_from_before_a_setting_was_there_is_of_a_model_with_its_default(
@@ -213,8 +246,6 @@ def train_in_own_folder(config: Any, folder: str) -> None:
     """Trains as a rank that sees another run folder than the other ranks do."""
     import dataclasses
 
-    import torch.distributed as dist
-
     own = dataclasses.replace(config.run, dir=f"{folder}/host_{dist.get_rank()}")
     train_as_rank(dataclasses.replace(config, run=own), None, 1)
 
@@ -257,7 +288,6 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(
 
 def spoil_gradients(config: Any, steps: list[int]) -> Any:
     """Trains as a rank; on rank 1 the loss of the given steps is not a number."""
-    import torch.distributed as dist
 
     from moetrain.train import loop, step
 
