@@ -6,6 +6,7 @@ from launch.ray_cluster import ClusterError, RayCluster
 from launch.settings import ClusterSettings, LaunchSettings
 from launch.start import start
 from launch.sweep import run_sweep
+from launch.sweep_runs import Trained, Wanted, assign, held, nearest_other, runs_in
 from launch.sweep_table import Trial, varied_settings
 
 __all__ = [
@@ -14,12 +15,18 @@ __all__ = [
     "LaunchSettings",
     "Plan",
     "RayCluster",
+    "Trained",
     "Trial",
+    "Wanted",
+    "assign",
     "choose_plan",
     "cluster_address",
+    "held",
     "is_ray_copy",
     "lasting",
+    "nearest_other",
     "run_sweep",
+    "runs_in",
     "start",
     "varied_settings",
 ]

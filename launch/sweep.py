@@ -19,9 +19,19 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.sweep_table import Result, Trial, result_of, write_table
+from launch.sweep_table import (
+    BAD_SETTINGS,
+    FAILED,
+    Result,
+    Trial,
+    other_settings,
+    result_of,
+    write_table,
+)
+from moetrain.checkpoint.remote import good_save
+from moetrain.observe import read_events
 
-FAILED, STOPPED = 1, 75
+DONE, STOPPED = 0, 75
 POLL_SECONDS = 0.2
 THREADS = "run.threads_per_rank="
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
@@ -49,18 +59,24 @@ class _Sweep:
         self._trials = trials
         self._folder = folder
         self._places = places
-        smallest = sorted(trial.num_workers for trial in trials)[:2]
-        self._side_by_side = len(smallest) > 1 and sum(smallest) <= (places or 0)
+        self._side_by_side = False
         self._running: list[_Running] = []
         self._stops = 0
 
     def run(self) -> int:
         self._folder.mkdir(parents=True, exist_ok=True)
-        waiting, codes = list(self._trials), dict[int, int]()
+        codes = self._done_before()
+        waiting = [t for t in self._trials if t.number not in codes]
+        smallest = sorted(trial.num_workers for trial in waiting)[:2]
+        self._side_by_side = len(smallest) > 1 and sum(smallest) <= (self._places or 0)
         with self._on_signals():
             while self._running or (waiting and not self._stops):
                 if not self._stops and (trial := next(filter(self._fits, waiting), None)):
                     waiting.remove(trial)
+                    if other := other_settings(trial):  # somebody began it since
+                        self._say(f"{self._title(trial)} is another run by now ({other})")
+                        codes[trial.number] = BAD_SETTINGS
+                        continue
                     self._start(trial)
                     continue
                 for one in [r for r in self._running if r.process.poll() is not None]:
@@ -70,13 +86,22 @@ class _Sweep:
         print(write_table(results, self._folder), flush=True)
         return _exit_code(results, stopped=self._stops > 0)
 
+    def _done_before(self) -> dict[int, int]:
+        """Returns the exit codes of trials whose runs have all of their steps, by number."""
+        codes = {}
+        for trial in self._trials:
+            if _is_done(trial):
+                codes[trial.number] = DONE
+                self._say(f"{self._title(trial)}, done before")
+        return codes
+
     def _fits(self, trial: Trial) -> bool:
         """Returns whether there is room; a trial too large for it all says so when it is alone."""
         taken = sum(one.trial.num_workers for one in self._running)
         return not self._running or taken + trial.num_workers <= (self._places or 0)
 
     def _start(self, trial: Trial) -> None:
-        self._say(f"trial {trial.number} of {len(self._trials)}: {trial.label} → {trial.run_dir}")
+        self._say(self._title(trial))
         command = [sys.executable, "-m", "moetrain", *trial.command]
         if self._side_by_side and not any(a.startswith(THREADS) for a in trial.command):
             command.append(f"{THREADS}1")  # each would take all cores for its own
@@ -122,8 +147,22 @@ class _Sweep:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
+    def _title(self, trial: Trial) -> str:
+        return f"trial {trial.number} of {len(self._trials)}: {trial.label} → {trial.run_dir}"
+
     def _say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _is_done(trial: Trial) -> bool:
+    if trial.wanted is None or trial.wanted.settings["checkpoint"]["upload_to"] is not None:
+        return False  # it may have to be uploaded, or fetched
+    events = read_events(trial.run_dir / "events.jsonl")
+    ends = [e["event"] for e in events if e.get("event") in ("start", "finish", "stop", "fail")]
+    if ends[-1:] != ["finish"]:
+        return False
+    good = good_save(trial.run_dir / "checkpoints")
+    return good is not None and good.step >= trial.wanted.settings["train"]["num_steps"]
 
 
 def _relay(lines: IO[str], number: int, log: IO[str]) -> None:

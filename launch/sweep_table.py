@@ -6,11 +6,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+from launch.sweep_runs import Wanted, differences, listed, trained
 from moetrain.observe import read_metrics
 
 _NOTHING = "–"
 _BITS = ("validation/", "/bits_per_byte")
-_ENDS = {None: "not begun", 0: "done", 1: "failed", 2: "bad settings", 75: "stopped"}
+FAILED, BAD_SETTINGS = 1, 2
+_ENDS = {
+    None: "not begun",
+    0: "done",
+    FAILED: "failed",
+    BAD_SETTINGS: "bad settings",
+    75: "stopped",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,8 @@ class Trial:
     """All overrides that it is started with, its name and folder included."""
     run_dir: Path
     num_workers: int
+    wanted: Wanted | None = None
+    """What it is trained with, which is what its run must have been trained with."""
 
     @property
     def label(self) -> str:
@@ -38,6 +48,8 @@ class Result:
     trial: Trial
     exit_code: int | None
     """Its own; below zero: the signal that ended it."""
+    other_settings: str | None = None
+    """In what its run was trained otherwise; then nothing of it is shown as this trial's."""
     steps: int | None = None
     training_loss: float | None = None
     validation_loss: float | None = None
@@ -48,6 +60,8 @@ class Result:
     def end(self) -> str:
         """How it ended, in words."""
         code = self.exit_code
+        if self.other_settings:
+            return "other settings"
         if code is not None and code < 0:
             return f"killed ({-code})"
         return _ENDS.get(code, f"exit {code}")
@@ -65,8 +79,20 @@ def varied_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     ]
 
 
+def other_settings(trial: Trial) -> str | None:
+    """Returns in what the run in a trial's folder was trained otherwise, None where it wasn't."""
+    run = trained(trial.run_dir) if trial.wanted else None
+    if run is None or trial.wanted is None:
+        return None
+    return listed(differences(run, trial.wanted)) or None
+
+
 def result_of(trial: Trial, exit_code: int | None) -> Result:
-    """Returns what a trial's run folder says of it."""
+    """Returns what a trial's run folder says of it; nothing where it is not this trial's."""
+    if other := other_settings(trial):
+        return Result(trial=trial, exit_code=exit_code or FAILED, other_settings=other)
+    if exit_code == BAD_SETTINGS:  # it was refused, and what is there is of before
+        return Result(trial=trial, exit_code=exit_code)
     path = trial.run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     known = {k: v for record in records for k, v in record.items() if v is not None}
@@ -99,6 +125,10 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
     ends = [r.end for r in ordered]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
     text = f"sweep     {counts}; {folder}\n" + _table(ordered)
+    for r in ordered:
+        if r.other_settings:
+            text += f"\n{r.trial.run_dir.name} is another run than trial {r.trial.number}: "
+            text += r.other_settings
     (folder / "table.txt").write_text(text + "\n")
     return text
 
@@ -107,7 +137,7 @@ def _rank(result: Result) -> tuple[bool, bool, float]:
     """Orders what is done before what isn't, and losses on held-out text before others."""
     validated = result.validation_loss is not None
     loss = result.validation_loss if validated else result.training_loss
-    return result.exit_code != 0, not validated, float("inf") if loss is None else loss
+    return result.end != _ENDS[0], not validated, float("inf") if loss is None else loss
 
 
 def _table(results: Sequence[Result]) -> str:

@@ -113,6 +113,20 @@ class TestAlone:
         assert [row.split()[0] for row in table[2:]] == ["3", "1", "2"]
         assert f"{last['validation/loss']:.3f}" in table[2]
 
+        # The grid is extended in front: what is done is found again, whatever its number.
+        before = {n: (tmp_path / f"runs/s-{n}/config.yaml").read_text() for n in (1, 3)}
+        with sweep(tmp_path, shards, *settings, "optim.lr=3e-2,1e-5,1e-2") as process:
+            _, errors = process.communicate(timeout=350)
+        assert process.returncode == 0, errors
+        again = {t["varied"]["optim.lr"]: t for t in trials_of(tmp_path)}
+        assert {rate: Path(t["run"]).name for rate, t in again.items()} == {
+            "0.03": "s-4", "1e-05": "s-1", "0.01": "s-3",
+        }  # fmt: skip
+        assert again["0.01"]["validation_loss"] == trials[0]["validation_loss"]
+        assert again["0.03"]["validation_loss"] != trials[0]["validation_loss"]
+        assert errors.count("done before") == 2
+        assert before == {n: (tmp_path / f"runs/s-{n}/config.yaml").read_text() for n in (1, 3)}
+
     def test_a_combination_that_can_t_be_ends_the_sweep_before_it_begins(
         self, tmp_path: Path, shards: Path
     ) -> None:

@@ -4,9 +4,11 @@ Owns nothing of transfers. Everything here does next to nothing where `upload_to
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NoReturn
 
 from moetrain.checkpoint.folders import (
     ATTEMPT,
@@ -57,6 +59,36 @@ def is_newer_there(settings: CheckpointSettings, *, run: str, good: Save | None)
             "its beginning: it is another run; use another run.name, or another address",
         )
     return newer
+
+
+class _FoundError(Exception):
+    """A manifest that was asked for, before more is downloaded."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__()
+        self.manifest = manifest
+
+
+def newest_manifest_there(settings: CheckpointSettings, *, run: str) -> Manifest | None:
+    """Returns the manifest of a run's newest remote checkpoint; None where there is none.
+
+    Raises CheckpointError where the remote folder can't be asked.
+    """
+    if settings.upload_to is None:
+        return None
+
+    def take(manifest: Manifest) -> NoReturn:
+        raise _FoundError(manifest)
+
+    remote = open_remote(settings.upload_to, run=run)
+    with tempfile.TemporaryDirectory(prefix="moetrain-") as folder:
+        try:
+            fetch_newest(
+                remote, Path(folder), newer_than=None, demand=take, rejected=lambda *_: None
+            )
+        except _FoundError as found:
+            return found.manifest
+    return None
 
 
 def fetch_newer(

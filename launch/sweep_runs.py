@@ -1,0 +1,254 @@
+"""Which run is which trial's: a trial is the run that was trained with its settings.
+
+A run's name is a number or what the user made of the values; neither says what was trained there.
+Its newest checkpoint does, and before the first one its `config.yaml`. Reads run folders, and
+leaves what settings mean to `moetrain.train.changes`.
+"""
+
+import fcntl
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.checkpoint import Manifest
+from moetrain.checks import ConfigError
+from moetrain.train import newest_manifest
+from moetrain.train.changes import Change, Kind, changes
+
+_DECIDES = (Kind.function, Kind.order, Kind.recipe)
+_NAMES = ("run.name", "run.dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run was trained with."""
+
+    settings: Mapping[str, Any]
+    text: str | None = None
+    """The fingerprint of the shards; None where no checkpoint says it."""
+    is_untrained: bool = False
+    """Whether its weights were imported, and no step was taken yet."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Trained":
+        """Returns what a checkpoint says."""
+        return cls(
+            settings=manifest.config,
+            text=manifest.state.get("data") or None,
+            is_untrained=manifest.step == 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a trial is to be trained with."""
+
+    name: str
+    """`run.name` as composed; of several trials, if no value of theirs is in it."""
+    settings: Mapping[str, Any]
+    """Resolved, as nested dictionaries of JSON values."""
+    text: str | None = None
+    """The fingerprint of its shards."""
+    varied: Collection[str] = ()
+    """The settings in which the sweep's trials differ."""
+    may_be_bare: bool = True
+    """Whether the run may have the name without a number, if no other trial has it."""
+    is_named: bool = False
+    """Whether the name stands for the trial's values, so that another run of it is an error."""
+
+
+def trained(run_dir: Path) -> Trained | None:
+    """Returns what the run in a folder was trained with, None where there is no run."""
+    if manifest := newest_manifest(run_dir):
+        return Trained.of(manifest)
+    try:
+        plain = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, yaml.YAMLError):
+        plain = None  # of a run that nothing can be said of: no trial's
+    return Trained(settings=plain if isinstance(plain, dict) else {})
+
+
+def differences(run: Trained, wanted: Wanted) -> list[Change]:
+    """Returns in what a run was trained otherwise than a trial is to be; empty: it is the trial's.
+
+    What a sweep varies must be equal, and all that decides the result. Layout, and where a run is
+    kept, may change. Weights that were imported must only be of the model.
+    """
+    found = []
+    for change in changes(run.settings, wanted.settings):
+        decides = change.kind in _DECIDES or change.name in wanted.varied
+        if run.is_untrained:
+            decides = change.kind is Kind.function
+        if decides and change.name not in _NAMES:
+            found.append(change)
+    if run.text and wanted.text and run.text != wanted.text:
+        before, now = run.text[:12], wanted.text[:12]
+        found.append(Change(name="data (its text)", before=before, now=now, kind=Kind.text))
+    return found
+
+
+def runs_in(
+    folder: Path,
+    names: Collection[str],
+    *,
+    elsewhere: Callable[[str], Trained | None] | None = None,
+    num_trials: int = 0,
+) -> dict[str, Trained]:
+    """Returns the runs of some names, and of these names with a number: `lr`, `lr-1`, ….
+
+    `elsewhere` returns what a run is that may only be where checkpoints are uploaded to, which is
+    asked name by name.
+    """
+    numbered = re.compile(f"(?:{'|'.join(map(re.escape, names))})(?:-[1-9]\\d*)?")
+    try:
+        entries = sorted(entry.name for entry in folder.iterdir())
+    except FileNotFoundError:
+        entries = []
+    found = {n: run for n in entries if numbered.fullmatch(n) and (run := trained(folder / n))}
+    if elsewhere is None:
+        return found
+    for name in names:
+        number = 0
+        while number <= num_trials or _numbered(name, number - 1) in found:
+            asked = _numbered(name, number)
+            if asked not in found and (run := elsewhere(asked)):
+                found[asked] = run
+            number += 1
+    return found
+
+
+def assign(
+    wanted: Sequence[Wanted], runs: Mapping[str, Trained], *, taken: Collection[str] = ()
+) -> list[str]:
+    """Returns the run's name of each trial: the run that is its own, whatever it is called, or new.
+
+    Of several runs that could be a trial's, it is the one with the fewest differences. `taken` are
+    names that no new run may have besides. Raises ConfigError for a name made of values that
+    another run has.
+    """
+    uses = Counter(w.name for w in wanted)
+    first = wanted[0].name
+    pairs = []
+    for index, one in enumerate(wanted):
+        # Versions before named all after the first where two had one name.
+        bases = [one.name, first] if max(uses.values()) > 1 else [one.name]
+        for name, run in runs.items():
+            base, number = _parts(name, bases)
+            if base is not None and not differences(run, one):
+                distance = len(changes(run.settings, one.settings))
+                pairs.append((bases.index(base), distance, index, number, name))
+    names: dict[int, str] = {}
+    for _, _, index, _, name in sorted(pairs):
+        if index not in names and name not in names.values():
+            names[index] = name
+    for index, one in enumerate(wanted):
+        if index not in names:
+            others = {*runs, *names.values(), *taken}
+            names[index] = _new(one, taken=others, runs=runs, is_only=uses[one.name] == 1)
+    return [names[index] for index in range(len(wanted))]
+
+
+def nearest_other(name: str, one: Wanted, runs: Mapping[str, Trained]) -> str | None:
+    """Returns how a run with a new trial's values differs from it, where there is one.
+
+    A user who repeats a sweep and changes what all of its trials have in common should know why
+    they begin anew.
+    """
+    if name in runs:
+        return None
+    told = [
+        (len(found), other, found)
+        for other, run in runs.items()
+        if (found := differences(run, one)) and not {c.name for c in found} & set(one.varied)
+    ]
+    if not told:
+        return None
+    _, other, found = min(told, key=lambda entry: entry[:2])
+    return f"{other} was trained with other settings ({listed(found)}): {name} is a new run"
+
+
+def _new(one: Wanted, *, taken: Collection[str], runs: Mapping[str, Trained], is_only: bool) -> str:
+    if one.may_be_bare and is_only and one.name not in taken:
+        return one.name
+    if one.is_named and is_only and one.name in runs:
+        raise ConfigError(
+            "run.name",
+            one.name,
+            f"there is a run of that name, with other settings than this trial's "
+            f"({listed(differences(runs[one.name], one))}): use another run.name, or train that "
+            "run on by itself, without -m",
+        )
+    numbers = iter(range(1, len(taken) + 2))
+    return next(n for k in numbers if (n := _numbered(one.name, k)) not in taken)
+
+
+def listed(found: Sequence[Change], *, most: int = 3) -> str:
+    """Returns the first few of some differences, for a message; an empty text without any."""
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(map(str, found[:most])) + more
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}-{number}" if number else name
+
+
+def _parts(name: str, bases: Sequence[str]) -> tuple[str | None, int]:
+    """Returns which of some names a run is called after, and its number; 0 without one."""
+    for base in bases:
+        if name == base:
+            return base, 0
+        if found := re.fullmatch(re.escape(base) + r"-([1-9]\d*)", name):
+            return base, int(found[1])
+    return None, 0
+
+
+@contextmanager
+def held(folder: Path, names: Collection[str]) -> Iterator[None]:
+    """Keeps other sweeps on this machine off some names while the context lasts.
+
+    Two would give the same number to trials of their own. Raises ConfigError where one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, int] = {}
+    try:
+        for name in sorted(names):
+            path = folder / f".{name}.lock"
+            files[path] = _locked(path, name)
+        yield
+    finally:
+        for path, file in files.items():
+            path.unlink(missing_ok=True)  # while it is held, so that nobody has it meanwhile
+            os.close(file)
+
+
+def _locked(path: Path, name: str) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 20).decode() or "unknown"
+            os.close(file)
+            raise ConfigError(
+                "run.name",
+                name,
+                f"process {holder} runs a sweep of this name: wait for it, or stop it, or use "
+                "another run.name",
+            ) from None
+        try:
+            if os.stat(path).st_ino == os.fstat(file).st_ino:
+                os.ftruncate(file, 0)
+                os.write(file, str(os.getpid()).encode())
+                return file
+        except FileNotFoundError:
+            pass
+        os.close(file)  # the one that it belonged to has just taken it away
