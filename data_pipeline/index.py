@@ -29,6 +29,8 @@ FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
+# A table of documents is a .npy of format 1.0: this, then three int64 a document.
+TABLE_HEADER_BYTES = 128
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 BitsPerByte = Annotated[float, Field(ge=0.0)]
@@ -206,8 +208,7 @@ def shards_of(index: Index) -> list[ShardEntry]:
 
 def table_size(shard: ShardEntry) -> int:
     """Bytes of a shard's table of documents."""
-    # A .npy of format 1.0 has a header of 128 bytes, then three int64 a document.
-    return 128 + 24 * shard.num_documents
+    return TABLE_HEADER_BYTES + 24 * shard.num_documents
 
 
 def sha256_of(path: Path) -> str:

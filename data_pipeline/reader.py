@@ -6,11 +6,8 @@ sequences to `order` and the making of batches to `batches`.
 """
 
 import hashlib
-import io
-import mmap
-import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.index import (
+    TABLE_HEADER_BYTES,
     Baselines,
     Index,
     ShardEntry,
@@ -28,9 +26,13 @@ from data_pipeline.index import (
     shards_of,
     table_size,
 )
+from data_pipeline.maps import ShardMaps, num_mappable
 from data_pipeline.settings import CacheSettings, DataError, OnCorrupt
 from data_pipeline.storage import ShardFiles, open_files
 from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_from, tokenizer_named
+
+# How many shards one call to read holds open at a time, where the process may have many.
+_SHARDS_AT_ONCE = 256
 
 
 class ShardFolder:
@@ -52,6 +54,8 @@ class ShardFolder:
         self.index = index
         self.damaged = damaged
         self._files = files
+        self._num_shards = len(shards_of(index))
+        self._num_mappable = num_mappable(self._num_shards)
 
     @classmethod
     def open(
@@ -168,9 +172,17 @@ class ShardFolder:
         """The documents of a split of a source: of token ids, or of bytes in a folder of text."""
         made_by = self.index.tokenizer
         (entry,) = self._splits(split, source)
+        # The shards of all sources and splits may be open together.
+        share = self._num_mappable * len(entry.shards) // max(1, self._num_shards)
+        maps = ShardMaps(
+            self._files,
+            most=self._files.max_mapped or max(1, share),
+            at_once=min(_SHARDS_AT_ONCE, max(1, self._num_mappable // 4)),
+        )
         return Documents(
             entry.shards,
             files=self._files,
+            maps=maps,
             dtype=token_dtype(made_by.vocab_size) if made_by else np.dtype(np.uint8),
             is_text=made_by is None,
             on_corrupt=on_corrupt,
@@ -202,13 +214,14 @@ class Documents:
         shards: Iterable[ShardEntry],
         *,
         files: ShardFiles,
+        maps: ShardMaps,
         dtype: np.dtype[np.unsignedinteger],
         is_text: bool,
         on_corrupt: OnCorrupt,
         damaged: Mapping[str, str],
     ) -> None:
         self._shards = list(shards)
-        self._files = files
+        self._maps = maps
         self.dtype = dtype
         self._on_corrupt = on_corrupt
         tables = [_table(files, shard, dtype=dtype, is_text=is_text) for shard in self._shards]
@@ -219,8 +232,6 @@ class Documents:
         # The first document of each shard, and the end, [shards + 1].
         self._firsts = np.cumsum([0, *map(len, tables)])
         self._known = np.full(len(table), _UNREAD, np.uint8)
-        self._maps: dict[int, memoryview] = {}
-        self._lock = threading.Lock()
         for number, shard in enumerate(self._shards):
             if shard.file in damaged:
                 self._lose(number, damaged[shard.file])
@@ -247,7 +258,7 @@ class Documents:
         """
         shard = int(self._shard_of(np.array(document)))
         begin, end = self._extent(document)
-        found = self._mapped(shard)[begin:end]
+        found = self._maps.bytes_of(self._shards[shard])[begin:end]
         if zlib.crc32(found) != self._crcs[document]:
             raise DataError(self._complaint(document, shard))
         return np.frombuffer(found, self.dtype)
@@ -258,8 +269,8 @@ class Documents:
         Raises DataError for one that isn't, unless such are to be skipped.
         """
         unread = documents[self._known[documents] == _UNREAD]
-        if len(unread):
-            self._check(unread)
+        for some in self._groups(unread):
+            self._check(unread[some])
         whole: NDArray[np.bool_] = self._known[documents] == _WHOLE
         return whole
 
@@ -276,8 +287,24 @@ class Documents:
 
         Returns the token before each piece [n], of no meaning where an offset is 0.
         """
+        before = np.zeros(len(documents), np.int64)
+        for some in self._groups(documents):
+            before[some] = self._read(
+                documents[some], offsets[some], lengths[some], out=out, places=places[some]
+            )
+        return before
+
+    def _read(
+        self,
+        documents: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        *,
+        out: NDArray[np.unsignedinteger],
+        places: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
         shards = self._shard_of(documents).tolist()
-        maps = {shard: self._mapped(shard) for shard in set(shards)}
+        maps = {shard: self._maps.bytes_of(self._shards[shard]) for shard in set(shards)}
         size = self.dtype.itemsize
         begins = self._begins[documents] + offsets * size
         ends, firsts, lasts = begins + lengths * size, places * size, (places + lengths) * size
@@ -298,7 +325,7 @@ class Documents:
         maps: dict[int, memoryview] = {}
         for shard in set(shards.tolist()):
             try:
-                maps[shard] = self._mapped(shard)
+                maps[shard] = self._maps.bytes_of(self._shards[shard])
             except DataError as error:
                 self._lose(shard, str(error))
                 documents, shards = documents[shards != shard], shards[shards != shard]
@@ -335,18 +362,18 @@ class Documents:
         num_tokens = self.starts.item(document + 1) - self.starts.item(document)
         return begin, begin + num_tokens * self.dtype.itemsize
 
-    def _mapped(self, shard: int) -> memoryview:
-        """The bytes of a shard's file; those that were used longest ago are given up."""
-        with self._lock:
-            found = self._maps.pop(shard, None)
-            if found is None:
-                entry = self._shards[shard]
-                with self._files.open(entry.file, size=entry.size, sha256=entry.sha256) as file:
-                    found = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            self._maps[shard] = found
-            if self._files.max_mapped and len(self._maps) > self._files.max_mapped:
-                del self._maps[next(iter(self._maps))]
-            return found
+    def _groups(self, documents: NDArray[np.int64]) -> Iterator[slice | NDArray[np.intp]]:
+        """Parts of the documents [n] that are in so few shards that all may be held open."""
+        if not len(documents):
+            return
+        shards = self._shard_of(documents)
+        different, which = np.unique(shards, return_inverse=True)
+        at_once = self._maps.at_once
+        if len(different) <= at_once:
+            yield slice(None)
+            return
+        for group in range(-(-len(different) // at_once)):
+            yield np.flatnonzero(which // at_once == group)
 
 
 def _table(
@@ -358,10 +385,10 @@ def _table(
         content = file.read()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{name} is not what was written; restore it, or build the folder again")
-    table: NDArray[np.int64] = np.load(io.BytesIO(content), allow_pickle=False)
+    # Not np.load, most of whose time goes to the header: a folder may have 100,000 tables.
+    table = np.frombuffer(content, "<i8", offset=TABLE_HEADER_BYTES).reshape(-1, 3)
     fits = (
-        table.shape == (shard.num_documents, 3)
-        and int(table[:, 1].sum()) == (shard.num_bytes if is_text else shard.num_tokens)
+        int(table[:, 1].sum()) == (shard.num_bytes if is_text else shard.num_tokens)
         and bool((table[:, 1] > 0).all())
         and bool((table[:, 0] >= 0).all())
         and bool((table[:, 0] + table[:, 1] * dtype.itemsize <= shard.size).all())

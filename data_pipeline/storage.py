@@ -39,8 +39,8 @@ _logger = logging.getLogger(__name__)
 class ShardFiles(Protocol):
     """The files of one folder, by name.
 
-    `max_mapped` is how many shards of a source should be held open at a time, None for all: an
-    open file takes its room on the disk even when the cache has deleted it.
+    `max_mapped` is how many shards of a source should be held open at a time, None for as many as
+    the process may: an open file takes its room on the disk even when the cache has deleted it.
     """
 
     max_mapped: int | None

@@ -1,9 +1,11 @@
 """Folders of shards whose tokens say where they are from: every token but ends is another id."""
 
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from data_pipeline.index import (
     SplitEntry,
     TextEntry,
     sha256_of,
+    shard_files,
     write_index,
 )
 
@@ -58,6 +61,31 @@ def write_numbered(
             )
     assert first <= END
     write_index(_index(splits), to)
+    return ShardFolder.open(to)
+
+
+def write_many(to: Path, *, num_shards: int) -> ShardFolder:
+    """A folder with so many training shards of one document of 16 tokens, all the same but in name.
+
+    They are links to one file, so that a hundred thousand take seconds.
+    """
+    to.mkdir()
+    document = np.append(np.arange(1, 16), END).astype("<u4")
+    one = _write_shard(to, "one", [document])
+    shards = []
+    for number in range(num_shards):
+        file, documents = shard_files("en", "train", number)
+        os.symlink(one.file, to / file)
+        os.symlink(one.documents, to / documents)
+        shards.append(replace(one, file=file, documents=documents))
+    train = SplitEntry(
+        num_documents=num_shards,
+        num_tokens=16 * num_shards,
+        num_bytes=64 * num_shards,
+        shards=tuple(shards),
+    )
+    validation = SplitEntry(num_documents=0, num_tokens=0, num_bytes=0, shards=())
+    write_index(_index({"en": {"train": train, "validation": validation}}), to)
     return ShardFolder.open(to)
 
 

@@ -1,0 +1,91 @@
+"""However many shards a folder has, a bounded number of them is open at a time."""
+
+import os
+import resource
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import DataSettings, GlobalBatches, ShardFolder
+from tests.data_pipeline.numbered import write_many
+
+
+def num_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def allow(soft: int, hard: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def demand_in_child(work: Callable[[], None]) -> None:
+    """Runs work in a forked process, whose limits may be lowered for good."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def read_all(folder: ShardFolder) -> GlobalBatches:
+    """Reads each document by itself, in random order, and then an epoch of large batches.
+
+    Returns these, for they hold shards open.
+    """
+    documents = folder.documents("train", source="en")
+    expected = documents.tokens(0)
+    for number in np.random.default_rng(0).permutation(documents.num_documents).tolist():
+        assert np.array_equal(documents.tokens(number), expected)
+    size = documents.num_documents // 4
+    del documents  # and with it what it has mapped
+    batches = GlobalBatches(folder, seq_len=16, global_batch_size=size, seed=0, data=DataSettings())
+    for first in range(0, 4 * size, size):
+        batch = batches.read(first, rank=0, num_ranks=1)
+        assert (batch.targets == expected).all()
+    return batches
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "many", num_shards=500)
+
+    def work() -> None:
+        allow(128, 128)
+        _batches = read_all(ShardFolder.open(folder.path))
+        assert num_open() < 100
+
+    demand_in_child(work)
+
+
+def test_the_soft_limit_is_raised_for_shards_and_for_nothing_else(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "many", num_shards=300)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def work() -> None:
+        allow(1024, hard)
+        ShardFolder.open(folder.path)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1024, hard)
+        allow(256, hard)
+        _batches = read_all(ShardFolder.open(folder.path))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        assert num_open() > 300  # all stay open where they may
+
+    demand_in_child(work)
+
+
+@pytest.mark.slow  # 200,000 links are made first
+def test_a_hundred_thousand_shards_with_any_number_of_open_files_allowed(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "many", num_shards=100_000)
+
+    def work() -> None:
+        with suppress(ValueError, OSError):  # root may, and meets the kernel's bound of 65,530 maps
+            allow(300_000, 300_000)
+        read_all(ShardFolder.open(folder.path))
+
+    demand_in_child(work)
