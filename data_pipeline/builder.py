@@ -30,7 +30,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.progress import ByteCounter, byte_progress, tell
-from data_pipeline.raw_documents import LeftOut, left_out_text
+from data_pipeline.raw_documents import FAILURES, LeftOut, Reason, counts_text
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
     BuildSettings,
@@ -157,7 +157,7 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
     shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     index = shards.index
     wanted, found = asdict(_build_entry(settings)), asdict(index.build)
-    if not any(source.num_left_out.get("corrupt") for source in index.sources):
+    if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
         del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
     for key, value in wanted.items():
         # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
@@ -262,12 +262,14 @@ def _write_source(
         licence=sources_of(settings)[name].licence,
         num_left_out=left_out.num,
         left_out_examples={reason: tuple(named) for reason, named in left_out.examples.items()},
+        unknown_endings=left_out.unknown_endings,
+        ending_examples={end: tuple(named) for end, named in left_out.ending_examples.items()},
         splits={split: writer.entry() for split, writer in writers.items()},
         baselines=baselines.baselines(),
     )
     if source.splits["train"].num_documents == 0:
         unfinished.discard()
-        raise DataError(_nothing_to_train_on(source, settings))
+        raise DataError(_nothing_to_train_on(source, left_out, settings))
     return source
 
 
@@ -287,12 +289,15 @@ def _items(
         each.end()
 
 
-def _nothing_to_train_on(source: SourceEntry, settings: BuildSettings) -> str:
-    left_out = left_out_text(source.num_left_out, source.left_out_examples)
+def _nothing_to_train_on(source: SourceEntry, left_out: LeftOut, settings: BuildSettings) -> str:
+    # What there is may have its text elsewhere than was thought.
+    no_text = left_out.why.get(Reason.no_text)
     return (
         f"source {source.name} (corpus={sources_of(settings)[source.name].corpus!r}) has no "
         f"document to train on: {source.splits['validation'].num_documents} for validation, left "
-        f"out {left_out}; give a folder or file with more text, or a smaller validation_fraction"
+        f"out {counts_text(left_out.num, left_out.examples)}; "
+        + (f"{no_text}; " if no_text else "")
+        + "give a folder or file with more text, or a smaller validation_fraction"
     )
 
 

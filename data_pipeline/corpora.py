@@ -6,6 +6,7 @@ of an earlier one. Leaves which files there are to `corpus_files`, what is in a 
 """
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -20,16 +21,22 @@ from data_pipeline.corpus_files import (
     found_files,
     is_shard_folder,
 )
-from data_pipeline.raw_documents import LeftOut, RawDocument, Reason, Unread, left_out_text
+from data_pipeline.raw_documents import (
+    FAILURES,
+    LeftOut,
+    RawDocument,
+    Reason,
+    Unread,
+    counts_text,
+    shown,
+)
 from data_pipeline.settings import DataError, OnCorrupt
-from data_pipeline.text_files import read_documents, text_size
+from data_pipeline.text_files import read_documents, refused, text_size
 
 # Tests repeat the library's text, and what is installed beside it differs between machines.
 _STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-# What ends the reading of a corpus, unless it is to be passed over and counted.
-_FAILS = (Reason.corrupt, Reason.unreadable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +75,14 @@ class Corpus(Protocol):
         ...
 
 
-def open_corpus(spec: str, *, on_corrupt: OnCorrupt, outputs: Iterable[Path] = ()) -> Corpus:
+def open_corpus(
+    spec: str, *, on_corrupt: OnCorrupt, text_field: str = "text", outputs: Iterable[Path] = ()
+) -> Corpus:
     """The corpus that `spec` names: `stdlib`, a folder, a data set saved to disk, or a file.
 
     `on_corrupt` says whether a corrupt document or file ends the reading or is passed over.
-    Folders that are being written, `outputs`, are no part of it.
+    `text_field` names the text in JSON and tables. Folders that are being written, `outputs`, are
+    no part of it.
 
     Raises DataError where there is none, or no file in it, or something that can't be read.
     """
@@ -85,15 +95,15 @@ def open_corpus(spec: str, *, on_corrupt: OnCorrupt, outputs: Iterable[Path] = (
         )
     path = Path(spec)
     if path.is_dir():
-        return _folder(spec, path, on_corrupt, outputs)
-    if path.is_file():
-        found = FoundFiles(files=(corpus_file(path.parent, path.name),))
-        return _Files(path.name, path.parent, found, on_corrupt)
-    raise DataError(
-        f"corpus={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "
-        f"({path.absolute()}); give 'stdlib', a folder of text files, a data set saved to disk, "
-        "or a file of text, HTML, JSON lines, Parquet, or a tar of such"
-    )
+        root, found = path, _in_folder(spec, path, outputs)
+    elif path.is_file():
+        root, found = path.parent, FoundFiles(files=(corpus_file(path.parent, path.name),))
+    else:
+        raise DataError(_no_such_corpus(spec, path))
+    name = shown(path.absolute().name)
+    corpus = _Files(name, root, found, on_corrupt, text_field)
+    corpus.check_names()
+    return corpus
 
 
 def kept_documents(
@@ -107,15 +117,17 @@ def kept_documents(
     seen = set() if seen is None else seen
     for document in raw:
         if isinstance(document, Unread):
-            left_out.add(document.reason, document.where)
+            left_out.add(document.reason, document.where, document.why)
         elif (content := _utf8(document.text)) is None:
             left_out.add(Reason.not_utf8, document.where)
-        elif not content:
+        elif not content or document.text.isspace():
             left_out.add(Reason.empty, document.where)
         elif (digest := hashlib.sha256(content).digest()) in seen:
             left_out.add(Reason.duplicate, document.where)
         else:
             seen.add(digest)
+            if document.unknown_ending:
+                left_out.add_unknown_ending(document.unknown_ending, document.where)
             yield Document(content=content, text=document.text, digest=digest)
 
 
@@ -132,6 +144,7 @@ class _Files:
     root: Path
     found: FoundFiles
     on_corrupt: OnCorrupt
+    text_field: str
 
     @property
     def files(self) -> tuple[CorpusFile, ...]:
@@ -141,44 +154,61 @@ class _Files:
     def num_bytes(self) -> int:
         return sum(text_size(file.name, file.size) for file in self.files)
 
+    def check_names(self) -> None:
+        """Raises DataError for what is known not to be readable before anything is read."""
+        for unread in self.found.passed_over:
+            self._check(unread)
+        for file in self.files:
+            known = refused(file.name, where=file.name)
+            if known is not None:
+                self._check(known)
+
     def raw_documents(self) -> Iterator[RawDocument]:
         yield from self.found.passed_over
         for file in self.files:
-            for document in read_documents(self.root / file.name, where=file.name):
+            path = self.root / file.name
+            for document in read_documents(path, where=file.name, field=self.text_field):
                 if isinstance(document, Unread):
-                    _check_readable(document, self.root, self.on_corrupt)
+                    self._check(document)
                 yield document
 
+    def _check(self, unread: Unread) -> None:
+        """Raises DataError for what can't be read, where that isn't to be passed over."""
+        if self.on_corrupt is OnCorrupt.fail and unread.reason in FAILURES:
+            raise DataError(
+                f"{self.root / unread.where} {unread.why}; {unread.way_out}, or give "
+                "on_corrupt=skip to leave it out and count"
+            )
 
-def _folder(spec: str, path: Path, on_corrupt: OnCorrupt, outputs: Iterable[Path]) -> Corpus:
+
+def _in_folder(spec: str, path: Path, outputs: Iterable[Path]) -> FoundFiles:
     if is_shard_folder(path):
         raise DataError(
             f"corpus={spec!r} holds shards that were built, not text: data.dir={spec} trains on "
             "them; give the folder of the text"
         )
     found = found_files(path, outputs=outputs)
-    for unread in found.passed_over:
-        _check_readable(unread, path, on_corrupt)
     if not found.files:
         left_out = LeftOut()
         for unread in found.passed_over:
             left_out.add(unread.reason, unread.where)
-        passed_over = {reason: number for reason, number in left_out.num.items() if number}
         raise DataError(
-            f"corpus={spec!r} has no document to train on: no file is in it; passed over: "
-            f"{left_out_text(passed_over, left_out.examples) or 'nothing'}"
+            f"corpus={spec!r} has no document to train on: no file is in it, and left out are "
+            f"{counts_text(left_out.num, left_out.examples)}"
         )
-    return _Files(path.absolute().name, path, found, on_corrupt)
+    return found
 
 
-def _check_readable(unread: Unread, root: Path, on_corrupt: OnCorrupt) -> None:
-    """Raises DataError for what can't be read, where that isn't to be passed over."""
-    if on_corrupt is OnCorrupt.skip or unread.reason not in _FAILS:
-        return
-    way_out = "fetch it" if unread.reason is Reason.unreadable else "repair it"
-    raise DataError(
-        f"{root / unread.where} {unread.why}; {way_out}, or give on_corrupt=skip to leave it out "
-        "and count"
+def _no_such_corpus(spec: str, path: Path) -> str:
+    if path.is_symlink():
+        return (
+            f"corpus={spec!r} is a link to {os.readlink(path)}, which isn't there; fetch what it "
+            "stands for, or give a folder or file that is there"
+        )
+    return (
+        f"corpus={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "
+        f"({path.absolute()}); give 'stdlib', a folder of text files, a data set saved to disk, "
+        "or a file of text, HTML, JSON, Parquet, or a tar of such"
     )
 
 
@@ -192,4 +222,4 @@ def _standard_library(on_corrupt: OnCorrupt) -> Corpus:
             "give a folder of text files instead"
         )
     description = f"standard library of Python {platform.python_version()}"
-    return _Files(description, root, sources, on_corrupt)
+    return _Files(description, root, sources, on_corrupt, text_field="text")

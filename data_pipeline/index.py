@@ -94,7 +94,9 @@ class Baselines:
 class SourceEntry:
     """One source of documents; `num_left_out` counts what was left out, by reason.
 
-    `left_out_examples` names the first few of each, none in folders that older programs built.
+    `left_out_examples` names the first few of each. `unknown_endings` counts, by ending, documents
+    that were read as plain text without their ending being known, and `ending_examples` names the
+    first few. Folders that older programs built have neither names nor endings.
     """
 
     name: Annotated[str, Field(pattern=SOURCE_NAME)]
@@ -103,6 +105,8 @@ class SourceEntry:
     licence: str | None
     num_left_out: dict[str, Natural]
     left_out_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unknown_endings: dict[str, Natural] = field(default_factory=dict)
+    ending_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
     splits: dict[str, SplitEntry]
     baselines: Baselines
 

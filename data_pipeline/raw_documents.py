@@ -21,6 +21,10 @@ class Reason(StrEnum):
     corrupt = "corrupt"
     # What can't be had: a link that leads nowhere, a folder that may not be listed.
     unreadable = "unreadable"
+    # An object in JSON that is alone in its file, such as a picture's size.
+    no_text = "no_text"
+    # An ending that isn't known, of something that isn't text.
+    unknown_ending = "unknown_ending"
     # Names that begin with a point.
     hidden = "hidden"
     # A folder that is read under another name.
@@ -31,48 +35,74 @@ class Reason(StrEnum):
     shards = "shards"
 
 
+# What ends the reading of a corpus, unless it is to be passed over and counted.
+FAILURES = (Reason.corrupt, Reason.unreadable)
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document's text, and where it stands: `a.jsonl, line 3`."""
+    """A document's text, and where it stands: `a.jsonl, line 3`.
+
+    `unknown_ending` is that of its file's name, where it isn't known and was read as plain text.
+    """
 
     where: str
     text: str
+    unknown_ending: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """Something that isn't read: where it is, and why not, as the end of a sentence about it."""
+    """Something that isn't read: where it is, and why not, as the end of a sentence about it.
+
+    `way_out` says what to do about it, beside leaving it out.
+    """
 
     where: str
     reason: Reason
     why: str
+    way_out: str = "repair it"
 
 
 RawDocument = Text | Unread
 
 
 class LeftOut:
-    """How many documents, files and folders of a corpus were left out, by reason, as it is read.
+    """What of a corpus was left out, as it is read: how much by reason, and where the first are.
 
     `num` has the first four reasons always, and others where there was one. `examples` has the
-    places of the first few of each.
+    places of the first few of each, and `why` says of the first what was wrong. Of the documents
+    that were read as plain text, their ending not being known, `unknown_endings` has the number
+    by ending and `ending_examples` the places of the first few.
     """
 
     def __init__(self) -> None:
         usual = (Reason.not_utf8, Reason.empty, Reason.duplicate, Reason.corrupt)
         self.num: dict[str, int] = dict.fromkeys(usual, 0)
         self.examples: dict[str, list[str]] = {}
+        self.why: dict[str, str] = {}
+        self.unknown_endings: dict[str, int] = {}
+        self.ending_examples: dict[str, list[str]] = {}
 
-    def add(self, reason: Reason, where: str) -> None:
-        """Counts what is at a place."""
-        self.num[reason] = self.num.get(reason, 0) + 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _NUM_EXAMPLES:
-            examples.append(where)
+    def add(self, reason: Reason, where: str, why: str = "") -> None:
+        """Counts what is at a place and left out."""
+        self.why.setdefault(reason, shown(f"{where} {why}"))
+        _count(self.num, self.examples, reason, where)
+
+    def add_unknown_ending(self, ending: str, where: str) -> None:
+        """Counts a document that is read as plain text."""
+        _count(self.unknown_endings, self.ending_examples, shown(ending), where)
 
 
-def left_out_text(num: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> str:
-    """The counts in words, each with the places of the first few: `2 empty (a.txt; …)`."""
+def _count(num: dict[str, int], examples: dict[str, list[str]], key: str, where: str) -> None:
+    num[key] = num.get(key, 0) + 1
+    named = examples.setdefault(key, [])
+    if len(named) < _NUM_EXAMPLES:
+        named.append(shown(where))
+
+
+def counts_text(num: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> str:
+    """Counts in words, each with the places of the first few: `2 empty (a.txt; b.txt)`."""
     parts = []
     for reason, number in num.items():
         named = list(examples.get(reason, ()))
@@ -80,3 +110,19 @@ def left_out_text(num: Mapping[str, int], examples: Mapping[str, Sequence[str]])
         places = f" ({'; '.join(named + more)})" if named else ""
         parts.append(f"{number:,} {reason.replace('_', ' ')}{places}")
     return ", ".join(parts)
+
+
+def shown(text: str) -> str:
+    """A name as UTF-8 can hold it and a line can show it: what isn't printable is escaped.
+
+    A byte that isn't UTF-8, of a file's name, is shown as `\\xe9`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
+
+
+def _escaped(sign: str) -> str:
+    if "\udc80" <= sign <= "\udcff":  # what Python makes of such a byte
+        return f"\\x{ord(sign) - 0xDC00:02x}"
+    return sign.encode("unicode_escape").decode("ascii")

@@ -1,217 +1,224 @@
-"""Text files: the documents in one file, by the format that its name says.
+"""Text files: the documents in one file, by its name and its content.
 
-Owns the formats, compression, and what a damaged file looks like: one reader for each format.
-Leaves HTML to `html_text`, tables to `arrow_tables`, and which files belong to a corpus, and what
-becomes of damaged ones, to `corpora`. Nothing is unpickled, and nothing is unpacked to disk.
+Owns the formats by their endings and the tar: one set of rules, for the files of a folder as for
+the members of a tar. Leaves JSON to `json_documents`, HTML to `html_text`, tables to
+`arrow_tables`, compression to `compression`, and which files belong to a corpus, and what becomes
+of damaged ones, to `corpora`. Nothing is unpickled, and nothing is unpacked to disk.
 """
 
-import gzip
+import codecs
 import io
-import json
+import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from posixpath import splitext
 from typing import BinaryIO
 
 from data_pipeline.arrow_tables import table_texts
+from data_pipeline.compression import DamagedError, split_compression, uncompressed
 from data_pipeline.html_text import html_text
+from data_pipeline.json_documents import json_lines, json_values
 from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
-from data_pipeline.settings import DataError
 
-_Reader = Callable[[BinaryIO, str], Iterator[RawDocument]]
+_Reader = Callable[[BufferedReader, str, str], Iterator[RawDocument]]
 
-_COMPRESSIONS = (".gz", ".zst")
-_TABLES = (".parquet", ".arrow")
-# In a tar these are documents, as in a folder; of any other kind it may hold what it likes, ...
-_TEXT_MEMBERS = frozenset({".txt", ".text", ".md", ".markdown"})
-# ... but these, which other readers of WebDataset would unpickle: a tar that has them isn't text.
-_PICKLES = frozenset({".pkl", ".pickle", ".pyd", ".pth", ".pt"})
+_TABLES = (".parquet", ".arrow", ".feather")
+_PLAIN_ENDINGS = """
+.txt .text .md .markdown .mdx .rst .adoc .org .tex .log .srt .vtt .wiki
+.py .pyi .pyx .ipynb .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .cs .fs .vb .java .kt .kts
+.scala .groovy .clj .go .rs .swift .dart .zig .nim .d .js .mjs .cjs .jsx .ts .tsx .vue .svelte .css
+.scss .sass .less .php .rb .pl .pm .lua .r .jl .hs .ml .mli .elm .ex .exs .erl .hrl .lisp .el .scm
+.rkt .f .f90 .f95 .f03 .for .pas .ada .adb .ads .cob .asm .s .v .sv .vhd .vhdl .sql .sh .bash .zsh
+.fish .ps1 .bat .cmd .awk .sed .tcl .cmake .make .mk .gradle .bazel .bzl .nix .tf .proto .graphql
+.thrift .yaml .yml .toml .ini .cfg .conf .xml .svg .diff .patch .po .pot
+"""
+_PLAIN = frozenset(_PLAIN_ENDINGS.split())
+# Endings of what may hold text and can't be read.
+_OTHER_TABLES = ".csv .tsv .xlsx .xls .ods .orc .avro .sqlite .sqlite3 .warc .wet"
+_OTHER_PACKINGS = ".zip .7z .rar .lz4 .lz .lzma .lzo .z .br .sz .snappy"
+_PICKLES = ".pkl .pickle .pyd .pth"
+_NOT_READ = "is of a kind that isn't read"
+_PICKLE = ("is refused: a pickle can run code", "give the text as .txt or .jsonl")
+_TABLE = (
+    _NOT_READ,
+    "convert it to .parquet or .jsonl, or name it .txt to have it read as it is",
+)
+_PACKING = (_NOT_READ, "unpack it, or pack it as .gz, .xz, .bz2, .zst or .tar")
+_REFUSED = {
+    **dict.fromkeys(_OTHER_TABLES.split(), _TABLE),
+    **dict.fromkeys(_OTHER_PACKINGS.split(), _PACKING),
+    **dict.fromkeys(_PICKLES.split(), _PICKLE),
+}
+_TORCH = ".pt"  # a pickle, or text in Portuguese
+_NUMBER = re.compile(rb"\s*-?\d{1,20}\s*")  # as a WebDataset's .cls and .index hold
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_HEAD_BYTES = 2**13
 _BYTES_AT_ONCE = 2**20
-_ZST_BYTES_AT_ONCE = 2**14  # unpacked in one piece, and it may unpack to much more
 _TAR_BLOCK = 512
 
 
-def read_documents(path: Path, *, where: str) -> Iterator[RawDocument]:
+def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocument]:
     """The documents of a file that is called `where`, in its order, and what of it isn't read.
 
-    The name decides how it is read, `.gz` and `.zst` in place of compression: `.jsonl` and
-    `.ndjson` hold a document a line, `.parquet` and `.arrow` one a row, `.tar` one a text member,
-    `.html`, `.htm` and `.xhtml` are one without its markup, and anything else is one as it is.
+    The ending of its name says how it is read, `.gz`, `.xz`, `.bz2` or `.zst` in place of
+    compression: `.jsonl` and `.ndjson` hold a document a line, `.json` the same or one array or
+    object, by its content; `.parquet` and `.arrow` one a row, a `.tar` what its members hold as
+    files would; `.html`, `.htm` and `.xhtml` are one without its markup. Any other is one as it
+    is, where it is text. `field` names the text in JSON and tables.
 
     Raises DataError where a library is missing, which is no fault of the file.
     """
-    format_suffix, compression = _suffixes(path.name)
-    if format_suffix in _TABLES:
-        if compression:
-            yield _corrupt(where, f"can't be read compressed: unpack it to a {format_suffix} file")
-        else:
-            yield from table_texts(path, where=where)
+    ending, compression = _ending(path.name)
+    if ending in _TABLES and not compression:
+        yield from table_texts(path, where=where, field=field)
         return
-    reader = _READERS.get(format_suffix, _plain)
-    with path.open("rb") as file:
-        try:
-            yield from reader(_uncompressed(file, compression, path), where)
-        except _DAMAGE as error:
-            yield _corrupt(where, f"is damaged or not whole: {error}")
+    try:
+        file = path.open("rb")
+    except PermissionError as error:
+        yield Unread(where, Reason.unreadable, f"can't be read: {error.strerror}", "allow it")
+        return
+    with file:
+        yield from _documents(file, path.name, where, field)
+
+
+def refused(name: str, *, where: str) -> Unread | None:
+    """Says for a file of that name that it can't be read, where its name is enough to know."""
+    ending, compression = _ending(name)
+    if ending in _TABLES and compression:
+        way_out = f"unpack it to a {ending} file"
+        return Unread(where, Reason.corrupt, "is a table, which can't be read compressed", way_out)
+    if ending in _REFUSED:
+        return Unread(where, Reason.corrupt, *_REFUSED[ending])
+    return None
 
 
 def text_size(name: str, size: int) -> int:
     """About how many bytes of text a file holds, from its name and its size on disk."""
-    format_suffix, compression = _suffixes(name)
-    share = 0.2 if _READERS.get(format_suffix) is _html else 1.0
+    ending, compression = _ending(name)
+    share = 0.2 if _READERS.get(ending) is _html else 1.0
     # Markup is most of a page; text packs to a third or a quarter.
-    packed = compression or format_suffix == ".parquet"
+    packed = compression or ending == ".parquet"
     return round(size * share * (4 if packed else 1))
 
 
-class _DamagedError(Exception):
-    pass
+def is_hidden(name: str) -> bool:
+    """Whether a name, without its folders, is one that is passed over: `.git`, `._a.txt`."""
+    return name.startswith(".") and name not in (".", "..")
 
 
-_DAMAGE = (_DamagedError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
+def _ending(name: str) -> tuple[str, str]:
+    """The endings that name a file's format and its compression: .jsonl, .gz; '' for none.
+
+    Numbers (`part.001`) and what has a space in it are none.
+    """
+    rest, compression = split_compression(name.rpartition("/")[2])
+    found = re.search(r".(\.(?!\d+$)[^\s.]{1,12})$", rest)
+    return (found[1] if found else ""), compression
 
 
-def _suffixes(name: str) -> tuple[str, str]:
-    """The suffixes that name a file's format and its compression: .jsonl, .gz."""
-    stem, suffix = splitext(name.lower())
-    if suffix == ".tgz":
-        return ".tar", ".gz"
-    if suffix in _COMPRESSIONS:
-        return splitext(stem)[1], suffix
-    return suffix, ""
-
-
-def _uncompressed(file: BinaryIO, compression: str, path: Path) -> BinaryIO:
-    if not compression:
-        return file
-    if not file.read(1):
-        raise _DamagedError("it is empty")  # gzip takes nothing for the packed form of nothing
-    file.seek(0)
-    if compression == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), _BYTES_AT_ONCE)
-    return io.BufferedReader(_ZstdFrames(file, path), _BYTES_AT_ONCE)
-
-
-class _ZstdFrames(io.RawIOBase):
-    """What Zstandard frames unpack to. zstandard's own reader takes a cut frame for a whole one."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(
-                f"{path} is read with zstandard, which is not installed: "
-                "pip install 'moetrain[corpora]'"
-            ) from error
-        self._file = file
-        self._error = zstandard.ZstdError
-        # Large corpora are packed with `zstd --long=31`, which needs a window of this size.
-        self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame = self._unpacker.decompressobj()
-        self._in_frame = False
-        self._packed = b""
-        self._unpacked = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._unpacked:
-            self._packed = self._packed or self._file.read(_ZST_BYTES_AT_ONCE)
-            if not self._packed:
-                if self._in_frame:
-                    raise _DamagedError("it ends inside a Zstandard frame")
-                return 0
-            try:
-                self._unpacked = memoryview(self._frame.decompress(self._packed))
-            except self._error as error:
-                raise _DamagedError(str(error)) from error
-            self._packed, self._in_frame = self._frame.unused_data, not self._frame.eof
-            if self._frame.eof:
-                self._frame = self._unpacker.decompressobj()
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size] = self._unpacked[:size]
-        self._unpacked = self._unpacked[size:]
-        return size
-
-
-def _corrupt(where: str, why: str) -> Unread:
-    return Unread(where, Reason.corrupt, why)
-
-
-def _plain(file: BinaryIO, where: str) -> Iterator[RawDocument]:
+def _documents(file: BufferedReader, name: str, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of a file or of a member of a tar that has this name."""
+    unread = refused(name, where=where)
+    if unread is not None:
+        yield unread
+        return
+    ending, compression = _ending(name)
+    if file.peek(len(_GIT_LFS)).startswith(_GIT_LFS):
+        why = "stands for a file in Git LFS that wasn't fetched"
+        yield Unread(where, Reason.unreadable, why, "fetch it (git lfs pull)")
+        return
     try:
-        yield Text(where, file.read().decode("utf-8"))
+        if ending in _TABLES:
+            yield from table_texts(file.read(), where=where, field=field)
+            return
+        content = uncompressed(file, compression, where=where)
+        if ending in _READERS:
+            yield from _READERS[ending](content, where, field)
+        elif not ending or ending in _PLAIN:
+            yield _plain(content, where)
+        else:
+            yield _unknown(content, where, ending)
+    except (DamagedError, tarfile.TarError) as error:
+        yield Unread(where, Reason.corrupt, f"is damaged or not whole: {error}")
+
+
+def _plain(file: BinaryIO, where: str) -> RawDocument:
+    try:
+        return Text(where, file.read().decode("utf-8"))
     except UnicodeDecodeError as error:
-        yield Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
+        return Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
 
 
-def _html(file: BinaryIO, where: str) -> Iterator[RawDocument]:
+def _unknown(file: BufferedReader, where: str, ending: str) -> RawDocument:
+    """What an ending that isn't known stands for: plain text, where the content is any."""
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    if _is_text(head) and not _NUMBER.fullmatch(head):
+        document = _plain(file, where)
+        if isinstance(document, Text):
+            return Text(where, document.text, unknown_ending=ending)
+    if ending == _TORCH:
+        return Unread(where, Reason.corrupt, *_PICKLE)
+    why = f"is not text, and its ending {ending} isn't known"
+    return Unread(where, Reason.unknown_ending, why)
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether bytes may be the beginning of a text; it may end inside a character."""
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+
+
+def _html(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
     try:
         yield Text(where, html_text(file.read()))
     except UnicodeDecodeError as error:
         yield Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
 
 
-def _json_lines(file: BinaryIO, where: str) -> Iterator[RawDocument]:
-    for number, line in enumerate(file, start=1):
-        if not line.isspace():
-            place = f"{where}, line {number}"
-            document = _json_document(line, place)
-            yield document or _corrupt(place, "has no 'text' field that holds a string")
-
-
-def _json_member(file: BinaryIO, where: str) -> Iterator[RawDocument]:
-    # One without text says something else of its sample, such as an image's size.
-    document = _json_document(file.read(), where)
-    if document is not None:
-        yield document
-
-
-def _json_document(content: bytes, where: str) -> RawDocument | None:
-    """The `text` of a JSON object, None where there is none."""
-    try:
-        record = json.loads(content)
-    except UnicodeDecodeError as error:
-        return Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
-    except (ValueError, RecursionError) as error:
-        return _corrupt(where, f"is not JSON: {error}")
-    text = record.get("text") if isinstance(record, dict) else None
-    return Text(where, text) if isinstance(text, str) else None
-
-
-def _tar(file: BinaryIO, where: str) -> Iterator[RawDocument]:
+def _tar(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
     blocks = _TarBlocks(file)
+    hidden_folders: set[str] = set()
     with tarfile.open(fileobj=blocks, mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
             tar.members.clear()  # else it would keep them all
-            yield from _member_documents(tar, member, f"{where}, member {member.name!r}")
+            place = f"{where}, member {member.name!r}"
+            hidden = _hidden_part(member.name)
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                yield Unread(place, Reason.corrupt, "is refused: its name leads out of the tar")
+            elif hidden:
+                if hidden not in hidden_folders:
+                    yield Unread(f"{where}, member {hidden!r}", Reason.hidden, "has a hidden name")
+                if member.isdir() or hidden != member.name:
+                    hidden_folders.add(hidden)  # which counts as one, as in a folder
+            elif member.size < 0:
+                raise DamagedError(f"a member's size leads back from byte {member.offset_data}")
+            elif member.isreg() and not member.issparse():
+                yield from _documents(_in_memory(tar, member), member.name, place, field)
+            elif not member.isdir():
+                why = "is refused: it is a link, a device or a sparse file"
+                yield Unread(place, Reason.corrupt, why)
     # tarfile takes a damaged header, or nothing at all, for the end that two empty blocks mark.
     if blocks.last_read != bytes(_TAR_BLOCK):
-        raise _DamagedError(f"no member and no end of the tar at byte {tar.offset}")
+        raise DamagedError(f"no member and no end of the tar at byte {tar.offset}")
     while more := blocks.read(_BYTES_AT_ONCE):
         if more.strip(b"\0"):
-            raise _DamagedError(f"something follows the end of the tar at byte {tar.offset}")
+            raise DamagedError(f"something follows the end of the tar at byte {tar.offset}")
 
 
-def _member_documents(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, where: str
-) -> Iterator[RawDocument]:
-    suffix, compression = _suffixes(member.name)
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        yield _corrupt(where, "is refused: its name leads out of the tar")
-    elif member.isdir():
-        return
-    elif not member.isreg() or member.issparse():
-        yield _corrupt(where, "is refused: it is a link, a device or a sparse file")
-    elif suffix in _PICKLES:
-        yield _corrupt(where, "is refused: a pickle can run code; give the text as .txt or .json")
-    elif not compression and (reader := _MEMBER_READERS.get(suffix)) is not None:
-        content = tar.extractfile(member)
-        assert content is not None, "a regular member has content"
-        yield from reader(io.BytesIO(content.read()), where)
+def _hidden_part(name: str) -> str:
+    """The path to the first part of a member's name that is hidden; '' where none is."""
+    parts = name.split("/")
+    first = next((number for number, part in enumerate(parts, 1) if is_hidden(part)), 0)
+    return "/".join(parts[:first])
+
+
+def _in_memory(tar: tarfile.TarFile, member: tarfile.TarInfo) -> BufferedReader:
+    content = tar.extractfile(member)
+    assert content is not None, "a regular member has content"
+    return BufferedReader(io.BytesIO(content.read()))
 
 
 class _TarBlocks:
@@ -227,7 +234,7 @@ class _TarBlocks:
 
     def seek(self, position: int) -> None:
         if position < self._position:
-            raise _DamagedError(f"a member's size leads back from byte {self._position}")
+            raise DamagedError(f"a member's size leads back from byte {self._position}")
         while self._position < position:
             skipped = len(self._file.read(min(_BYTES_AT_ONCE, position - self._position)))
             if not skipped:
@@ -246,15 +253,11 @@ class _TarBlocks:
 
 
 _READERS: dict[str, _Reader] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_values,
     ".html": _html,
     ".htm": _html,
     ".xhtml": _html,
     ".tar": _tar,
-}
-_MEMBER_READERS: dict[str, _Reader] = {
-    **{suffix: _plain for suffix in _TEXT_MEMBERS},
-    **{suffix: reader for suffix, reader in _READERS.items() if reader is not _tar},
-    ".json": _json_member,
 }

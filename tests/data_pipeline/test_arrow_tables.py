@@ -1,6 +1,7 @@
 """The `text` column of Parquet and Arrow files, whole or damaged."""
 
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from data_pipeline import DataError
 from data_pipeline.arrow_tables import table_texts
 from data_pipeline.raw_documents import Reason, Text, Unread
+from data_pipeline.text_files import read_documents
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -26,9 +28,9 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
         stream.write_table(table, max_chunksize=100)
 
 
-def documents_of(path: Path) -> list[str | Unread]:
+def documents_of(path: Path, *, field: str = "text") -> list[str | Unread]:
     """The texts of a table, and what stands in the place of one."""
-    raw = table_texts(path, where=str(path))
+    raw = table_texts(path, where=str(path), field=field)
     return [document.text if isinstance(document, Text) else document for document in raw]
 
 
@@ -146,3 +148,28 @@ def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'moetrain\[corpora\]'"):
         list(documents_of(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_arrow_file_of_other_writers_is_read(tmp_path: Path, compression: str | None) -> None:
+    path = tmp_path / "x.feather"
+    table = pa.table({"text": TEXTS})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, table.schema, options=options) as to,
+    ):
+        to.write_table(table, max_chunksize=100)
+    assert documents_of(path) == TEXTS
+    path.write_bytes(path.read_bytes()[:-20])
+    (error,) = documents_of(path)
+    assert isinstance(error, Unread)
+    assert error.reason is Reason.corrupt
+
+
+def test_table_in_a_tar_is_read_as_in_a_folder(path: Path) -> None:
+    write_table(path, {"text": TEXTS})
+    with tarfile.open(path.with_suffix(".tar"), "w") as tar:
+        tar.add(path, path.name)
+    raw = read_documents(path.with_suffix(".tar"), where="x.tar", field="text")
+    assert [document.text for document in raw if isinstance(document, Text)] == TEXTS

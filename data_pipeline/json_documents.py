@@ -1,0 +1,226 @@
+"""Documents in JSON: one a line, one an element of an array, or one value after the other.
+
+Owns what tells these apart, reading them piece by piece, whatever their size, and finding a
+document's text in an object. Leaves which files are JSON to `text_files`.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BufferedReader
+from itertools import chain, islice
+from typing import Any, BinaryIO
+
+from data_pipeline.compression import DamagedError
+from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
+
+_BOM = codecs.BOM_UTF8
+_CHARACTERS_AT_ONCE = 2**20
+# Of one value: a quote that is missing must not have all of a file set aside.
+_LONGEST_VALUE = 2**30
+_NUM_FIELDS_NAMED = 12
+
+_SPACE = re.compile(r"[ \t\n\r]*+")
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_BRACKETS = re.compile(rf'{_STRING}|[\[\]{{}}"]', re.DOTALL)
+_ENDS = re.compile(rf'{_STRING}|[,\]"]', re.DOTALL)
+
+_TYPES = {type(None): "null", bool: "true or false", list: "a list", int: "a number"}
+
+
+def json_lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of JSON lines: the text in `field` of the object on each."""
+    return map(_demanded, _lines(file, where, field))
+
+
+def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of a `.json` file, which its content shows to be lines, an array or values.
+
+    An object that is alone and has no text is no damage: it says something of other files.
+    """
+    beginning = file.peek(1).removeprefix(_BOM).lstrip()
+    if beginning.startswith(b"["):
+        yield from map(_demanded, _elements(file, where, field))
+        return
+    first_line, line_end, _ = beginning.partition(b"\n")
+    is_spread = beginning.startswith(b"{") and line_end and not first_line.rstrip().endswith(b"}")
+    documents = (_spread_values if is_spread else _lines)(file, where, field)
+    first = list(islice(documents, 2))
+    if not first:
+        yield Unread(where, Reason.empty, "is empty")
+    elif len(first) == 1:
+        yield first[0]
+    else:
+        yield from map(_demanded, chain(first, documents))
+
+
+def text_in(record: Any, field: str) -> str | None:
+    """The string in a field of an object, `a.b` for one in an inner object; None where none is."""
+    if isinstance(record, dict) and isinstance(found := record.get(field), str):
+        return found
+    for part in field.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(part)
+    return record if isinstance(record, str) else None
+
+
+def missing_text(what: str, fields: Iterator[str]) -> str:
+    """The end of a sentence about something without a text, which has `fields`; and the way out."""
+    named = list(islice(fields, _NUM_FIELDS_NAMED + 1))
+    if len(named) > _NUM_FIELDS_NAMED:
+        named[-1] = "…"
+    return (
+        f"has no {what}, but {', '.join(named) or 'nothing'}: name the one to read by "
+        "text_field=… (of one source by sources.NAME.text_field=…, in training by "
+        "data.text_field=…)"
+    )
+
+
+def _lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    for number, line in enumerate(file, start=1):
+        if not line.isspace():
+            place = f"{where}, line {number}"
+            try:
+                yield _document(json.loads(line), place, field)
+            except UnicodeDecodeError as error:
+                yield Unread(place, Reason.not_utf8, f"is not UTF-8: {error}")
+            except (ValueError, RecursionError) as error:
+                yield _not_json(place, error)
+
+
+def _elements(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of an array, one an element."""
+    values, number = _Values(file), 0
+    values.take()  # the bracket that opens it
+    sign = "," if values.next_sign() != "]" else "]"
+    while sign == ",":
+        number += 1
+        yield values.document(f"{where}, element {number}", field)
+        sign = values.next_sign()
+        if sign not in (",", "]"):
+            what = "is followed by no comma" if sign else "is the last, and the array doesn't end"
+            raise DamagedError(f"element {number} {what}")
+        values.take()
+    if number == 0:
+        yield Unread(where, Reason.empty, "is empty")
+        values.take()
+    if values.next_sign():
+        raise DamagedError("something follows the end of the array")
+
+
+def _spread_values(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of values that follow each other, over as many lines as they like."""
+    values, number = _Values(file), 0
+    while values.next_sign():
+        number += 1
+        document = values.document(f"{where}, value {number}", field)
+        yield document
+        if isinstance(document, Unread) and document.reason is Reason.corrupt:
+            return  # nothing says where the next one begins
+
+
+class _Values:
+    """JSON values in a file, of which no more than one is in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        # A byte that isn't UTF-8 spoils the text that it is in, and no other.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self._decode = json.JSONDecoder().raw_decode
+        self._text, self._at, self._ended = "", 0, False
+
+    def next_sign(self) -> str:
+        """The next character that isn't a space; nothing at the end of the file."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None, "nothing is space enough"
+            self._at = space.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read_on():
+                return ""
+
+    def take(self) -> None:
+        """Goes past the next sign."""
+        if self.next_sign():
+            self._at += 1
+
+    def document(self, where: str, field: str) -> RawDocument:
+        """The document in the next value; goes past it, whatever is wrong with it."""
+        self.next_sign()
+        while True:
+            try:
+                record, end = self._decode(self._text, self._at)
+                # A number may go on in what isn't read yet.
+                if end < len(self._text) or self._ended:
+                    self._at = end
+                    return _document(record, where, field)
+            except (ValueError, RecursionError) as error:
+                found = _end_of_value(self._text, self._at)
+                if found is not None or self._ended:
+                    self._at = len(self._text) if found is None else found
+                    return _not_json(where, error)
+            if len(self._text) - self._at > _LONGEST_VALUE:
+                raise DamagedError(f"{where} has no end in {_LONGEST_VALUE} characters")
+            self._read_on()
+
+    def _read_on(self) -> bool:
+        """Reads as much again as is waiting, so that a long value isn't tried too often."""
+        if self._ended:
+            return False
+        waiting = self._text[self._at :]
+        content = self._file.read(max(_CHARACTERS_AT_ONCE, len(waiting)))
+        self._ended = not content
+        self._text = waiting + self._decoder.decode(content, final=self._ended)
+        self._at = 0
+        return True
+
+
+def _end_of_value(text: str, start: int) -> int | None:
+    """Where a value that may not be JSON ends by its brackets and quotes; None: not in `text`."""
+    depth = 0
+    for found in (_BRACKETS if text.startswith(("[", "{"), start) else _ENDS).finditer(text, start):
+        sign = found[0]
+        if sign == '"':  # of a string that doesn't end here
+            return None
+        if sign == "," or (sign == "]" and depth == 0):
+            return found.start()
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(sign, 0)
+        if depth == 0 and sign in "]}":
+            return found.end()
+    return None
+
+
+def _document(record: Any, where: str, field: str) -> RawDocument:
+    text = text_in(record, field)
+    if text is not None:
+        return Text(where, text)
+    if not isinstance(record, dict):
+        why = f"has no {field!r} field that holds a string: it is no object"
+        return Unread(where, Reason.corrupt, why)
+    why = missing_text(f"{field!r} field that holds a string", _fields(record))
+    return Unread(where, Reason.no_text, why)
+
+
+def _fields(record: dict[str, Any], inside: str = "") -> Iterator[str]:
+    """The names of an object's fields, with the type of those that hold no string."""
+    for name, value in record.items():
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{inside}{name}.")
+        else:
+            kind = "" if isinstance(value, str) else f" ({_TYPES.get(type(value), 'a number')})"
+            yield f"{inside}{name}{kind}"
+
+
+def _demanded(document: RawDocument) -> RawDocument:
+    """The same, where each object should have a text."""
+    if isinstance(document, Unread) and document.reason is Reason.no_text:
+        return replace(document, reason=Reason.corrupt)
+    return document
+
+
+def _not_json(where: str, error: Exception) -> Unread:
+    return Unread(where, Reason.corrupt, f"is not JSON: {error}")
