@@ -48,6 +48,7 @@ from moetrain.observe import (
     EventLog,
     ProgressDisplay,
     duration,
+    final_loss,
     read_metrics,
     read_sign,
     run_account,
@@ -432,8 +433,8 @@ def _closing_lines(
         yield f"stopped   at step {outcome.step} of {config.train.num_steps}, saved"
     if "validation/loss" in known:
         yield f"loss      {known['validation/loss']:.3f} nats a token on held-out text"
-    elif "train/cross_entropy" in known:
-        yield f"loss      {known['train/cross_entropy']:.3f} nats a token in training"
+    elif (loss := final_loss(records)) is not None:
+        yield f"loss      {loss:.3f} nats a token in training, over the last tenth of the steps"
     for source, baselines in shards.baselines.items():
         if bits := known.get(f"validation/{source}/bits_per_byte"):
             bigram, zlib = baselines.byte_bigram_bits_per_byte, baselines.zlib_bits_per_byte

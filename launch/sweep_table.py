@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from launch.sweep_runs import Wanted, differences, listed, trained
-from moetrain.observe import read_metrics
+from moetrain.observe import final_loss, read_metrics
 
 _NOTHING = "–"
 _BITS = ("validation/", "/bits_per_byte")
@@ -52,6 +52,7 @@ class Result:
     """In what its run was trained otherwise; then nothing of it is shown as this trial's."""
     steps: int | None = None
     training_loss: float | None = None
+    """The mean over the last tenth of its steps."""
     validation_loss: float | None = None
     bits_per_byte: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
@@ -102,7 +103,7 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
         trial=trial,
         exit_code=exit_code,
         steps=int(known["step"]) if "step" in known else None,
-        training_loss=known.get("train/cross_entropy"),
+        training_loss=final_loss(records),
         validation_loss=known.get("validation/loss"),
         bits_per_byte={
             key.removeprefix(first).removesuffix(last): value

@@ -6,7 +6,14 @@ Knows no ranks and no model: it is handed records and writes or shows them.
 from moetrain.observe.events import EventLog, read_events
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
-from moetrain.observe.metrics import MetricsFile, Record, iterate_metrics, numbers_of, read_metrics
+from moetrain.observe.metrics import (
+    MetricsFile,
+    Record,
+    final_loss,
+    iterate_metrics,
+    numbers_of,
+    read_metrics,
+)
 from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.settings import ObserveSettings, WandbSettings
 from moetrain.observe.tally import Tally, read_sign
@@ -26,6 +33,7 @@ __all__ = [
     "account",
     "append_line",
     "duration",
+    "final_loss",
     "iterate_metrics",
     "numbers_of",
     "read_events",

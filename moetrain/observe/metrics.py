@@ -1,12 +1,13 @@
 """metrics.jsonl: the record of a run that everything else is drawn from.
 
-Owns writing it, taking it back to a step and reading it. It has one writer. The names of the
+Owns writing it, taking it back to a step, reading it, and the loss that a run is judged by. It has
+one writer. The names of the
 metrics are in the public interface and are chosen where they are measured; this file only asks
 that every record tells its `step`.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from moetrain.observe.json_lines import append_line, read_lines
 
 Record = Mapping[str, float | int | None]
+
+LAST_PART = 0.1
+"""The share of a run's steps, at its end, whose training loss the run is judged by."""
 
 
 class MetricsFile:
@@ -83,6 +87,25 @@ def iterate_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """All whole records of a metrics file, in order; a torn last line is not one of them."""
     return list(iterate_metrics(path))
+
+
+def final_loss(records: Iterable[Record]) -> float | None:
+    """The mean training loss over the last tenth of the steps, or the last record's.
+
+    A record has the mean since the one before it, and counts by the tokens since then. None where
+    no record has a loss.
+    """
+    weighted, tokens = [], 0.0
+    for record in records:
+        before, tokens = tokens, record.get("train/tokens") or tokens
+        step, loss = record.get("step"), record.get("train/cross_entropy")
+        if step is not None and loss is not None:
+            weighted.append((step, loss, max(1.0, tokens - before)))
+    if not weighted:
+        return None
+    first = (1 - LAST_PART) * weighted[-1][0]
+    last = [(loss, weight) for step, loss, weight in weighted if step > first]
+    return sum(loss * weight for loss, weight in last) / sum(weight for _, weight in last)
 
 
 def _step_of(record: Mapping[str, Any]) -> float:

@@ -81,8 +81,8 @@ def _headline(run: RunRecord) -> str:
         tiles.append(_tile("steps", f"{step.last:,.0f}", asked))
     if tokens := run.get("train/tokens"):
         tiles.append(_tile("tokens", _short(tokens.last)))
-    if loss := (run.get("train/cross_entropy") or run.get("train/loss")):
-        tiles.append(_tile("training loss", f"{loss.last:.3f}", "nats a token"))
+    if run.final_loss is not None:
+        tiles.append(_tile("training loss", f"{run.final_loss:.3f}", "nats, last tenth"))
     if validation := run.get("validation/loss"):
         tiles.append(_tile("validation loss", f"{validation.last:.3f}", "nats a token"))
     if speed := run.get("perf/tokens_per_second"):

@@ -14,7 +14,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moetrain.observe import Account, account, iterate_metrics, read_events, read_sign
+from moetrain.observe import (
+    Account,
+    account,
+    final_loss,
+    iterate_metrics,
+    read_events,
+    read_sign,
+)
 from moetrain.redaction import redacted_text
 
 Floats = NDArray[np.float64]
@@ -79,6 +86,7 @@ class RunRecord:
     config_text: str
     num_steps: int | None  # asked for by the configuration
     series: Mapping[str, Series]
+    final_loss: float | None  # of training, over the last tenth of the steps
     expert_loads: ExpertLoads | None
     events: list[dict[str, Any]]
     account: Account | None  # where its time went; None where that isn't known
@@ -116,6 +124,7 @@ def read_run(run_dir: Path) -> RunRecord:
         config_text=config_text,
         num_steps=_whole(_at(config, "train", "num_steps")),
         series=_series(metrics),
+        final_loss=final_loss(iterate_metrics(metrics)),
         expert_loads=_expert_loads(metrics),
         events=events,
         account=account(events, sign=read_sign(run_dir)),

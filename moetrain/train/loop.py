@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moetrain.optim import learning_rate
 from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
 from moetrain.train.control import Outcome
+from moetrain.train.means import RunningMeans
 from moetrain.train.state import checkpoint_tensors
 from moetrain.train.step import MicroBatch, StepReport, train_step
 from moetrain.train.validation import validate
@@ -62,6 +63,7 @@ def train(trainer: Trainer) -> Outcome:
             for write in trainer.sinks:
                 write(record)
             last = numbers_of(record)
+            state.since_record = RunningMeans()
             stopwatch.restart()
         if is_last or _due(state.step, checkpoint.every_steps):
             with stopwatch.saving(), tally.saving(state.step):
@@ -110,6 +112,7 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         state.source_tokens[source] = state.source_tokens.get(source, 0) + tokens
     state.corrupt_sequences += num_corrupt
     state.skipped += report.skipped
+    state.since_record.add(report)
     diverges = report.skipped and report.num_tokens > 0
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if diverges else 0
     if report.skipped:
@@ -150,17 +153,18 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
 
 
 def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") -> dict[str, Any]:
-    """Returns the metrics of the step just taken, under their public names."""
+    """Returns the metrics of the steps since the last record, under their public names."""
     config, state = trainer.config, trainer.state
+    means = state.since_record.values(report)
     speed, world_size = stopwatch.tokens_per_second(), trainer.place.world_size
     record: dict[str, Any] = {
         "step": state.step,
         "train/tokens": state.tokens,
-        "train/loss": report.loss,
-        "train/cross_entropy": report.cross_entropy,
+        "train/loss": means["train/loss"],
+        "train/cross_entropy": means["train/cross_entropy"],
         "train/skipped_steps": state.skipped,
         "optim/lr": _learning_rate(trainer, step=state.step - 1),
-        "optim/grad_norm": report.grad_norm,
+        "optim/grad_norm": means["optim/grad_norm"],
         "perf/step_seconds": stopwatch.step_seconds(),
         "perf/tokens_per_second": speed,
         "perf/tokens_per_second_per_device": speed / world_size,
@@ -182,7 +186,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
     record |= data_metrics(trainer)
     if config.model.is_moe:
-        record |= router_metrics(report, first_layer=config.model.num_dense_layers)
+        record |= router_metrics(report, means, first_layer=config.model.num_dense_layers)
     return record
 
 
@@ -205,21 +209,18 @@ def data_metrics(trainer: Trainer) -> dict[str, float]:
     return metrics
 
 
-def router_metrics(report: StepReport, *, first_layer: int = 0) -> dict[str, float]:
-    """Returns how the global batch's tokens were spread over the experts, layer by layer.
+def router_metrics(
+    report: StepReport, means: Mapping[str, float], *, first_layer: int = 0
+) -> dict[str, float]:
+    """Returns how tokens were spread over the experts: means, and the last batch layer by layer.
 
     Layers have the model's numbers: `first_layer` is the first one with a router.
     """
     counts = report.expert_counts  # [layers, experts]
-    total = counts.sum(1, keepdim=True).clamp_min(1)  # none where no token counted
-    mean, loads = total.squeeze(1) / counts.shape[1], counts / total
-    metrics = {
-        "router/load_balance_loss": report.load_balance_loss,
-        "router/z_loss": report.z_loss,
-        "router/max_violation": ((counts.amax(1) - mean) / mean).max().item(),
-        "router/entropy": report.entropy,
-        "router/dead_experts": int((counts == 0).sum().item()),
-    }
+    loads = counts / counts.sum(1, keepdim=True).clamp_min(1)  # none where no token counted
+    names = ("load_balance_loss", "z_loss", "max_violation", "entropy")
+    metrics = {name: means[name] for name in (f"router/{name}" for name in names)}
+    metrics["router/dead_experts"] = int((counts == 0).sum().item())
     for layer, shares in enumerate(loads.tolist(), start=first_layer):
         for expert, share in enumerate(shares):
             metrics[f"router/layer_{layer:02d}/expert_{expert:02d}/load"] = share

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from moetrain.model import Transformer
 from moetrain.parallel import plain_name
+from moetrain.train.means import RunningMeans
 
 
 @dataclass
@@ -38,11 +39,14 @@ class TrainState:
     """The dtype of the weights that the run began with, where they were imported."""
     branched_from: dict[str, Any] = field(default_factory=dict)
     """Run, step and attempt that the run was branched from; empty for any other."""
+    since_record: RunningMeans = field(default_factory=RunningMeans)
+    """Means over the steps since the last record: the next one's, also of a run that goes on."""
 
     @classmethod
     def restored(cls, counters: Mapping[str, Any], *, sources: Sequence[str]) -> "TrainState":
         """Returns the state that `as_json` gave, of an older version, too."""
-        state = cls(**counters)
+        means = RunningMeans(**counters.get("since_record", {}))
+        state = cls(**{**counters, "since_record": means})
         if not state.source_tokens and len(sources) == 1:
             state.source_tokens = {sources[0]: state.tokens}
         return state

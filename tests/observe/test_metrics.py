@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrain.observe import MetricsFile, read_metrics
+from moetrain.observe import MetricsFile, final_loss, read_metrics
 
 
 def test_non_finite_values_become_null_and_keys_keep_their_order(tmp_path: Path) -> None:
@@ -72,3 +72,21 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_no_half_line(
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         metrics.write({"step": 2})
     assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == [{"step": 1}]
+
+
+def test_the_final_loss_is_a_mean_over_the_tokens_of_the_last_tenth_of_the_steps() -> None:
+    records = [
+        {"step": step, "train/tokens": tokens, "train/cross_entropy": loss}
+        for step, tokens, loss in (
+            (80, 800, 9.0),
+            (90, 900, 5.0),
+            (95, 1000, 2.0),
+            (100, 1300, 1.0),
+        )
+    ]
+    assert final_loss(records) == pytest.approx((2.0 * 100 + 1.0 * 300) / 400)
+    assert final_loss(records[:3]) == pytest.approx((5.0 + 2.0) / 2)
+    assert final_loss(records[:1]) == 9.0, "the only one covers more than the last tenth"
+    skipped = {"step": 110, "train/tokens": 1400, "train/cross_entropy": None}
+    assert final_loss([*records, skipped]) == final_loss(records)
+    assert final_loss([skipped, {"step": 120}]) is None

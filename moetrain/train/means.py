@@ -1,0 +1,78 @@
+"""What a record tells of all steps since the last one: means, which a checkpoint can hold.
+
+Owns which figures of a step are averaged, and by what. All else in a record is a total, a figure of
+the step at which it is written, or a mean over the time since the last one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moetrain.train.step import StepReport
+
+
+@dataclass
+class RunningMeans:
+    """Means over the steps since the last record, by the metrics' names; plain JSON.
+
+    A step's mean over its tokens counts by its tokens, so that the result is a mean over the
+    tokens of all the steps; what a step has one of counts once a step. Steps that were skipped
+    have no part. Of a single step each mean is the step's own value, bit for bit.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    over_tokens: dict[str, float] = field(default_factory=dict)
+    over_steps: dict[str, float] = field(default_factory=dict)
+
+    def add(self, report: StepReport) -> None:
+        """Adds a step's figures, unless it was skipped."""
+        if report.skipped:
+            return
+        self.steps += 1
+        self.tokens += report.num_tokens
+        _move(self.over_tokens, _of_tokens(report), share=report.num_tokens / self.tokens)
+        _move(self.over_steps, _of_step(report), share=1 / self.steps)
+
+    def values(self, last: StepReport) -> dict[str, float]:
+        """Returns the means; those of the last step alone where all steps were skipped."""
+        return {**_of_tokens(last), **_of_step(last), **self.over_tokens, **self.over_steps}
+
+
+def _of_tokens(report: StepReport) -> dict[str, float]:
+    """Returns what is a mean over the tokens of a step."""
+    figures = {"train/loss": report.loss, "train/cross_entropy": report.cross_entropy}
+    if _has_routers(report):
+        figures |= {
+            "router/load_balance_loss": report.load_balance_loss,
+            "router/z_loss": report.z_loss,
+            "router/entropy": report.entropy,
+        }
+    return figures
+
+
+def _of_step(report: StepReport) -> dict[str, float]:
+    """Returns what a step has one of."""
+    figures = {"optim/grad_norm": report.grad_norm}
+    if _has_routers(report):
+        figures["router/max_violation"] = max_violation(report.expert_counts)
+    return figures
+
+
+def _has_routers(report: StepReport) -> bool:
+    return len(report.expert_counts) > 0
+
+
+def max_violation(expert_counts: Tensor) -> float:
+    """Returns (max - mean) / mean of the experts' loads, of the layer in which it is largest."""
+    total = expert_counts.sum(1).clamp_min(1)  # none where no token counted
+    mean = total / expert_counts.shape[1]
+    return float(((expert_counts.amax(1) - mean) / mean).max().item())
+
+
+def _move(means: dict[str, float], values: Mapping[str, float], *, share: float) -> None:
+    """Moves means towards the values of another step, which have a share of `share` in them."""
+    for name, value in values.items():
+        before = means.get(name, 0.0)
+        means[name] = before + share * (value - before)

@@ -1,0 +1,153 @@
+"""What a record says of the steps since the last one, and that a run that goes on says the same."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moetrain.checkpoint import candidates, read_manifest
+from moetrain.train.means import RunningMeans
+from moetrain.train.state import TrainState
+from moetrain.train.step import StepReport
+from tests.support.ranks import run_ranks
+from tests.support.runs import metrics_of, tiny_config, train_as_rank, write_shards
+from tests.train.test_runs import spoil_gradients
+
+BY_TOKENS = (
+    "train/loss", "train/cross_entropy", "router/load_balance_loss", "router/z_loss",
+    "router/entropy",
+)  # fmt: skip
+BY_STEPS = ("optim/grad_norm", "router/max_violation")
+
+
+def report(loss: float, *, tokens: int, skipped: bool = False) -> StepReport:
+    return StepReport(
+        loss=loss,
+        cross_entropy=loss / 3,
+        load_balance_loss=1.0,
+        z_loss=0.1,
+        entropy=0.2,
+        expert_counts=torch.tensor([[3.0, 1.0], [2.0, 2.0]], dtype=torch.float64),
+        grad_norm=loss,
+        num_tokens=tokens,
+        skipped=skipped,
+    )
+
+
+def test_a_mean_counts_each_step_by_its_tokens_and_skipped_steps_not_at_all() -> None:
+    means = RunningMeans()
+    means.add(report(1.0, tokens=10))
+    means.add(report(math.nan, tokens=999, skipped=True))
+    last = report(4.0, tokens=30)
+    means.add(last)
+    values = means.values(last)
+    assert values["train/loss"] == pytest.approx((1.0 * 10 + 4.0 * 30) / 40, rel=1e-15)
+    assert values["train/cross_entropy"] == pytest.approx(3.25 / 3, rel=1e-15)
+    assert values["optim/grad_norm"] == 2.5, "a step has one norm, whatever its tokens"
+    assert values["router/max_violation"] == 0.5, "of the worst layer"
+    assert values["router/z_loss"] == pytest.approx(0.1, rel=1e-15)
+
+
+def test_of_one_step_the_mean_is_its_value_and_of_skipped_steps_alone_the_last_one_s() -> None:
+    for tokens, loss in ((3, 0.1), (7, 1 / 3), (2**31 + 1, 5e-324), (49, math.pi)):
+        means, one = RunningMeans(), report(loss, tokens=tokens)
+        means.add(one)
+        assert means.values(one)["train/loss"] == loss
+        assert means.values(one)["train/cross_entropy"] == loss / 3
+    means = RunningMeans()
+    for loss in (1.0, math.inf):
+        skipped = report(loss, tokens=5, skipped=True)
+        means.add(skipped)
+    assert means.values(skipped)["train/loss"] == math.inf
+
+
+def test_a_checkpoint_from_before_there_were_means_begins_them_anew() -> None:
+    old = TrainState(step=7, tokens=9).as_json()
+    del old["since_record"]
+    assert TrainState.restored(old, sources=["a"]).since_record == RunningMeans()
+    state = TrainState(source_tokens={"a": 7})
+    state.since_record.add(report(1 / 3, tokens=7))
+    assert TrainState.restored(json.loads(json.dumps(state.as_json())), sources=["a"]) == state
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+# Sequences of whole documents: each step has other tokens.
+UNEVEN = {"data__packing": "best_fit", "model__router__bias_update_rate": 0.5}
+SGD = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
+
+
+def train_in_turn(*runs: Any) -> None:
+    """Trains as a rank: one run after the other, of (configuration, steps to spoil, stop)."""
+    for attempt, (config, spoiled, stop_at) in enumerate(runs, start=1):
+        if spoiled:
+            spoil_gradients(config, spoiled)
+        else:
+            train_as_rank(config, stop_at, attempt)
+
+
+def expected(every_step: list[dict[str, Any]], first: int, last: int) -> dict[str, float]:
+    """Returns the means over steps of a run that has a record of each."""
+    tokens = [0, *(r["train/tokens"] for r in every_step)]
+    steps = [
+        (r, tokens[r["step"]] - tokens[r["step"] - 1])
+        for r in every_step[first - 1 : last]
+        if r["train/loss"] is not None
+    ]
+    total = sum(weight for _, weight in steps)
+    by_tokens = {n: sum(r[n] * weight for r, weight in steps) / total for n in BY_TOKENS}
+    return by_tokens | {n: sum(r[n] for r, _ in steps) / len(steps) for n in BY_STEPS}
+
+
+def test_a_record_is_the_mean_since_the_last_one_also_over_a_stop_and_in_other_layouts(
+    tmp_path: Path, shards: Path
+) -> None:
+    """Two runs have a step that is not finite on rank 1; another stops between two records."""
+
+    def config(name: str, every: int, *, num_workers: int = 2, **changes: Any) -> Any:
+        changes = UNEVEN | {"observe__log_every_steps": every} | changes
+        return tiny_config(tmp_path / name, shards=shards, num_workers=num_workers, **changes)
+
+    run_ranks(
+        train_in_turn, 2, (config("one", 1), None, None), (config("few", 3), None, None),
+        (config("parts", 3), None, 5), (config("parts", 3), None, None),
+        (config("pair", 3, **SGD), None, None),
+        # Last, since what spoils the steps stays.
+        (config("spoiled", 1), [2], None), (config("spoiled few", 3), [2], None),
+    )  # fmt: skip
+    for one, few in (("one", "few"), ("spoiled", "spoiled few")):
+        every_step, means = metrics_of(tmp_path / one), metrics_of(tmp_path / few)
+        tokens = [record["train/tokens"] for record in every_step]
+        assert len({after - before for before, after in pairwise(tokens)}) > 1, "uneven steps"
+        assert [record["step"] for record in means] == [3, 6, 8]
+        for record, (first, last) in zip(means, ((1, 3), (4, 6), (7, 8)), strict=True):
+            assert (
+                record.items()
+                >= {
+                    name: pytest.approx(value, rel=1e-12)
+                    for name, value in expected(every_step, first, last).items()
+                }.items()
+            )
+            same = every_step[last - 1]  # totals, and what is of the step
+            for name in record.keys() - {*BY_TOKENS, *BY_STEPS}:
+                assert record[name] == same[name], name
+    saved = candidates(tmp_path / "parts/runs/tiny/checkpoints")
+    state = {m.step: m.state["since_record"] for m in map(read_manifest, saved)}
+    assert (state[5]["steps"], state[8]) == (2, {
+        "steps": 0, "tokens": 0, "over_tokens": {}, "over_steps": {},
+    })  # fmt: skip
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "few"), "bit for bit"
+
+    run_ranks(train_as_rank, 1, config("alone", 3, num_workers=1, **SGD), None, 1)
+    for ours, theirs in zip(
+        metrics_of(tmp_path / "pair"), metrics_of(tmp_path / "alone"), strict=True
+    ):
+        for name in (*BY_TOKENS, *BY_STEPS):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
