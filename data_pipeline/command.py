@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.composition import only_compose
+from data_pipeline.composition import only_compose, run_of_shown
 from data_pipeline.settings import DataError
 
 Settings = TypeVar("Settings")
@@ -60,7 +60,13 @@ def run_command(
     _register(settings_type, module=module, about=about)
     only_compose()
     try:
-        hydra.main(version_base="1.3", config_path=None, config_name=module)(job)()
+        entry = hydra.main(version_base="1.3", config_path=None, config_name=module)(job)
+        shown = run_of_shown(sys.argv[1:])
+        entry()
+        if shown is not None:  # Hydra has printed it, right or not
+            sys.argv[1:] = shown
+            entry()
+            _settings(configs.pop(), settings_type)
         if goes_on:  # a request to stop, which Ctrl-C is too
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         for config in configs:

@@ -38,7 +38,7 @@ def train(config: Config) -> int:
 
 def main() -> None:
     """The console script."""
-    run_command(train, tree=Config, module="moetrain", files=config_dir(), sweep=sweep)
+    run_command(train, tree=Config, module="moetrain", files=config_dir(), sweep=sweep, check=check)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.composition import only_compose
+from data_pipeline.composition import only_compose, run_of_shown
 from moetrain.checks import ConfigError, demand_no_secrets, nearest
 from moetrain.config import known_keys, spelt, unknown_setting, validated
 from moetrain.redaction import redacted_text
@@ -55,11 +55,14 @@ def run_command(
     files: Path | None = None,
     config_name: str = "config",
     sweep: Callable[[list[Combination[Tree]], Path], int] | None = None,
+    check: Callable[[Tree], None] | None = None,
 ) -> None:
     """Runs `main` with the validated tree of the command line, and exits with its code.
 
     `files` is a folder with groups and a `config.yaml`, or the file named by `config_name`;
-    without it the settings are the tree's own. A sweep (`-m`) is handed to `sweep` with the folder
+    without it the settings are the tree's own. `check` raises ConfigError for settings that
+    contradict each other: also where `--cfg` shows them, which ends with the code of a run that
+    is refused where they could not be one's. A sweep (`-m`) is handed to `sweep` with the folder
     that Hydra made for it, once every combination is known to be one; without `sweep` it runs
     `main` once a combination and exits with the worst code.
     """
@@ -105,8 +108,13 @@ def run_command(
         config_path=str(files or "pkg://hydra.conf"),
         config_name=config_name if files else module,
     )(job)
+    shown = run_of_shown(sys.argv[1:])
     try:
         codes.append(_guarded(lambda: entry() or DONE, tree))
+        if shown is not None and not codes[-1]:  # Hydra has printed it, right or not
+            sys.argv[1:] = shown
+            codes.append(_guarded(lambda: entry() or DONE, tree))
+            main = partial(_checked, check)
     except (ValueError, TypeError, yaml.YAMLError) as error:  # what Hydra itself lets through
         text = " ".join(str(error).split())
         print(f"moetrain: {redacted_text(text)}", file=sys.stderr)
@@ -123,6 +131,12 @@ def run_command(
         print("moetrain: interrupted before anything was trained", file=sys.stderr)
         codes.append(FAILED)
     raise SystemExit(max(codes))
+
+
+def _checked(check: Callable[[Tree], None] | None, settings: Tree) -> int:
+    if check:
+        check(settings)
+    return DONE
 
 
 def _without_plus(argument: str, files: Path) -> str:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from moetrain.checks import ConfigError
 from moetrain.command import register
-from moetrain.config import Config, refit, resolve, validated
+from moetrain.config import Config, check, refit, resolve, validated
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -142,6 +142,41 @@ def test_plus_model_and_model_and_nothing_compose(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        ("moetrain", ["model.num_experts=0"],
+         "moetrain: model.num_experts=0: there is at least one: use model.num_experts=1 "
+         "model.top_k=1 for a dense model, whose layers have no router\n"),
+        ("moetrain", ["model.top_k=99"], "moetrain: model.top_k=99: a token can't choose more"),
+        ("data_pipeline.build", ["corpus=a", "to=b", "tokenizer=bytes", "shard_tokens=0"],
+         "data_pipeline.build: shard_tokens=0 can't be"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_run_would_accept_are_printed_and_refused(
+    module: str, words: list[str], said: str, tmp_path: Path
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", module, *words, "--cfg", "job"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    key, value = words[-1].split("=")
+    printed = yaml.safe_load(ended.stdout)
+    for part in key.split("."):
+        printed = printed[part]
+    assert printed == int(value)
+    assert ended.stderr.startswith(said)
+    assert ended.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_one_expert_is_the_dense_one() -> None:
+    dense = validated(toy(model__num_experts=1, model__top_k=1), Config)
+    check(dense)
+    assert not dense.model.is_moe
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
@@ -149,8 +184,8 @@ def test_plus_model_and_model_and_nothing_compose(tmp_path: Path) -> None:
             {"weights": {"en": 0.5, "fr": 0.5, "x-y": 2.0}, "epochs": {"en": 3.0}},
         ),
         (
-            ["data.stages=[{from_step:900,weights:{en:1}}]", "data.packing=best_fit"],
-            {"stages": [{"from_step": 900, "weights": {"en": 1.0}}], "packing": "best_fit"},
+            ["data.stages=[{from_step:400,weights:{en:1}}]", "data.packing=best_fit"],
+            {"stages": [{"from_step": 400, "weights": {"en": 1.0}}], "packing": "best_fit"},
         ),
     ],
 )

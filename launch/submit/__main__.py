@@ -184,7 +184,14 @@ def main() -> None:
             check(combination.settings)
         return submit(combinations[0].settings, passed_on(arguments))
 
-    run_command(one, tree=SubmitConfig, module="launch.submit", files=config_dir(), sweep=sweep)
+    run_command(
+        one,
+        tree=SubmitConfig,
+        module="launch.submit",
+        files=config_dir(),
+        sweep=sweep,
+        check=check,
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,15 @@ from moetrain.kernels import BACKENDS
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+def _some_experts(number: int) -> int:
+    if number < 1:
+        raise ValueError(
+            "there is at least one: use model.num_experts=1 model.top_k=1 for a dense model, whose "
+            "layers have no router"
+        )
+    return number
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RouterSettings:
     """How tokens choose experts, and what keeps the choice balanced."""
@@ -71,7 +80,8 @@ class ModelSettings:
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     ffn_hidden_dim: PositiveInt
-    num_experts: PositiveInt
+    num_experts: Annotated[int, AfterValidator(_some_experts)]
+    """1: every layer is dense."""
     top_k: PositiveInt
     vocab_size: PositiveInt
     max_seq_len: PositiveInt

@@ -40,7 +40,7 @@ class UpcycleSettings:
     """The own folder of a dense run, trained or imported."""
     to: PathText
     """The run's folder to make."""
-    num_experts: PositiveInt
+    num_experts: int
     top_k: PositiveInt
     noise: NonNegativeFloat = 0.0
     """Normal noise on each expert, in standard deviations of each matrix."""
@@ -121,8 +121,11 @@ def _model(settings: UpcycleSettings, dense: ModelSettings, source: Path) -> Mod
             f"its model has {dense.num_experts} experts already: use a dense run, with "
             "model.num_experts=1",
         )
-    if settings.num_experts == 1:
-        raise ConfigError("num_experts", 1, "that is the dense model: use 2 or more")
+    if settings.num_experts < 2:
+        reason = "that is the dense model: use 2 or more"
+        if settings.num_experts < 1:
+            reason = "an MoE has several: use 2 or more"
+        raise ConfigError("num_experts", settings.num_experts, reason)
     if settings.top_k > settings.num_experts:
         raise ConfigError(
             "top_k",

@@ -211,4 +211,5 @@ if __name__ == "__main__":
         module="moetrain.verify",
         files=config_dir(),
         config_name="verify",
+        check=check,
     )

@@ -169,6 +169,7 @@ def test_an_imported_runs_tokenizer_comes_along(dense: Path, tmp_path: Path) -> 
         ({"top_k": 5}, "top_k=5: a token can't choose more experts than there are: use at most "
                        "num_experts=4"),
         ({"num_experts": 1, "top_k": 1}, "num_experts=1: that is the dense model"),
+        ({"num_experts": 0}, "num_experts=0: an MoE has several: use 2 or more"),
         ({"top_k": 1}, "top_k=1: the only gate would always be 1"),
     ],
 )  # fmt: skip
