@@ -32,6 +32,7 @@ from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
 from moetrain.checkpoint import (
     CheckpointError,
+    Manifest,
     Save,
     replace_text,
 )
@@ -49,6 +50,7 @@ from moetrain.observe import (
     ProgressDisplay,
     duration,
     final_loss,
+    read_events,
     read_metrics,
     read_sign,
     run_account,
@@ -62,6 +64,7 @@ from moetrain.train import (
     Prepared,
     TrainingError,
     as_plain,
+    demand_done_alike,
     demand_same_model,
     newest_manifest,
     prepare,
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     from moetrain.config import Config
 
 DONE, FAILED, STOPPED = 0, 1, 75
+LIFE = ("start", "finish", "stop", "fail")  # how a life of a run begins, and how it ends
 SAME_STOP_SECONDS = 1.0
 
 WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be told
@@ -100,8 +104,7 @@ def start(
         print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
     stop = StopRequest()
     with _stops_at_once():
-        _fetch(config)
-        prepared = prepare(config, data, progress=True)
+        prepared = _prepared(config, data)
         with _held(run_dir), stop.on_signals():
             return _run(config, plan, prepared, stop=stop, refit=refit, report=report)
 
@@ -130,15 +133,10 @@ def _run(
     refit: Callable[[int], "Config | None"],
     report: Callable[[Path], object],
 ) -> int:
-    run_dir, shards = _open_run(config, prepared), prepared.shards
+    if good := _complete(config):
+        return _tell_complete(config, prepared, good, report=report)
+    run_dir = _open_run(config, prepared)
     event = EventLog(run_dir / "events.jsonl").write
-    if good := _complete(run_dir, num_steps=config.train.num_steps):
-        print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
-        outcome = Outcome(finished=True, step=config.train.num_steps, last={})
-        run_name, directory = config.run.name or "", run_dir / "checkpoints"
-        if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
-            print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
-        return _close_run(config, outcome, shards, report)
     display = ProgressDisplay(
         mode=config.observe.progress,
         total_steps=config.train.num_steps,
@@ -156,7 +154,16 @@ def _run(
         event("fail", reason=str(error))
         print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return FAILED
-    return _close_run(config, outcome, shards, report)
+    return _close_run(config, outcome, prepared.shards, report)
+
+
+def _prepared(config: "Config", data: DataSettings) -> Prepared:
+    """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
+    _fetch(config)
+    prepared = prepare(config, data, progress=True)
+    if newest := newest_manifest(Path(config.run.dir, config.run.name or "")):
+        demand_done_alike(config, newest)
+    return prepared
 
 
 def _fetch(config: "Config") -> None:
@@ -175,13 +182,18 @@ def _fetch(config: "Config") -> None:
             f"run {name} has checkpoints in {config.checkpoint.upload_to}: use another run.name, "
             "or auto to go on from them",
         )
+
+    def demand(manifest: Manifest) -> None:
+        demand_same_model(config, manifest)
+        demand_done_alike(config, manifest)
+
     with _held(run_dir):
         fetch_newer(
             config.checkpoint,
             run=name,
             directory=directory,
             good=good,
-            demand=lambda manifest: demand_same_model(config, manifest),
+            demand=demand,
             event=EventLog(run_dir / "events.jsonl").write,
             say=lambda text: print(text, file=sys.stderr),
         )
@@ -192,13 +204,33 @@ def _take_over(config: "Config") -> int:
     return take_over(config.checkpoint, run=config.run.name or "", directory=directory)
 
 
-def _complete(run_dir: Path, *, num_steps: int) -> Save | None:
+def _complete(config: "Config") -> Save | None:
     """Returns a run's good checkpoint of its last step; None where it has none, or isn't there."""
+    run_dir = Path(config.run.dir, config.run.name or "")
     newest = newest_manifest(run_dir)
-    if newest is None or newest.step < num_steps:
+    if newest is None or newest.step < config.train.num_steps:
         return None  # without reading a checkpoint for it
     good = good_save(run_dir / "checkpoints")
-    return good if good is not None and good.step >= num_steps else None
+    return good if good is not None and good.step >= config.train.num_steps else None
+
+
+def _tell_complete(
+    config: "Config", prepared: Prepared, good: Save, *, report: Callable[[Path], object]
+) -> int:
+    """Says that a run has all its steps, and leaves its record alone unless it has no end yet."""
+    run_dir = Path(config.run.dir, config.run.name or "")
+    print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
+    outcome = Outcome(finished=True, step=good.step, last={})
+    run_name, directory = config.run.name or "", run_dir / "checkpoints"
+    if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
+        print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
+    ends = [e["event"] for e in read_events(run_dir / "events.jsonl") if e.get("event") in LIFE]
+    if ends[-1:] != ["finish"]:  # killed between its last checkpoint and its end
+        _tell_start(config, prepared)
+        return _close_run(config, outcome, prepared.shards, report)
+    for line in _closing_lines(config, outcome, prepared.shards, run_dir):
+        print(line)
+    return DONE
 
 
 class StopRequest:
@@ -309,8 +341,7 @@ def _run_external(
     prepared = None
     if leads:
         with _stops_at_once():
-            _fetch(config)
-            prepared = prepare(config, data, progress=True)
+            prepared = _prepared(config, data)
     held = ExitStack()  # until this process ends
     if leads:
         held.enter_context(_held(Path(config.run.dir, config.run.name or "")))
@@ -322,12 +353,17 @@ def _run_external(
         timeout_seconds=config.launch.hang_timeout_seconds,
     )
     agreed: list[object] = [None, None]
-    if prepared:
+    if prepared and (good := _complete(config)):
+        _tell_complete(config, prepared, good, report=report)
+    elif prepared:
         for line in prepared.lines():
             print(line, file=sys.stderr)
         _open_run(config, prepared)
         agreed = [config.run.name, _take_over(config)]
     dist.broadcast_object_list(agreed)
+    if agreed[0] is None:  # the run has all its steps
+        dist.barrier()
+        _leave(DONE)
     name, attempt = str(agreed[0]), int(str(agreed[1]))
     config = replace(config, run=replace(config.run, name=name))
     held.enter_context(_logging_to(Path(config.run.dir, name), rank=rank))
@@ -343,23 +379,56 @@ def _run_external(
     )
     code = FAILED
     try:
-        with stop.on_signals():
+        with stop.on_signals(), _saying(control):
             outcome = run_rank(config, place, control)
         code = DONE if outcome.finished else STOPPED
         if prepared:
             code = _close_run(config, outcome, prepared.shards, report)
     except Exception as error:
         print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
+    _leave(code)
+
+
+@contextmanager
+def _saying(control: Control) -> Iterator[None]:
+    """Prints what a rank has to say while it trains; its records are in the run's folder."""
+    ended = threading.Event()
+
+    def relay() -> None:
+        over = False
+        while not over:
+            over = ended.wait(0.2)
+            for kind, content in control.collect()["published"]:
+                if kind == "say":
+                    print(content, file=sys.stderr, flush=True)
+
+    watcher = threading.Thread(target=relay, name="display", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a rank's process: tearing a process group down now and then aborts after success."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # tearing a process group down now and then aborts after success
+    os._exit(code)
 
 
 def _open_run(config: "Config", prepared: Prepared) -> Path:
-    """Makes the run's folder and writes what it will be; returns the folder."""
+    """Writes what a run will be into its folder; returns the folder."""
     run_dir = Path(config.run.dir, config.run.name or "")
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
+    _tell_start(config, prepared)
+    return run_dir
+
+
+def _tell_start(config: "Config", prepared: Prepared) -> None:
+    run_dir = Path(config.run.dir, config.run.name or "")
     event = EventLog(run_dir / "events.jsonl").write
     event(
         "start",
@@ -378,7 +447,6 @@ def _open_run(config: "Config", prepared: Prepared) -> Path:
             baselines=vars(baselines),
             **(vars(plan) if plan else {"weights": {}}),
         )
-    return run_dir
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
 from moetrain.optim import OptimSettings, ScheduleSettings
 from moetrain.parallel import ParallelSettings, divisors, resolve_topology
-from moetrain.train import RunSettings, TrainSettings
+from moetrain.train import RunSettings, TrainSettings, function_settings
 
 Tree = TypeVar("Tree")
 
@@ -153,6 +153,14 @@ def check(config: Config) -> None:
             f"is not a multiple of checkpoint.every_steps={every}, so that few of those steps "
             f"would be saved: use {max(1, kept // every) * every} or {-(-kept // every) * every}",
         )
+    for name in config.checkpoint.accept_changes:
+        if name not in (known := function_settings()):
+            raise ConfigError(
+                "checkpoint.accept_changes",
+                name,
+                f"is none of the settings that a run has to be asked for{nearest(name, known)}; "
+                f"there are {', '.join(known)}",
+            )
     if config.checkpoint.upload_to is not None:
         check_url(config.checkpoint.upload_to)
     for number, stage in enumerate(config.data.stages):

@@ -1,5 +1,6 @@
 """The settings of checkpointing."""
 
+from dataclasses import field
 from typing import Annotated
 
 from annotated_types import Ge
@@ -21,6 +22,9 @@ class CheckpointSettings:
     """Checkpoints of steps that this divides stay for good; a multiple of `every_steps`."""
     resume: Annotated[str, AfterValidator(one_of("auto", "never"))] = "auto"
     """`auto` goes on from the newest good checkpoint; `never` refuses a run that has one."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Settings of the model that may have another value than the checkpoint was trained with,
+    though its weights then compute something else."""
     async_save: bool = True
     """Whether training goes on while a checkpoint is being written. It takes host memory for a
     copy of what a rank has of the model and its optimizer."""

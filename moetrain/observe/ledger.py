@@ -35,7 +35,7 @@ _SPENT = ("training", "saving", "validation")
 # What only a life in progress writes: the last of them was lived to see.
 _ALIVE = {
     "attempt", "data_order", "failure", "move", "restart", "resume", "save", "sign",
-    "step_skipped", "straggler", "straggler_over", "training", "warning",
+    "settings_changed", "step_skipped", "straggler", "straggler_over", "training", "warning",
 }  # fmt: skip
 
 Event = Mapping[str, Any]

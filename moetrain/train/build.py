@@ -18,8 +18,10 @@ from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
+from moetrain.train.changes import Change, as_plain
 from moetrain.train.control import Control, Place, collective_timeout
-from moetrain.train.prepare import as_plain, demand_same_model, global_batches
+from moetrain.train.prepare import global_batches
+from moetrain.train.resume import demand_same_model, told_changes
 from moetrain.train.state import TrainState, checkpoint_tensors
 from moetrain.train.stragglers import Stragglers
 
@@ -109,16 +111,24 @@ def build_trainer(
             allocate_state(optimizer)
         return checkpoint_tensors(model, optimizer)
 
-    restored = checkpoints.load_newest(
-        loading,
-        same_model=lambda manifest: demand_same_model(config, manifest),
-    )
+    changed: list[Change] = []
+
+    def same_model(manifest: Manifest) -> None:
+        demand_same_model(config, manifest)
+        changed[:] = told_changes(config, manifest)
+
+    restored = checkpoints.load_newest(loading, same_model=same_model)
     state = TrainState.restored(restored or {}, sources=shards.sources)
     state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
     batches = global_batches(config, shards, position=state.position)
     if restored:
         event("resume", step=state.step, attempt=place.attempt)
         say(f"goes on from step {state.step}")
+        if changed:
+            told = f"from step {state.step} on: {', '.join(map(str, changed))}"
+            values = {c.name: [c.before, c.now] for c in changed}
+            event("settings_changed", step=state.step, reason=told, changes=values)
+            say(told)
         if change := order_change(state, batches):
             event("data_order", step=state.step, reason=change)
             say(change)

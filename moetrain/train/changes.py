@@ -6,14 +6,18 @@ refused at a resume, and what is told, is `prepare`'s matter.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline import DataSettings
 from moetrain.model import ModelSettings
 from moetrain.optim import OptimSettings, ScheduleSettings
+from moetrain.redaction import redacted
 from moetrain.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
 
 
 class Kind(StrEnum):
@@ -96,6 +100,15 @@ class Change:
         return f"{self.name} {shown(self.before)} → {shown(self.now)}"
 
 
+def as_plain(config: "Config") -> dict[str, Any]:
+    """Returns the configuration as nested dictionaries of JSON values, without its secrets.
+
+    Nothing goes on from what is saved of a secret: the same command gives it again.
+    """
+    plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))
+    return plain
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Returns the settings in which two plain configurations differ, in the order of `now`.
 
@@ -118,6 +131,12 @@ def kind_of(name: str) -> Kind:
     return _KINDS[name]
 
 
+def function_settings() -> list[str]:
+    """Returns the settings that decide what the weights compute."""
+    names = (name for name, _ in _fields("model", ModelSettings))
+    return [name for name in names if kind_of(name) is Kind.function]
+
+
 def shown(value: Any) -> str:
     """Returns a value as a command line has it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -132,13 +151,19 @@ def _leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield name, value
 
 
-def _defaults(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
+def _defaults(path: str, tree: type) -> Iterator[tuple[str, Any]]:
     """Yields the settings of a part of the configuration that have a default, as JSON has it."""
-    for field in fields(tree):
-        name = f"{path}.{field.name}"
-        if is_dataclass(field.type):
-            yield from _defaults(name, field.type)
-        elif field.default is not MISSING:
+    for name, field in _fields(path, tree):
+        if field.default is not MISSING:
             yield name, json.loads(json.dumps(field.default))
         elif field.default_factory is list:
             yield name, []
+
+
+def _fields(path: str, tree: Any) -> Iterator[tuple[str, Field[Any]]]:
+    for field in fields(tree):
+        name = f"{path}.{field.name}"
+        if is_dataclass(field.type):
+            yield from _fields(name, field.type)
+        else:
+            yield name, field

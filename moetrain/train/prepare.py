@@ -1,6 +1,5 @@
 """What can be known to be wrong before any rank starts: data, vocabulary, an older run."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from data_pipeline import (
 )
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
-from moetrain.model import ModelSettings
-from moetrain.redaction import redacted
+from moetrain.train.resume import demand_same_model
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -54,15 +52,6 @@ class Prepared:
                 text += f"; {plan.epochs:.3g} epochs by the end"
                 text += f"; {cut:.1%} of its tokens are in documents that are cut"
             yield text
-
-
-def as_plain(config: "Config") -> dict[str, Any]:
-    """Returns the configuration as nested dictionaries of JSON values, without its secrets.
-
-    Nothing goes on from what is saved of a secret: the same command gives it again.
-    """
-    plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))
-    return plain
 
 
 def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared:
@@ -167,49 +156,3 @@ def newest_manifest(run_dir: Path) -> Manifest | None:
         except CheckpointError:
             continue  # the ranks will pass over it with an event that says why
     return None
-
-
-def demand_same_model(config: "Config", manifest: Manifest) -> None:
-    """Raises ConfigError where a checkpoint is of a model with another shape, or other samples."""
-    samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
-    for group, key in (
-        ("", "seed"),
-        ("train", "seq_len"),
-        ("data", "packing"),
-        ("data", "shuffle_window"),
-    ):
-        if not samples:  # none has come, so that none can come twice
-            break
-        ours, theirs = as_plain(config), manifest.config
-        if group:
-            ours, theirs = ours[group], theirs.get(group, {})
-        # A checkpoint from before there was packing or a window has the defaults.
-        before = theirs.get(key, getattr(DataSettings, key, None))
-        if ours[key] != before:
-            raise ConfigError(
-                f"{group}.{key}".lstrip("."),
-                ours[key],
-                f"run {config.run.name} has {'null' if before is None else before} up to step "
-                f"{manifest.step}, and the order of samples hangs on it; some would come twice: "
-                "use that, or another run.name",
-            )
-    batch = config.train.global_batch_size
-    if "position" not in manifest.state and samples != step * batch:
-        raise ConfigError(
-            "train.global_batch_size",
-            batch,
-            f"run {config.run.name} has another up to step {manifest.step}, and its checkpoint is "
-            "of a version in which that can't change: use that, or another run.name",
-        )
-    ours, theirs = as_plain(config)["model"], manifest.config.get("model", {})
-    for key, field in ModelSettings.__dataclass_fields__.items():
-        free = key in ("router", "experts", "max_seq_len", "loss_chunk_size")
-        # A checkpoint from before there was the setting is of a model with its default.
-        if not free and ours[key] != theirs.get(key, field.default):
-            raise ConfigError(
-                f"model.{key}",
-                ours[key],
-                f"run {config.run.name} is of another model, whose {key} is {theirs.get(key)} "
-                f"(its newest checkpoint is of step {manifest.step}): use that model, or another "
-                "run.name",
-            )

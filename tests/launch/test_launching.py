@@ -338,9 +338,18 @@ def test_torchrun_trains_the_same_and_goes_on(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s (median)") == 1
     assert metrics_of(tmp_path) == undisturbed
+    before = (tmp_path / "runs/tiny/events.jsonl").read_text()
     again = torchrun()
     assert again.returncode == 0, again.stderr
+    assert "complete  run tiny has all its 60 steps" in again.stdout
     assert metrics_of(tmp_path) == undisturbed
+    assert (tmp_path / "runs/tiny/events.jsonl").read_text() == before
+    other = torchrun("optim.lr=0.02")
+    assert other.returncode != 0
+    assert "this run has all its steps" in other.stderr
+    more = torchrun("optim.lr=0.02", "train.num_steps=62")
+    assert more.returncode == 0, more.stderr
+    assert "from step 60 on: train.num_steps 60 → 62, optim.lr" in more.stderr
 
 
 def test_inline_and_two_ranks_see_the_same_tokens(

@@ -1,8 +1,6 @@
 """Runs whose checkpoints are uploaded: gone on with elsewhere, healed, refused, uploaded late."""
 
-import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ import pytest
 from moetrain.checkpoint import Save
 from moetrain.checkpoint.remote import RemoteUnavailableError, is_newer_there, take_over
 from moetrain.checks import ConfigError
-from moetrain.config import Config, validated
-from tests.support.ranks import CONTEXT
-from tests.support.runs import events_of, metrics_of, tiny_config, tiny_values, write_shards
+from tests.support.commands import train_command
+from tests.support.runs import events_of, metrics_of, tiny_config, write_shards
 
 pytestmark = pytest.mark.slow
 
@@ -32,29 +29,10 @@ def bucket(tmp_path: Path) -> Path:
 
 def moetrain(folder: Path, shards: Path, bucket: Path | None, **changes: Any) -> tuple[int, str]:
     """Runs the training command in a process of its own; returns exit code and output."""
-    changes = {"schedule__name": "constant", "launch__mode": "inline"} | changes
+    changes = {"schedule__name": "constant"} | changes
     if bucket is not None:
         changes["checkpoint__upload_to"] = f"file://{bucket}"
-    values = tiny_values(folder, shards=shards, **changes)
-    output = folder / "output"
-    process = CONTEXT.Process(target=_train, args=(values, output))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the command hangs"
-    return process.exitcode, output.read_text()
-
-
-def _train(values: dict[str, Any], output: Path) -> None:
-    from moetrain.__main__ import train
-
-    output.parent.mkdir(exist_ok=True)
-    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    code = train(validated(values, Config))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return train_command(folder, shards=shards, **changes)
 
 
 def test_a_run_goes_on_where_there_is_nothing_but_its_upload(
@@ -97,6 +75,8 @@ def test_a_damaged_newest_checkpoint_is_healed_from_its_upload(
     [
         ({"checkpoint__resume": "never"}, "has checkpoints in file://"),
         ({"model__ffn_hidden_dim": 64}, "is of another model"),
+        ({"model__router__normalize_gates": False}, "checkpoint.accept_changes="),
+        ({"train__num_steps": 2, "schedule__warmup_steps": 1}, "has all its steps"),
     ],
 )
 def test_what_can_not_go_on_downloads_nothing(

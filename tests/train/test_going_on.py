@@ -1,0 +1,228 @@
+"""What a run may change where it goes on: what is refused, what is accepted, what is told."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.checkpoint import Manifest, candidates, read_manifest
+from moetrain.checks import ConfigError
+from moetrain.config import check, refit
+from moetrain.train import as_plain, demand_done_alike, demand_same_model
+from moetrain.train.resume import told_changes
+from tests.support.ranks import run_ranks
+from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
+
+STOP = 4
+MODEL = {"model__num_experts": 8, "model__router__num_groups": 4, "model__router__top_groups": 2}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+RECIPE = {
+    "model__router__load_balance_loss_weight": 0.02, "model__router__jitter_noise": 0.1,
+    "model__router__bias_update_rate": 0.002, "optim__lr": 0.02, "train__global_batch_size": 4,
+    "train__num_steps": 9, "data__mask_documents": True,
+}  # fmt: skip
+FUNCTION = {"model__router__normalize_gates": False, "train__num_steps": 6}
+ACCEPT = {"checkpoint__accept_changes": ["model.router.normalize_gates"]}
+LAYOUT = {
+    "parallel__recompute": "full", "observe__log_every_steps": 2, "checkpoint__every_steps": 2,
+    "data__num_workers": 0, "model__loss_chunk_size": 64, "run__threads_per_rank": 1,
+}  # fmt: skip
+# What a copy of the stopped run goes on with, one attempt after the other.
+GOING_ON: dict[str, list[dict[str, Any]]] = {
+    "stopped": [],
+    "recipe": [RECIPE],
+    "function": [FUNCTION | ACCEPT, FUNCTION | {"train__num_steps": 8}],
+    "layout": [LAYOUT],
+}
+
+
+def train_all(top: Path, shards: Path) -> None:
+    """Trains as the only rank: a run up to its stop, and each copy of it on to its end."""
+
+    def train(name: str, stop_at: int | None, attempt: int, **changes: Any) -> None:
+        config = tiny_config(top / name, shards=shards, **MODEL | changes)
+        train_as_rank(config, stop_at, attempt)
+
+    train("stopped", STOP, 1)
+    for name, attempts in GOING_ON.items():
+        if attempts:
+            shutil.copytree(top / "stopped", top / name)
+        for attempt, changes in enumerate(attempts, start=2):
+            train(name, None, attempt, **changes)
+
+
+@pytest.fixture(scope="module")
+def gone_on(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the folders of GOING_ON."""
+    top = tmp_path_factory.mktemp("gone_on")
+    run_ranks(train_all, 1, top, shards)
+    return top
+
+
+@pytest.fixture
+def manifest(gone_on: Path) -> Manifest:
+    """The checkpoint of the run that was stopped at step 4 of 8."""
+    return read_manifest(candidates(gone_on / "stopped/runs/tiny/checkpoints")[0])
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in events_of(folder) if event["event"] == "settings_changed"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "before"),
+    [
+        ("router__score_function", "sigmoid", "softmax"),
+        ("router__normalize_gates", False, "true"),
+        ("router__routed_scaling_factor", 2.5, "1.0"),
+        ("router__num_groups", 2, "4"),
+        ("router__top_groups", 4, "2"),
+        ("router__force_balance", True, "false"),
+        ("top_k", 1, "2"),
+        ("rope_theta", 1e6, "10000.0"),
+        ("norm_eps", 1e-6, "1e-05"),
+    ],
+)
+def test_a_setting_that_changes_what_the_weights_compute_has_to_be_accepted(
+    tmp_path: Path, shards: Path, manifest: Manifest, setting: str, value: Any, before: str
+) -> None:
+    changed = MODEL | {"model__router__normalize_gates": True, f"model__{setting}": value}
+    if setting == "top_k":  # which needs another setting beside it
+        changed["model__router__normalize_gates"] = False
+    config = tiny_config(tmp_path, shards=shards, **changed)
+    name = f"model.{setting.replace('__', '.')}"
+    with pytest.raises(ConfigError) as refused:
+        demand_same_model(config, manifest)
+    said = str(refused.value)
+    assert f"{setting.replace('__', '.')} is {before}" in said
+    assert f"use {name}={before}" in said
+    assert "another run.name" in said
+    assert "checkpoint.accept_changes='[" in said
+    assert f"python -m moetrain.branch run={tmp_path}/runs/tiny step=4" in said
+    names = [name] if setting != "top_k" else [name, "model.router.normalize_gates"]
+    accepted = replace(config.checkpoint, accept_changes=names)
+    config = replace(config, checkpoint=accepted)
+    check(config)
+    demand_same_model(config, manifest)
+    assert [change.name for change in told_changes(config, manifest)] == names
+
+
+def test_weights_of_another_shape_can_not_be_accepted(
+    tmp_path: Path, shards: Path, manifest: Manifest
+) -> None:
+    accept = {"checkpoint__accept_changes": ["model.ffn_hidden_dim"]}
+    wider = tiny_config(tmp_path, shards=shards, **MODEL, **accept, model__ffn_hidden_dim=64)
+    with pytest.raises(ConfigError, match="its tensors have other shapes") as refused:
+        demand_same_model(wider, manifest)
+    assert "accept_changes" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.router.normalise_gates", "did you mean 'model.router.normalize_gates'"),
+        ("model.router", "is none of the settings"),
+        ("model.router.z_loss_weight", "is none of the settings"),
+        ("seed", "is none of the settings"),
+    ],
+)
+def test_what_needs_no_leave_can_not_be_accepted(
+    tmp_path: Path, shards: Path, name: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.accept_changes") as refused:
+        tiny_config(tmp_path, shards=shards, checkpoint__accept_changes=[name])
+    assert said in str(refused.value)
+
+
+def test_another_order_of_samples_is_refused(
+    tmp_path: Path, shards: Path, manifest: Manifest
+) -> None:
+    for setting, value in (("seed", 3), ("train__seq_len", 16), ("data__shuffle_window", 2)):
+        config = tiny_config(tmp_path, shards=shards, **MODEL, **{setting: value})
+        with pytest.raises(ConfigError, match="some would come twice"):
+            demand_same_model(config, manifest)
+
+
+def test_a_checkpoint_of_step_0_is_bound_to_no_recipe_but_to_its_model(
+    tmp_path: Path, shards: Path, manifest: Manifest
+) -> None:
+    imported = replace(manifest, step=0, state={"step": 0, "samples": 0, "tokens": 0})
+    free = {"seed": 3, "optim__lr": 1e-4, "optim__name": "sgd"}
+    config = tiny_config(tmp_path, shards=shards, **MODEL, **free)
+    demand_same_model(config, imported)
+    assert told_changes(config, imported) == []
+    other = tiny_config(tmp_path, shards=shards, **MODEL, model__router__normalize_gates=False)
+    with pytest.raises(ConfigError, match=r"normalize_gates is true"):
+        demand_same_model(other, imported)
+
+
+def test_a_changed_recipe_is_told_in_one_line_and_is_an_event(gone_on: Path) -> None:
+    (event,) = told(gone_on / "recipe")
+    assert event["step"] == STOP
+    assert event["changes"] == {
+        "model.router.load_balance_loss_weight": [0.01, 0.02],
+        "model.router.jitter_noise": [0.0, 0.1],
+        "model.router.bias_update_rate": [0.001, 0.002],
+        "train.num_steps": [8, 9],
+        "train.global_batch_size": [8, 4],
+        "optim.lr": [0.01, 0.02],
+        "data.mask_documents": [False, True],
+    }
+    assert event["reason"].startswith("from step 4 on: ")
+    assert "optim.lr 0.01 → 0.02" in event["reason"]
+    assert "\n" not in event["reason"]
+    assert metrics_of(gone_on / "recipe")[-1]["step"] == 9
+
+
+def test_an_accepted_change_is_told_once_and_holds_from_then_on(gone_on: Path) -> None:
+    first, second = told(gone_on / "function")
+    assert first["changes"] == {
+        "model.router.normalize_gates": [True, False],
+        "train.num_steps": [8, 6],
+    }
+    assert second["changes"] == {"train.num_steps": [6, 8]}, "needs no leave any more"
+    assert second["step"] == 6
+
+
+def test_another_layout_is_nothing_to_be_told(
+    gone_on: Path, manifest: Manifest, shards: Path
+) -> None:
+    assert told(gone_on / "layout") == []
+    assert metrics_of(gone_on / "layout")[-1]["step"] == 8
+    config = tiny_config(gone_on / "stopped", shards=shards, num_workers=4, **MODEL)
+    for num_workers in (4, 2, 1):  # as an elastic run shrinks and grows
+        fitting = refit(config, num_workers)
+        assert fitting is not None
+        demand_same_model(fitting, manifest)
+        assert told_changes(fitting, manifest) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("optim__lr", 0.02, "was trained with optim.lr=0.01 (not 0.02)"),
+        ("train__num_steps", 3, "was trained with train.num_steps=8 (not 3)"),
+        ("model__router__z_loss_weight", 0.1, "model.router.z_loss_weight=0.001 (not 0.1)"),
+    ],
+)
+def test_a_run_that_has_all_its_steps_is_refused_other_settings(
+    tmp_path: Path, shards: Path, manifest: Manifest, setting: str, value: Any, said: str
+) -> None:
+    finished = replace(manifest, step=8)
+    config = tiny_config(tmp_path, shards=shards, **MODEL | {"schedule__warmup_steps": 0})
+    finished = replace(finished, config=as_plain(config))
+    demand_done_alike(config, finished)
+    changed = MODEL | {"schedule__warmup_steps": 0, setting: value}
+    with pytest.raises(ConfigError) as refused:
+        demand_done_alike(tiny_config(tmp_path, shards=shards, **changed), finished)
+    assert said in str(refused.value)
+    more = changed | {"train__num_steps": 9}
+    demand_done_alike(tiny_config(tmp_path, shards=shards, **more), finished)
