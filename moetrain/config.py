@@ -26,7 +26,7 @@ from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.model import ModelSettings
 from moetrain.observe import ObserveSettings
-from moetrain.optim import OptimSettings, ScheduleSettings
+from moetrain.optim import OptimSettings, ScheduleSettings, decay_steps
 from moetrain.parallel import ParallelSettings, divisors, resolve_topology
 from moetrain.train import RunSettings, TrainSettings, function_settings
 
@@ -138,13 +138,7 @@ def check(config: Config) -> None:
             train.seq_len,
             f"is longer than model.max_seq_len: use at most {model.max_seq_len}",
         )
-    if config.schedule.warmup_steps > train.num_steps:
-        raise ConfigError(
-            "schedule.warmup_steps",
-            config.schedule.warmup_steps,
-            f"is more than train.num_steps={train.num_steps}, so that the rate would never be "
-            f"reached: use at most {train.num_steps}",
-        )
+    _check_schedule(config)
     every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
     if kept is not None and kept % every:
         raise ConfigError(
@@ -179,6 +173,37 @@ def check(config: Config) -> None:
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
     demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
+
+
+def _check_schedule(config: Config) -> None:
+    """Raises ConfigError for a schedule that doesn't fit into its steps."""
+    schedule, num_steps = config.schedule, config.train.num_steps
+    for name, begin in (("schedule", schedule.restart_from), ("optim", config.optim.restart_from)):
+        if begin is not None and begin >= num_steps:
+            raise ConfigError(
+                f"{name}.restart_from",
+                begin,
+                f"leaves no step of train.num_steps={num_steps}: use more steps",
+            )
+    length, warmup = num_steps - (schedule.restart_from or 0), schedule.warmup_steps
+    steps = f"train.num_steps={num_steps}"
+    if schedule.restart_from:
+        steps = f"the {length} steps from schedule.restart_from on"
+    if warmup > length:
+        raise ConfigError(
+            "schedule.warmup_steps",
+            warmup,
+            f"is more than {steps}, so that the rate would never be reached: use at most {length}",
+        )
+    stable = length - decay_steps(length, settings=schedule)
+    if schedule.name == "wsd" and warmup > stable:
+        raise ConfigError(
+            "schedule.warmup_steps",
+            warmup,
+            f"runs into the decay of schedule.name=wsd, the last {length - stable} of "
+            f"{steps} (schedule.decay_fraction={schedule.decay_fraction}): use at most {stable}, "
+            "or a smaller schedule.decay_fraction",
+        )
 
 
 def _check_layers(model: ModelSettings) -> None:

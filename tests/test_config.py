@@ -52,6 +52,18 @@ def toy(**changes: Any) -> dict[str, Any]:
         ({"train__num_steps": "many"}, "train.num_steps", "valid integer"),
         ({"train__num_steps": 0}, "train.num_steps", "greater than 0"),
         ({"optim__name": "adam"}, "optim.name", "did you mean 'adamw'"),
+        (
+            {"schedule__name": "wsd", "schedule__warmup_steps": 481},
+            "schedule.warmup_steps",
+            "use at most 480",
+        ),
+        (
+            {"schedule__restart_from": 550, "schedule__warmup_steps": 51},
+            "schedule.warmup_steps",
+            "the 50 steps from schedule.restart_from on",
+        ),
+        ({"schedule__restart_from": 600}, "schedule.restart_from", "use more steps"),
+        ({"optim__restart_from": 600}, "optim.restart_from", "use more steps"),
         ({"model__num_kv_heads": 3}, "model.num_kv_heads", "use one of [1, 2, 4]"),
         ({"model__head_dim": 31}, "model.head_dim", "use 32"),
         ({"model__top_k": 9}, "model.top_k", "model.num_experts=8"),

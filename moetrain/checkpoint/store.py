@@ -172,12 +172,14 @@ class CheckpointStore:
         tensors: Callable[[Manifest], Mapping[str, Tensor]],
         *,
         same_model: Callable[[Manifest], None],
+        unread: Callable[[Manifest, str], bool] = lambda manifest, name: False,
     ) -> dict[str, Any] | None:
         """Loads the newest good checkpoint into the tensors, in place; returns its state.
 
         None where the run has none. A checkpoint that doesn't verify is passed over with an
         event that says why. Raises CheckpointError where one verifies but belongs to another
         model (`same_model` raises, or names, shapes or dtypes differ), or where none is left.
+        `unread` says of a checkpoint's tensor, by its name, that the run goes on without it.
         """
         rejected = []
 
@@ -210,7 +212,8 @@ class CheckpointStore:
                 continue
             same_model(manifest)
             wanted = tensors(manifest)
-            _demand_equal(describe(wanted), manifest.tensors, folder)
+            theirs = {n: e for n, e in manifest.tensors.items() if not unread(manifest, n)}
+            _demand_equal(describe(wanted), theirs, folder)
             try:
                 with CheckpointReader(folder) as reader:
                     for tensor_name, tensor in wanted.items():
@@ -395,8 +398,9 @@ def _demand_equal(
     saved = {name: replace(entry, blocks={}) for name, entry in theirs.items()}
     for name in sorted(ours.keys() | saved.keys()):
         if ours.get(name) != saved.get(name):
+            what = "optimizer" if name.startswith("optimizer.") else "model"
             raise CheckpointError(
-                f"{folder} is of another model: tensor {name} is {saved.get(name) or 'absent'} "
+                f"{folder} is of another {what}: tensor {name} is {saved.get(name) or 'absent'} "
                 f"there and {ours.get(name) or 'absent'} here. Use the configuration that it was "
                 "trained with, or another run.name"
             )

@@ -207,11 +207,13 @@ def _training(facts: RunFacts, config: "Config") -> Iterator[str]:
         "adamw": f"betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}",
         "sgd": f"momentum {optim.momentum:g}",
     }
+    anew = f", begun anew at step {schedule.restart_from:,}" if schedule.restart_from else ""
     clip = "not clipped" if optim.clip_grad_norm is None else f"clipped at {optim.clip_grad_norm:g}"
     rows |= {
         "optimizer": f"{optim.name}, {moments[optim.name]}, weight decay {optim.weight_decay:g}",
         "gradient norm": clip,
-        "learning rate": f"{schedule.name}, up to {optim.lr:g} after {schedule.warmup_steps} steps",
+        "learning rate": f"{schedule.name}, up to {optim.lr:g} after {schedule.warmup_steps} steps"
+        + anew,
         "seed": config.seed,
         "layout": ", ".join(f"{key} {value}" for key, value in facts.mesh.items()) or UNKNOWN,
     }

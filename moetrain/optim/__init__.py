@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
-from moetrain.optim.optimizer import allocate_state, build_optimizer
-from moetrain.optim.schedule import learning_rate
+from moetrain.optim.optimizer import allocate_state, build_optimizer, state_names
+from moetrain.optim.schedule import decay_steps, learning_rate
 from moetrain.optim.settings import OptimSettings, ScheduleSettings
 
 __all__ = [
@@ -9,5 +9,7 @@ __all__ = [
     "ScheduleSettings",
     "allocate_state",
     "build_optimizer",
+    "decay_steps",
     "learning_rate",
+    "state_names",
 ]

@@ -28,6 +28,15 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
     return AdamW(grouped, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
+def state_names(settings: OptimSettings) -> set[str]:
+    """Returns what the optimizer keeps of each parameter, by torch's names."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = build_optimizer([parameter], settings)
+    allocate_state(optimizer)
+    state = optimizer.state.get(parameter, {})
+    return {name for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 @torch.no_grad()
 def allocate_state(optimizer: Optimizer) -> None:
     """Makes the optimizer's state tensors without changing a parameter, to load values into.

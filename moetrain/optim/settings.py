@@ -3,7 +3,14 @@
 from typing import Annotated
 
 from annotated_types import Interval
-from pydantic import AfterValidator, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
@@ -25,14 +32,23 @@ class OptimSettings:
     momentum: Decay = 0.0
     clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; None never clips."""
+    restart_from: PositiveInt | None = None
+    """The step of a checkpoint from which the run goes on with a fresh optimizer state, as another
+    optimizer needs. Later resumes keep the state since then."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ScheduleSettings:
-    """The learning rate over the run, as a share of `optim.lr`."""
+    """The learning rate over the run, as a share of `optim.lr`.
+
+    The last step has exactly `final_lr_ratio`, unless the rate is constant or still warming up.
+    """
 
     name: Annotated[str, AfterValidator(one_of("cosine", "wsd", "constant"))] = "cosine"
     warmup_steps: NonNegativeInt = 100
     final_lr_ratio: Fraction = 0.1
     decay_fraction: Fraction = 0.2
     """wsd: the share of the run in which the rate falls (arXiv 2404.06395)."""
+    restart_from: PositiveInt | None = None
+    """The step of a checkpoint from which a new schedule begins: warm-up and fall are counted from
+    there, up to `train.num_steps`."""

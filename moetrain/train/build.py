@@ -18,10 +18,15 @@ from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
-from moetrain.train.changes import Change, as_plain
+from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import global_batches
-from moetrain.train.resume import demand_same_model, told_changes
+from moetrain.train.resume import (
+    begins_optimizer,
+    demand_same_model,
+    in_one_line,
+    told_changes,
+)
 from moetrain.train.state import TrainState, checkpoint_tensors
 from moetrain.train.stragglers import Stragglers
 
@@ -106,26 +111,30 @@ def build_trainer(
         alive=control.still_there,
     )
 
+    def unread(manifest: Manifest, name: str) -> bool:
+        return name.startswith("optimizer.") and begins_optimizer(config, manifest)
+
     def loading(manifest: Manifest) -> dict[str, Tensor]:
-        if any(name.startswith("optimizer.") for name in manifest.tensors):
+        saved = (name for name in manifest.tensors if not unread(manifest, name))
+        if any(name.startswith("optimizer.") for name in saved):
             allocate_state(optimizer)
         return checkpoint_tensors(model, optimizer)
 
-    changed: list[Change] = []
+    going_on_from: list[Manifest] = []
 
     def same_model(manifest: Manifest) -> None:
         demand_same_model(config, manifest)
-        changed[:] = told_changes(config, manifest)
+        going_on_from[:] = [manifest]
 
-    restored = checkpoints.load_newest(loading, same_model=same_model)
+    restored = checkpoints.load_newest(loading, same_model=same_model, unread=unread)
     state = TrainState.restored(restored or {}, sources=shards.sources)
     state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
     batches = global_batches(config, shards, position=state.position)
     if restored:
         event("resume", step=state.step, attempt=place.attempt)
         say(f"goes on from step {state.step}")
-        if changed:
-            told = f"from step {state.step} on: {', '.join(map(str, changed))}"
+        if changed := told_changes(config, going_on_from[0]):
+            told = in_one_line(config, going_on_from[0], changed)
             values = {c.name: [c.before, c.now] for c in changed}
             event("settings_changed", step=state.step, reason=told, changes=values)
             say(told)

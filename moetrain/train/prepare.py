@@ -16,7 +16,7 @@ from data_pipeline import (
 )
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
-from moetrain.train.resume import demand_same_model
+from moetrain.train.resume import demand_no_restart, demand_same_model
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -71,6 +71,8 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
                 "run.name, or auto to go on from it",
             )
         demand_same_model(config, newest)
+    else:
+        demand_no_restart(config)
     if data.dir is None:  # shards may have to be built: not for a model that can't use them
         _demand_vocabulary(config, tokenizer_named(data.tokenizer))
     shards = open_or_build(data, progress=progress)

@@ -3,7 +3,8 @@
 Knows settings and manifests; reads no tensor. `changes` says what a setting decides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,20 +14,25 @@ from data_pipeline.shell import shell_command, shell_word
 from moetrain.checkpoint import Manifest
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer
+from moetrain.optim import OptimSettings, ScheduleSettings, learning_rate, state_names
 from moetrain.train.changes import Change, Kind, as_plain, changes, shown
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
+_OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
+
 
 def demand_same_model(config: "Config", manifest: Manifest) -> None:
     """Raises ConfigError where a run can't go on from a checkpoint with these settings.
 
-    Its weights would be another model, unless that is accepted, or its samples come in another
-    order.
+    Its weights would be another model, unless that is accepted, its samples come in another order,
+    its optimizer find the state of another one, or its schedule begin elsewhere than it stands.
     """
     found = changes(manifest.config, as_plain(config))
     _demand_order(config, manifest, found)
+    _demand_restart(config, manifest)
+    _demand_optimizer(config, manifest)
     function, accepted = _of_kind(found, Kind.function), config.checkpoint.accept_changes
     fits = _tensors_fit(config, manifest)
     refused = [c for c in function if not fits or c.name not in accepted]
@@ -66,6 +72,97 @@ def told_changes(config: "Config", manifest: Manifest) -> list[Change]:
     if not manifest.state.get("samples", 0):  # nothing was trained with the settings before
         return []
     return _of_kind(changes(manifest.config, as_plain(config)), Kind.function, Kind.recipe)
+
+
+def in_one_line(config: "Config", manifest: Manifest, found: Iterable[Change]) -> str:
+    """Returns what of its settings a run goes on with otherwise, and what becomes of its rate."""
+    line = f"from step {manifest.step} on: {', '.join(map(str, found))}"
+    if any(c.name.startswith(_OF_THE_RATE) for c in found):
+        rate = learning_rate(
+            manifest.step,
+            peak=config.optim.lr,
+            num_steps=config.train.num_steps,
+            settings=config.schedule,
+        )
+        line += f"; the learning rate goes from {_last_rate(manifest):.3g} to {rate:.3g}"
+    return line
+
+
+def _last_rate(manifest: Manifest) -> float:
+    """Returns the learning rate of a checkpoint's last step."""
+    optim, schedule, train = (manifest.config[part] for part in ("optim", "schedule", "train"))
+    known = {field.name for field in fields(ScheduleSettings)}
+    return learning_rate(
+        manifest.step - 1,
+        peak=optim["lr"],
+        num_steps=train["num_steps"],
+        settings=ScheduleSettings(**{k: v for k, v in schedule.items() if k in known}),
+    )
+
+
+def begins_optimizer(config: "Config", manifest: Manifest) -> bool:
+    """Returns whether a run goes on from a checkpoint with a fresh optimizer state."""
+    return config.optim.restart_from == manifest.step
+
+
+def demand_no_restart(config: "Config") -> None:
+    """Raises ConfigError where a run without a checkpoint is to begin anew from one."""
+    for name, step in _restarts(config):
+        raise ConfigError(
+            name,
+            step,
+            f"run {config.run.name} has no checkpoint in {config.run.dir} to go on from: leave it "
+            "out, or use the run.name and run.dir of a run that has one of that step",
+        )
+
+
+def _restarts(config: "Config") -> Iterator[tuple[str, int]]:
+    for group, settings in (("schedule", config.schedule), ("optim", config.optim)):
+        if settings.restart_from is not None:
+            yield f"{group}.restart_from", settings.restart_from
+
+
+def _demand_restart(config: "Config", manifest: Manifest) -> None:
+    """Raises ConfigError for a restart from another step than the checkpoint's.
+
+    One that the run had already, when the checkpoint was saved, holds.
+    """
+    for name, step in _restarts(config):
+        group = name.partition(".")[0]
+        if step in (manifest.step, manifest.config.get(group, {}).get("restart_from")):
+            continue
+        stands = f"run {config.run.name} stands at step {manifest.step}"
+        if step > manifest.step:
+            reason = f"{stands}, and has not come so far: use {manifest.step}"
+        else:
+            run = Path(config.run.dir, config.run.name or "")
+            branch = ["python", "-m", "moetrain.branch", f"run={run}", f"step={step}"]
+            reason = (
+                f"{stands}, and the steps since then were trained otherwise: use {manifest.step}, "
+                f"or begin another run at that step: {shell_command([*branch, f'to={run}-2'])}"
+            )
+        raise ConfigError(name, step, reason)
+
+
+def _demand_optimizer(config: "Config", manifest: Manifest) -> None:
+    """Raises ConfigError where a checkpoint has the optimizer state of another optimizer."""
+    if not manifest.state.get("step", 0) or begins_optimizer(config, manifest):
+        return
+    before = {"name": OptimSettings.name, "momentum": OptimSettings.momentum}
+    before |= manifest.config.get("optim", {})
+    key = "momentum" if before["name"] == config.optim.name else "name"
+    saved = {n.rpartition(".")[2] for n in manifest.tensors if n.startswith("optimizer.")}
+    if key == "momentum" and (not saved or saved == state_names(config.optim)):
+        return
+    more = "" if manifest.step < config.train.num_steps else " and more train.num_steps"
+    raise ConfigError(
+        f"optim.{key}",
+        getattr(config.optim, key),
+        f"run {config.run.name} was trained with optim.{key}={before[key]} up to step "
+        f"{manifest.step}, and another optimizer can't go on from the state of that one: use "
+        f"optim.{key}={before[key]}, add optim.restart_from={manifest.step}{more} to go on with a "
+        "fresh optimizer state, or use another run.name",
+    )
 
 
 def _demand_order(config: "Config", manifest: Manifest, found: Iterable[Change]) -> None:

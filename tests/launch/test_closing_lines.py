@@ -1,8 +1,13 @@
-"""What the closing lines say of the run's time."""
+"""What the closing lines say of the run's time, and of how it could train on."""
 
-from launch.start import effective_line
+from pathlib import Path
+
+import pytest
+
+from launch.start import effective_line, training_on
 from moetrain.observe import Account
 from moetrain.observe.ledger import KINDS
+from tests.support.runs import tiny_config
 
 
 def account(interruptions: int = 0, **seconds: float) -> Account:
@@ -28,3 +33,21 @@ def test_short_runs_and_unknown_times_are_passed_over() -> None:
     assert effective_line(account(training=300.0, starting=12.0)) is None
     assert effective_line(account()) is None
     assert effective_line(None) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings"),
+    [
+        ("constant", "train.num_steps=16"),
+        ("cosine", "schedule.restart_from=8 train.num_steps=16"),
+        ("wsd", "schedule.restart_from=8 train.num_steps=16"),
+    ],
+)
+def test_a_rate_that_has_fallen_is_not_told_to_train_on_without_a_new_schedule(
+    tmp_path: Path, schedule: str, settings: str
+) -> None:
+    config = tiny_config(tmp_path, shards=tmp_path, schedule__name=schedule)
+    assert training_on(config) == settings
+    changes = dict(word.split("=") for word in settings.split())
+    more = {key.replace(".", "__"): int(value) for key, value in changes.items()}
+    tiny_config(tmp_path, shards=tmp_path, schedule__name=schedule, **more)  # fits its steps

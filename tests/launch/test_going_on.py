@@ -90,5 +90,8 @@ def test_more_steps_train_on_and_what_else_changed_is_told(
     assert code == 0, output
     (event,) = [e for e in events_of(tmp_path) if e["event"] == "settings_changed"]
     assert event["changes"] == {"train.num_steps": [4, 6], "optim.lr": [0.01, 0.02]}
-    assert event["reason"] == "from step 4 on: train.num_steps 4 → 6, optim.lr 0.01 → 0.02"
+    assert event["reason"] == (
+        "from step 4 on: train.num_steps 4 → 6, optim.lr 0.01 → 0.02; the learning rate goes from "
+        "0.001 to 0.011"
+    )
     assert event["reason"] in output

@@ -12,6 +12,7 @@ from moetrain.optim import (
     allocate_state,
     build_optimizer,
     learning_rate,
+    state_names,
 )
 
 
@@ -34,15 +35,49 @@ def test_warm_up_is_linear_and_reaches_the_peak(name: str) -> None:
 def test_cosine_falls_to_its_last_ratio() -> None:
     rates = curve(name="cosine", warmup_steps=100, final_lr_ratio=0.1)
     assert rates[550] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5), rel=1e-9)
-    assert rates[-1] == pytest.approx(0.2, rel=1e-4)
+    assert rates[-1] == 2.0 * 0.1
     assert rates[100:] == sorted(rates[100:], reverse=True)
 
 
 def test_wsd_is_flat_and_then_falls_in_a_line() -> None:
     rates = curve(name="wsd", warmup_steps=100, final_lr_ratio=0.0, decay_fraction=0.2)
     assert set(rates[100:800]) == {2.0}
-    assert rates[900] == pytest.approx(1.0)
-    assert rates[999] == pytest.approx(0.01)
+    assert rates[800] == pytest.approx(1.99)
+    assert rates[899] == pytest.approx(1.0)
+    assert rates[999] == 0.0
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+@pytest.mark.parametrize(("num_steps", "warmup"), [(1, 0), (2, 0), (2, 1), (7, 3), (1000, 100)])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 1 / 3, 1.0])
+def test_the_last_step_has_exactly_the_last_ratio_and_the_warm_up_ends_at_the_peak(
+    name: str, num_steps: int, warmup: int, ratio: float
+) -> None:
+    rates = curve(num_steps, name=name, warmup_steps=warmup, final_lr_ratio=ratio)
+    assert rates[-1] == 2.0 * ratio
+    if warmup:
+        assert rates[warmup - 1] == 2.0
+    if num_steps > warmup + 1:
+        assert rates[warmup] == 2.0
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_wsd_without_a_decay_stays() -> None:
+    assert set(curve(10, name="wsd", warmup_steps=0, decay_fraction=0.0)) == {2.0}
+    assert curve(10, name="wsd", warmup_steps=0, decay_fraction=0.01)[-2:] == [2.0, 2.0 * 0.1]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_a_schedule_restarted_is_a_new_one_counted_from_its_step(name: str) -> None:
+    settings = {"name": name, "warmup_steps": 5, "final_lr_ratio": 0.25}
+    restarted = curve(140, **settings, restart_from=100)
+    assert restarted[100:] == curve(40, **settings)
+
+
+def test_what_an_optimizer_keeps_is_known_without_its_parameters() -> None:
+    assert state_names(OptimSettings(name="adamw")) == {"step", "exp_avg", "exp_avg_sq"}
+    assert state_names(OptimSettings(name="sgd", momentum=0.9)) == {"momentum_buffer"}
+    assert state_names(OptimSettings(name="sgd")) == set()
 
 
 def test_a_longer_run_keeps_the_wsd_rates_of_the_stable_part() -> None:

@@ -10,10 +10,12 @@ import pytest
 from moetrain.checkpoint import Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.config import check, refit
-from moetrain.train import as_plain, demand_done_alike, demand_same_model
+from moetrain.optim import ScheduleSettings, learning_rate
+from moetrain.train import as_plain, demand_done_alike, demand_same_model, prepare
 from moetrain.train.resume import told_changes
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
+from tests.train.test_runs import assert_same_tensors, load
 
 STOP = 4
 MODEL = {"model__num_experts": 8, "model__router__num_groups": 4, "model__router__top_groups": 2}
@@ -35,12 +37,19 @@ LAYOUT = {
     "parallel__recompute": "full", "observe__log_every_steps": 2, "checkpoint__every_steps": 2,
     "data__num_workers": 0, "model__loss_chunk_size": 64, "run__threads_per_rank": 1,
 }  # fmt: skip
-# What a copy of the stopped run goes on with, one attempt after the other.
-GOING_ON: dict[str, list[dict[str, Any]]] = {
-    "stopped": [],
-    "recipe": [RECIPE],
-    "function": [FUNCTION | ACCEPT, FUNCTION | {"train__num_steps": 8}],
-    "layout": [LAYOUT],
+FRESH = {"optim__restart_from": STOP}
+RESTARTED = FRESH | {
+    "optim__name": "sgd", "optim__momentum": 0.9, "optim__lr": 0.1, "train__num_steps": 10,
+    "schedule__restart_from": STOP, "schedule__warmup_steps": 2,
+}  # fmt: skip
+# What a copy of the stopped run goes on with, and up to which step, one attempt after the other.
+GOING_ON: dict[str, list[tuple[int | None, dict[str, Any]]]] = {
+    "recipe": [(None, RECIPE)],
+    "function": [(None, FUNCTION | ACCEPT), (None, FUNCTION | {"train__num_steps": 8})],
+    "layout": [(None, LAYOUT)],
+    "fresh": [(None, FRESH)],
+    "restarted": [(None, RESTARTED)],
+    "restarted twice": [(7, RESTARTED), (None, RESTARTED)],
 }
 
 
@@ -53,10 +62,9 @@ def train_all(top: Path, shards: Path) -> None:
 
     train("stopped", STOP, 1)
     for name, attempts in GOING_ON.items():
-        if attempts:
-            shutil.copytree(top / "stopped", top / name)
-        for attempt, changes in enumerate(attempts, start=2):
-            train(name, None, attempt, **changes)
+        shutil.copytree(top / "stopped", top / name)
+        for attempt, (stop_at, changes) in enumerate(attempts, start=2):
+            train(name, stop_at, attempt, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,11 @@ def gone_on(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def manifest(gone_on: Path) -> Manifest:
     """The checkpoint of the run that was stopped at step 4 of 8."""
-    return read_manifest(candidates(gone_on / "stopped/runs/tiny/checkpoints")[0])
+    return newest(gone_on / "stopped")
+
+
+def newest(folder: Path) -> Manifest:
+    return read_manifest(candidates(folder / "runs/tiny/checkpoints")[0])
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -226,3 +238,84 @@ def test_a_run_that_has_all_its_steps_is_refused_other_settings(
     assert said in str(refused.value)
     more = changed | {"train__num_steps": 9}
     demand_done_alike(tiny_config(tmp_path, shards=shards, **more), finished)
+
+
+# ── Another optimizer, and a new schedule ─────────────────────────────────────────────────────
+
+
+def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
+    tmp_path: Path, shards: Path, gone_on: Path, manifest: Manifest
+) -> None:
+    sgd = tiny_config(tmp_path, shards=shards, **MODEL, optim__name="sgd")
+    with pytest.raises(ConfigError) as refused:
+        demand_same_model(sgd, manifest)
+    assert str(refused.value).startswith(
+        "optim.name=sgd: run tiny was trained with optim.name=adamw up to step 4, and another "
+        "optimizer can't go on from the state of that one"
+    )
+    assert "use optim.name=adamw, add optim.restart_from=4 to go on" in str(refused.value)
+    assert "another model" not in str(refused.value)
+    betas = {"optim__betas": (0.8, 0.99), "optim__eps": 1e-6, "optim__weight_decay": 0.0}
+    demand_same_model(tiny_config(tmp_path, shards=shards, **MODEL, **betas), manifest)
+    still = MODEL | RESTARTED | {"optim__momentum": 0.0, "train__num_steps": 12}
+    with pytest.raises(ConfigError, match=r"optim.momentum=0.9.*optim.restart_from=10 to go on"):
+        demand_same_model(
+            tiny_config(tmp_path, shards=shards, **still), newest(gone_on / "restarted")
+        )
+
+
+def test_a_fresh_optimizer_state_begins_at_its_step(gone_on: Path) -> None:
+    steps = {
+        name: {float(t) for n, t in load(candidates(folder)[0]).items() if n.endswith(".step")}
+        for name in ("layout", "fresh")
+        for folder in [gone_on / name / "runs/tiny/checkpoints"]
+    }
+    assert steps == {"layout": {8.0}, "fresh": {8.0 - STOP}}
+
+
+def test_later_resumes_keep_the_state_and_the_schedule_of_a_restart(gone_on: Path) -> None:
+    whole, twice = (gone_on / name for name in ("restarted", "restarted twice"))
+    assert metrics_of(twice) == metrics_of(whole)
+    assert_same_tensors(twice, whole)
+    assert [e["step"] for e in events_of(twice) if e["event"] == "resume"] == [4, 7]
+    (event,) = told(twice)
+    assert event["changes"]["optim.name"] == ["adamw", "sgd"]
+    assert event["changes"]["schedule.restart_from"] == [None, 4]
+    assert event["reason"].endswith("; the learning rate goes from 0.0094 to 0.05")
+    rates = [record["optim/lr"] for record in metrics_of(whole)][STOP:]
+    schedule = ScheduleSettings(warmup_steps=2)
+    assert rates == [
+        learning_rate(step, peak=0.1, num_steps=6, settings=schedule) for step in range(6)
+    ]
+
+
+@pytest.mark.parametrize("group", ["schedule", "optim"])
+def test_a_restart_is_of_the_step_that_the_run_stands_at(
+    tmp_path: Path, shards: Path, gone_on: Path, manifest: Manifest, group: str
+) -> None:
+    def demand(step: int, found: Manifest, **changes: Any) -> None:
+        settings = MODEL | {f"{group}__restart_from": step, "train__num_steps": 12} | changes
+        demand_same_model(tiny_config(tmp_path, shards=shards, **settings), found)
+
+    demand(4, manifest)
+    with pytest.raises(
+        ConfigError, match=rf"^{group}.restart_from=5: .* has not come so far: use 4"
+    ):
+        demand(5, manifest)
+    with pytest.raises(
+        ConfigError, match=r"use 4, or begin another run .*moetrain.branch .*step=3"
+    ):
+        demand(3, manifest)
+    # The run had this restart when its newest checkpoint was saved; of others it must stand there.
+    sgd = {"optim__name": "sgd", "optim__momentum": 0.9}
+    demand(4, newest(gone_on / "restarted"), **sgd)
+    demand(10, newest(gone_on / "restarted"), **sgd)
+    with pytest.raises(ConfigError, match="use 10, or begin another run"):
+        demand(7, newest(gone_on / "restarted"), **sgd)
+
+
+def test_a_new_run_has_nothing_to_restart_from(tmp_path: Path, shards: Path) -> None:
+    for name in ("schedule", "optim"):
+        config = tiny_config(tmp_path, shards=shards, **{f"{name}__restart_from": 4})
+        with pytest.raises(ConfigError, match=rf"{name}\.restart_from=4: .*no checkpoint"):
+            prepare(config, config.data, progress=False)
