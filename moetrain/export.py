@@ -23,7 +23,7 @@ from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_pl
 from moetrain.huggingface.names import ConversionError
 from moetrain.huggingface.new_folder import demand_new, new_folder
 from moetrain.huggingface.shards import num_bytes
-from moetrain.huggingface.tokenizer import write_tokenizer
+from moetrain.huggingface.tokenizer import NONE, write_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -41,7 +41,8 @@ class ExportSettings:
     max_shard_bytes: PositiveInt = 5_000_000_000
     """What the tensors of one file have at most."""
     tokenizer: PathText | None = None
-    """A name, or the path of a tokenizer's file; None: the one that the run was trained with."""
+    """A name, the path of a tokenizer's file, or `none` for a folder without one; None: the one
+    that the run was trained with."""
     drop_router_bias: bool = False
     """Whether the routers' selection biases, which Mixtral has not, may be left out."""
 
@@ -76,9 +77,17 @@ def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) ->
             config=config,
             tokenizer=settings.tokenizer,
             fingerprint=manifest.state.get("tokenizer") or None,
+            token_ids=manifest.state.get("imported_token_ids"),
             run_dir=run_dir,
         )
-        write_model_card(staged, run_dir=run_dir, manifest=manifest, config=config, dtype=dtype)
+        write_model_card(
+            staged,
+            run_dir=run_dir,
+            manifest=manifest,
+            config=config,
+            dtype=dtype,
+            has_tokenizer=settings.tokenizer != NONE,
+        )
         with byte_progress("exporting", num_bytes=size, shown=True) as progress:
             files = write_model(
                 staged,

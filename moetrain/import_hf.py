@@ -116,11 +116,16 @@ def _import(source: Path, to: Path) -> None:
                 config,
                 to=to,
                 has_tokenizer=has_tokenizer,
-                state={"imported_dtype": str(_dtype(files)).removeprefix("torch.")},
+                state={
+                    "imported_dtype": str(_dtype(files)).removeprefix("torch."),
+                    "imported_token_ids": imported.token_ids,
+                },
                 read=read,
             )
             event = EventLog(staged / "events.jsonl").write
             event("import", source=str(source.absolute()), tensors=len(files.tensors))
+    for text in imported.carried:
+        print(f"carried   {text}")
     for note in notes:
         print(f"note      {note}")
     print(
@@ -172,6 +177,19 @@ def _notes(files: WeightFiles) -> Iterator[str]:
     used = {stored.file for stored in files.tensors.values()}
     if unused := sorted({p.name for p in files.folder.glob("*.safetensors")} - used):
         yield f"{', '.join(unused)} in {files.folder} belong to no model there and were not read"
+    if given := _generation_settings(files.folder / "generation_config.json"):
+        yield f"its generation_config.json is not carried: {', '.join(given)}"
+
+
+def _generation_settings(path: Path) -> list[str]:
+    """Returns what a folder sets for generation, beside special tokens, which config.json has."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    plain = ("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id")
+    found = found if isinstance(found, dict) else {}
+    return sorted(key for key, value in found.items() if value and key not in plain)
 
 
 if __name__ == "__main__":

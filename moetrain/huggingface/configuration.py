@@ -3,7 +3,9 @@
 Owns what either side can't express, and says so. Leaves the tensors to `names.py`.
 """
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,22 @@ _SHAPE = {
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
 }
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What is read of a config.json beside its shape.
+_READ = {
+    "model_type", "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "partial_rotary_factor", "sliding_window", "hidden_act", "layer_types",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "attention_dropout", "auto_map",
+    "quantization_config", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+}  # fmt: skip
+# What says nothing of the model: who wrote it, how it is loaded, what a call returns.
+_MEANINGLESS = {
+    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path",
+    "initializer_range", "output_attentions", "output_hidden_states", "return_dict",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "chunk_size_feed_forward", "id2label", "label2id", "torchscript", "pretraining_tp",
+    "_commit_hash", "use_sliding_window", "experts_implementation",
+}  # fmt: skip
 _EXPERTS = {"num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
 
 
@@ -37,8 +55,12 @@ class ImportedModel:
     settings: ModelSettings
     tied: bool
     """Whether the head is the embedding."""
+    carried: list[str]
+    """What became of settings that have another name or scale here."""
     notes: list[str]
     """What a person should know of the difference to theirs."""
+    token_ids: dict[str, Any]
+    """The special tokens that it names, for an export without a tokenizer."""
 
 
 def demand_expressible(settings: ModelSettings) -> None:
@@ -70,7 +92,11 @@ def demand_expressible(settings: ModelSettings) -> None:
 
 
 def config_json(
-    settings: ModelSettings, *, dtype: str, bos_token_id: int | None, eos_token_id: int | None
+    settings: ModelSettings,
+    *,
+    dtype: str,
+    bos_token_id: int | None,
+    eos_token_id: int | list[int] | None,
 ) -> dict[str, Any]:
     """Returns the config.json of a model, for transformers 4 and 5 alike.
 
@@ -93,6 +119,7 @@ def config_json(
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
+        **_router_json(settings),
         "use_cache": True,
         # Spelt out where there is none: theirs are 1 and 2 if nothing is said.
         "bos_token_id": bos_token_id,
@@ -127,6 +154,9 @@ def imported_model(config: Mapping[str, Any]) -> ImportedModel:
             "the router is without use and could not be trained; import a model with two or more"
         )
     notes: list[str] = []
+    carried: list[str] = []
+    if kind == MIXTRAL:
+        values["router"] = _router(config, carried)
     values["max_seq_len"] = _max_seq_len(config, notes, silent=_SILENT[kind]["sliding_window"])
     values["rope_theta"] = _rope_theta(config, silent=_SILENT[kind]["rope_theta"])
     try:
@@ -139,7 +169,92 @@ def imported_model(config: Mapping[str, Any]) -> ImportedModel:
         notes.append(
             "its head is tied to its embedding: here the head is a copy, and the two train apart"
         )
-    return ImportedModel(settings=settings, tied=tied, notes=notes)
+    notes.extend(_not_carried(config))
+    ids = {name: config.get(name) for name in _TOKEN_IDS}
+    return ImportedModel(settings=settings, tied=tied, carried=carried, notes=notes, token_ids=ids)
+
+
+def load_balance_loss_weight(coefficient: float, *, top_k: int, num_layers: int) -> float:
+    """Returns the weight here of a `router_aux_loss_coef` there.
+
+    Theirs multiplies one loss over the choices and probabilities of all layers together, which is
+    top_k when balanced; ours the sum of a loss for each layer, 1 when balanced. The weight makes
+    the two equal where all layers are alike, and so in each model of one layer. Else they are not
+    the same function: pooled, layers that collapse onto different experts look balanced.
+    """
+    return float(f"{coefficient * top_k / num_layers:.15g}")
+
+
+def router_aux_loss_coef(weight: float, *, top_k: int, num_layers: int) -> float:
+    """Returns the coefficient there of a weight here: the shortest number that comes back as it."""
+    exact = weight * num_layers / top_k
+    for digits in (12, 17):
+        short = float(f"{exact:.{digits}g}")
+        if load_balance_loss_weight(short, top_k=top_k, num_layers=num_layers) == weight:
+            return short
+    return exact
+
+
+def _router_json(settings: ModelSettings) -> dict[str, Any]:
+    if not settings.is_moe:
+        return {}
+    weight = settings.router.load_balance_loss_weight
+    layers = settings.num_moe_layers
+    return {
+        "router_aux_loss_coef": router_aux_loss_coef(
+            weight, top_k=settings.top_k, num_layers=layers
+        ),
+        "router_jitter_noise": settings.router.jitter_noise,
+        "output_router_logits": False,
+    }
+
+
+def _router(config: Mapping[str, Any], carried: list[str]) -> dict[str, float]:
+    """Returns how the router is trained, where a config.json says it."""
+    found = {}
+    if (coefficient := _nonnegative(config, "router_aux_loss_coef")) is not None:
+        top_k, layers = config["num_experts_per_tok"], config["num_hidden_layers"]
+        if not all(isinstance(n, int) and n > 0 for n in (top_k, layers)):
+            return {}  # said with the shape
+        weight = load_balance_loss_weight(coefficient, top_k=top_k, num_layers=layers)
+        found["load_balance_loss_weight"] = weight
+        carried.append(
+            f"router_aux_loss_coef={coefficient:g} as model.router.load_balance_loss_weight="
+            f"{weight:g} (times top_k={top_k}, over {layers} layers: the same where these are "
+            "balanced alike)"
+        )
+    if noise := _nonnegative(config, "router_jitter_noise"):
+        found["jitter_noise"] = noise
+        carried.append(
+            f"router_jitter_noise={noise:g} as model.router.jitter_noise={noise:g} (on the "
+            "router's input alone; transformers has it on the experts' too)"
+        )
+    return found
+
+
+def _nonnegative(config: Mapping[str, Any], name: str) -> float | None:
+    value = config.get(name)
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ConversionError(f"config.json: {name}={value!r}: must be a number from 0 on")
+    return float(value)
+
+
+def _not_carried(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what a config.json says that has no place here."""
+    if dropout := config.get("attention_dropout"):
+        yield f"its attention_dropout={dropout} is not carried: there is no dropout here"
+    known = {*_SHAPE.values(), *_EXPERTS.values(), *_TOKEN_IDS, *_READ, *_MEANINGLESS}
+    if over := sorted(name for name, value in config.items() if value and name not in known):
+        shown = ", ".join(f"{name}={_brief(config[name])}" for name in over)
+        yield f"not known here, and not carried: {shown}"
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _demand_computable(config: Mapping[str, Any]) -> None:
@@ -197,10 +312,15 @@ def _max_seq_len(config: Mapping[str, Any], notes: list[str], *, silent: int | N
     """Returns the longest sequence over which theirs and ours attend alike."""
     length = config.get("max_position_embeddings")
     window = config.get("sliding_window", silent)
-    if not isinstance(length, int):
-        raise ConversionError(f"config.json: max_position_embeddings={length!r}: must be a number")
-    if window is not None and not isinstance(window, int):
-        raise ConversionError(f"config.json: sliding_window={window!r}: must be a number or null")
+    if not _is_count(length):
+        raise ConversionError(
+            f"config.json: max_position_embeddings={length!r}: must be a number from 1 on"
+        )
+    if window is not None and not _is_count(window):
+        raise ConversionError(
+            f"config.json: sliding_window={window!r}: a position would see nothing: must be a "
+            "number from 1 on, or null where there is no window, which is probably meant"
+        )
     if window is None or window >= length:
         return length
     said = "" if "sliding_window" in config else ", which is what transformers takes where no"
@@ -210,3 +330,7 @@ def _max_seq_len(config: Mapping[str, Any], notes: list[str], *, silent: int | N
         "nothing"
     )
     return window
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

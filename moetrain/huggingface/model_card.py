@@ -41,7 +41,13 @@ _LICENCES = frozenset(
 
 
 def write_model_card(
-    to: Path, *, run_dir: Path, manifest: "Manifest", config: "Config", dtype: str
+    to: Path,
+    *,
+    run_dir: Path,
+    manifest: "Manifest",
+    config: "Config",
+    dtype: str,
+    has_tokenizer: bool = True,
 ) -> None:
     """Writes README.md into a folder that is there, for a checkpoint of a run.
 
@@ -53,7 +59,7 @@ def write_model_card(
     parts = [
         f"# {name}",
         _introduction(facts, config, dtype=dtype),
-        _how_to_load(facts, dtype=dtype),
+        _how_to_load(facts, dtype=dtype, has_tokenizer=has_tokenizer),
         "## Architecture",
         _architecture(config),
         "## Training text",
@@ -111,7 +117,14 @@ def _introduction(facts: RunFacts, config: "Config", *, dtype: str) -> str:
     return " ".join([text, *map(line, facts.origins)])
 
 
-def _how_to_load(facts: RunFacts, *, dtype: str) -> str:
+def _how_to_load(facts: RunFacts, *, dtype: str, has_tokenizer: bool) -> str:
+    if not has_tokenizer:
+        return (
+            "## How to load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")  # this folder\n'
+            "```\n\nThe folder has no tokenizer: which one the model was trained with is for you "
+            "to know."
+        )
     text = (
         "## How to load it\n\n```python\nfrom transformers import AutoModelForCausalLM, "
         'AutoTokenizer\n\nfolder = "."  # this one\n'

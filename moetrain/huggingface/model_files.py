@@ -7,6 +7,7 @@ card to their own files.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def write_model(
     dtype: str,
     max_shard_bytes: int,
     bos_token_id: int | None,
-    eos_token_id: int | None,
+    eos_token_id: int | list[int] | None,
     advance: Callable[[int], None],
 ) -> list[str]:
     """Writes the files of a model into a folder that is there; returns the names of its weights'.
@@ -100,7 +101,7 @@ def write_model(
     `advance` is told of bytes written. Memory holds one tensor at a time, of a layer's experts one
     matrix. Raises ConversionError for a number that the dtype can't hold.
     """
-    ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    ids: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     _write_json(to / "config.json", config_json(model, dtype=dtype, **ids))
     _write_json(to / "generation_config.json", {"_from_model_config": True, **ids})
 

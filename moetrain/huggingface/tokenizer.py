@@ -6,7 +6,7 @@ Leaves that file itself to the data pipeline.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 IMPORTED = "tokenizer"
 """The folder in a run that holds the files of the tokenizer it was imported with."""
-_WAYS_OUT = "bytes, mixtral-v1, mixtral-v3, or the path of a tokenizer.json"
+NONE = "none"
+"""What is said for an export without a tokenizer."""
+_WAYS_OUT = f"bytes, mixtral-v1, mixtral-v3, the path of a tokenizer.json, or {NONE} to export none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class TokenIds:
     """The ids that a model's configuration names, None where the tokenizer has none."""
 
     bos_token_id: int | None
-    eos_token_id: int | None
+    eos_token_id: int | list[int] | None
     vocab_size: int
 
 
@@ -45,18 +47,27 @@ def write_tokenizer(
     config: "Config",
     tokenizer: str | None,
     fingerprint: str | None,
+    token_ids: Mapping[str, Any] | None = None,
     run_dir: Path | None = None,
 ) -> TokenIds:
     """Writes the files of a run's tokenizer into a folder that is there; returns its special ids.
 
     `tokenizer` names it; none given: that of the shards, or the one the run was imported with,
     whose files are copied as they are. `fingerprint` is that of the one that the run was trained
-    with, nothing where it wasn't trained here; `run_dir` is where the run is, if it was moved.
+    with, nothing where it wasn't trained here; `token_ids` are the special ones that the model was
+    imported with, for an export without a tokenizer; `run_dir` is where a moved run is.
 
     Raises ConfigError where the tokenizer isn't found, or is another than the run's, and DataError
     where the one that `tokenizer` names can't be read.
     """
     run_dir = run_dir or Path(config.run.dir, config.run.name or "")
+    if tokenizer == NONE:
+        known = token_ids or {}
+        return TokenIds(
+            bos_token_id=known.get("bos_token_id"),
+            eos_token_id=known.get("eos_token_id"),
+            vocab_size=config.model.vocab_size,
+        )
     if tokenizer is not None:
         return _write(to, _demanded(tokenizer, config, fingerprint), config=config)
     imported = run_dir / IMPORTED
@@ -119,8 +130,8 @@ def _demanded(spec: str, config: "Config", fingerprint: str | None) -> Tokenizer
         raise ConfigError(
             "tokenizer",
             spec,
-            f"it has {found.vocab_size} tokens, and the model knows {config.model.vocab_size}: "
-            "give the model's own",
+            f"its vocabulary has {found.vocab_size}, and the model's {config.model.vocab_size} has "
+            "no rows for all of them: give the model's own",
         )
     return found
 

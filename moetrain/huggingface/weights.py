@@ -18,6 +18,9 @@ from torch import Tensor
 from moetrain.huggingface.names import WHOLE, ConversionError, Index, Place, Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LFS_POINTER = b"version https://git-lfs"
+_LISTED = 40
+"""How many files a message names: those of the largest models there are, nearly."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -46,6 +49,7 @@ class WeightFiles:
     def __enter__(self) -> "WeightFiles":
         weight_map = _weight_map(self.folder)
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        _demand_there(self.folder, files)
         with ExitStack() as opening:
             for file in files:
                 self._list(file, opening)
@@ -137,6 +141,31 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if not pairs:
         raise ConversionError(f"{path} lists no tensors")
     return pairs
+
+
+def _demand_there(folder: Path, files: Sequence[str]) -> None:
+    """Raises ConversionError for files that are not there, or stand there for others."""
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        there = [file for file in files if file not in missing]
+        raise ConversionError(
+            f"{folder} has {len(there)} of the {len(files)} files that {INDEX} lists"
+            f"{_listed(there, 'there')}{_listed(missing, 'missing')}: fetch those, or all again"
+        )
+    for file in files:
+        with (folder / file).open("rb") as opened:
+            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise ConversionError(
+                    f"{folder / file} is a pointer of Git LFS and not the file that it stands for: "
+                    "run git lfs pull in that folder"
+                )
+
+
+def _listed(files: Sequence[str], word: str) -> str:
+    if not files:
+        return ""
+    more = f" and {len(files) - _LISTED} more" if len(files) > _LISTED else ""
+    return f"; {word}: {', '.join(files[:_LISTED])}{more}"
 
 
 def _no_weights(folder: Path) -> str:

@@ -84,9 +84,13 @@ class ModelSettings:
     """1: every layer is dense."""
     top_k: PositiveInt
     vocab_size: PositiveInt
+    """Rows of embedding and head: the ids of the tokenizer, or more."""
     max_seq_len: PositiveInt
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat = 1e-5
+    pad_vocab_to_multiple_of: PositiveInt = 1
+    """`vocab_size` is rounded up to a multiple of this as soon as it is read, and nothing else
+    knows of it: the ids added are in no text, and in the softmax like any other."""
     num_shared_experts: NonNegativeInt = 0
     num_dense_layers: NonNegativeInt = 0
     """How many of the first layers have a dense feed-forward layer and no router."""
@@ -98,6 +102,11 @@ class ModelSettings:
     """Tokens whose logits stand in memory at once."""
     router: RouterSettings = RouterSettings()
     experts: ExpertsSettings = ExpertsSettings()
+
+    def __post_init__(self) -> None:
+        multiple = self.pad_vocab_to_multiple_of
+        # Frozen from here on. On what is padded already, as after a resume, it changes nothing.
+        object.__setattr__(self, "vocab_size", -(-self.vocab_size // multiple) * multiple)
 
     @property
     def is_moe(self) -> bool:

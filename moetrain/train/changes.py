@@ -43,6 +43,7 @@ _KINDS = {
     "": Kind.recipe,
     "model": Kind.function,
     "model.max_seq_len": Kind.recipe,
+    "model.pad_vocab_to_multiple_of": Kind.incidental,  # what came of it is in vocab_size
     "model.loss_chunk_size": Kind.layout,
     "model.router.load_balance_loss_weight": Kind.recipe,
     "model.router.load_balance_scope": Kind.recipe,

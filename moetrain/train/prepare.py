@@ -40,9 +40,16 @@ class Prepared:
 
     shards: ShardFolder
     plan: dict[str, SourcePlan]
+    vocab_size: int
+    """The model's, which may be more than the text's."""
 
     def lines(self) -> Iterator[str]:
-        """Yields what a person is told of each source."""
+        """Yields what a person is told of the vocabulary, if need be, and of each source."""
+        if spare := self.vocab_size - self.shards.tokenizer.vocab_size:
+            yield (
+                f"vocabulary {self.vocab_size:,}: {self.shards.tokenizer.vocab_size:,} ids of "
+                f"{self.shards.tokenizer.name}, and {spare:,} that are in no text"
+            )
         for source, plan in self.plan.items():
             first, *later = plan.weights.items()
             text = f"source {source}: {first[1]:.4g} of the samples"
@@ -74,9 +81,9 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
     else:
         demand_no_restart(config)
     if data.dir is None:  # shards may have to be built: not for a model that can't use them
-        _demand_vocabulary(config, tokenizer_named(data.tokenizer))
+        demand_vocabulary(config, tokenizer_named(data.tokenizer))
     shards = open_or_build(data, progress=progress)
-    _demand_vocabulary(config, shards.tokenizer)
+    demand_vocabulary(config, shards.tokenizer)
     if newest:
         _demand_same_data(config, newest, shards)
     state: Mapping[str, Any] = newest.state if newest else {}
@@ -84,7 +91,8 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
     steps = max(0, config.train.num_steps - state.get("step", 0))
     num_samples = state.get("samples", 0) + steps * config.train.global_batch_size
     batches.check_enough(num_samples)
-    return Prepared(shards=shards, plan=_plan(batches, num_samples=num_samples))
+    plan = _plan(batches, num_samples=num_samples)
+    return Prepared(shards=shards, plan=plan, vocab_size=config.model.vocab_size)
 
 
 def global_batches(
@@ -139,13 +147,14 @@ def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -
         )
 
 
-def _demand_vocabulary(config: "Config", tokenizer: Tokenizer | TokenizerEntry) -> None:
-    if tokenizer.vocab_size != config.model.vocab_size:
+def demand_vocabulary(config: "Config", tokenizer: Tokenizer | TokenizerEntry) -> None:
+    """Raises ConfigError where the text has ids that the model has no rows for."""
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             "model.vocab_size",
             config.model.vocab_size,
             f"the text is in tokens of {tokenizer.name}, whose vocabulary has "
-            f"{tokenizer.vocab_size}: use that size, or another tokenizer "
+            f"{tokenizer.vocab_size}: use that size or a larger one, or another tokenizer "
             "(data.tokenizer, or python -m data_pipeline.build --help)",
         )
 

@@ -37,6 +37,8 @@ class TrainState:
     """Sequences that were left out because of damaged documents."""
     imported_dtype: str | None = None
     """The dtype of the weights that the run began with, where they were imported."""
+    imported_token_ids: dict[str, Any] = field(default_factory=dict)
+    """The special tokens that an imported model's config.json named, by their names there."""
     branched_from: dict[str, Any] = field(default_factory=dict)
     """Run, step and attempt that the run was branched from; empty for any other."""
     since_record: RunningMeans = field(default_factory=RunningMeans)

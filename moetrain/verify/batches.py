@@ -9,6 +9,7 @@ import numpy as np
 from data_pipeline import Batch, DataError, open_folder, resolved_dir
 from moetrain.checks import ConfigError
 from moetrain.config import Config
+from moetrain.train.prepare import demand_vocabulary
 from moetrain.train.prepare import global_batches as training_batches
 
 
@@ -35,14 +36,7 @@ def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]
 
 def _from_shards(config: Config, *, num_steps: int) -> list[Batch]:
     shards = open_folder(config.data)
-    folder = shards.location
-    if shards.tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            config.model.vocab_size,
-            f"the text of {_short(folder)} is in tokens of {shards.tokenizer.name}, whose "
-            f"vocabulary has {shards.tokenizer.vocab_size}: use that size, or other shards",
-        )
+    demand_vocabulary(config, shards.tokenizer)
     batches, size = training_batches(config, shards, position=None), config.train.global_batch_size
     with closing(batches):
         whole = [batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps)]

@@ -2,16 +2,25 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moetrain.checks import ConfigError
-from moetrain.huggingface.configuration import config_json, demand_expressible, imported_model
+from moetrain.huggingface.configuration import (
+    config_json,
+    demand_expressible,
+    imported_model,
+    load_balance_loss_weight,
+    router_aux_loss_coef,
+)
 from moetrain.huggingface.names import ConversionError
-from moetrain.model import ModelSettings, RouterSettings
+from moetrain.model import ModelSettings, RouterSettings, load_balance_loss
 from tests.support.huggingface_folders import TINY
 
 MIXTRAL = {
@@ -39,6 +48,97 @@ def test_settings_to_config_and_back_are_the_same(settings: ModelSettings) -> No
     assert not back.notes
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "top_k"),
+    [(32, 2), (56, 2), (7, 3), (24, 6), (1, 1)],
+    ids=lambda value: str(value),
+)
+def test_the_balance_coefficient_comes_back_as_it_was(num_layers: int, top_k: int) -> None:
+    of = {"top_k": top_k, "num_layers": num_layers}
+    for number in (0.0, 0.001, 0.02, 0.01, 0.00125, 1 / 3, 1e-4, 0.9, 5.4e-3):
+        coefficient = float(f"{number:.12g}")
+        weight = load_balance_loss_weight(coefficient, **of)
+        assert router_aux_loss_coef(weight, **of) == coefficient
+        weight = float(f"{number:.15g}")
+        assert load_balance_loss_weight(router_aux_loss_coef(weight, **of), **of) == weight
+
+
+@pytest.mark.parametrize(("num_layers", "alike"), [(1, True), (5, True), (5, False)])
+def test_the_balance_weight_gives_the_loss_of_transformers(num_layers: int, alike: bool) -> None:
+    """Whatever the loads, as long as all layers have the same; pooled, others are not the same."""
+    experts, top_k, tokens = 6, 2, 500
+    generator = torch.Generator().manual_seed(0)
+    shape = (1 if alike else num_layers, tokens, experts)
+    logits = (3 * torch.randn(shape, generator=generator)).expand(num_layers, -1, -1)
+    logits = logits + torch.eye(experts)[:num_layers, None] * 4  # each layer has a favourite …
+    if alike:
+        logits = logits[:1].expand(num_layers, -1, -1)  # … or all the same
+    coefficient = 0.02
+    theirs = coefficient * load_balancing_loss_func(tuple(logits), experts, top_k)
+    probabilities = logits.softmax(-1)
+    chosen = probabilities.topk(top_k).indices.flatten(1)
+    counts = torch.stack([layer.bincount(minlength=experts) for layer in chosen])
+    ours = load_balance_loss(
+        counts, probabilities.sum(1), top_k=top_k, counted_tokens=tokens, num_tokens=tokens
+    )
+    weight = load_balance_loss_weight(coefficient, top_k=top_k, num_layers=num_layers)
+    assert ours.min() > 1.2  # far from balanced, so that another scale would show
+    # Sums of 500 probabilities in float32.
+    same = torch.allclose(weight * ours.sum(), theirs, rtol=500 * torch.finfo().eps)
+    assert same is alike
+    if not alike:
+        assert theirs < weight * ours.sum()  # their pooled loss sees less of it
+
+
+def test_how_the_router_was_trained_is_carried_both_ways_and_told() -> None:
+    trained = MIXTRAL | {
+        "num_hidden_layers": 4, "router_aux_loss_coef": 0.02, "router_jitter_noise": 0.1,
+        "output_router_logits": True,
+    }  # fmt: skip
+    model = imported_model(trained)
+    assert model.settings.router == RouterSettings(load_balance_loss_weight=0.01, jitter_noise=0.1)
+    first, second = model.carried
+    assert first.startswith(
+        "router_aux_loss_coef=0.02 as model.router.load_balance_loss_weight=0.01 "
+    )
+    assert second.startswith("router_jitter_noise=0.1 as model.router.jitter_noise=0.1 ")
+    assert not model.notes
+    back = config_json(model.settings, dtype="float32", bos_token_id=1, eos_token_id=2)
+    assert (back["router_aux_loss_coef"], back["router_jitter_noise"]) == (0.02, 0.1)
+    assert not imported_model(MIXTRAL).carried  # what nobody said is ours to choose
+    assert imported_model(MIXTRAL | {"router_aux_loss_coef": 0}).settings.router == RouterSettings(
+        load_balance_loss_weight=0.0
+    )
+
+
+def test_what_is_not_carried_is_told() -> None:
+    config = MIXTRAL | {
+        "attention_dropout": 0.1, "resid_pdrop": 0.2, "use_cache": True, "off": False,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    assert imported_model(config).notes == [
+        "its attention_dropout=0.1 is not carried: there is no dropout here",
+        "not known here, and not carried: resid_pdrop=0.2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sliding_window": 0}, "sliding_window=0: a position would see nothing"),
+        ({"sliding_window": -1}, "sliding_window=-1: a position would see nothing"),
+        ({"sliding_window": True}, "sliding_window=True: "),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0: must be a number from 1 on"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1: must be a number from 0 on"),
+        ({"router_aux_loss_coef": "0.1"}, "router_aux_loss_coef='0.1': must be a number"),
+        ({"router_jitter_noise": 1.5}, "router.jitter_noise=1.5"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_name(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConversionError, match=re.escape(said)):
+        imported_model(MIXTRAL | change)
+
+
 NEW_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SPELLINGS: dict[str, dict[str, Any]] = {
     "old rope_theta": {},
@@ -48,7 +148,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "no rope_scaling": {"rope_scaling": None},
     "a window as long as the model": {"sliding_window": 64},
     "activation by its other name": {"hidden_act": "swish"},
-    "keys that mean nothing here": {"use_cache": False, "_name_or_path": "x", "unknown": [1]},
+    "keys that mean nothing here": {"use_cache": False, "_name_or_path": "x", "unknown": None},
 }  # fmt: skip
 
 

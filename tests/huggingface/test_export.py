@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain.checkpoint import CheckpointReader, read_manifest
 from moetrain.checks import ConfigError
@@ -33,6 +33,7 @@ from tests.support.huggingface_folders import (
     assert_bitwise_equal,
     exported,
     imported,
+    save_oracle,
     tensors_in,
     write_run,
 )
@@ -290,6 +291,29 @@ def _own_bytes(pid: int) -> int:
     status = Path("/proc", str(pid), "status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
+
+
+def test_an_import_without_a_tokenizer_is_exported_again_bit_for_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one with an embedding padded beyond what any tokenizer has."""
+    theirs, again = tmp_path / "theirs", tmp_path / "again"
+    save_oracle(theirs, TINY, dtype=torch.bfloat16)
+    config = json.loads((theirs / "config.json").read_text())
+    change = {"bos_token_id": 5, "eos_token_id": [6, 7], "router_aux_loss_coef": 0.02}
+    (theirs / "config.json").write_text(json.dumps(config | change))
+    imported(theirs, tmp_path / "run")
+    assert "carried   router_aux_loss_coef=0.02 as " in capsys.readouterr().out
+    run = str(tmp_path / "run")
+    assert export(ExportSettings(run=run, to=str(again))) == 2
+    assert "or none to export none" in capsys.readouterr().err
+    assert export(ExportSettings(run=run, to=str(again), tokenizer="none")) == 0
+    assert_bitwise_equal(tensors_in(again), tensors_in(theirs))
+    made = json.loads((again / "config.json").read_text())
+    assert {name: made[name] for name in change} == change
+    assert not list(again.glob("*token*"))
+    assert "AutoTokenizer" not in (again / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(again).config.vocab_size == TINY.vocab_size
 
 
 def test_the_command_makes_a_folder_that_imports_and_exports_as_the_same(

@@ -371,7 +371,7 @@ def test_inline_and_two_ranks_see_the_same_tokens(
         ("data.dir=null data.corpus=/no/corpus", "/no/corpus"),
         ("parallel.expert_degree=3", "parallel.expert_degree=3"),
         ("train.steps=4", "train.steps"),
-        ("model.vocab_size=300", "vocabulary has 257"),
+        ("model.vocab_size=256", "vocabulary has 257: use that size or a larger one"),
     ],
 )
 def test_bad_input_exits_2_before_anything_is_written(

@@ -43,6 +43,7 @@ def test_each_setting_of_the_model_is_classified() -> None:
         **dict.fromkeys(FUNCTION, Kind.function),
         **dict.fromkeys(RECIPE, Kind.recipe),
         **dict.fromkeys(LAYOUT, Kind.layout),
+        "pad_vocab_to_multiple_of": Kind.incidental,
     }
     assert kinds == expected
 

@@ -1,5 +1,6 @@
 """Whole small runs on real ranks: resume, other layouts, skipped steps, bad checkpoints."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +13,17 @@ import torch
 
 from moetrain.checkpoint import candidates, read_manifest
 from moetrain.checks import ConfigError
-from moetrain.config import Config
+from moetrain.config import Config, validated
+from moetrain.export import ExportSettings, export
+from moetrain.model import active_parameters
 from moetrain.report import render_report
-from moetrain.train import Outcome, loop
-from moetrain.train.prepare import demand_same_model
+from moetrain.train import Outcome, demand_same_model, loop, prepare
+from tests.support.huggingface_folders import (
+    assert_bitwise_equal,
+    imported,
+    loaded,
+    tensors_in,
+)
 from tests.support.ranks import run_ranks
 from tests.support.runs import (
     events_of,
@@ -114,6 +122,58 @@ def test_forced_balance_is_even_and_leaves_a_warning(tmp_path: Path, shards: Pat
     assert [r["router/max_violation"] for r in metrics_of(tmp_path)] == [0.0, 0.0]
     (warning,) = [e for e in events_of(tmp_path) if e["event"] == "warning"]
     assert "force_balance" in warning["reason"]
+
+
+def test_a_padded_vocabulary_trains_and_comes_back_from_hugging_face_as_it_was(
+    tmp_path: Path, shards: Path
+) -> None:
+    """The ids added are in no text: they win nothing, and the softmax learns to leave them out."""
+    padded = {"model__pad_vocab_to_multiple_of": 64, "train__num_steps": 24}
+    config = tiny_config(tmp_path, shards=shards, **padded)
+    assert config.model.vocab_size == 320
+    assert active_parameters(config.model) - active_parameters(
+        tiny_config(tmp_path, shards=shards).model
+    ) == 2 * 63 * config.model.dim  # fmt: skip
+    assert next(prepare(config, config.data, progress=False).lines()) == (
+        "vocabulary 320: 257 ids of bytes, and 63 that are in no text"
+    )
+    run(tmp_path, shards, world=1, stop_at=12, **padded)
+    run(tmp_path, shards, world=1, attempt=2, **padded)
+    first, last = metrics_of(tmp_path)[0], metrics_of(tmp_path)[-1]
+    assert last["train/cross_entropy"] < 0.8 * first["train/cross_entropy"]
+    checkpoint = tmp_path / "runs/tiny/checkpoints/step_00000024"
+    model = loaded(checkpoint, config.model)
+    assert model.head.weight.shape == (320, 32)
+    text = torch.frombuffer(bytearray(b"def function_1(x):\n    return x"), dtype=torch.uint8)
+    with torch.no_grad():
+        probabilities = model(text.long()[None]).float().softmax(-1)
+    # By chance they would have 63 / 320 of it.
+    assert probabilities[..., 257:].sum(-1).mean() < 0.5 * 63 / 320
+    assert probabilities.argmax(-1).max() < 257
+    exported, again = tmp_path / "hf", tmp_path / "again"
+    settings = ExportSettings(run=str(tmp_path / "runs/tiny"), to=str(exported))
+    settings = dataclasses.replace(settings, drop_router_bias=True)
+    assert export(settings) == 0
+    back = validated(read_manifest(imported(exported, again)).config, Config)
+    assert back.model.vocab_size == 320
+    assert export(ExportSettings(run=str(again), to=str(tmp_path / "second"))) == 0
+    assert_bitwise_equal(tensors_in(tmp_path / "second"), tensors_in(exported))
+    # The padded size is what a run has: however it is written, it goes on.
+    manifest = read_manifest(checkpoint)
+    demand_same_model(tiny_config(tmp_path, shards=shards, model__vocab_size=320), manifest)
+    with pytest.raises(ConfigError, match=r"model.vocab_size=257"):
+        demand_same_model(tiny_config(tmp_path, shards=shards), manifest)
+
+
+def test_a_vocabulary_that_is_too_small_for_the_text_is_refused(
+    tmp_path: Path, shards: Path
+) -> None:
+    config = tiny_config(tmp_path, shards=shards, model__vocab_size=256)
+    with pytest.raises(ConfigError, match="has 257: use that size or a larger one"):
+        prepare(config, config.data, progress=False)
+    prepare(
+        tiny_config(tmp_path, shards=shards, model__vocab_size=300), config.data, progress=False
+    )
 
 
 def train_with_odd_metrics(config: Config, attempt: int) -> Outcome:
