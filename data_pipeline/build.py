@@ -12,7 +12,7 @@ from data_pipeline.unfinished import hidden_folder
 
 def build(settings: BuildSettings) -> None:
     """Builds the folder and says in a few lines what is in it."""
-    if existing_shards(settings) is not None:
+    if existing_shards(settings, progress=True) is not None:
         print(f"{settings.to} already holds these shards; nothing to do")
         return
     goes_on = hidden_folder(settings.to).exists()

@@ -5,7 +5,8 @@ each step to the file that is named for it.
 """
 
 import errno
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,13 +37,21 @@ from data_pipeline.settings import (
     BuildSettings,
     DataError,
     DataSettings,
+    OnChanged,
     resolved_dir,
     sources_of,
 )
 from data_pipeline.shards import SplitWriter
 from data_pipeline.splits import split_of
+from data_pipeline.text_record import (
+    SourceText,
+    read_text_record,
+    text_change,
+    write_text_record,
+)
 from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_named
 from data_pipeline.unfinished import (
+    DocumentHash,
     FinishedDocuments,
     FinishedShard,
     TextChanged,
@@ -75,6 +84,7 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
         tokenizer=settings.tokenizer,
         to=folder,
         on_corrupt=settings.on_corrupt,
+        on_changed=settings.on_changed,
     )
     return build_shards(build, progress=progress)
 
@@ -92,26 +102,25 @@ def open_folder(settings: DataSettings) -> ShardFolder:
 def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFolder:
     """Makes the shard folder `settings.to`, or opens it where it is there and the same.
 
-    The same text and settings give the same bytes in every file, whatever the number of processes
-    and however often the build was stopped and started again. The folder is built in a hidden one
-    beside its place and renamed when complete.
+    The same text and settings give the same bytes in every file but `text.json`, which has the
+    times of the text's files, whatever the number of processes and however often the build was
+    stopped and started again. The folder is built in a hidden one beside its place and renamed when
+    complete.
 
     Raises DataError for a corpus or tokenizer there is none of, a source without documents to
-    train on, and a place that holds something else.
+    train on, and a place that holds something else, or shards whose text has changed since, unless
+    they are to be built anew.
     """
     say = partial(tell, shown=progress)
     folder = Path(settings.to).absolute()
-    existing = existing_shards(settings)
+    existing = existing_shards(settings, progress=progress)
     if existing is not None and not hidden_folder(folder).exists():
         return existing
-    outputs = (folder, hidden_folder(folder))
-    corpora = {
-        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt, outputs=outputs)
-        for name, source in sources_of(settings).items()
-    }
+    corpora = _corpora(settings)
     tokenizer = _tokenizer_given(settings)
     with unfinished_build(folder, tell=say) as unfinished:
-        existing = existing_shards(settings)  # by a process that was waited for, or killed then
+        # By a process that was waited for, or killed then.
+        existing = existing_shards(settings, progress=progress, say=say)
         if existing is not None:
             return existing
         other = unfinished.claim(_demands(settings, tokenizer))
@@ -142,10 +151,22 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
     return ShardFolder.open(folder)
 
 
-def existing_shards(settings: BuildSettings) -> ShardFolder | None:
-    """The folder `settings.to` where it was built with these settings; None where it is free.
+def _corpora(settings: BuildSettings) -> dict[str, Corpus]:
+    """The texts of the sources by name; what is built isn't part of them."""
+    outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
+    return {
+        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt, outputs=outputs)
+        for name, source in sources_of(settings).items()
+    }
 
-    Raises DataError where it holds anything else.
+
+def existing_shards(
+    settings: BuildSettings, *, progress: bool = False, say: Callable[[str], None] | None = None
+) -> ShardFolder | None:
+    """The folder `settings.to` where it was built with these settings, of the text as it is now.
+
+    None where the folder is free, and where the text has changed and it is to be built anew, of
+    which `say` is told. Raises DataError where it holds anything else.
     """
     folder = Path(settings.to).absolute()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -172,7 +193,35 @@ def existing_shards(settings: BuildSettings) -> ShardFolder | None:
             f"to={settings.to!r} holds shards of another version of tokenizer="
             f"{settings.tokenizer!r}; give another folder, or remove that one"
         )
-    return shards
+    change = _text_change(settings, folder, progress=progress)
+    if change is None:
+        return shards
+    if settings.on_changed is OnChanged.rebuild:
+        if say is not None:
+            say(f"the text of {folder} has changed ({change}); building it anew")
+        return None
+    raise DataError(
+        f"to={settings.to!r} holds shards of another text: {change}; build them anew with "
+        "on_changed=rebuild (data.on_changed=rebuild where a run builds them), give another "
+        f"folder, or train on them as they are with {shlex.quote(f'data.dir={folder}')}"
+    )
+
+
+def _text_change(settings: BuildSettings, folder: Path, *, progress: bool) -> str | None:
+    """How the text differs from that of the shards in a folder; None where it doesn't.
+
+    Of shards of a version that kept no record nothing is known, and they are taken as they are.
+    """
+    before = read_text_record(folder, sources=sources_of(settings))
+    if before is None:
+        return None
+    try:
+        return text_change(folder, before, _corpora(settings), progress=progress)
+    except DataError as error:
+        raise DataError(
+            f"{error}; {folder} holds the shards that were built from it before: "
+            f"{shlex.quote(f'data.dir={folder}')} trains on them"
+        ) from error
 
 
 def _write(
@@ -192,10 +241,12 @@ def _write(
         _encoder(tokenizer, settings) as encoder,
         byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
     ):
-        sources = tuple(
-            _write_source(unfinished, name, corpus, encoder, settings, seen=seen, counter=counter)
-            for name, corpus in corpora.items()
-        )
+        sources, texts = list[SourceEntry](), dict[str, SourceText]()
+        for name, corpus in corpora.items():
+            entry, texts[name] = _write_source(
+                unfinished, name, corpus, encoder, settings, seen=seen, counter=counter
+            )
+            sources.append(entry)
     if tokenizer is not None and tokenizer.definition is not None:
         (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
     index = Index(
@@ -203,8 +254,9 @@ def _write(
         build=_build_entry(settings),
         tokenizer=None if tokenizer is None else _tokenizer_entry(tokenizer),
         dtype=None if tokenizer is None else token_dtype(tokenizer.vocab_size).name,
-        sources=sources,
+        sources=tuple(sources),
     )
+    write_text_record(unfinished.shards, texts)
     write_index(index, unfinished.shards)
 
 
@@ -226,10 +278,10 @@ def _write_source(
     *,
     seen: set[bytes],
     counter: ByteCounter,
-) -> SourceEntry:
+) -> tuple[SourceEntry, SourceText]:
     """Writes the shards of one source, after those finished; text where there is no encoder."""
     finished = {split: unfinished.finished(f"{name}-{split}") for split in SPLITS}
-    left_out, baselines = LeftOut(), BaselineCounter()
+    left_out, baselines, documents_hash = LeftOut(), BaselineCounter(), DocumentHash()
     documents = kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen)
     items = _items(documents, finished, validation_fraction=settings.validation_fraction)
     to_encode = ((item, None if item.is_finished else item.document.content) for item in items)
@@ -249,6 +301,7 @@ def _write_source(
         }
         for item, tokens in encoder.encoded(to_encode) if encoder else zip(items, repeat(None)):
             content = item.document.content
+            documents_hash.add(item.number, item.document.digest)
             if not item.is_finished:
                 writers[item.split].write(
                     tokens, content=content, number=item.number, digest=item.document.digest
@@ -270,7 +323,7 @@ def _write_source(
     if source.splits["train"].num_documents == 0:
         unfinished.discard()
         raise DataError(_nothing_to_train_on(source, left_out, settings))
-    return source
+    return source, SourceText(files=corpus.files, documents_hash=documents_hash.hexdigest())
 
 
 def _items(

@@ -66,6 +66,13 @@ class OnCorrupt(StrEnum):
     skip = "skip"
 
 
+class OnChanged(StrEnum):
+    """What to do where shards are there, and their text has changed: end, or build them anew."""
+
+    fail = "fail"
+    rebuild = "rebuild"
+
+
 class Packing(StrEnum):
     """How documents become sequences: cut from one long stream, or packed with few cuts."""
 
@@ -103,8 +110,9 @@ class DataSettings:
     """The `data.*` part of the training configuration.
 
     `dir` is a folder of shards that exists, here or at a URL. Without it the shards of `corpus`
-    and `tokenizer` are taken from `data/` in the working directory, and built there when missing.
-    Shards of text are tokenised while training, with `tokenizer`.
+    and `tokenizer` are taken from `data/` in the working directory, and built there when missing;
+    `on_changed` says what becomes of those whose text has changed since. Shards of text are
+    tokenised while training, with `tokenizer`.
 
     Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
     1 / `temperature` (1: in proportion; larger: more even); `stages` change the weights later.
@@ -128,6 +136,7 @@ class DataSettings:
     mask_documents: bool = False
     shuffle_window: Count | None = None
     on_corrupt: OnCorrupt = OnCorrupt.fail
+    on_changed: OnChanged = OnChanged.fail
     num_workers: Natural = 1
     prefetch_batches: Count = 2
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -153,7 +162,8 @@ class BuildSettings:
     `validation_fraction` is the share of documents held out, `shard_tokens` the number of tokens
     (of bytes, for text) at which a shard is full. `num_processes` tokenise; none given: as many
     as there are cores, where the tokenizer is slow enough to need them. `on_corrupt` says what
-    becomes of input that can't be read.
+    becomes of input that can't be read, `on_changed` what becomes of shards that are there and
+    whose text isn't what it was.
     """
 
     to: PathText
@@ -168,6 +178,7 @@ class BuildSettings:
     shard_tokens: Count = 2**24
     num_processes: Count | None = None
     on_corrupt: OnCorrupt = OnCorrupt.fail
+    on_changed: OnChanged = OnChanged.fail
 
 
 def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:

@@ -10,6 +10,7 @@ what a shard holds to `shards`, and which documents are in it to `builder`.
       trained.json      the tokenizer, where the build trains one
       records/          one FinishedShard for each shard that is whole and on disk
       shards/           what becomes NAME
+      replaced/         what was NAME, for a moment
 """
 
 import errno
@@ -110,6 +111,7 @@ class UnfinishedBuild:
         self._records = path / "records"
         self._settings = path / "settings.json"
         self._trained = path / "trained.json"
+        self._replaced = path / "replaced"
 
     def claim(self, settings: dict[str, Any]) -> str | None:
         """Makes the folder one of a build with these settings; returns how they had differed.
@@ -174,6 +176,7 @@ class UnfinishedBuild:
 
     def discard(self) -> None:
         """Forgets all that was done; the build begins anew, with the same settings."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
         self._trained.unlink(missing_ok=True)
         # The records go first: a record must never stand without its shard.
         for folder in (self._records, self.shards):
@@ -182,9 +185,15 @@ class UnfinishedBuild:
             _fsync(self.path)
 
     def complete(self, folder: Path) -> None:
-        """Gives the shards their place: all of it is on disk, then one rename."""
+        """Gives the shards their place: all of it is on disk, then one rename.
+
+        What stands there is put aside, and removed with the hidden folder: what is killed between
+        the two goes on from the finished shards.
+        """
         for path in (*self.shards.iterdir(), self.shards):
             _fsync(path)
+        if folder.exists() and any(folder.iterdir()):
+            folder.rename(self._replaced)
         self.shards.rename(folder)
         _fsync(folder.parent)
 
