@@ -70,6 +70,7 @@ from moetrain.train import (
     prepare,
     rank_device,
     run_rank,
+    training_on,
 )
 
 if TYPE_CHECKING:
@@ -524,20 +525,10 @@ def _closing_lines(
     if outcome.finished:
         yield (
             f"next      open {run_dir / 'report.html'}; train on with run.name={name} "
-            f"{training_on(config)}; or try -m model.num_experts=4,16"
+            f"{training_on(config, step=outcome.step)}; or try -m model.num_experts=4,16"
         )
     else:
         yield f"next      the same command with run.name={name} goes on from here"
-
-
-def training_on(config: "Config") -> str:
-    """Returns the settings with which a run that has all its steps trains as many again.
-
-    A rate that has fallen would jump back up in the middle of a longer schedule: it gets a new one.
-    """
-    done = config.train.num_steps
-    more = f"train.num_steps={2 * done}"
-    return more if config.schedule.name == "constant" else f"schedule.restart_from={done} {more}"
 
 
 def effective_line(account: Account | None) -> str | None:

@@ -16,7 +16,7 @@ from moetrain.report import figures, time_line
 from moetrain.report.run_record import RunRecord, read_run
 
 MAX_EVENTS = 200
-_NOT_FOR_PEOPLE = ("time", "event", "reason", "step", "clock", "last_sign", "spent")
+_NOT_FOR_PEOPLE = ("time", "event", "reason", "step", "clock", "last_sign", "spent", "changes")
 
 
 def render_report(run_dir: Path | str) -> Path:

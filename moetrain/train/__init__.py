@@ -5,7 +5,7 @@ from moetrain.train.control import Control, Outcome, Place
 from moetrain.train.loop import TrainingError
 from moetrain.train.prepare import Prepared, newest_manifest, prepare
 from moetrain.train.rank import keep_freed_memory, leave_ranks, rank_device, run_rank
-from moetrain.train.resume import demand_done_alike, demand_same_model
+from moetrain.train.resume import demand_done_alike, demand_same_model, training_on
 from moetrain.train.settings import RunSettings, TrainSettings
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "prepare",
     "rank_device",
     "run_rank",
+    "training_on",
 ]

@@ -62,9 +62,18 @@ def demand_done_alike(config: "Config", manifest: Manifest) -> None:
             config.run.name,
             f"this run has all its steps, up to {manifest.step}, and was trained with "
             f"{_settings(trained)} (not {', '.join(shown(c.now) for c in trained)}): it is left as "
-            "it is. Use those settings, another run.name, or a larger train.num_steps to train on "
-            "with the new ones",
+            "it is. Use those settings or another run.name, or train on with the new ones: "
+            f"{training_on(config, step=manifest.step)}",
         )
+
+
+def training_on(config: "Config", *, step: int) -> str:
+    """Returns the settings with which a run that has come to its end trains as many steps again.
+
+    A rate that has fallen would jump back up in the middle of a longer schedule: it gets a new one.
+    """
+    more = f"train.num_steps={2 * step}"
+    return more if config.schedule.name == "constant" else f"schedule.restart_from={step} {more}"
 
 
 def told_changes(config: "Config", manifest: Manifest) -> list[Change]:
@@ -154,14 +163,16 @@ def _demand_optimizer(config: "Config", manifest: Manifest) -> None:
     saved = {n.rpartition(".")[2] for n in manifest.tensors if n.startswith("optimizer.")}
     if key == "momentum" and (not saved or saved == state_names(config.optim)):
         return
-    more = "" if manifest.step < config.train.num_steps else " and more train.num_steps"
+    add = [f"optim.restart_from={manifest.step}"]
+    if manifest.step >= config.train.num_steps:
+        add.append(training_on(config, step=manifest.step))
     raise ConfigError(
         f"optim.{key}",
         getattr(config.optim, key),
         f"run {config.run.name} was trained with optim.{key}={before[key]} up to step "
         f"{manifest.step}, and another optimizer can't go on from the state of that one: use "
-        f"optim.{key}={before[key]}, add optim.restart_from={manifest.step}{more} to go on with a "
-        "fresh optimizer state, or use another run.name",
+        f"optim.{key}={before[key]}, add {' '.join(add)} to go on with a fresh optimizer state, or "
+        "use another run.name",
     )
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.start import effective_line, training_on
+from launch.start import effective_line
 from moetrain.observe import Account
 from moetrain.observe.ledger import KINDS
+from moetrain.train import training_on
 from tests.support.runs import tiny_config
 
 
@@ -47,7 +48,7 @@ def test_a_rate_that_has_fallen_is_not_told_to_train_on_without_a_new_schedule(
     tmp_path: Path, schedule: str, settings: str
 ) -> None:
     config = tiny_config(tmp_path, shards=tmp_path, schedule__name=schedule)
-    assert training_on(config) == settings
+    assert training_on(config, step=8) == settings
     changes = dict(word.split("=") for word in settings.split())
     more = {key.replace(".", "__"): int(value) for key, value in changes.items()}
     tiny_config(tmp_path, shards=tmp_path, schedule__name=schedule, **more)  # fits its steps

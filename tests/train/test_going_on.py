@@ -235,7 +235,9 @@ def test_a_run_that_has_all_its_steps_is_refused_other_settings(
     changed = MODEL | {"schedule__warmup_steps": 0, setting: value}
     with pytest.raises(ConfigError) as refused:
         demand_done_alike(tiny_config(tmp_path, shards=shards, **changed), finished)
-    assert said in str(refused.value)
+    said_all = str(refused.value)
+    assert said in said_all
+    assert "train on with the new ones: schedule.restart_from=8 train.num_steps=16" in said_all
     more = changed | {"train__num_steps": 9}
     demand_done_alike(tiny_config(tmp_path, shards=shards, **more), finished)
 
