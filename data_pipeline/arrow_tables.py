@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.json_documents import missing_text
+from data_pipeline.json_documents import FIELD_WAY_OUT, missing_text
 from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
 from data_pipeline.settings import DataError
 
@@ -44,7 +44,7 @@ def table_texts(source: Path | bytes, *, where: str, field: str) -> Iterator[Raw
                     number += 1
                     yield _document(value, f"{where}, row {number}", field)
     except _NoTextError as error:
-        yield Unread(where, Reason.corrupt, str(error))
+        yield Unread(where, Reason.corrupt, str(error), FIELD_WAY_OUT)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error, not the file's

@@ -34,6 +34,7 @@ from data_pipeline.progress import ByteCounter, byte_progress, tell
 from data_pipeline.raw_documents import FAILURES, LeftOut, Reason, counts_text
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
+    TEXT_FIELD,
     BuildSettings,
     DataError,
     DataSettings,
@@ -81,6 +82,7 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
         return open_folder(settings)
     build = BuildSettings(
         corpus=settings.corpus,
+        text_field=settings.text_field,
         tokenizer=settings.tokenizer,
         to=folder,
         on_corrupt=settings.on_corrupt,
@@ -155,7 +157,12 @@ def _corpora(settings: BuildSettings) -> dict[str, Corpus]:
     """The texts of the sources by name; what is built isn't part of them."""
     outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
     return {
-        name: open_corpus(source.corpus, on_corrupt=settings.on_corrupt, outputs=outputs)
+        name: open_corpus(
+            source.corpus,
+            on_corrupt=settings.on_corrupt,
+            text_field=source.text_field or TEXT_FIELD,
+            outputs=outputs,
+        )
         for name, source in sources_of(settings).items()
     }
 
@@ -389,9 +396,13 @@ def _build_entry(settings: BuildSettings) -> BuildEntry:
 
 def _demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What decides the bytes of a shard, and so whether a build can be gone on with."""
+    sources = sources_of(settings)
+    fields = {n: s.text_field for n, s in sources.items() if s.text_field != TEXT_FIELD}
     return {
         "format_version": FORMAT_VERSION,
-        "sources": {name: source.corpus for name, source in sources_of(settings).items()},
+        "sources": {name: source.corpus for name, source in sources.items()},
+        # Only what isn't usual: a build that an older program began can be gone on with.
+        **({"text_fields": fields} if fields else {}),
         "tokenizer": settings.tokenizer,
         "fingerprint": None if tokenizer is None else tokenizer.fingerprint,
         "validation_fraction": settings.validation_fraction,

@@ -117,7 +117,7 @@ def kept_documents(
     seen = set() if seen is None else seen
     for document in raw:
         if isinstance(document, Unread):
-            left_out.add(document.reason, document.where, document.why)
+            left_out.add(document.reason, document.where, f"{document.why}; {document.way_out}")
         elif (content := _utf8(document.text)) is None:
             left_out.add(Reason.not_utf8, document.where)
         elif not content or document.text.isspace():

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import (
     SOURCE_NAME,
+    TEXT_FIELD,
     Count,
     DataError,
     Fraction,
@@ -116,6 +117,7 @@ class TextEntry:
     """A source's settings, as a record: its path is of the machine that built, and only told."""
 
     corpus: str
+    text_field: str = TEXT_FIELD  # in the folders of older programs too
     language: str | None
     licence: str | None
 

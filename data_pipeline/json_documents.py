@@ -11,10 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from io import BufferedReader
 from itertools import chain, islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from data_pipeline.compression import DamagedError
 from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
+
+# What to do where a text isn't in the field that was named.
+FIELD_WAY_OUT = (
+    "name the field by text_field=… (of one source by sources.NAME.text_field=…, in training by "
+    "data.text_field=…)"
+)
 
 _BOM = codecs.BOM_UTF8
 _CHARACTERS_AT_ONCE = 2**20
@@ -47,13 +53,15 @@ def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDoc
     first_line, line_end, _ = beginning.partition(b"\n")
     is_spread = beginning.startswith(b"{") and line_end and not first_line.rstrip().endswith(b"}")
     documents = (_spread_values if is_spread else _lines)(file, where, field)
-    first = list(islice(documents, 2))
-    if not first:
+    first = next(documents, None)
+    if first is None:
         yield Unread(where, Reason.empty, "is empty")
-    elif len(first) == 1:
-        yield first[0]
+    elif not _has_no_text(first):
+        yield from map(_demanded, chain([first], documents))
+    elif (second := next(documents, None)) is None:
+        yield first
     else:
-        yield from map(_demanded, chain(first, documents))
+        yield from map(_demanded, chain([first, second], documents))
 
 
 def text_in(record: Any, field: str) -> str | None:
@@ -68,15 +76,11 @@ def text_in(record: Any, field: str) -> str | None:
 
 
 def missing_text(what: str, fields: Iterator[str]) -> str:
-    """The end of a sentence about something without a text, which has `fields`; and the way out."""
+    """The end of a sentence about something without a text, which has `fields`."""
     named = list(islice(fields, _NUM_FIELDS_NAMED + 1))
     if len(named) > _NUM_FIELDS_NAMED:
         named[-1] = "…"
-    return (
-        f"has no {what}, but {', '.join(named) or 'nothing'}: name the one to read by "
-        "text_field=… (of one source by sources.NAME.text_field=…, in training by "
-        "data.text_field=…)"
-    )
+    return f"has no {what}, but {', '.join(named) or 'nothing'}"
 
 
 def _lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
@@ -202,7 +206,7 @@ def _document(record: Any, where: str, field: str) -> RawDocument:
         why = f"has no {field!r} field that holds a string: it is no object"
         return Unread(where, Reason.corrupt, why)
     why = missing_text(f"{field!r} field that holds a string", _fields(record))
-    return Unread(where, Reason.no_text, why)
+    return Unread(where, Reason.no_text, why, FIELD_WAY_OUT)
 
 
 def _fields(record: dict[str, Any], inside: str = "") -> Iterator[str]:
@@ -217,9 +221,11 @@ def _fields(record: dict[str, Any], inside: str = "") -> Iterator[str]:
 
 def _demanded(document: RawDocument) -> RawDocument:
     """The same, where each object should have a text."""
-    if isinstance(document, Unread) and document.reason is Reason.no_text:
-        return replace(document, reason=Reason.corrupt)
-    return document
+    return replace(document, reason=Reason.corrupt) if _has_no_text(document) else document
+
+
+def _has_no_text(document: RawDocument) -> TypeGuard[Unread]:
+    return isinstance(document, Unread) and document.reason is Reason.no_text
 
 
 def _not_json(where: str, error: Exception) -> Unread:

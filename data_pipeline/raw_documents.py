@@ -71,9 +71,10 @@ class LeftOut:
     """What of a corpus was left out, as it is read: how much by reason, and where the first are.
 
     `num` has the first four reasons always, and others where there was one. `examples` has the
-    places of the first few of each, and `why` says of the first what was wrong. Of the documents
-    that were read as plain text, their ending not being known, `unknown_endings` has the number
-    by ending and `ending_examples` the places of the first few.
+    places of the first few of each, and `why` says of the first what is wrong and what to do.
+
+    `unknown_endings` has the number of documents that were read as plain text, by their ending,
+    which isn't known, and `ending_examples` the places of the first few.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ them, and the reading of command lines to `command`. The types are those that
 
 import os
 import re
-from dataclasses import field
+from dataclasses import field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +42,17 @@ def _path_text(text: str) -> str:
 # A setting that is a path, or may be one beside a name or an address. For every such setting of
 # every command: an empty path would mean the working directory, and `~` a folder of that name.
 PathText = Annotated[str, AfterValidator(_path_text)]
+
+
+def _field_name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty: name the field of JSON or column that holds the text, or text")
+    return text
+
+
+# Where the text of a document is in JSON and tables: a field or column, a.b for an inner one.
+TextField = Annotated[str, AfterValidator(_field_name)]
+TEXT_FIELD = "text"
 
 # What goes into file names and metric names.
 SOURCE_NAME = r"^[A-Za-z0-9_-]{1,40}$"
@@ -110,9 +121,9 @@ class DataSettings:
     """The `data.*` part of the training configuration.
 
     `dir` is a folder of shards that exists, here or at a URL. Without it the shards of `corpus`
-    and `tokenizer` are taken from `data/` in the working directory, and built there when missing;
-    `on_changed` says what becomes of those whose text has changed since. Shards of text are
-    tokenised while training, with `tokenizer`.
+    and `tokenizer` are taken from `data/` in the working directory, and built there when missing,
+    from the `text_field` of JSON and tables; `on_changed` says what becomes of those whose text
+    has changed since. Shards of text are tokenised while training, with `tokenizer`.
 
     Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
     1 / `temperature` (1: in proportion; larger: more even); `stages` change the weights later.
@@ -126,6 +137,7 @@ class DataSettings:
 
     dir: PathText | None = None
     corpus: PathText = "stdlib"
+    text_field: TextField = TEXT_FIELD
     tokenizer: PathText = "bytes"
     weights: dict[str, float | None] = field(default_factory=dict)
     epochs: dict[str, float | None] = field(default_factory=dict)
@@ -144,9 +156,13 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True, config=_NAMES)
 class SourceSettings:
-    """One source of a build: where its text is, and what the index says of it."""
+    """One source of a build: where its text is, and what the index says of it.
+
+    `text_field` is the field of JSON and tables; none given: the build's.
+    """
 
     corpus: PathText
+    text_field: TextField | None = None
     language: str | None = None
     licence: str | None = None
 
@@ -156,9 +172,11 @@ class BuildSettings:
     """The settings of `python -m data_pipeline.build`.
 
     Either `corpus` is the only source, described by `name`, `language` and `licence`, or
-    `sources` has several by name. `to` is the folder to make. `tokenizer` is a name, the path of
-    a `tokenizer.json`, `bpe:N` (N ids, trained on the text itself), or `none` (the text is kept
-    as text); `end_of_document` names the token of a `tokenizer.json` that ends a document.
+    `sources` has several by name. `text_field` names the field of JSON objects, or the column of
+    tables, that holds the text, `a.b` one inside another. `to` is the folder to make. `tokenizer`
+    is a name, the path of a `tokenizer.json`, `bpe:N` (N ids, trained on the text itself), or
+    `none` (the text is kept as text); `end_of_document` names the token of a `tokenizer.json`
+    that ends a document.
     `validation_fraction` is the share of documents held out, `shard_tokens` the number of tokens
     (of bytes, for text) at which a shard is full. `num_processes` tokenise; none given: as many
     as there are cores, where the tokenizer is slow enough to need them. `on_corrupt` says what
@@ -169,6 +187,7 @@ class BuildSettings:
     to: PathText
     tokenizer: PathText
     corpus: PathText | None = None
+    text_field: TextField = TEXT_FIELD
     name: str | None = None
     language: str | None = None
     licence: str | None = None
@@ -183,6 +202,8 @@ class BuildSettings:
 
 def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
     """The sources of a build by name, in the order given.
+
+    Each has a `text_field`, the build's where it has none of its own.
 
     Raises DataError where there is none, where both `corpus` and `sources` are given, and for a
     name that can't stand in file names.
@@ -213,7 +234,10 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
                 f"name={name!r} goes into file names and metric names: give up to 40 letters "
                 "from a to z, digits, - and _"
             )
-    return sources
+    return {
+        name: replace(source, text_field=source.text_field or settings.text_field)
+        for name, source in sources.items()
+    }
 
 
 def resolved_dir(settings: DataSettings) -> str:
@@ -221,8 +245,10 @@ def resolved_dir(settings: DataSettings) -> str:
     if settings.dir is not None:
         is_path = "://" not in settings.dir and not settings.dir.startswith("pipe:")
         return str(Path(settings.dir).absolute()) if is_path else settings.dir
-    tokenizer = _plain_name(settings.tokenizer)
-    return str(Path("data", f"{source_name(settings.corpus)}-{tokenizer}").absolute())
+    parts = [source_name(settings.corpus), _plain_name(settings.tokenizer)]
+    if settings.text_field != TEXT_FIELD:
+        parts.insert(1, _plain_name(settings.text_field))
+    return str(Path("data", "-".join(parts)).absolute())
 
 
 def source_name(corpus: str) -> str:
@@ -230,7 +256,8 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    endings = r"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|tar|tgz|gz|zst))+$"
+    packings = "tar|tgz|txz|tbz2?|tzst|gz|xz|bz2|zst"
+    endings = rf"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|arrow|feather|{packings}))+$"
     stem = re.sub(endings, "", Path(corpus).absolute().name)
     name = _plain_name(stem)[:40]
     if not name:

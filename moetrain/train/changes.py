@@ -59,6 +59,7 @@ _KINDS = {
     "train.max_skipped_steps": Kind.incidental,
     "data.dir": Kind.text,
     "data.corpus": Kind.text,
+    "data.text_field": Kind.text,
     "data.tokenizer": Kind.text,
     "data.packing": Kind.order,
     "data.shuffle_window": Kind.order,

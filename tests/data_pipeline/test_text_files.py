@@ -410,7 +410,7 @@ def test_object_alone_in_its_file_without_text_is_no_damage_and_names_its_fields
     assert isinstance(unread, Unread)
     assert unread.reason is Reason.no_text
     assert "url, meta.title, meta.n (a number), list (a list)" in unread.why
-    assert "text_field=" in unread.why
+    assert "text_field=" in unread.way_out
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"[]", b"[ ]"])
