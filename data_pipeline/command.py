@@ -7,22 +7,25 @@ the work to the command's function.
 
 import difflib
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import partial
 from typing import Any, TypeVar, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.composition import only_compose, run_of_shown
+from data_pipeline.command_line import CommandLine, read_command_line
+from data_pipeline.composition import only_compose
+from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings import DataError
+from data_pipeline.settings_files import SettingsFiles
 
 Settings = TypeVar("Settings")
 
@@ -49,6 +52,8 @@ def run_command(
     # Hydra reports and exits by itself unless asked for the error: what it prints is long, and
     # its exit code is 1 for a typo.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    files = SettingsFiles(settings_type)
+    line = CommandLine(flags=(), overrides=())
 
     # The work is done after Hydra has returned: what is raised inside it, it announces by itself.
     configs: list[DictConfig] = []
@@ -60,12 +65,13 @@ def run_command(
     _register(settings_type, module=module, about=about)
     only_compose()
     try:
+        line = read_command_line(sys.argv[1:], settings_type, name=module)
+        sys.argv[1:] = line.words
         entry = hydra.main(version_base="1.3", config_path=None, config_name=module)(job)
-        shown = run_of_shown(sys.argv[1:])
-        entry()
-        if shown is not None:  # Hydra has printed it, right or not
-            sys.argv[1:] = shown
-            entry()
+        files.compose(entry)
+        if line.shown_run is not None:  # Hydra has printed it, right or not
+            sys.argv[1:] = line.shown_run
+            files.compose(entry)
             _settings(configs.pop(), settings_type)
         if goes_on:  # a request to stop, which Ctrl-C is too
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -74,7 +80,9 @@ def run_command(
     except DataError as error:
         _end(_BAD_INPUT, module, str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _end(_BAD_INPUT, module, _plain(error, settings_type))
+        unknown = partial(_unknown, settings_type=settings_type)
+        complaint = Complaint(tree=settings_type, line=line, files=files, unknown=unknown)
+        _end(_BAD_INPUT, module, complaint.about(error))
     except OSError as error:
         _end(_FAILED, module, str(error) + (_GOES_ON if goes_on else ""))
     except KeyboardInterrupt:
@@ -155,25 +163,6 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
             raise DataError(f"{key} must be given: add {key}=…") from error
         reason = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{key}={first['input']!r} can't be: {reason}") from error
-
-
-def _plain(error: Exception, settings_type: type[Any]) -> str:
-    """The innermost of Hydra's chained errors, on one line."""
-    innermost: BaseException = error
-    while innermost.__cause__ is not None:
-        innermost = innermost.__cause__
-    if isinstance(innermost, OverrideParseException):
-        reason = [line for line in str(innermost).splitlines() if not line.startswith("See http")]
-        return (
-            f"{innermost.override!r} is not of the form key=value: {'; '.join(reason)} "
-            "(a value with signs of its own stands in quotes: key=\"'a, ü'\")"
-        )
-    outer = str(error).splitlines()[0]
-    inner = str(innermost).splitlines()[0]
-    unknown = re.match(r"Key '([^']+)' (is )?not in", inner)
-    if unknown:
-        return _unknown(unknown.group(1), settings_type)
-    return outer if inner in outer else f"{outer.rstrip('.')}: {inner}"
 
 
 def _unknown(key: str, settings_type: type[Any]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import get_args_parser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
@@ -47,19 +46,6 @@ def only_compose() -> None:
 
     checked.is_checked = True  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
-
-
-def run_of_shown(words: list[str]) -> list[str] | None:
-    """Returns the words of a run whose configuration a command line has shown by `--cfg`.
-
-    None where it shows none. Hydra itself shows settings that no run would accept.
-    """
-    given = get_args_parser().parse_args(words)
-    if given.cfg is None:
-        return None
-    flags = {name: getattr(given, name) for name in ("config_path", "config_name", "config_dir")}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value]
-    return [*words, *given.overrides, "hydra.mode=RUN"]
 
 
 def demand_harmless(config: DictConfig) -> None:

@@ -5,8 +5,10 @@ for ever (its fingerprint, no truncation, no chance), and which of its tokens en
 Leaves the names of tokenizers to `tokenizers`.
 """
 
+import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.settings import DataError
+from data_pipeline.shell import text_setting
 from data_pipeline.tokenizers import token_dtype
 
 # In this order, where nobody says which token ends a document.
@@ -59,7 +62,7 @@ class JsonTokenizer:
             spelled = self._tokenizer.id_to_token(self.end_of_document)
             raise DataError(
                 f"the text spells {spelled!r}, which ends a document, and {self.name} can't tell "
-                "the two apart; give another token with end_of_document=TOKEN"
+                "the two apart; give another token with end_of_document=TOKEN, in a shell's quotes"
             )
         return ids
 
@@ -185,7 +188,8 @@ def _with_special(content: dict[str, Any], end_of_document: int | None) -> dict[
 
 
 def _end_of_document(path: Path, vocabulary: dict[str, int], *, asked: str | None) -> str:
-    way_out = f"say which token of {path} ends a document with end_of_document=TOKEN"
+    form = _form(vocabulary, asked=asked)
+    way_out = f"say which token of {path} ends a document with {form}"
     beside = path.with_name("tokenizer_config.json")
     token, said_by = asked, f"end_of_document={asked!r}"
     if token is None:
@@ -201,6 +205,15 @@ def _end_of_document(path: Path, vocabulary: dict[str, int], *, asked: str | Non
     if token not in vocabulary:
         raise DataError(f"{said_by} is not in the vocabulary; {way_out}")
     return token
+
+
+def _form(vocabulary: Iterable[str], *, asked: str | None) -> str:
+    """What to type for the end of a document: with a token that there is, in a shell's quotes."""
+    ends = sorted(word for word in vocabulary if re.search(r"^[<\[].*(eo[a-z]|end|/s)", word, re.I))
+    close = difflib.get_close_matches(asked or _USUAL_ENDS[0], ends, n=1, cutoff=0.0)
+    if not close:
+        return "end_of_document=TOKEN, which stands in a shell's quotes where it has signs in it"
+    return f"{text_setting('end_of_document', close[0])}, or another"
 
 
 def _eos_token(path: Path) -> str | None:

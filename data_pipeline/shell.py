@@ -53,5 +53,13 @@ def quoted_as_is(text: str) -> str:
     return '"' + re.sub(r'(\\*)("|\Z)', _escaped, text) + '"'
 
 
+def unquoted(text: str) -> str:
+    """Returns the text of a value that stands in such quotes; any other value as it is."""
+    found = re.fullmatch(r'"(.*)"', text, re.DOTALL)
+    if found is None:
+        return text
+    return re.sub(r'(\\+)("|\Z)', lambda m: m[1][: len(m[1]) // 2] + m[2], found[1])
+
+
 def _escaped(found: re.Match[str]) -> str:
     return found[1] * 2 + (r"\"" if found[2] else "")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+from data_pipeline.shell import unquoted
 from launch.sweep_runs import Wanted, differences, listed, trained
 from moetrain.observe import final_loss, read_metrics
 
@@ -71,7 +72,7 @@ class Result:
 def varied_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """Returns of each trial's overrides those that aren't the same in all of them."""
     pairs = [
-        {key: value for key, _, value in (o.lstrip("+").partition("=") for o in trial)}
+        {key: unquoted(value) for key, _, value in (o.lstrip("+").partition("=") for o in trial)}
         for trial in overrides
     ]
     return [

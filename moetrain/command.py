@@ -6,25 +6,27 @@ message that names the key, the value, why it can't be, and the nearest thing th
 
 import dataclasses
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import hydra
-import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.composition import only_compose, run_of_shown
-from moetrain.checks import ConfigError, demand_no_secrets, nearest
-from moetrain.config import known_keys, spelt, unknown_setting, validated
+from data_pipeline.command_line import CommandLine, read_command_line, values_of
+from data_pipeline.composition import only_compose
+from data_pipeline.composition_errors import Complaint
+from data_pipeline.settings_files import SettingsFiles
+from data_pipeline.settings_tree import spelt
+from moetrain.checks import ConfigError, demand_no_secrets
+from moetrain.config import validated
 from moetrain.redaction import redacted_text
 
 Tree = TypeVar("Tree")
@@ -34,10 +36,12 @@ DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Combination(Generic[Tree]):
-    """One combination of a sweep: the overrides it is composed from, and its settings."""
+    """One combination of a sweep: the words it is composed from, and its settings."""
 
     overrides: tuple[str, ...]
     settings: Tree
+    flags: tuple[str, ...] = ()
+    """What says from which files it is composed: `--config-dir`."""
 
 
 def config_dir() -> Path:
@@ -68,38 +72,37 @@ def run_command(
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [_with_plusses(a, tree) for a in sys.argv[1:]]
-    if files:
-        sys.argv[1:] = [_without_plus(a, files) for a in sys.argv[1:]]
-    else:
+    front = _Front(tree)
+    if code := front.guarded(lambda: front.read(sys.argv[1:], files=files, name=config_name)):
+        raise SystemExit(code)
+    line = front.line
+    sys.argv[1:] = line.words
+    if not files:
         _register_bare(module)
     register(tree, name="schema")
     only_compose()
     codes: list[int] = []
     found: list[Combination[Tree]] = []
     folders: list[Path] = []
-    if {"-m", "--multirun"} & set(sys.argv):
-        where = "a sweep's settings are written into its multirun.yaml"
-
-        def refuse_secrets() -> int:
-            demand_no_secrets(sys.argv[1:], where=where)
-            return DONE
-
-        if code := _guarded(refuse_secrets, tree):
-            raise SystemExit(code)
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
     def job(config: DictConfig) -> None:
         def compose() -> int:
             hydra_config = HydraConfig.get()
-            overrides = tuple(hydra_config.overrides.task)
-            found.append(Combination(overrides=overrides, settings=_tree(config, tree)))
+            overrides = hydra_config.overrides
+            found.append(
+                Combination(
+                    overrides=(*_of_files(overrides.hydra), *overrides.task),
+                    settings=front.settings(config),
+                    flags=line.composing_flags,
+                )
+            )
             if hydra_config.mode == RunMode.MULTIRUN:
                 folders.append(Path(hydra_config.sweep.dir))
             return DONE
 
-        codes.append(_guarded(compose, tree))
+        codes.append(front.guarded(compose))
 
     job.__module__ = module  # Hydra names the job after it
     entry = hydra.main(
@@ -108,23 +111,17 @@ def run_command(
         config_path=str(files or "pkg://hydra.conf"),
         config_name=config_name if files else module,
     )(job)
-    shown = run_of_shown(sys.argv[1:])
-    try:
-        codes.append(_guarded(lambda: entry() or DONE, tree))
-        if shown is not None and not codes[-1]:  # Hydra has printed it, right or not
-            sys.argv[1:] = shown
-            codes.append(_guarded(lambda: entry() or DONE, tree))
-            main = partial(_checked, check)
-    except (ValueError, TypeError, yaml.YAMLError) as error:  # what Hydra itself lets through
-        text = " ".join(str(error).split())
-        print(f"moetrain: {redacted_text(text)}", file=sys.stderr)
-        codes.append(BAD_CONFIGURATION)
+    codes.append(front.guarded(lambda: front.compose(entry)))
+    if line.shown_run is not None and not codes[-1]:  # Hydra has printed it, right or not
+        sys.argv[1:] = line.shown_run
+        codes.append(front.guarded(lambda: front.compose(entry)))
+        main = partial(_checked, check)
     if sweep and folders:
         worst = max(codes)  # a combination that can't be ends a sweep before any of it begins
-        raise SystemExit(worst or _guarded(partial(sweep, found, folders[0]), tree))
+        raise SystemExit(worst or front.guarded(partial(sweep, found, folders[0])))
     try:
         for combination in found:
-            codes.append(_guarded(partial(main, combination.settings), tree))
+            codes.append(front.guarded(partial(main, combination.settings)))
             if codes[-1] == STOPPED:
                 break  # a stop is meant for the whole sweep
     except KeyboardInterrupt:
@@ -137,27 +134,6 @@ def _checked(check: Callable[[Tree], None] | None, settings: Tree) -> int:
     if check:
         check(settings)
     return DONE
-
-
-def _without_plus(argument: str, files: Path) -> str:
-    """Returns `model=x` for `+model=x`: for a group in the defaults list they mean the same."""
-    group = re.match(r"\+([\w/-]+)=", argument)
-    is_group = group and (files / group[1]).is_dir()
-    return argument[1:] if is_group else argument
-
-
-def _with_plusses(argument: str, tree: type) -> str:
-    """Returns `++a.b.c=x` for `a.b.c=x` where `a.b` maps names that are the user's own to values.
-
-    Hydra takes keys that no file has with plusses only.
-    """
-    key = re.match(r"([\w.-]+)=", argument)
-    kind: Any = tree
-    for part in key[1].split(".") if key else ():
-        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
-        if get_origin(kind) is dict:
-            return f"++{argument}"
-    return argument
 
 
 def register(tree: type, *, name: str) -> None:
@@ -205,53 +181,55 @@ def _itself(kind: type) -> type:
     return kind  # as a default, the class stands for its settings, of which some may be missing
 
 
-def _tree(config: DictConfig, tree: type[Tree]) -> Tree:
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(missing[0], "(missing)", f"must be given: add {missing[0]}=…")
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    fields = {spelt(field.name): field.name for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
-    return validated({fields.get(key, key): value for key, value in values.items()}, tree)
+def _of_files(overrides: Iterable[str]) -> Iterator[str]:
+    """Yields the overrides of Hydra's own that decide which files are composed."""
+    yield from (o for o in overrides if o.lstrip("+").startswith("hydra.searchpath="))
 
 
-def _guarded(work: Callable[[], int], tree: type) -> int:
-    """Returns the exit code of some work; what a user did wrong becomes one message and 2."""
-    try:
-        return work()
-    except ConfigError as error:
-        message = str(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = _explained(error, tree)
-    print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
-    return BAD_CONFIGURATION
+class _Front(Generic[Tree]):
+    """What stands between a user and the work: a command line, its files, and what is wrong."""
 
+    def __init__(self, tree: type[Tree]) -> None:
+        self._tree = tree
+        self.files = SettingsFiles(tree)
+        self.line = CommandLine(flags=(), overrides=())
 
-def _explained(error: Exception, tree: type) -> str:
-    """Returns Hydra's chain of errors as one message of ours."""
-    inner: BaseException = error
-    while inner.__cause__ is not None:
-        inner = inner.__cause__
-    if isinstance(inner, OverrideParseException):
-        first = str(inner).splitlines()[0]
-        return f"{inner.override}: not of the form key=value ({first})"
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        close = nearest(name, error.options)
-        return f"{group}={name}: there is no such {group}{close}; {', '.join(error.options)} are"
-    key = str(getattr(inner, "full_key", "") or "")
-    reason = str(inner).splitlines()[0]
-    unknown = re.match(r"Key '(.+?)' (?:is )?not in ", reason)
-    if unknown:
-        parent, _, name = key.rpartition(".")
-        known = [spelt(k) for k in known_keys(tree, parent.split(".") if parent else [])]
-        kind = getattr(inner, "object_type", None)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            known = [f.name for f in dataclasses.fields(kind)]  # also of a list's elements
-        return f"{key}: {unknown_setting(name or unknown[1], known)}"
-    converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
-    if converted:
-        return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
-    if reason.endswith("is not a ListConfig, list or tuple."):
-        value = getattr(inner, "value", "")
-        return f"{key}={value}: must be a list: use {key}=[{value}]"
-    return f"{key}: {reason}" if key else reason
+    def read(self, words: Sequence[str], *, files: Path | None, name: str) -> int:
+        """Looks through a command line; returns the exit code."""
+        self.line = read_command_line(words, self._tree, files=files, name=name)
+        if self.line.is_sweep:
+            demand_no_secrets(words, where="a sweep's settings are written into its multirun.yaml")
+        return DONE
+
+    def compose(self, entry: Callable[[], Any]) -> int:
+        """Has Hydra compose; returns the exit code."""
+        self.files.compose(entry)
+        return DONE
+
+    def settings(self, config: DictConfig) -> Tree:
+        """Returns the validated tree of what Hydra composed."""
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(missing[0], "(missing)", f"must be given: add {missing[0]}=…")
+        values: Any = OmegaConf.to_container(config, resolve=True)
+        fields = {spelt(field.name): field.name for field in dataclasses.fields(self._tree)}  # type: ignore[arg-type]
+        try:
+            return validated({fields.get(k, k): value for k, value in values.items()}, self._tree)
+        except ConfigError as error:
+            several = isinstance(error.value, str) and len(values_of(error.value)) > 1
+            if self.line.is_sweep or not several:
+                raise
+            reason = f"{error.reason}; to run once for each of these, add -m"
+            raise ConfigError(error.key, error.value, reason) from None
+
+    def guarded(self, work: Callable[[], int]) -> int:
+        """Returns the exit code of some work; what a user did wrong becomes one message and 2."""
+        try:
+            return work()
+        except ConfigError as error:
+            message = str(error)
+        except (HydraException, OmegaConfBaseException) as error:
+            complaint = Complaint(tree=self._tree, line=self.line, files=self.files)
+            message = complaint.about(error)
+        print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
+        return BAD_CONFIGURATION

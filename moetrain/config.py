@@ -6,7 +6,6 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
-import keyword
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +17,7 @@ from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
+from data_pipeline.settings_tree import spelt
 from launch.plan import cluster_address, lasting
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
@@ -67,12 +67,6 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
             reason = unknown_setting(path[-1], known)
         value = "(missing)" if first["type"].startswith("missing") else first["input"]
         raise ConfigError(".".join(map(spelt, path)), value, reason) from None
-
-
-def spelt(field: str) -> str:
-    """Returns the setting that a field stands for: `from` for `from_`, a word of Python's own."""
-    bare = field.removesuffix("_")
-    return bare if keyword.iskeyword(bare) else field
 
 
 def unknown_setting(name: str, known: list[str]) -> str:

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from data_pipeline import DataError, DataSettings, open_or_build, resolved_dir
-from data_pipeline.shell import as_typed
+from data_pipeline.shell import as_typed, shell_command
 from launch import (
     ClusterError,
     RayCluster,
@@ -100,7 +100,7 @@ def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[
     kept: list[Combination[Config]] = []
     for one in combinations:
         if any(one.settings == other.settings for other in kept):
-            given = " ".join(one.overrides)
+            given = shell_command(one.overrides)
             print(f"moetrain: given twice, and trained once: {given}", file=sys.stderr)
         else:
             kept.append(one)
@@ -167,6 +167,7 @@ def _trials(
             number=number,
             varied=varied[number - 1],
             command=(
+                *combination.flags,
                 *combination.overrides,
                 f"run.name={as_typed(name)}",
                 f"run.dir={as_typed(config.run.dir)}",

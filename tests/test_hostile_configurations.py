@@ -74,7 +74,7 @@ def test_a_command_line_that_names_what_is_to_be_run(
          "nothing is run because"),
         ("# @package _global_\nhydra:\n  job:\n    env_set: {{LD_PRELOAD: evil.so}}",
          "doesn't set this process's environment"),
-        ("# @package _global_\nmodel:\n  _target_: os.getcwd", "'experiment/theirs'"),
+        ("# @package _global_\nmodel:\n  _target_: os.getcwd", "experiment/theirs.yaml, line 3"),
         ("# @package _global_\nseed: !!python/object/apply:os.mkdir [{mark}]", "python/object"),
     ],
 )  # fmt: skip

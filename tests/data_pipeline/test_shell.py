@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from data_pipeline.shell import quoted, quoted_as_is, shell_command, text_setting
+from data_pipeline.shell import quoted, quoted_as_is, shell_command, text_setting, unquoted
 
 ODD_TEXTS = [
     "plain", "essai été", "lr=1e-3,wd=[0.1]", "83e2010", "1.10", "true", "a b  c ", "it's", '"a"',
@@ -34,6 +34,7 @@ def test_hydra_reads_a_quoted_text_as_it_was(text: str) -> None:
     config.x = parsed.value()
     assert config.x == text
     assert OverridesParser.create().parse_override(f"x={quoted_as_is(text)}").value() == text
+    assert unquoted(quoted_as_is(text)) == text
 
 
 def test_only_what_needs_quotes_stands_in_them() -> None:

@@ -344,6 +344,13 @@ def test_no_end_of_document_is_told_the_way_out(
         tokenizer_named(path, end_of_document=asked)
 
 
+def test_a_token_with_signs_is_named_as_a_shell_takes_it(tmp_path: Path) -> None:
+    path = written(tmp_path, tokenizer_json(added=["<pad>", "<EOT>"]))
+    for asked in (None, "EOT"):
+        with pytest.raises(DataError, match="with end_of_document='<EOT>', or another"):
+            tokenizer_named(path, end_of_document=asked)
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_text_that_spells_the_end_of_a_document_is_text(tmp_path: Path, special: bool) -> None:
     path = written(tmp_path, tokenizer_json(added=["</s>"], special=special))

@@ -1,0 +1,99 @@
+"""What a user is told of a command line, or a file, from which Hydra can compose nothing.
+
+Owns the reading of Hydra's and OmegaConf's errors: one message with the setting, the file where
+there is one, and the form that would do.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from typing import Any, get_origin
+
+from hydra.errors import (
+    ConfigCompositionException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import OmegaConfBaseException
+
+from data_pipeline.command_line import CommandLine, CommandLineError, explained
+from data_pipeline.settings_files import SettingsFileError, SettingsFiles
+from data_pipeline.settings_tree import bare, did_you_mean, kind_at, names_in, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Complaint:
+    """What is said of a command line or a file from which nothing can be composed."""
+
+    tree: type[Any]
+    line: CommandLine
+    files: SettingsFiles
+    unknown: Callable[[str], str] | None = None
+    """What is said of a setting that there isn't."""
+
+    def about(self, error: BaseException) -> str:
+        """Returns Hydra's chain of errors as one message of ours."""
+        chain = [error]
+        while following := chain[-1].__cause__ or _inside(chain[-1]):
+            chain.append(following)
+        if ours := [one for one in chain if isinstance(one, SettingsFileError | CommandLineError)]:
+            return str(ours[0])
+        inner, said = chain[-1], str(chain[-1])
+        if isinstance(inner, OverrideParseException):
+            return explained(self._typed(inner.override), self.tree, reason=said.splitlines()[0])
+        if several := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", said):
+            return self._several(self._typed(several[1]))
+        files = [found[1] for one in chain if (found := re.match(r"In '(.+?)': ", str(one)))]
+        if isinstance(inner, MissingConfigException):
+            return self._missing(inner, files)
+        if not isinstance(inner, OmegaConfBaseException):
+            return " ".join(said.split())
+        key = str(getattr(inner, "full_key", "") or "")
+        where = f"{self.files.place_of(files[-1], key)}: " if files else ""
+        return where + self._value(inner, key)
+
+    def _typed(self, override: str) -> str:
+        return self.line.typed.get(override, override)
+
+    def _several(self, override: str) -> str:
+        key, _, text = override.lstrip("+").partition("=")
+        if get_origin(bare(kind_at(self.tree, key))) in (list, tuple):
+            one = f"must be a list: type '{key}=[{text}]'"
+        else:
+            one = "must be one value"
+        return f"{override}: {one}; to run once for each of these, add -m"
+
+    def _missing(self, error: MissingConfigException, files: list[str]) -> str:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        said = f"{group}={name}" if group else name
+        given = any(o.lstrip("+") == said for o in self.line.overrides)
+        where = f"{self.files.place_of(files[-1], 'defaults')}: " if files and not given else ""
+        if error.options:
+            close, known = nearest(name, error.options), ", ".join(error.options)
+            return f"{where}{said}: there is no such {group}{close}; {known} are"
+        return f"{where}{said}: there is no such file: {name}.yaml of {group or 'the files'}"
+
+    def _value(self, error: BaseException, key: str) -> str:
+        reason = str(error).splitlines()[0]
+        if unknown := re.match(r"Key '(.+?)' (?:is )?not in ", reason):
+            kind = getattr(error, "object_type", None)
+            known = names_in(kind) if is_dataclass(kind) else []  # also of a list's elements
+            path = key or unknown[1]
+            if self.unknown:
+                return self.unknown(path)
+            close = nearest(path.rpartition(".")[2], known) or did_you_mean(path, self.tree)
+            return f"{path}: there is no such setting{close}"
+        converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
+        if converted:
+            return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
+        if reason.endswith("is not a ListConfig, list or tuple."):
+            value = getattr(error, "value", "")
+            return f"{key}={value}: must be a list: use {key}=[{value}]"
+        return f"{key}: {reason}" if key else reason
+
+
+def _inside(error: BaseException) -> BaseException | None:
+    """Returns the error that Hydra says no more of than its name."""
+    context = error.__context__
+    is_hidden = isinstance(error, ConfigCompositionException) and " raised while" in str(error)
+    return context if is_hidden and isinstance(context, OmegaConfBaseException) else None
