@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline import DataSettings
+from data_pipeline.shell import as_typed
 from moetrain.model import ModelSettings
 from moetrain.optim import OptimSettings, ScheduleSettings
 from moetrain.redaction import redacted
@@ -140,8 +141,12 @@ def function_settings() -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a command line has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """Returns a value as it is typed on a command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{shown(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    return as_typed(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -141,7 +141,9 @@ def _demand_restart(config: "Config", manifest: Manifest) -> None:
         if step in (manifest.step, manifest.config.get(group, {}).get("restart_from")):
             continue
         stands = f"run {config.run.name} stands at step {manifest.step}"
-        if step > manifest.step:
+        if manifest.step == 0:
+            reason = f"{stands}, where all begins: leave it out"
+        elif step > manifest.step:
             reason = f"{stands}, and has not come so far: use {manifest.step}"
         else:
             run = Path(config.run.dir, config.run.name or "")
@@ -222,4 +224,5 @@ def _of_kind(found: Iterable[Change], *kinds: Kind) -> list[Change]:
 
 
 def _settings(found: Iterable[Change]) -> str:
-    return " ".join(f"{c.name}={shown(c.before)}" for c in found)
+    """Returns the words that give changed settings the values they had."""
+    return shell_command(f"{c.name}={shown(c.before)}" for c in found)

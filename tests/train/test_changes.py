@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moetrain.config import Config
 from moetrain.model import ModelSettings
 from moetrain.train import as_plain
-from moetrain.train.changes import _KINDS, Kind, changes, kind_of
+from moetrain.train.changes import _KINDS, Kind, changes, kind_of, shown
 from tests.support.runs import tiny_config
 
 
@@ -71,7 +72,7 @@ def test_a_configuration_does_not_differ_from_itself(tmp_path: Path) -> None:
     ("setting", "value", "said", "kind"),
     [
         ("optim__lr", 0.02, "optim.lr 0.01 → 0.02", Kind.recipe),
-        ("optim__betas", (0.9, 0.99), "optim.betas [0.9, 0.95] → [0.9, 0.99]", Kind.recipe),
+        ("optim__betas", (0.9, 0.99), "optim.betas [0.9,0.95] → [0.9,0.99]", Kind.recipe),
         ("optim__clip_grad_norm", None, "optim.clip_grad_norm 1.0 → null", Kind.recipe),
         ("schedule__name", "wsd", "schedule.name cosine → wsd", Kind.recipe),
         ("train__num_steps", 9, "train.num_steps 8 → 9", Kind.recipe),
@@ -91,6 +92,17 @@ def test_a_difference_is_named_with_both_values(
     now = as_plain(tiny_config(tmp_path, shards=tmp_path, **{setting: value}))
     found = [change for change in changes(before, now) if change.kind is not Kind.layout]
     assert [(str(change), change.kind) for change in found] == [(said, kind)]
+
+
+def test_a_value_is_shown_as_it_is_typed() -> None:
+    stages = [{"from_step": 3, "weights": {"en": 0.5, "code": None}}]
+    text = shown(stages)
+    assert text == "[{from_step:3,weights:{en:0.5,code:null}}]"
+    (override,) = OverridesParser.create().parse_overrides([f"data.stages={text}"])
+    assert override.value() == stages
+    assert [shown(value) for value in (None, True, 1e-5, "auto")] == [
+        "null", "true", "1e-05", "auto",
+    ]  # fmt: skip
 
 
 def test_a_setting_that_is_not_there_has_its_default(tmp_path: Path) -> None:

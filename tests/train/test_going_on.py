@@ -308,6 +308,9 @@ def test_a_restart_is_of_the_step_that_the_run_stands_at(
         ConfigError, match=r"use 4, or begin another run .*moetrain.branch .*step=3"
     ):
         demand(3, manifest)
+    at_0 = replace(manifest, step=0, state={"step": 0, "samples": 0, "tokens": 0})
+    with pytest.raises(ConfigError, match="leave it out"):
+        demand(4, at_0)
     # The run had this restart when its newest checkpoint was saved; of others it must stand there.
     sgd = {"optim__name": "sgd", "optim__momentum": 0.9}
     demand(4, newest(gone_on / "restarted"), **sgd)
