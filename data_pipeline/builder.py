@@ -28,6 +28,7 @@ from data_pipeline.index import (
     SourceEntry,
     TextEntry,
     TokenizerEntry,
+    encodable,
     write_index,
 )
 from data_pipeline.progress import ByteCounter, byte_progress, tell
@@ -184,7 +185,7 @@ def existing_shards(
         )
     shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     index = shards.index
-    wanted, found = asdict(_build_entry(settings)), asdict(index.build)
+    wanted, found = (encodable(asdict(entry)) for entry in (_build_entry(settings), index.build))
     if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
         del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
     for key, value in wanted.items():

@@ -26,6 +26,7 @@ from data_pipeline.composition import only_compose
 from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings import DataError
 from data_pipeline.settings_files import SettingsFiles
+from data_pipeline.shell import escape_output
 
 Settings = TypeVar("Settings")
 
@@ -64,6 +65,7 @@ def run_command(
     job.__module__ = module
     _register(settings_type, module=module, about=about)
     only_compose()
+    escape_output()
     try:
         line = read_command_line(sys.argv[1:], settings_type, name=module)
         sys.argv[1:] = line.words

@@ -8,12 +8,13 @@ import hashlib
 import json
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.raw_documents import as_utf8
 from data_pipeline.settings import (
     SOURCE_NAME,
     TEXT_FIELD,
@@ -150,7 +151,19 @@ class Index:
 
 def write_index(index: Index, folder: Path) -> None:
     """Writes `index.json`; the last file of a folder to be written."""
-    (folder / INDEX_NAME).write_text(json.dumps(asdict(index), indent=1) + "\n", encoding="utf-8")
+    content = json.dumps(encodable(asdict(index)), indent=1) + "\n"
+    (folder / INDEX_NAME).write_text(content, encoding="utf-8")
+
+
+def encodable(value: Any) -> Any:
+    """The same plain value with all strings as UTF-8 can hold them, and so `index.json`."""
+    if isinstance(value, str):
+        return as_utf8(value)
+    if isinstance(value, dict):
+        return {key: encodable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(encodable, value))
+    return value
 
 
 def read_index(files: ShardFiles) -> Index:

@@ -4,11 +4,13 @@ Owns the reasons for which something is left out. Leaves to `text_files` and `co
 falls under which, and to `corpora` what becomes of it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 _NUM_EXAMPLES = 3
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 
 class Reason(StrEnum):
@@ -113,11 +115,13 @@ def counts_text(num: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -
     return ", ".join(parts)
 
 
-def shown(text: str) -> str:
-    """A name as UTF-8 can hold it and a line can show it: what isn't printable is escaped.
+def as_utf8(text: str) -> str:
+    """A text as UTF-8 can hold it: a byte that isn't UTF-8, of a file's name, becomes `\\xe9`."""
+    return _NOT_UTF8.sub(lambda found: _escaped(found[0]), text)
 
-    A byte that isn't UTF-8, of a file's name, is shown as `\\xe9`.
-    """
+
+def shown(text: str) -> str:
+    """A name as UTF-8 can hold it and a line can show it: what isn't printable is escaped."""
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)

@@ -5,14 +5,22 @@ command line then takes the text of a setting as it stands, but for the few form
 something to it: these are put into quotes of their own.
 """
 
+import io
 import re
 import shlex
+import sys
 from collections.abc import Iterable
 
 _SETTING = re.compile(r"([\w./@+-]+)=(.*)", re.ASCII | re.DOTALL)
 # Null, a text in quotes, a reference, and whatever `-m` would take for several values.
 _MEANS_SOMETHING = re.compile(r"null|(['\"]).*\1|.*\$\{.*", re.DOTALL)
 _MAY_BE_SEVERAL = re.compile(r".*,.*|\w+\(.*\)", re.DOTALL)
+
+
+def escape_output() -> None:
+    """Has standard output take any name, as standard error does: what isn't UTF-8 is escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def shell_command(words: Iterable[str]) -> str:

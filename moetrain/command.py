@@ -25,6 +25,7 @@ from data_pipeline.composition import only_compose
 from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings_files import SettingsFiles
 from data_pipeline.settings_tree import spelt
+from data_pipeline.shell import escape_output
 from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.config import validated
 from moetrain.redaction import redacted_text
@@ -81,6 +82,7 @@ def run_command(
         _register_bare(module)
     register(tree, name="schema")
     only_compose()
+    escape_output()
     codes: list[int] = []
     found: list[Combination[Tree]] = []
     folders: list[Path] = []
