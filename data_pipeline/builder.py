@@ -5,7 +5,6 @@ each step to the file that is named for it.
 """
 
 import errno
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -44,6 +43,7 @@ from data_pipeline.settings import (
     sources_of,
 )
 from data_pipeline.shards import SplitWriter
+from data_pipeline.shell import text_setting
 from data_pipeline.splits import split_of
 from data_pipeline.text_record import (
     SourceText,
@@ -211,7 +211,7 @@ def existing_shards(
     raise DataError(
         f"to={settings.to!r} holds shards of another text: {change}; build them anew with "
         "on_changed=rebuild (data.on_changed=rebuild where a run builds them), give another "
-        f"folder, or train on them as they are with {shlex.quote(f'data.dir={folder}')}"
+        f"folder, or train on them as they are with {text_setting('data.dir', str(folder))}"
     )
 
 
@@ -228,7 +228,7 @@ def _text_change(settings: BuildSettings, folder: Path, *, progress: bool) -> st
     except DataError as error:
         raise DataError(
             f"{error}; {folder} holds the shards that were built from it before: "
-            f"{shlex.quote(f'data.dir={folder}')} trains on them"
+            f"{text_setting('data.dir', str(folder))} trains on them"
         ) from error
 
 

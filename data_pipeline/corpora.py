@@ -31,6 +31,7 @@ from data_pipeline.raw_documents import (
     shown,
 )
 from data_pipeline.settings import DataError, OnCorrupt
+from data_pipeline.shell import text_setting
 from data_pipeline.text_files import read_documents, refused, text_size
 
 # Tests repeat the library's text, and what is installed beside it differs between machines.
@@ -184,8 +185,8 @@ class _Files:
 def _in_folder(spec: str, path: Path, outputs: Iterable[Path]) -> FoundFiles:
     if is_shard_folder(path):
         raise DataError(
-            f"corpus={spec!r} holds shards that were built, not text: data.dir={spec} trains on "
-            "them; give the folder of the text"
+            f"corpus={spec!r} holds shards that were built, not text: "
+            f"{text_setting('data.dir', spec)} trains on them; give the folder of the text"
         )
     found = found_files(path, outputs=outputs)
     if not found.files:

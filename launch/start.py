@@ -8,6 +8,7 @@ import fcntl
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
+from data_pipeline.shell import as_typed, text_setting
 from launch.environment import for_ranks
 from launch.failure import classify
 from launch.plan import Plan, cluster_address, is_ray_copy
@@ -518,17 +520,38 @@ def _closing_lines(
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
     if line := effective_line(run_account(run_dir)):
         yield line
-    name = config.run.name
+    name = text_setting("run.name", config.run.name or "")
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     yield f"run       {run_dir}"
     if outcome.finished:
+        is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # which can't start a sweep
         yield (
-            f"next      open {run_dir / 'report.html'}; train on with run.name={name} "
-            f"{training_on(config, step=outcome.step)}; or try -m model.num_experts=4,16"
+            f"next      open {shlex.quote(str(run_dir / 'report.html'))}; train on with {name} "
+            f"{training_on(config, step=outcome.step)}"
+            + ("" if is_rank else f"; or try {sweep_to_try(config)}")
         )
     else:
-        yield f"next      the same command with run.name={name} goes on from here"
+        yield f"next      the same command with {name} goes on from here"
+
+
+def sweep_to_try(config: "Config") -> str:
+    """Returns what makes a sweep of a run's command, by values that its other settings allow."""
+    model, router = config.model, config.model.router
+    half = model.num_experts // 2
+    # Half as many must still make the groups, hold what a token takes, and go on the same ranks.
+    halves = (
+        model.num_experts % (2 * router.num_groups) == 0
+        and half // router.num_groups * router.top_groups >= model.top_k
+        and half % (config.parallel.expert_degree or 1) == 0
+    )
+    experts = (half if halves else 4 * model.num_experts, 2 * model.num_experts)
+    rates = (config.optim.lr / 2, config.optim.lr * 2)
+    key, values = ("model.num_experts", experts) if model.is_moe else ("optim.lr", rates)
+    words = f"-m {key}={','.join(f'{value:g}' for value in sorted(values))}"
+    name = config.run.name or ""
+    is_one = as_typed(name, swept=True) == as_typed(name)
+    return words if is_one else f"{words} {text_setting('run.name', name, swept=True)}"
 
 
 def effective_line(account: Account | None) -> str | None:

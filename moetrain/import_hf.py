@@ -6,7 +6,6 @@ Owns the command: its order of work and what is said. Leaves names, configuratio
 
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
+from data_pipeline.shell import shell_command
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
@@ -135,7 +135,8 @@ def _import(source: Path, to: Path) -> None:
         f"next      {training_command(to)} data.dir=SHARDS"
     )
     if has_tokenizer:
-        build = shlex.join(["python", "-m", "data_pipeline.build", f"tokenizer={to / 'tokenizer'}"])
+        words = ["python", "-m", "data_pipeline.build", f"tokenizer={to / 'tokenizer'}"]
+        build = shell_command(words)
         print(f"shards    {build} corpus=TEXT to=SHARDS")
 
 

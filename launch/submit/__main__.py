@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, PositiveI
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import PathText
+from data_pipeline.shell import as_typed, shell_command
 from launch import cluster_address
 from launch.ray_access import START_WITH_TOKEN, real_address
 from launch.submit.job import Gone, JobWatch, entrypoint
@@ -80,7 +81,8 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
     except JobRefused as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
-    again = f"python -m launch.submit submit.attach={job} launch.address={jobs.address}"
+    words = [f"submit.attach={job}", f"launch.address={as_typed(jobs.address)}"]
+    again = shell_command(["python", "-m", "launch.submit", *words])
     if not attached:
         print(f"submitted {job}; to wait for it again: {again}", file=sys.stderr, flush=True)
     try:

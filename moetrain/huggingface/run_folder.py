@@ -5,7 +5,6 @@ command that trains it. Leaves where the tensors come from to the caller.
 """
 
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from data_pipeline.shell import as_typed, shell_command
 from moetrain.checkpoint import TensorEntry, write_checkpoint
 from moetrain.command import config_dir
 from moetrain.config import Config, resolve, validated
@@ -100,8 +100,8 @@ def training_command(to: Path) -> str:
         "run.dir": str(to.parent),
         "run.name": to.name,
     }
-    words = [f"{key}={_quoted(value)}" for key, value in overrides.items()]
-    return shlex.join(["python", "-m", "moetrain", "--config-dir", str(to), *words])
+    words = [f"{key}={as_typed(value)}" for key, value in overrides.items()]
+    return shell_command(["python", "-m", "moetrain", "--config-dir", str(to), *words])
 
 
 def model_name(to: Path) -> str:
@@ -129,11 +129,3 @@ def _given(model: ModelSettings) -> dict[str, Any]:
 
 def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False)
-
-
-def _quoted(value: str) -> str:
-    """Returns a value as Hydra takes it: in quotes if a sign in it would mean something."""
-    if re.fullmatch(r"[\w./+~-]+", value):
-        return value
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
