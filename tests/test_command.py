@@ -1,5 +1,7 @@
 """The front of every command: what a user types and writes into files, composed or refused."""
 
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from data_pipeline.settings_tree import is_text, kind_at, paths
 from launch.simulate.__main__ import SimulateSettings
 from launch.submit.__main__ import SubmitConfig
 from moetrain.command import Combination, config_dir, run_command
-from moetrain.config import Config
+from moetrain.config import Config, check
 from moetrain.doctor import DoctorCommand
 from moetrain.export import ExportSettings
 from moetrain.import_hf import ImportSettings
+from moetrain.model import active_parameters
 from moetrain.report.__main__ import ReportSettings
 from moetrain.upcycle.__main__ import UpcycleSettings
 from moetrain.verify.__main__ import VerifyConfig
@@ -280,3 +283,31 @@ def test_commands_of_the_data_pipeline_read_files_alike(
     assert "did you mean 'corpus'?" in said
     code, _, said = built("corpus: x\n")
     assert (code, "# @package _global_" in said) == (2, True)
+
+
+def test_the_variants_of_the_documentation_compose_as_they_stand_there(
+    front: Front, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
+    section = page.partition("## Variants")[2].partition("\n## ")[0]
+    shown = r"^`(my_conf/[\w/-]+\.yaml)`.*?\n```yaml\n(.*?)```"
+    files = re.findall(shown, section, re.DOTALL | re.MULTILINE)
+    assert len(files) == section.count("```yaml") == 4
+    for name, text in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    commands = re.findall(r"^python -m moetrain (.*)$", section, re.M)
+    assert len(commands) == 4
+    composed: dict[str, list[Config]] = {}
+    for command in commands:
+        code, found, said = front(*shlex.split(command))
+        assert (code, said) == (0, ""), command
+        for combination in found:
+            check(combination.settings)
+        composed[command] = [combination.settings for combination in found]
+    dense, moe, top1 = (composed[commands[1]][i].model for i in (1, 0, 2))
+    assert dense == composed[commands[0]][0].model
+    assert active_parameters(moe) == active_parameters(top1) + moe.dim * moe.num_layers * 4
+    routers = moe.dim * moe.num_layers * moe.num_experts
+    assert active_parameters(dense) == active_parameters(moe) - routers
+    assert len(composed[commands[2]]) == 4
