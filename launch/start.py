@@ -570,7 +570,9 @@ def effective_line(account: Account | None) -> str | None:
 @contextmanager
 def _logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
     """Sends this process's log records to the rank's own file while the context lasts."""
-    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:03d}.log")
+    handler = logging.FileHandler(
+        run_dir / "logs" / f"rank_{rank:03d}.log", errors="backslashreplace"
+    )
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

@@ -131,7 +131,7 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
         if r.other_settings:
             text += f"\n{r.trial.run_dir.name} is another run than trial {r.trial.number}: "
             text += r.other_settings
-    (folder / "table.txt").write_text(text + "\n")
+    (folder / "table.txt").write_text(text + "\n", errors="backslashreplace")
     return text
 
 

@@ -137,7 +137,9 @@ def _write_settings(folder: Path, config: Config, *, to: Path, note: str) -> Non
     """Writes config.yaml, and the choices by which Hydra knows the settings of the old run."""
     plain = as_plain(config)
     text = yaml.safe_dump(plain, sort_keys=False)
-    (folder / "config.yaml").write_text(f"# {' '.join(note.split())}\n{text}")
+    (folder / "config.yaml").write_text(
+        f"# {' '.join(note.split())}\n{text}", errors="backslashreplace"
+    )
     recipe = {key: value for key, value in plain.items() if key != "model"}
     recipe["run"] = {k: v for k, v in plain["run"].items() if k not in ("name", "dir")}
     write_choices(folder, to=to, model=plain["model"], recipe=recipe)

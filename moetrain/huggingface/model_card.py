@@ -73,7 +73,7 @@ def write_model_card(
         _configuration(manifest.config),
     ]
     text = "\n\n".join([_front_matter(facts, config), *parts]) + "\n"
-    (to / "README.md").write_text(text, encoding="utf-8")
+    (to / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _front_matter(facts: RunFacts, config: "Config") -> str:

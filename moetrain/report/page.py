@@ -27,7 +27,9 @@ def render_report(run_dir: Path | str) -> Path:
     path = Path(run_dir) / "report.html"
     unfinished = path.with_name(f"report.html.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(page(read_run(Path(run_dir))), encoding="utf-8")
+        unfinished.write_text(
+            page(read_run(Path(run_dir))), encoding="utf-8", errors="backslashreplace"
+        )
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,12 @@ def test_a_report_tells_whatever_there_is(tmp_path: Path, num_records: int) -> N
 
 def test_a_report_of_an_empty_folder_is_a_report(tmp_path: Path) -> None:
     assert "No metrics have been logged yet" in render_report(tmp_path).read_text()
+
+
+def test_a_report_of_names_that_are_not_utf8_escapes_them(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    html = render_report(write_run(tmp_path / name, num_records=3, name=name)).read_text()
+    assert r"caf\udce9" in html
 
 
 def test_a_report_is_one_file_that_asks_the_network_for_nothing(tmp_path: Path) -> None:
