@@ -25,6 +25,7 @@ from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
 from moetrain.huggingface.configuration import ImportedModel, imported_model
+from moetrain.huggingface.hub import fetch_model, is_hub_name
 from moetrain.huggingface.names import (
     EMBEDDING,
     HEAD,
@@ -58,15 +59,22 @@ class ImportSettings:
     """What is imported, and where to."""
 
     from_: PathText
-    """A folder of transformers' or the Hub's: config.json and safetensors."""
+    """A folder of transformers' or the Hub's, with config.json and safetensors; or the name of a
+    model on the Hub, which is fetched."""
     to: PathText
     """The run's folder to make."""
+    revision: str | None = None
+    """A branch, tag or commit of a model on the Hub; None: its main one."""
+    cache_dir: PathText | None = None
+    """Where what is fetched is kept; None: where the Hub's own library keeps it (HF_HOME)."""
 
 
 def import_folder(settings: ImportSettings) -> int:
     """Imports a folder; returns the exit code."""
     try:
-        _import(Path(settings.from_), Path(os.path.abspath(settings.to)))
+        to = Path(os.path.abspath(settings.to))
+        demand_new(to, num_bytes=0)  # said before anything is fetched
+        _import(_source(settings), to, settings)
     except (ConfigError, DataError) as error:
         print(f"moetrain.import_hf: {error}", file=sys.stderr)
         return BAD_CONFIGURATION
@@ -79,7 +87,33 @@ def import_folder(settings: ImportSettings) -> int:
     return DONE
 
 
-def _import(source: Path, to: Path) -> None:
+def _source(settings: ImportSettings) -> Path:
+    """Returns the folder to import, fetched if it is a model on the Hub."""
+    name = settings.from_
+    if is_hub_name(name):
+        return fetch_model(
+            name,
+            revision=settings.revision,
+            cache_dir=settings.cache_dir,
+            others=TOKENIZER_FILES,
+            demand=lambda folder: imported_model(_read_config(folder)),
+        )
+    for key in ("revision", "cache_dir"):
+        if (value := getattr(settings, key)) is not None:
+            raise ConfigError(
+                key, value, f"is for models on the Hub, and from={name} is a folder: leave it out"
+            )
+    if not Path(name).is_dir():
+        raise ConfigError(
+            "from",
+            name,
+            "is no folder: use one with config.json and safetensors, or the name of a model on the "
+            "Hugging Face Hub, such as mistralai/Mixtral-8x7B-v0.1",
+        )
+    return Path(name)
+
+
+def _import(source: Path, to: Path, settings: ImportSettings) -> None:
     imported = imported_model(_read_config(source))
     with WeightFiles(source) as files:
         placed = match(files, _places(files, imported))
@@ -123,13 +157,13 @@ def _import(source: Path, to: Path) -> None:
                 read=read,
             )
             event = EventLog(staged / "events.jsonl").write
-            event("import", source=str(source.absolute()), tensors=len(files.tensors))
+            event("import", **_origin(source, settings), tensors=len(files.tensors))
     for text in imported.carried:
         print(f"carried   {text}")
     for note in notes:
         print(f"note      {note}")
     print(
-        f"imported  {source}: {len(files.tensors)} tensors, "
+        f"imported  {settings.from_}: {len(files.tensors)} tensors, "
         f"{total_parameters(imported.settings):,} parameters\n"
         f"to        {to}, as step 0 of a run\n"
         f"next      {training_command(to)} data.dir=SHARDS"
@@ -138,6 +172,12 @@ def _import(source: Path, to: Path) -> None:
         words = ["python", "-m", "data_pipeline.build", f"tokenizer={to / 'tokenizer'}"]
         build = shell_command(words)
         print(f"shards    {build} corpus=TEXT to=SHARDS")
+
+
+def _origin(source: Path, settings: ImportSettings) -> dict[str, str]:
+    if is_hub_name(settings.from_):
+        return {"source": settings.from_, "commit": source.name}
+    return {"source": str(source.absolute())}
 
 
 def _read_config(source: Path) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def _no_run(run_dir: Path) -> str:
             "is a Hugging Face folder and not a run's: make a run of it first, with "
             "python -m moetrain.import_hf from=… to=…"
         )
+    if not run_dir.exists() and not run_dir.is_absolute() and len(run_dir.parts) == 2:
+        return (
+            "is no folder here: use the own folder of a run; of a model on the Hugging Face Hub "
+            f"python -m moetrain.import_hf from={run_dir} to=… makes one"
+        )
     return "has no checkpoints/: use the own folder of a run"
 
 
