@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.checkpoint import CheckpointSettings, CheckpointStore
 from moetrain.config import Config, resolve, validated
 from moetrain.optim import allocate_state
@@ -199,4 +200,5 @@ def _measure_as_rank(job: tuple[Config, str, int], _: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline import BuildSettings, DataSettings, GlobalBatches, ShardFolder, build_shards
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.observe import read_metrics
 
 SEQ_LEN = 4096
@@ -290,4 +291,5 @@ def _python_sources(path: Path, *, num_bytes: int) -> tuple[Path, int]:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

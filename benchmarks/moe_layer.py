@@ -32,6 +32,7 @@ from benchmarks.timing import (
     spread,
     time_in_turn,
 )
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.train import keep_freed_memory
 
 PRESETS = {
@@ -301,4 +302,5 @@ def _worst(differences: dict[str, float] | None) -> str:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

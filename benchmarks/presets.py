@@ -2,6 +2,7 @@
 
 import yaml
 
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.command import config_dir
 from moetrain.model import ModelSettings, active_parameters, total_parameters
 
@@ -22,4 +23,5 @@ def _short(parameters: int) -> str:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers import Shape, Weights, balanced_choice, model_settings
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.model import MoELayer
 from moetrain.parallel import AllToAllExchange, ExchangeSettings
 from moetrain.train import keep_freed_memory
@@ -340,4 +341,5 @@ def show(shape: Shape, routing: str, records: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline import BuildSettings, build_shards
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.command import config_dir
 from moetrain.config import Config, resolve, validated
 from moetrain.model import ModelSettings, Transformer
@@ -321,4 +322,5 @@ def show(records: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

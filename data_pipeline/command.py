@@ -27,6 +27,7 @@ from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings import DataError
 from data_pipeline.settings_files import SettingsFiles
 from data_pipeline.shell import escape_output
+from data_pipeline.standard_streams import outlive_readers
 
 Settings = TypeVar("Settings")
 
@@ -53,6 +54,7 @@ def run_command(
     # Hydra reports and exits by itself unless asked for the error: what it prints is long, and
     # its exit code is 1 for a typo.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    outlive_readers()
     files = SettingsFiles(settings_type)
     line = CommandLine(flags=(), overrides=())
 

@@ -26,6 +26,7 @@ from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings_files import SettingsFiles
 from data_pipeline.settings_tree import spelt
 from data_pipeline.shell import escape_output
+from data_pipeline.standard_streams import outlive_readers
 from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.config import validated
 from moetrain.redaction import redacted_text
@@ -73,6 +74,7 @@ def run_command(
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    outlive_readers()
     front = _Front(tree)
     if code := front.guarded(lambda: front.read(sys.argv[1:], files=files, name=config_name)):
         raise SystemExit(code)

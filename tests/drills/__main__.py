@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.standard_streams import outlive_readers
 from tests.drills import cluster, single_host
 from tests.drills.drill import Result, Site, table
 from tests.drills.hosts import no_hosts_because
@@ -97,4 +98,5 @@ def heading(command: str, seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

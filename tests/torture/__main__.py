@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.standard_streams import outlive_readers
 from tests.torture.disks import torture_by_disks
 from tests.torture.kills import torture_by_kills
 from tests.torture.loads import torture_by_harm
@@ -92,4 +93,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))
