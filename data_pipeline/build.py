@@ -1,11 +1,12 @@
 """The command `python -m data_pipeline.build`: text → WebDataset shards with an index."""
 
 import time
+from dataclasses import asdict
 
 from data_pipeline.builder import build_shards, existing_shards
 from data_pipeline.command import run_command
 from data_pipeline.index import SourceEntry
-from data_pipeline.raw_documents import counts_text
+from data_pipeline.raw_documents import reading_report
 from data_pipeline.settings import BuildSettings
 from data_pipeline.unfinished import hidden_folder
 
@@ -36,12 +37,7 @@ def _summary(source: SourceEntry) -> str:
         + f"{entry.num_documents:,} documents, {entry.num_bytes:,} bytes of text"
         for split, entry in source.splits.items()
     )
-    left_out = counts_text(source.num_left_out, source.left_out_examples)
-    summary = f"{source.name} ({source.description}):{splits}\n  left out: {left_out}"
-    if source.unknown_endings:
-        endings = counts_text(source.unknown_endings, source.ending_examples)
-        summary += f"\n  read as plain text, of endings that aren't known: {endings}"
-    return summary
+    return f"{source.name} ({source.description}):{splits}\n  {reading_report(asdict(source))}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.progress import ByteCounter, byte_progress, tell
-from data_pipeline.raw_documents import FAILURES, LeftOut, Reason, counts_text
+from data_pipeline.raw_documents import FAILURES, LeftOut, Reason, counts_text, reading_report
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
     TEXT_FIELD,
@@ -89,7 +89,12 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
         on_corrupt=settings.on_corrupt,
         on_changed=settings.on_changed,
     )
-    return build_shards(build, progress=progress)
+    is_new = not Path(folder, INDEX_NAME).exists()
+    shards = build_shards(build, progress=progress)
+    for source in shards.index.sources if is_new else ():
+        if any(source.num_left_out.values()) or source.unknown_endings:
+            tell(f"{source.name}: {reading_report(asdict(source))}", shown=progress)
+    return shards
 
 
 def open_folder(settings: DataSettings) -> ShardFolder:

@@ -32,6 +32,7 @@ from data_pipeline.raw_documents import (
 )
 from data_pipeline.settings import DataError, OnCorrupt
 from data_pipeline.shell import text_setting
+from data_pipeline.storage import without_secrets
 from data_pipeline.text_files import read_documents, refused, text_size
 
 # Tests repeat the library's text, and what is installed beside it differs between machines.
@@ -201,6 +202,11 @@ def _in_folder(spec: str, path: Path, outputs: Iterable[Path]) -> FoundFiles:
 
 
 def _no_such_corpus(spec: str, path: Path) -> str:
+    if "://" in spec:
+        return (
+            f"corpus={without_secrets(spec)!r} is on a server, and text is read from a disk: fetch "
+            "it and give its folder (shards that were built may be on a server: data.dir)"
+        )
     if path.is_symlink():
         return (
             f"corpus={spec!r} is a link to {os.readlink(path)}, which isn't there; fetch what it "

@@ -23,6 +23,8 @@ _DATASET_INFO = "dataset_info.json"
 _DATASET_SPLITS = "dataset_dict.json"
 # A link to what isn't there, or to itself, or into a folder of somebody else's.
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+# What a run's folder holds from its first step on.
+_RUN_FILES = ("config.yaml", "events.jsonl", "metrics.jsonl")
 # How the index of a folder of shards begins.
 _SHARDS_INDEX = "index.json"
 _SHARDS_BEGINNING = b'{\n "format_version":'
@@ -86,6 +88,10 @@ def is_shard_folder(folder: str | Path) -> bool:
         return False
 
 
+def _is_run_folder(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in _RUN_FILES)
+
+
 def _as_found(name: str, found: os.stat_result) -> CorpusFile:
     return CorpusFile(name=name, size=found.st_size, mtime_ns=found.st_mtime_ns)
 
@@ -111,8 +117,8 @@ class _Walk:
             if real in walked:
                 other = walked[real] or "the corpus's own folder"
                 self._pass_over(name, Reason.read_already, f"leads to {other}, which is read")
-            elif is_shard_folder(real):
-                self._pass_over(name, Reason.shards, "holds shards, not text")
+            elif is_shard_folder(real) or _is_run_folder(real):
+                self._pass_over(name, Reason.output, "holds shards or a run, not text")
             else:
                 walked[real] = name
                 self._read_folder(name, real)

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.command import run_command
 from data_pipeline.index import Index, SourceEntry, read_index, shards_of
 from data_pipeline.progress import byte_progress
-from data_pipeline.raw_documents import counts_text
+from data_pipeline.raw_documents import reading_report
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import CacheSettings, Count, DataError, Natural, PathText
 from data_pipeline.storage import ShardFiles, open_files
@@ -180,10 +180,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
                 f"  {name}: {tokens}{split['num_documents']:,} documents, "
                 f"{split['num_bytes']:,} bytes of text, shards: {split['num_shards']}"
             )
-        yield f"  left out: {counts_text(source['num_left_out'], source['left_out_examples'])}"
-        if source["unknown_endings"]:
-            endings = counts_text(source["unknown_endings"], source["ending_examples"])
-            yield f"  read as plain text, of endings that aren't known: {endings}"
+        yield f"  {reading_report(source)}"
         bigram, zlib = source["baselines"].values()
         if bigram is not None and zlib is not None:
             yield f"  bits per byte of validation: byte bigram {bigram:.3f}, zlib {zlib:.3f}"

@@ -28,6 +28,7 @@ _CHARACTERS_AT_ONCE = 2**20
 _LONGEST_VALUE = 2**30
 _NUM_FIELDS_NAMED = 12
 
+_ARRAY_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BRACKETS = re.compile(rf'{_STRING}|[\[\]{{}}"]', re.DOTALL)
@@ -36,9 +37,13 @@ _ENDS = re.compile(rf'{_STRING}|[,\]"]', re.DOTALL)
 _TYPES = {type(None): "null", bool: "true or false", list: "a list", int: "a number"}
 
 
-def json_lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of JSON lines: the text in `field` of the object on each."""
-    return map(_demanded, _lines(file, where, field))
+def json_lines(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of JSON lines: the text in `field` of the object on each.
+
+    An array of objects, which isn't what the name says, is read as one too.
+    """
+    is_array = _ARRAY_OF_OBJECTS.match(file.peek(1))
+    return map(_demanded, (_elements if is_array else _lines)(file, where, field))
 
 
 def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 _NUM_EXAMPLES = 3
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
@@ -33,8 +34,8 @@ class Reason(StrEnum):
     read_already = "read_already"
     # Pipes, sockets and devices.
     not_a_file = "not_a_file"
-    # A folder of shards that were built.
-    shards = "shards"
+    # A folder that this program wrote: shards, or a run.
+    output = "output"
 
 
 # What ends the reading of a corpus, unless it is to be passed over and counted.
@@ -113,6 +114,15 @@ def counts_text(num: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -
         places = f" ({'; '.join(named + more)})" if named else ""
         parts.append(f"{number:,} {reason.replace('_', ' ')}{places}")
     return ", ".join(parts)
+
+
+def reading_report(source: Mapping[str, Any]) -> str:
+    """What of a source was left out, and what was read as plain text, from its fields' values."""
+    report = f"left out: {counts_text(source['num_left_out'], source['left_out_examples'])}"
+    if source["unknown_endings"]:
+        endings = counts_text(source["unknown_endings"], source["ending_examples"])
+        report += f"; read as plain text, their endings not being known: {endings}"
+    return report
 
 
 def as_utf8(text: str) -> str:

@@ -200,6 +200,18 @@ def test_pipe_is_refused_with_the_reason() -> None:
         open_corpus("pipe:echo hello", on_corrupt=OnCorrupt.fail)
 
 
+def test_corpus_on_a_server_is_refused_with_a_way_out_and_without_its_secrets() -> None:
+    with pytest.raises(DataError, match=r"s3://bucket/text' is on a server.*fetch it") as caught:
+        open_corpus("s3://key:secret@bucket/text", on_corrupt=OnCorrupt.fail)
+    assert "secret" not in str(caught.value)
+
+
+def test_corpus_that_is_a_link_to_nothing_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("annex")
+    with pytest.raises(DataError, match=r"is a link to annex, which isn't there"):
+        open_corpus(str(tmp_path / "x"), on_corrupt=OnCorrupt.fail)
+
+
 def test_missing_corpus_is_named_with_a_way_out() -> None:
     with pytest.raises(DataError, match=r"/no/such/place.*stdlib"):
         open_corpus("/no/such/place", on_corrupt=OnCorrupt.fail)

@@ -148,12 +148,20 @@ def test_output_folder_inside_the_corpus_is_no_part_of_it(tmp_path: Path) -> Non
     apart = build(corpus, tmp_path / "y")
     assert not any(folder.source("corpus").num_left_out.values())
     # The second build met the shards of the first, which are no text.
-    assert apart.source("corpus").left_out_examples["shards"] == ("data/x",)
+    assert apart.source("corpus").left_out_examples["output"] == ("data/x",)
     tars = [
         {name: content for name, content in contents(place).items() if name != "index.json"}
         for place in (folder.path, apart.path)
     ]
     assert tars[0] == tars[1]
+
+
+def test_run_inside_the_corpus_is_no_part_of_it(tmp_path: Path) -> None:
+    run = [f"runs/a/{name}" for name in ("config.yaml", "events.jsonl", "metrics.jsonl")]
+    corpus = write(tmp_path / "corpus", "1.txt", "b/config.yaml", *run)
+    texts, left_out = read(corpus)
+    assert texts == ["1.txt", "b/config.yaml"]
+    assert left_out.examples == {"output": ["runs/a"]}
 
 
 def test_folder_of_shards_is_refused_as_a_corpus(tmp_path: Path) -> None:

@@ -152,6 +152,19 @@ def test_trainer_builds_each_field_into_a_folder_of_its_own(
     assert Path(resolved_dir(DataSettings(corpus="rows"))).name == "rows-bytes"
 
 
+def test_trainer_tells_what_its_build_left_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (write_rows(tmp_path / "rows", "jsonl") / "x.txt").write_text(" ")
+    settings = DataSettings(corpus="rows", text_field="content")
+    for expected in (True, False):
+        open_or_build(settings)
+        assert (
+            "rows: left out: 0 not utf8, 1 empty (x.txt)" in capsys.readouterr().err
+        ) == expected
+
+
 def test_empty_field_is_refused() -> None:
     with pytest.raises(ValueError, match="is empty: name the field"):
         BuildSettings(to="to", tokenizer="bytes", corpus="x", text_field=" ")

@@ -87,6 +87,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
         ("x.json", json.dumps([{"text": text} for text in TEXTS]).encode(), TEXTS),
         ("x.json", json.dumps([{"text": text} for text in TEXTS], indent=1).encode(), TEXTS),
         ("x.json", json.dumps({"id": 1, "text": "one"}, indent=1).encode() * 3, ["one"] * 3),
+        ("x.jsonl", json.dumps([{"text": text} for text in TEXTS], indent=1).encode(), TEXTS),
         ("x.json", codecs.BOM_UTF8 + b'[{"text": "one"}]', ["one"]),
         ("x.html", b"<p>a<p>b", ["a\nb"]),
         ("x.xhtml", b"<p>a</p><p>b</p>", ["a\nb"]),
