@@ -65,6 +65,7 @@ _KINDS = {
     "data.packing": Kind.order,
     "data.shuffle_window": Kind.order,
     "data.max_epochs": Kind.incidental,
+    "data.on_changed": Kind.incidental,
     "data.num_workers": Kind.incidental,
     "data.prefetch_batches": Kind.incidental,
     "data.cache": Kind.incidental,
