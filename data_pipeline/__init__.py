@@ -4,7 +4,8 @@ Knows no model and no process group: ranks are two integers, batches are numpy a
 """
 
 from data_pipeline.batches import Batch, GlobalBatches, ValidationBatches
-from data_pipeline.builder import build_shards, open_folder, open_or_build
+from data_pipeline.builder import build_shards, open_folder, open_or_build, shards_or_corpus
+from data_pipeline.corpora import Corpus
 from data_pipeline.index import Baselines, TokenizerEntry
 from data_pipeline.mixture import Stage
 from data_pipeline.packing import PackingReport
@@ -30,6 +31,7 @@ __all__ = [
     "Baselines",
     "Batch",
     "BuildSettings",
+    "Corpus",
     "DataError",
     "DataSettings",
     "GlobalBatches",
@@ -49,6 +51,7 @@ __all__ = [
     "open_or_build",
     "resolved_dir",
     "resolved_tokenizer",
+    "shards_or_corpus",
     "tokenizer_json",
     "tokenizer_named",
     "without_secrets",

@@ -78,23 +78,38 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
 
     Raises DataError where `settings.dir` is given and is no shard folder.
     """
-    folder = resolved_dir(settings)
     if settings.dir is not None:
         return open_folder(settings)
-    build = BuildSettings(
-        corpus=settings.corpus,
-        text_field=settings.text_field,
-        tokenizer=settings.tokenizer,
-        to=folder,
-        on_corrupt=settings.on_corrupt,
-        on_changed=settings.on_changed,
-    )
-    is_new = not Path(folder, INDEX_NAME).exists()
+    build = _build_of(settings)
+    is_new = not Path(build.to, INDEX_NAME).exists()
     shards = build_shards(build, progress=progress)
     for source in shards.index.sources if is_new else ():
         if any(source.num_left_out.values()) or source.unknown_endings:
             tell(f"{source.name}: {reading_report(asdict(source))}", shown=progress)
     return shards
+
+
+def shards_or_corpus(settings: DataSettings) -> ShardFolder | Corpus:
+    """The shards that `open_or_build` would open, else the corpus that it would build them of."""
+    if settings.dir is not None:
+        return open_folder(settings)
+    build = _build_of(settings)
+    existing = existing_shards(build)
+    if existing is not None and not hidden_folder(build.to).exists():
+        return existing
+    (corpus,) = _corpora(build).values()
+    return corpus
+
+
+def _build_of(settings: DataSettings) -> BuildSettings:
+    return BuildSettings(
+        corpus=settings.corpus,
+        text_field=settings.text_field,
+        tokenizer=settings.tokenizer,
+        to=resolved_dir(settings),
+        on_corrupt=settings.on_corrupt,
+        on_changed=settings.on_changed,
+    )
 
 
 def open_folder(settings: DataSettings) -> ShardFolder:

@@ -1,13 +1,14 @@
 """Where ranks run: in this process, on Ray, or under somebody else's launcher."""
 
 import moetrain  # noqa: F401 - before torch, which the modules below load
+from launch.dry_run import dry_run, rehearsal_of
 from launch.plan import Plan, choose_plan, cluster_address, is_ray_copy, lasting
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.settings import ClusterSettings, LaunchSettings
 from launch.start import start
 from launch.sweep import run_sweep
 from launch.sweep_runs import Trained, Wanted, assign, held, nearest_other, runs_in
-from launch.sweep_table import Trial, varied_settings
+from launch.sweep_table import Trial, preview_table, varied_settings
 
 __all__ = [
     "ClusterError",
@@ -21,10 +22,13 @@ __all__ = [
     "assign",
     "choose_plan",
     "cluster_address",
+    "dry_run",
     "held",
     "is_ray_copy",
     "lasting",
     "nearest_other",
+    "preview_table",
+    "rehearsal_of",
     "run_sweep",
     "runs_in",
     "start",

@@ -27,6 +27,7 @@ import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
 from data_pipeline.shell import as_typed, text_setting
+from launch.dry_run import in_use
 from launch.environment import for_ranks
 from launch.failure import classify
 from launch.plan import Plan, cluster_address, is_ray_copy
@@ -440,6 +441,7 @@ def _tell_start(config: "Config", prepared: Prepared) -> None:
         pid=os.getpid(),
         last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
     )
+    event("model", **prepared.preview.counts())
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
@@ -466,11 +468,7 @@ def _held(run_dir: Path) -> Iterator[None]:
     except BlockingIOError:
         holder = os.read(lock, 20).decode() or "unknown"
         os.close(lock)
-        raise ConfigError(
-            "run.name",
-            run_dir.name,
-            f"process {holder} is training this run: stop it first, or use another run.name",
-        ) from None
+        raise in_use(run_dir, holder=holder) from None
     try:
         os.ftruncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())

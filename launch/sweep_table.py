@@ -8,7 +8,8 @@ from statistics import median
 
 from data_pipeline.shell import unquoted
 from launch.sweep_runs import Wanted, differences, listed, trained
-from moetrain.observe import final_loss, read_metrics
+from moetrain.observe import final_loss, model_event, read_events, read_metrics
+from moetrain.train import Preview, short
 
 _NOTHING = "–"
 _BITS = ("validation/", "/bits_per_byte")
@@ -52,6 +53,11 @@ class Result:
     other_settings: str | None = None
     """In what its run was trained otherwise; then nothing of it is shown as this trial's."""
     steps: int | None = None
+    parameters: int | None = None
+    active_parameters: int | None = None
+    """What one token meets."""
+    tokens: int | None = None
+    """What it was trained on."""
     training_loss: float | None = None
     """The mean over the last tenth of its steps."""
     validation_loss: float | None = None
@@ -97,6 +103,7 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
         return Result(trial=trial, exit_code=exit_code)
     path = trial.run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
+    model = model_event(read_events(trial.run_dir / "events.jsonl"))
     known = {k: v for record in records for k, v in record.items() if v is not None}
     first, last = _BITS
     speeds = [s for record in records if (s := record.get("perf/tokens_per_second"))]
@@ -104,6 +111,9 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
         trial=trial,
         exit_code=exit_code,
         steps=int(known["step"]) if "step" in known else None,
+        parameters=model.get("parameters"),
+        active_parameters=model.get("active_parameters"),
+        tokens=known.get("train/tokens"),
         training_loss=final_loss(records),
         validation_loss=known.get("validation/loss"),
         bits_per_byte={
@@ -142,17 +152,42 @@ def _rank(result: Result) -> tuple[bool, bool, float]:
     return result.end != _ENDS[0], not validated, float("inf") if loss is None else loss
 
 
+def preview_table(trials: Sequence[tuple[Trial, Preview]]) -> str:
+    """Returns what the trials of a sweep would train, as a table."""
+    keys = list(dict.fromkeys(key for trial, _ in trials for key in trial.varied))
+    header = ["trial", *keys, "parameters", "active", "FLOPs a token", "tokens", "ranks"]
+    rows = [
+        [
+            str(trial.number),
+            *(trial.varied.get(key, _NOTHING) for key in keys),
+            short(preview.parameters),
+            short(preview.active_parameters),
+            short(preview.flops_per_token, billion="G"),
+            short(preview.tokens),
+            str(trial.num_workers),
+            f"{preview.memory.total / 2**30:.3g}",
+            trial.run_dir.name,
+        ]
+        for trial, preview in trials
+    ]
+    return _aligned([*header, "GiB a rank", "run"], rows)
+
+
 def _table(results: Sequence[Result]) -> str:
     keys = list(dict.fromkeys(key for r in results for key in r.trial.varied))
     sources = list(dict.fromkeys(source for r in results for source in r.bits_per_byte))
-    header = ["trial", *keys, "end", "steps", "loss", "validation"]
+    header = ["trial", *keys, "end", "parameters", "active", "steps", "tokens"]
+    header += ["loss", "validation"]
     header += [f"{source} bits/byte" for source in sources] + ["tokens/s", "run"]
     rows = [
         [
             str(r.trial.number),
             *(r.trial.varied.get(key, _NOTHING) for key in keys),
             r.end,
+            _NOTHING if r.parameters is None else short(r.parameters),
+            _NOTHING if r.active_parameters is None else short(r.active_parameters),
             _NOTHING if r.steps is None else str(r.steps),
+            _NOTHING if r.tokens is None else short(r.tokens),
             _figure(r.training_loss),
             _figure(r.validation_loss),
             *(_figure(r.bits_per_byte.get(source)) for source in sources),
@@ -161,6 +196,11 @@ def _table(results: Sequence[Result]) -> str:
         ]
         for r in results
     ]
+    return _aligned(header, rows)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows under their header, without the columns that say nothing."""
     columns = [c for c in zip(header, *rows, strict=True) if set(c[1:]) != {_NOTHING}]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(

@@ -5,7 +5,7 @@ from datetime import datetime
 from functools import partial
 
 from data_pipeline import DataError
-from launch import ClusterError, choose_plan, start
+from launch import ClusterError, choose_plan, dry_run, start
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
@@ -21,6 +21,8 @@ def train(config: Config) -> int:
         check(config)
         plan = choose_plan(config.launch, device=config.run.device)
         resolved = resolve(config, num_workers=plan.num_workers, now=datetime.now())
+        if config.dry_run:
+            return dry_run(resolved, plan, data=config.data)
         return start(
             resolved,
             plan,

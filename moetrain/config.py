@@ -43,6 +43,8 @@ class Config:
     model: ModelSettings
     train: TrainSettings
     seed: NonNegativeInt = 0
+    dry_run: bool = False
+    """Whether the command checks all and says what it would train, and ends without a write."""
     run: RunSettings = RunSettings()
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()

@@ -6,12 +6,19 @@ which run that is, running the trials and their table to `launch`.
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from data_pipeline import DataError, DataSettings, open_or_build, resolved_dir
+from data_pipeline import (
+    DataError,
+    DataSettings,
+    open_or_build,
+    resolved_dir,
+    shards_or_corpus,
+)
 from data_pipeline.shell import as_typed, shell_command
 from launch import (
     ClusterError,
@@ -25,6 +32,8 @@ from launch import (
     held,
     lasting,
     nearest_other,
+    preview_table,
+    rehearsal_of,
     run_sweep,
     runs_in,
     varied_settings,
@@ -32,7 +41,7 @@ from launch import (
 from moetrain.checkpoint import CheckpointError, CheckpointSettings
 from moetrain.checkpoint.remote import newest_manifest_there
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, FAILED, Combination
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, Combination
 from moetrain.config import Config, check, resolve
 from moetrain.train import as_plain
 from moetrain.train.changes import changes
@@ -45,6 +54,10 @@ def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
     """Trains every combination; returns the exit code. `folder` is for what the sweep leaves."""
     try:
         _demand_no_rank()
+        if any(combination.settings.dry_run for combination in combinations):
+            _leave_nothing(folder)
+            print(dry_sweep(combinations))
+            return DONE
         with planned(combinations) as trials:
             return run_sweep(trials, folder=lasting(str(folder)), places=_places(combinations))
     except (ConfigError, DataError) as error:
@@ -53,6 +66,35 @@ def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
     except (ClusterError, CheckpointError, OSError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
+
+
+def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
+    """Returns a table of what every combination would train; writes nothing.
+
+    Raises ConfigError or DataError where one of them could not begin.
+    """
+    combinations = _once_each(combinations)
+    resolved = [_resolved(c.settings) for c in combinations]
+    texts = {}
+    for config, one in zip(resolved, combinations, strict=True):
+        found = shards_or_corpus(one.settings.data)
+        texts[str(config.data.dir)] = getattr(found, "fingerprint", None)
+    wanted = _wanted(combinations, resolved, texts, base=f"{datetime.now():%Y%m%d-%H%M%S}")
+    rows = []
+    for trial, config, one in zip(
+        _trials(combinations, resolved, wanted), resolved, combinations, strict=True
+    ):
+        named = replace(config, run=replace(config.run, name=trial.run_dir.name))
+        rows.append((trial, rehearsal_of(named, data=one.settings.data).preview))
+    return f"{preview_table(rows)}\ndry run: these could start; nothing was written"
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Removes what Hydra has made for a sweep, and the folders that were made for it."""
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    with suppress(OSError):  # of a folder with other runs
+        for empty in (folder, folder.parent, folder.parent.parent):
+            empty.rmdir()
 
 
 @contextmanager
@@ -68,21 +110,33 @@ def planned(combinations: Sequence[Combination[Config]]) -> Iterator[list[Trial]
     folders = {Path(config.run.dir) for config in resolved}
     with ExitStack() as stack:
         base = stack.enter_context(_new_base(folders)) if None in given else ""
-        names = [name or base for name in given]
+        names = {name or base for name in given}
         for folder in sorted(folders):
-            stack.enter_context(held(folder / "sweeps", set(names)))
-        wanted = [
-            Wanted(
-                name=name,
-                settings=as_plain(config),
-                text=texts[str(config.data.dir)],
-                varied=_varied(combinations),
-                may_be_bare=name != base,
-                is_named=len(set(names)) > 1 or _holds_values(c),
-            )
-            for name, config, c in zip(names, resolved, combinations, strict=True)
-        ]
+            stack.enter_context(held(folder / "sweeps", names))
+        wanted = _wanted(combinations, resolved, texts, base=base)
         yield _trials(combinations, resolved, wanted)
+
+
+def _wanted(
+    combinations: Sequence[Combination[Config]],
+    resolved: Sequence[Config],
+    texts: Mapping[str, str | None],
+    *,
+    base: str,
+) -> list[Wanted]:
+    names = [c.settings.run.name or base for c in combinations]
+    varied = _varied(combinations)
+    return [
+        Wanted(
+            name=name,
+            settings=as_plain(config),
+            text=texts[str(config.data.dir)],
+            varied=varied,
+            may_be_bare=name != base,
+            is_named=len(set(names)) > 1 or _holds_values(c),
+        )
+        for name, config, c in zip(names, resolved, combinations, strict=True)
+    ]
 
 
 def _demand_no_rank() -> None:

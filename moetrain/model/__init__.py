@@ -1,7 +1,13 @@
 """The decoder's single-device math: it knows no ranks and imports no torch.distributed."""
 
 from moetrain.model.attention import Attention
-from moetrain.model.cost import active_parameters, total_parameters, training_flops_per_token
+from moetrain.model.cost import (
+    active_parameters,
+    head_activations,
+    kept_activations,
+    total_parameters,
+    training_flops_per_token,
+)
 from moetrain.model.documents import Documents
 from moetrain.model.init import initial_values, random_stream
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
@@ -27,7 +33,9 @@ __all__ = [
     "Transformer",
     "active_parameters",
     "chunked_cross_entropy",
+    "head_activations",
     "initial_values",
+    "kept_activations",
     "load_balance_loss",
     "random_stream",
     "total_parameters",

@@ -39,3 +39,51 @@ def training_flops_per_token(settings: ModelSettings, *, seq_len: int) -> float:
     matrices = active_parameters(settings) - settings.vocab_size * settings.dim
     attention = 6 * settings.num_layers * settings.num_heads * settings.head_dim * seq_len
     return 6.0 * matrices + attention
+
+
+def kept_activations(
+    settings: ModelSettings, *, tokens: int, width: int, composed_norm: bool, sent_rows: int = 0
+) -> list[float]:
+    """Returns the bytes that each layer keeps of a forward pass for the backward one.
+
+    Of so many tokens, in numbers of `width` bytes; without recomputation of whole layers. Follows
+    what the modules save: `composed_norm` is torch's RMSNorm on a CPU, which keeps its input, the
+    normalised input and its output, where a fused one keeps input and output; there keys and
+    values are repeated for each query head and the experts keep no copies of their rows, either.
+    `sent_rows` are the rows a token has on other ranks of the expert axis.
+    """
+    dim, queries = settings.dim, settings.num_heads * settings.head_dim
+    kv = settings.num_kv_heads * settings.head_dim
+    of_norm = 3 if composed_norm else 2
+    attention = 4 * queries if composed_norm else 2 * (queries + kv)
+    attention += settings.qk_norm * (of_norm - 1) * (queries + kv)
+    outside = width * (2 * of_norm * dim + attention) + 4 * settings.num_heads
+    kept = []
+    for layer in range(settings.num_layers):
+        hidden = settings.dense_hidden_dim(layer)
+        if hidden is None:
+            inside = _kept_by_experts(settings, width=width, on_cpu=composed_norm)
+            inside += width * dim * sent_rows
+        else:
+            inside = width * 4 * hidden
+        kept.append(float(tokens * (outside + inside)))
+    return kept
+
+
+def _kept_by_experts(settings: ModelSettings, *, width: int, on_cpu: bool) -> int:
+    """Returns the bytes that router and experts of a layer keep of a token."""
+    numbers = 4 * settings.num_shared_experts * settings.ffn_hidden_dim
+    if not settings.experts.recompute:
+        of_copy = 2 * settings.ffn_hidden_dim  # what the gate and up matrices give
+        of_copy += 0 if on_cpu else settings.ffn_hidden_dim + 2 * settings.dim
+        numbers += settings.top_k * of_copy
+    router = 8 * settings.num_experts + 24 * settings.top_k  # in float32, and numbers of experts
+    router += 0 if width == 4 else 4 * settings.dim
+    return width * numbers + router
+
+
+def head_activations(settings: ModelSettings, *, tokens: int, width: int, norm: int) -> float:
+    """Returns the bytes of the final norm and of the loss, whose logits come a chunk at a time."""
+    chunk = min(tokens, settings.loss_chunk_size) * settings.vocab_size
+    weights = settings.vocab_size * settings.dim  # the head's gradient, summed up in float32
+    return tokens * width * settings.dim * (norm + 1) + chunk * (8 + width % 4) + 8.0 * weights

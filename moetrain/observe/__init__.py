@@ -3,7 +3,7 @@
 Knows no ranks and no model: it is handed records and writes or shows them.
 """
 
-from moetrain.observe.events import EventLog, read_events
+from moetrain.observe.events import EventLog, model_event, read_events
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import (
@@ -35,6 +35,7 @@ __all__ = [
     "duration",
     "final_loss",
     "iterate_metrics",
+    "model_event",
     "numbers_of",
     "read_events",
     "read_metrics",

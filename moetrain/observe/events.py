@@ -44,6 +44,11 @@ def read_events(path: Path | str) -> list[dict[str, Any]]:
     return [record for _, record in read_lines(Path(path))]
 
 
+def model_event(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns what the newest start says of the model's size; empty for a run of before."""
+    return next((e for e in reversed(events) if e.get("event") == "model"), {})
+
+
 def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
     """Returns when each event was, in seconds since the first, never before the one before it.
 

@@ -77,6 +77,9 @@ def _state(run: RunRecord) -> str:
 
 def _headline(run: RunRecord) -> str:
     tiles = []
+    parameters, active = (run.model.get(key) for key in ("parameters", "active_parameters"))
+    if isinstance(parameters, int) and isinstance(active, int):
+        tiles.append(_tile("parameters", _short(parameters), f"{_short(active)} active"))
     step = run.get("step")
     if step:
         asked = f"of {run.num_steps:,}" if run.num_steps else ""
@@ -98,9 +101,8 @@ def _headline(run: RunRecord) -> str:
     if run.account and run.account.effective is not None:
         of = f"of {duration(run.account.wall)}"
         tiles.append(_tile("effective time", f"{run.account.effective:.1%}", of))
-    if not tiles:
-        return '<p class="empty">No metrics have been logged yet.</p>'
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    nothing = "" if step else '<p class="empty">No metrics have been logged yet.</p>'
+    return (f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "") + nothing
 
 
 def _tile(label: str, value: str, note: str = "") -> str:
@@ -196,7 +198,7 @@ def _text(value: Any) -> str:
 
 
 def _short(value: float) -> str:
-    for limit, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"

@@ -19,6 +19,7 @@ from moetrain.observe import (
     account,
     final_loss,
     iterate_metrics,
+    model_event,
     read_events,
     read_sign,
 )
@@ -91,6 +92,11 @@ class RunRecord:
     events: list[dict[str, Any]]
     account: Account | None  # where its time went; None where that isn't known
     baselines: Mapping[str, float]  # bits per byte, by "bigram" and "zlib"
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The counts of the model: parameters, active ones, FLOPs a token; empty if unknown."""
+        return model_event(self.events)
 
     def get(self, name: str) -> Series:
         """The series of a metric; an empty one where it was never logged."""

@@ -3,7 +3,8 @@
 from moetrain.train.changes import Change, Kind, as_plain, changes, function_settings
 from moetrain.train.control import Control, Outcome, Place
 from moetrain.train.loop import TrainingError
-from moetrain.train.prepare import Prepared, newest_manifest, prepare
+from moetrain.train.prepare import Prepared, newest_manifest, prepare, rehearse
+from moetrain.train.preview import Preview, preview_of, short
 from moetrain.train.rank import keep_freed_memory, leave_ranks, rank_device, run_rank
 from moetrain.train.resume import demand_done_alike, demand_same_model, training_on
 from moetrain.train.settings import RunSettings, TrainSettings
@@ -15,6 +16,7 @@ __all__ = [
     "Outcome",
     "Place",
     "Prepared",
+    "Preview",
     "RunSettings",
     "TrainSettings",
     "TrainingError",
@@ -27,7 +29,10 @@ __all__ = [
     "leave_ranks",
     "newest_manifest",
     "prepare",
+    "preview_of",
     "rank_device",
+    "rehearse",
     "run_rank",
+    "short",
     "training_on",
 ]

@@ -21,6 +21,7 @@ from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, re
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import global_batches
+from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
     begins_optimizer,
     demand_same_model,
@@ -151,7 +152,7 @@ def build_trainer(
             config.observe.wandb,
             run_name=config.run.name or "",
             run_dir=run_dir,
-            config=as_plain(config),
+            config=as_plain(config) | preview_of(config).counts(),
             resume_step=state.step if restored else None,
             tell=tell_of_wandb,
         )

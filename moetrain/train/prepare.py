@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline import (
+    Corpus,
     DataSettings,
     GlobalBatches,
     ShardFolder,
     Tokenizer,
     TokenizerEntry,
     open_or_build,
+    shards_or_corpus,
     tokenizer_named,
 )
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
+from moetrain.train.preview import Preview, preview_of, short
 from moetrain.train.resume import demand_no_restart, demand_same_model
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ class SourcePlan:
 
     weights: dict[int, float]
     """Its share of the samples, by the step from which on it holds."""
+    tokens: int
+    """What it will have given at the end, in whole sequences."""
     epochs: float | None
     """How often the source will have been read at the end; None for text."""
     packing: dict[str, int] | None
@@ -42,9 +47,11 @@ class Prepared:
     plan: dict[str, SourcePlan]
     vocab_size: int
     """The model's, which may be more than the text's."""
+    preview: Preview
 
     def lines(self) -> Iterator[str]:
-        """Yields what a person is told of the vocabulary, if need be, and of each source."""
+        """Yields what a person is told of the model, the layout, the text and its vocabulary."""
+        yield from self.preview.lines()
         if spare := self.vocab_size - self.shards.tokenizer.vocab_size:
             yield (
                 f"vocabulary {self.vocab_size:,}: {self.shards.tokenizer.vocab_size:,} ids of "
@@ -52,7 +59,7 @@ class Prepared:
             )
         for source, plan in self.plan.items():
             first, *later = plan.weights.items()
-            text = f"source {source}: {first[1]:.4g} of the samples"
+            text = f"source {source}: {short(plan.tokens)} tokens, {first[1]:.4g} of the samples"
             text += "".join(f", {weight:.4g} from step {step} on" for step, weight in later)
             if plan.packing:
                 cut = plan.packing["num_cut_tokens"] / plan.packing["num_tokens"]
@@ -69,20 +76,39 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
     order of samples; nothing but the shards is written.
     """
     newest = newest_manifest(Path(config.run.dir, config.run.name or ""))
-    if newest:
-        if config.checkpoint.resume == "never":
-            raise ConfigError(
-                "checkpoint.resume",
-                "never",
-                f"run {config.run.name} has a checkpoint of step {newest.step}: use another "
-                "run.name, or auto to go on from it",
-            )
-        demand_same_model(config, newest)
-    else:
-        demand_no_restart(config)
+    _demand_run(config, newest)
     if data.dir is None:  # shards may have to be built: not for a model that can't use them
         demand_vocabulary(config, tokenizer_named(data.tokenizer))
-    shards = open_or_build(data, progress=progress)
+    return _prepared(config, open_or_build(data, progress=progress), newest)
+
+
+def rehearse(config: "Config", data: DataSettings, *, newest: Manifest | None) -> Prepared | Corpus:
+    """Does what `prepare` does without a write: returns the corpus of shards that aren't built.
+
+    `newest` is the manifest of the checkpoint that the run would go on from.
+    """
+    _demand_run(config, newest)
+    if data.dir is None:
+        demand_vocabulary(config, tokenizer_named(data.tokenizer))
+    found = shards_or_corpus(data)
+    return _prepared(config, found, newest) if isinstance(found, ShardFolder) else found
+
+
+def _demand_run(config: "Config", newest: Manifest | None) -> None:
+    """Raises ConfigError where a run's newest checkpoint isn't one to go on from as wanted."""
+    if newest is None:
+        return demand_no_restart(config)
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            "checkpoint.resume",
+            "never",
+            f"run {config.run.name} has a checkpoint of step {newest.step}: use another "
+            "run.name, or auto to go on from it",
+        )
+    return demand_same_model(config, newest)
+
+
+def _prepared(config: "Config", shards: ShardFolder, newest: Manifest | None) -> Prepared:
     demand_vocabulary(config, shards.tokenizer)
     if newest:
         _demand_same_data(config, newest, shards)
@@ -91,8 +117,13 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
     steps = max(0, config.train.num_steps - state.get("step", 0))
     num_samples = state.get("samples", 0) + steps * config.train.global_batch_size
     batches.check_enough(num_samples)
-    plan = _plan(batches, num_samples=num_samples)
-    return Prepared(shards=shards, plan=plan, vocab_size=config.model.vocab_size)
+    plan = _plan(batches, num_samples=num_samples, seq_len=config.train.seq_len)
+    return Prepared(
+        shards=shards,
+        plan=plan,
+        vocab_size=config.model.vocab_size,
+        preview=preview_of(config),
+    )
 
 
 def global_batches(
@@ -112,11 +143,12 @@ def global_batches(
     )
 
 
-def _plan(batches: GlobalBatches, *, num_samples: int) -> dict[str, SourcePlan]:
+def _plan(batches: GlobalBatches, *, num_samples: int, seq_len: int) -> dict[str, SourcePlan]:
     drawn, report = batches.drawn(num_samples), batches.report()
     return {
         source: SourcePlan(
             weights={stage.from_step: stage.weights.get(source, 0.0) for stage in batches.stages},
+            tokens=drawn[source] * seq_len,
             epochs=drawn[source] / report[source].num_sequences if source in report else None,
             packing=asdict(report[source]) if source in report else None,
         )

@@ -95,6 +95,8 @@ def _comparable(config: VerifyConfig) -> Config:
     what differs between layouts by its definition.
     """
     router = config.model.router
+    if config.dry_run:
+        raise ConfigError("dry_run", "true", "this command trains no run: leave it out")
     if router.load_balance_scope == "micro_batch" and router.load_balance_loss_weight > 0:
         raise ConfigError(
             "model.router.load_balance_scope",

@@ -1,0 +1,120 @@
+"""`dry_run=true`: a start's checks, and what would be trained; nothing is written.
+
+Of a run nothing is begun: no folder, no lock, no shards, no rank, no Ray of its own.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline import Corpus, DataSettings
+from launch.plan import Plan
+from moetrain.checkpoint import Manifest
+from moetrain.checkpoint.remote import newest_manifest_there
+from moetrain.checks import ConfigError
+from moetrain.train import (
+    Prepared,
+    Preview,
+    demand_done_alike,
+    newest_manifest,
+    preview_of,
+    rehearse,
+    short,
+)
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a run would be, known to be right as far as a start would know it."""
+
+    config: "Config"
+    newest: Manifest | None
+    """Of the checkpoint that it would go on from."""
+    is_elsewhere: bool
+    """Whether that would have to be fetched first."""
+    found: Prepared | Corpus
+    """Its shards, or what they would be built of."""
+
+    @property
+    def preview(self) -> Preview:
+        """What it would train."""
+        return preview_of(self.config)
+
+    def lines(self) -> Iterator[str]:
+        """Yields what a person is told."""
+        if isinstance(self.found, Prepared):
+            yield from self.found.lines()
+        else:
+            yield from self.preview.lines()
+            yield (
+                f"source {self.found.description}: {short(self.preview.tokens)} tokens; its shards "
+                f"would be built first, in {self.config.data.dir}, of about "
+                f"{self.found.num_bytes / 1e6:,.1f} MB of text"
+            )
+        run = self.config.run
+        yield f"run: {Path(run.dir, run.name or '')}, {self._beginning()}"
+
+    def _beginning(self) -> str:
+        steps = self.config.train.num_steps
+        if self.newest is None:
+            return "a new one"
+        fetched = f", fetched from {self.config.checkpoint.upload_to}" if self.is_elsewhere else ""
+        if self.newest.step >= steps:
+            return f"which has all its {steps} steps{fetched}"
+        return f"which would go on from step {self.newest.step}{fetched}"
+
+
+def dry_run(config: "Config", plan: Plan, *, data: DataSettings) -> int:
+    """Says what a resolved configuration would train; returns the exit code.
+
+    Raises what a start would: ConfigError or DataError for bad input.
+    """
+    if plan.mode == "external" and os.environ.get("RANK", "0") != "0":
+        return 0  # the first rank alone looks for mistakes, as at a start
+    for line in rehearsal_of(config, data=data).lines():
+        print(line)
+    print("dry run: this could start; nothing was written")
+    return 0
+
+
+def rehearsal_of(config: "Config", *, data: DataSettings) -> Rehearsal:
+    """Returns what a run would be; raises ConfigError or DataError where it could not start."""
+    run_dir = Path(config.run.dir, config.run.name or "")
+    _demand_free(run_dir)
+    newest, is_elsewhere = newest_manifest(run_dir), False
+    there = newest_manifest_there(config.checkpoint, run=config.run.name or "")
+    if there and (newest is None or there.step > newest.step):
+        newest, is_elsewhere = there, True
+    found = rehearse(config, data, newest=newest)
+    if newest:
+        demand_done_alike(config, newest)
+    return Rehearsal(config=config, newest=newest, is_elsewhere=is_elsewhere, found=found)
+
+
+def _demand_free(run_dir: Path) -> None:
+    """Raises ConfigError where another command on this machine trains a run."""
+    try:
+        lock = os.open(run_dir / "lock", os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise in_use(run_dir, holder=os.read(lock, 20).decode() or "unknown") from None
+    finally:
+        os.close(lock)
+
+
+def in_use(run_dir: Path, *, holder: str) -> ConfigError:
+    """Returns what is said of a run that another process is training."""
+    return ConfigError(
+        "run.name",
+        run_dir.name,
+        f"process {holder} is training this run: stop it first, or use another run.name",
+    )

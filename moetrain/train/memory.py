@@ -1,0 +1,74 @@
+"""The memory that a rank is expected to hold at its fullest moment, from the settings alone.
+
+An upper estimate of live tensors. It covers the float32 shards of weights, gradients and optimizer
+state; the weights that FSDP gathers, of the embedding, the head and one layer, with that layer's
+gradients; what a micro-batch keeps for its backward pass; and the chunk of logits. It adds all up
+as if they were whole at once, which gradients and activations are with several micro-batches. It
+doesn't cover an expert load above the mean, the exchange's messages on their way, what an allocator
+holds back, and on a CPU the process itself (PROCESS_GIB).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from moetrain.model import head_activations, kept_activations, total_parameters
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+PROCESS_GIB = 0.45
+"""What a rank's process has resident before it holds a model, with torch on a CPU."""
+MASTER = 4  # bytes of a number in float32, as weights, gradients and moments are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes by what they hold."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    """Weights of whole layers that FSDP has gathered, and the gradients that it sums from."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(asdict(self).values()))
+
+
+def expected_memory(config: "Config", *, on_cpu: bool) -> RankMemory:
+    """Returns what a rank of a resolved configuration is expected to hold."""
+    model, train, parallel = config.model, config.train, config.parallel
+    shards, experts = parallel.data_shard_degree or 1, parallel.expert_degree or 1
+    tokens = (train.micro_batch_size or 1) * train.seq_len
+    width = 4 if train.dtype == "float32" or (train.dtype == "auto" and on_cpu) else 2
+    local = MASTER * total_parameters(model) / shards
+    kept = kept_activations(
+        model,
+        tokens=tokens,
+        width=width,
+        composed_norm=on_cpu,
+        sent_rows=min(model.top_k, experts) if experts > 1 else 0,
+    )
+    if parallel.recompute == "full":
+        kept = [max(kept), *(float(tokens * model.dim * width) for _ in kept)]
+    root = 2 * model.vocab_size * model.dim
+    layer = (total_parameters(model) - root) / model.num_layers
+    if model.is_moe:
+        of_experts = 3 * model.num_experts * model.ffn_hidden_dim * model.dim
+        layer -= of_experts * (1 - 1 / experts)
+    return RankMemory(
+        weights=local,
+        gradients=local,
+        optimizer=local * _moments(config),
+        gathered=width * root + layer * (2 * width + MASTER),
+        activations=sum(kept)
+        + head_activations(model, tokens=tokens, width=width, norm=3 if on_cpu else 2),
+    )
+
+
+def _moments(config: "Config") -> int:
+    """Returns how many numbers the optimizer keeps of each weight."""
+    return 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)

@@ -1,0 +1,101 @@
+"""What a run will train, said before it starts: counts from the settings alone, at any size."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moetrain.model import active_parameters, total_parameters, training_flops_per_token
+from moetrain.train.memory import PROCESS_GIB, RankMemory, expected_memory
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a resolved configuration trains, and what that takes."""
+
+    parameters: int
+    active_parameters: int
+    """What one token meets."""
+    flops_per_token: float
+    """Of its forward and backward pass."""
+    tokens: int
+    """Places for tokens in all steps; padding among them isn't counted in `train/tokens`."""
+    batch: str
+    layout: str
+    memory: RankMemory
+    on_cpu: bool
+
+    def lines(self) -> Iterator[str]:
+        """Yields what a person is told."""
+        yield (
+            f"model: {short(self.parameters)} parameters, {short(self.active_parameters)} active "
+            f"for a token; {short(self.flops_per_token, billion='G')}FLOPs a token"
+        )
+        yield f"training: {self.batch} = {short(self.tokens)} tokens, {self.layout}"
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(self.memory).items())
+        beside = f"; its process has {PROCESS_GIB} GiB besides" if self.on_cpu else ""
+        yield f"memory: up to {_size(self.memory.total)} a rank ({parts}){beside}"
+
+    def counts(self) -> dict[str, Any]:
+        """Returns the figures as a run's record has them."""
+        return {
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "flops_per_token": self.flops_per_token,
+            "tokens": self.tokens,
+            "memory_gib": {n: round(size / GIB, 4) for n, size in asdict(self.memory).items()},
+        }
+
+
+def preview_of(config: "Config") -> Preview:
+    """Returns what a resolved configuration trains."""
+    train, parallel = config.train, config.parallel
+    shards, replicas = parallel.data_shard_degree or 1, parallel.data_replicate_degree
+    ranks, micro = shards * replicas, train.micro_batch_size or 1
+    num_micro = train.global_batch_size // (ranks * micro)
+    degrees = f"expert {parallel.expert_degree}, shard {shards}, replicate {replicas}"
+    on_cpu = _on_cpu(config)
+    return Preview(
+        parameters=total_parameters(config.model),
+        active_parameters=active_parameters(config.model),
+        flops_per_token=training_flops_per_token(config.model, seq_len=train.seq_len),
+        tokens=train.num_steps * train.global_batch_size * train.seq_len,
+        batch=f"{train.num_steps:,} steps of {train.global_batch_size} x {train.seq_len:,}",
+        layout=(
+            f"by {_many(ranks, 'rank')} ({degrees}), each in {_many(num_micro, 'micro-batch')} "
+            f"of {_many(micro, 'sequence')}"
+        ),
+        memory=expected_memory(config, on_cpu=on_cpu),
+        on_cpu=on_cpu,
+    )
+
+
+def short(number: float, *, billion: str = "B") -> str:
+    """Returns a number in three digits, with a letter for its size: `46.7 B`."""
+    for limit, letter in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {letter}"
+    return f"{number:.3g} "
+
+
+def _size(num_bytes: float) -> str:
+    unit, name = (GIB, "GiB") if num_bytes >= GIB else (2**20, "MiB")
+    return f"{num_bytes / unit:#.3g}".rstrip(".") + f" {name}"
+
+
+def _many(number: int, what: str) -> str:
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def _on_cpu(config: "Config") -> bool:
+    """Returns whether ranks compute on CPUs, as far as this machine can tell of a cluster's."""
+    if config.run.device != "auto":
+        return config.run.device == "cpu"
+    return config.cluster.peak_tflops_per_gpu is None and not torch.cuda.is_available()

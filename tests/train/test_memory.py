@@ -1,0 +1,95 @@
+"""The memory that is expected of a rank, against torch's own count of what a CPU run holds."""
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.config import Config
+from moetrain.train.memory import expected_memory
+from tests.support.ranks import run_ranks
+from tests.support.runs import tiny_config
+
+MIB = 2**20
+
+# Large enough for activations, weights and logits each to show; two micro-batches of 1,024 tokens.
+SIZES = {
+    "model__dim": 128, "model__num_layers": 3, "model__num_heads": 4, "model__num_kv_heads": 2,
+    "model__head_dim": 32, "model__ffn_hidden_dim": 256, "model__num_experts": 4,
+    "model__vocab_size": 1024, "model__max_seq_len": 128, "train__seq_len": 128,
+    "train__micro_batch_size": 8, "model__router__force_balance": True,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "experts": {},
+    "recomputed": {"parallel__recompute": "full"},
+    "experts recomputed": {"model__experts__recompute": True},
+    "dense": {"model__num_experts": 1, "model__top_k": 1},
+    "all kinds of layers": {
+        "model__num_shared_experts": 1, "model__qk_norm": True, "model__num_dense_layers": 1,
+        "model__dense_ffn_hidden_dim": 700, "optim__name": "sgd", "optim__momentum": 0.9,
+    },
+}  # fmt: skip
+
+
+def measured(configs: dict[str, Config], folder: str) -> dict[str, int]:
+    """Returns the bytes of tensors that a rank holds at most in a step of each run."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from moetrain.optim import allocate_state
+    from moetrain.train.build import build_model
+    from moetrain.train.step import MicroBatch, train_step
+
+    def train(config: Config) -> None:
+        model, optimizer, gradients = build_model(
+            config,
+            world_size=torch.distributed.get_world_size(),
+            device=torch.device("cpu"),
+            timeout_seconds=60,
+        )
+        tokens = torch.randint(0, config.model.vocab_size, (8, config.train.seq_len))
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        batches = [MicroBatch(tokens=tokens, targets=tokens, valid=valid) for _ in range(2)]
+        allocate_state(optimizer)  # which the first step ends with
+        train_step(
+            batches, model=model, optimizer=optimizer, gradients=gradients, learning_rate=0.01
+        )
+
+    peaks = {}
+    for name, config in configs.items():
+        gc.collect()  # the run before this one
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            train(config)
+        path = f"{folder}/{torch.distributed.get_rank()}.json"
+        profiled.export_chrome_trace(path)
+        events = json.loads(Path(path).read_text())["traceEvents"]
+        os.unlink(path)
+        held = [e["args"] for e in events if e.get("name") == "[memory]"]
+        before = held[0]["Total Allocated"] - held[0]["Bytes"]
+        peaks[name] = max(e["Total Allocated"] for e in held) - before
+    return peaks
+
+
+def configured(folder: Path, *, num_workers: int, **changes: Any) -> Config:
+    batch = {"train__global_batch_size": 16 * num_workers}
+    return tiny_config(folder, shards=folder, num_workers=num_workers, **SIZES | batch | changes)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_rank_holds_no_more_than_expected_and_not_much_less(
+    tmp_path: Path, num_workers: int
+) -> None:
+    cases = CASES if num_workers == 1 else {"experts": {}}
+    configs = {
+        name: configured(tmp_path, num_workers=num_workers, **changes)
+        for name, changes in cases.items()
+    }
+    for rank in run_ranks(measured, num_workers, configs, str(tmp_path)):
+        for name, peak in rank.items():
+            expected = expected_memory(configs[name], on_cpu=True).total
+            assert peak / MIB <= 1.03 * expected / MIB, name
+            # Logits, gradients of a layer and all activations are not whole at one moment.
+            assert expected / MIB <= 1.4 * peak / MIB, name
