@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from data_pipeline.shell import shell_command
+from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
@@ -169,9 +169,13 @@ def _import(source: Path, to: Path, settings: ImportSettings) -> None:
         f"next      {training_command(to)} data.dir=SHARDS"
     )
     if has_tokenizer:
-        words = ["python", "-m", "data_pipeline.build", f"tokenizer={to / 'tokenizer'}"]
-        build = shell_command(words)
-        print(f"shards    {build} corpus=TEXT to=SHARDS")
+        print(f"shards    {shards_command(to)}")
+
+
+def shards_command(to: Path) -> str:
+    """Returns the command that makes shards of some text for an imported model."""
+    tokenizer = text_setting("tokenizer", str(to / "tokenizer"))
+    return f"python -m data_pipeline.build {tokenizer} corpus=TEXT to=SHARDS"
 
 
 def _origin(source: Path, settings: ImportSettings) -> dict[str, str]:

@@ -81,8 +81,7 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
     except JobRefused as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return FAILED
-    words = [f"submit.attach={job}", f"launch.address={as_typed(jobs.address)}"]
-    again = shell_command(["python", "-m", "launch.submit", *words])
+    again = waiting_command(job, jobs.address)
     if not attached:
         print(f"submitted {job}; to wait for it again: {again}", file=sys.stderr, flush=True)
     try:
@@ -90,6 +89,12 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
     except Gone as error:
         print(f"moetrain: {error}\nto wait for it again: {again}", file=sys.stderr)
         return FAILED
+
+
+def waiting_command(job: str, address: str) -> str:
+    """Returns the command that waits for a job that was submitted before."""
+    words = [f"submit.attach={as_typed(job)}", f"launch.address={as_typed(address)}"]
+    return shell_command(["python", "-m", "launch.submit", *words])
 
 
 def _submitted(config: SubmitConfig, arguments: list[str], jobs: RayJobs) -> str:

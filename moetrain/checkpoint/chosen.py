@@ -6,6 +6,7 @@ Owns what is said where there is none. Leaves the order of checkpoints to `folde
 import sys
 from pathlib import Path
 
+from data_pipeline.shell import as_typed, shell_command
 from moetrain.checkpoint.folders import candidates, newest_good
 from moetrain.checkpoint.manifest import folder_name, read_manifest, step_of, verify_all
 from moetrain.checks import ConfigError
@@ -38,15 +39,14 @@ def chosen_checkpoint(run_dir: Path, *, step: int | None = None, key: str = "run
 
 
 def _no_run(run_dir: Path) -> str:
+    words = [f"from={as_typed(str(run_dir))}", f"to={as_typed(f'runs/{run_dir.name}')}"]
+    command = shell_command(["python", "-m", "moetrain.import_hf", *words])
     if (run_dir / "config.json").is_file():
-        return (
-            "is a Hugging Face folder and not a run's: make a run of it first, with "
-            "python -m moetrain.import_hf from=… to=…"
-        )
+        return f"is a Hugging Face folder and not a run's: make a run of it first, with {command}"
     if not run_dir.exists() and not run_dir.is_absolute() and len(run_dir.parts) == 2:
         return (
             "is no folder here: use the own folder of a run; of a model on the Hugging Face Hub "
-            f"python -m moetrain.import_hf from={run_dir} to=… makes one"
+            f"{command} makes one"
         )
     return "has no checkpoints/: use the own folder of a run"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
+from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, chosen_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
@@ -180,7 +181,7 @@ def _tell(
         f"upcycled  {source} of step {manifest.step}: {total_parameters(model):,} parameters, "
         f"{active_parameters(model):,} active\n"
         f"to        {to}, as step 0 of a run\n"
-        f"next      {training_command(to)} data.dir={data or 'SHARDS'}"
+        f"next      {training_command(to)} {text_setting('data.dir', str(data or 'SHARDS'))}"
     )
 
 
