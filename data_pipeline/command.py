@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import partial
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -28,6 +28,7 @@ from data_pipeline.settings import DataError
 from data_pipeline.settings_files import SettingsFiles
 from data_pipeline.shell import escape_output
 from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.stops import leave_terminal, stop_signals
 
 Settings = TypeVar("Settings")
 
@@ -78,7 +79,7 @@ def run_command(
             files.compose(entry)
             _settings(configs.pop(), settings_type)
         if goes_on:  # a request to stop, which Ctrl-C is too
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _interrupt_on_stops()
         for config in configs:
             work(_settings(config, settings_type))
     except DataError as error:
@@ -93,6 +94,15 @@ def run_command(
         if goes_on:
             _end(_STOPPED, module, f"stopped{_GOES_ON}")
         _end(_FAILED, module, "interrupted")
+
+
+def _interrupt_on_stops() -> None:
+    def interrupt(signum: int, _: object) -> NoReturn:
+        leave_terminal(signum)
+        raise KeyboardInterrupt
+
+    for signum in stop_signals():
+        signal.signal(signum, interrupt)
 
 
 def _register(settings_type: type[Any], *, module: str, about: str) -> None:

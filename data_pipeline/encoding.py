@@ -6,6 +6,7 @@ becomes of its tokens to `builder`.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -155,6 +156,8 @@ def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, l
 def _start_process(name: str, definition: str | None, end_of_document: int) -> None:
     """Leaves stops to the parent, and ends this process when the parent is gone, killed or not."""
     os.setpgrp()  # a Ctrl-C, and a scheduler's SIGTERM, go to the whole group of processes
+    for signum in (signal.SIGUSR1, signal.SIGHUP):  # and Slurm's warning to each of a job
+        signal.signal(signum, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in processes of the pool only"
 

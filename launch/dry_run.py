@@ -75,7 +75,7 @@ def dry_run(config: "Config", plan: Plan, *, data: DataSettings) -> int:
 
     Raises what a start would: ConfigError or DataError for bad input.
     """
-    if plan.mode == "external" and os.environ.get("RANK", "0") != "0":
+    if plan.external and plan.external.rank > 0:
         return 0  # the first rank alone looks for mistakes, as at a start
     for line in rehearsal_of(config, data=data).lines():
         print(line)

@@ -1,41 +1,40 @@
 """Where the ranks of a command will run, and how many there will be."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from launch.environment import for_ranks
+from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
 from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Who starts how many ranks: `inline`, `ray`, or `external` (torchrun, srun)."""
+    """Who starts how many ranks: `inline`, `ray`, or `external` (torchrun, srun, mpirun)."""
 
     mode: str
     num_workers: int
+    external: ExternalRank | None = None
+    """Which of somebody else's ranks this process is."""
 
 
 def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     """Returns the plan that the settings and the environment mean.
 
-    RANK and WORLD_SIZE in the environment say that another launcher has started the ranks.
-    Raises ConfigError where the settings contradict that, or themselves.
+    Variables of the environment, such as RANK and WORLD_SIZE, say that another launcher has
+    started the ranks. Raises ConfigError where the settings contradict that, or themselves.
     """
     wanted = settings.num_workers
     for_ranks(os.environ, cluster_env={}, pass_env=settings.pass_env)  # refuses what isn't set
-    if settings.mode == "auto" and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        started = int(os.environ["WORLD_SIZE"])
-        if wanted not in (None, started):
-            raise ConfigError(
-                "launch.num_workers",
-                wanted,
-                f"the launcher above has started {started} ranks (WORLD_SIZE): leave it open",
-            )
-        return Plan(mode="external", num_workers=started)
+    if external := external_rank(os.environ):
+        if settings.mode == "auto" and not _drives_cluster(settings, external):
+            return _external(external, wanted)
+        _demand_first(external, settings)
     if settings.mode == "inline":
         if wanted not in (None, 1):
             raise ConfigError(
@@ -52,6 +51,40 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     wanted = wanted or _local_workers(device)
     alone = settings.mode == "auto" and wanted == 1 and not address
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
+
+
+def _external(external: ExternalRank, wanted: int | None) -> Plan:
+    started, counted = external.world_size, external.launcher.world_size
+    if wanted not in (None, started):
+        raise ConfigError(
+            "launch.num_workers",
+            wanted,
+            f"the launcher above has started {started} ranks ({counted}): leave it open",
+        )
+    meeting_point(external, os.environ, arguments=sys.argv[1:])  # refuses what has none
+    return Plan(mode="external", num_workers=started, external=external)
+
+
+def _drives_cluster(settings: LaunchSettings, external: ExternalRank) -> bool:
+    """Returns whether a process of somebody's job on several nodes is to drive a Ray cluster."""
+    return external.launcher is not TORCHRUN and cluster_address(settings) is not None
+
+
+def _demand_first(external: ExternalRank, settings: LaunchSettings) -> None:
+    """Raises ConfigError for a copy of a run that the first process of a launcher begins."""
+    if external.rank == 0:
+        return
+    if settings.mode == "auto":
+        key, value, how = "launch.address", settings.address, "take `launch.address=local`"
+    else:
+        key, value, how = "launch.mode", settings.mode, "take `launch.mode=auto`"
+    raise ConfigError(
+        key,
+        value,
+        f"{external.launcher.name} has started {external.world_size} processes, this is number "
+        f"{external.rank}, and each would begin the same run: start one, or {how}, with which "
+        "they are its ranks",
+    )
 
 
 def cluster_address(settings: LaunchSettings) -> str | None:

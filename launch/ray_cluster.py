@@ -363,14 +363,18 @@ def _own_signals() -> Iterator[None]:
     """Keeps this process's own handlers of signals while Ray is started.
 
     Ray first sets one for SIGTERM that ends the process at once, and then one below Python's, which
-    aborts it three seconds after it was called, by an alarm.
+    aborts it three seconds after it was called, by an alarm. What Ray starts meanwhile keeps the
+    mask of signals: a closed terminal and Slurm signal all processes of a run, and it ends with
+    its driver, which saves first.
     """
     utils: Any = ray._private.utils
     rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         utils.set_sigterm_handler = rays
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -22,13 +22,16 @@ from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 import torch.distributed as dist
 import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
 from data_pipeline.shell import as_typed, text_setting
+from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
 from launch.dry_run import in_use
 from launch.environment import for_ranks
+from launch.external import ExternalRank, meeting_point
 from launch.failure import classify
 from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
@@ -101,8 +104,8 @@ def start(
     with the run's folder at the end. Raises ConfigError or DataError for bad input, before
     anything of the run is written.
     """
-    if plan.mode == "external":
-        _run_external(config, data=data, report=report)
+    if plan.external:
+        _run_external(config, plan.external, data=data, report=report)
     run_dir = Path(config.run.dir, config.run.name or "")
     if is_ray_copy(Path.cwd()):
         print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
@@ -115,17 +118,23 @@ def start(
 
 @contextmanager
 def _stops_at_once() -> Iterator[None]:
-    """While it lasts, SIGTERM ends the command as a stop: the same one begins where this did."""
+    """While it lasts, a signal ends the command as a stop: the same one begins where this did.
 
-    def handle(*_: object) -> NoReturn:
+    All but Ctrl-C, which whoever called this tells of.
+    """
+
+    def handle(signum: int, _: object) -> NoReturn:
+        leave_terminal(signum)
         print("moetrain: stopped, with nothing of a run begun", file=sys.stderr)
         raise SystemExit(STOPPED)
 
-    before = signal.signal(signal.SIGTERM, handle)
+    heard = [s for s in stop_signals() if s != signal.SIGINT]
+    before = {s: signal.signal(s, handle) for s in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _run(
@@ -238,10 +247,11 @@ def _tell_complete(
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C: the first asks for a stop after saving, the second ends at once.
+    """Signals: the first asks for a stop after saving, a second SIGTERM or Ctrl-C ends at once.
 
     What comes within a second is the same stop: Ray, Slurm and terminals signal every process of a
-    job, and a parent among them passes on what it got.
+    job, and a parent among them passes on what it got. SIGUSR1 and SIGHUP warn and don't insist:
+    the SIGTERM after one is the first.
     """
 
     def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:
@@ -255,18 +265,19 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Listens to both signals while the context lasts."""
+        """Listens to them while the context lasts."""
 
-        def handle(_: int, __: FrameType | None) -> None:
-            if self._event.is_set():
+        def handle(signum: int, _: FrameType | None) -> None:
+            leave_terminal(signum)
+            if signum in INSISTENT:
                 if time.monotonic() - self._asked_at > SAME_STOP_SECONDS:
                     os._exit(FAILED)  # Ray's processes, if any, end with this one
-                return
-            self._asked_at = time.monotonic()
-            self._event.set()
-            self._told()
+                self._asked_at = min(self._asked_at, time.monotonic())
+            if not self._event.is_set():
+                self._event.set()
+                self._told()
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, handle) for s in stop_signals()}
         try:
             yield
         finally:
@@ -334,12 +345,14 @@ def _run_on_ray(
 
 
 def _run_external(
-    config: "Config", *, data: DataSettings, report: Callable[[Path], object]
+    config: "Config",
+    external: ExternalRank,
+    *,
+    data: DataSettings,
+    report: Callable[[Path], object],
 ) -> NoReturn:
     """Trains as one of the ranks that torchrun or srun has started, and ends the process."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    leads = rank == 0
+    rank, leads = external.rank, external.rank == 0
     # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
     # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
     prepared = None
@@ -349,13 +362,11 @@ def _run_external(
     held = ExitStack()  # until this process ends
     if leads:
         held.enter_context(_held(Path(config.run.dir, config.run.name or "")))
-    join_ranks(
-        rank=rank,
-        world_size=world_size,
-        rendezvous="env://",
-        device=rank_device(config.run.device, index=local_rank),
-        timeout_seconds=config.launch.hang_timeout_seconds,
-    )
+    try:
+        device_index = _meet(config, external)
+    except (RuntimeError, OSError) as error:
+        print(f"moetrain: {_no_meeting(external, error)}", file=sys.stderr)
+        _leave(FAILED)
     agreed: list[object] = [None, None]
     if prepared and (good := _complete(config)):
         _tell_complete(config, prepared, good, report=report)
@@ -375,9 +386,9 @@ def _run_external(
     stop = StopRequest(told=control.request_stop)
     place = Place(
         rank=rank,
-        world_size=world_size,
-        device_index=local_rank,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        world_size=external.world_size,
+        device_index=device_index,
+        local_world_size=external.local_world_size,
         rendezvous="env://",
         attempt=attempt,
     )
@@ -413,6 +424,39 @@ def _saying(control: Control) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+
+
+def _meet(config: "Config", external: ExternalRank) -> int:
+    """Joins the ranks of another launcher; returns the index of this one's device."""
+    for name, value in config.cluster.env.items():
+        os.environ.setdefault(name, value)  # gloo looks for its interface as it joins
+    os.environ |= meeting_point(external, os.environ, arguments=sys.argv[1:])
+    # Slurm may show a task its own GPU only.
+    shown = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    index = 0 if shown == 1 else external.local_rank
+    join_ranks(
+        rank=external.rank,
+        world_size=external.world_size,
+        rendezvous="env://",
+        device=rank_device(config.run.device, index=index),
+        timeout_seconds=config.launch.hang_timeout_seconds,
+    )
+    return index
+
+
+def _no_meeting(external: ExternalRank, error: Exception) -> str:
+    """Returns why the ranks of another launcher didn't meet, and what to change."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    reason = " ".join(str(error).split("\nException raised", 1)[0].split())
+    how = (
+        "that port is taken: choose another MASTER_PORT (torchrun: --standalone)"
+        if "address already in use" in reason.lower() or "EADDRINUSE" in reason
+        else "see whether the first rank began, and whether MASTER_ADDR and MASTER_PORT reach it"
+    )
+    return (
+        f"MASTER_ADDR={host} MASTER_PORT={port}: rank {external.rank} of {external.world_size} "
+        f"({external.launcher.name}) can't meet the others there: {how} ({redacted_text(reason)})"
+    )
 
 
 def _leave(code: int) -> NoReturn:

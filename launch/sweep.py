@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
 from launch.sweep_table import (
     BAD_SETTINGS,
     FAILED,
@@ -48,7 +49,8 @@ def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> i
     """Runs all trials, prints their table and returns the exit code: 0 if all are done.
 
     `places` is the number of ranks that the cluster has room for; None: one trial after the other.
-    The first SIGTERM or Ctrl-C stops every trial after saving, the second at once. `folder` gets
+    The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops every trial after saving, a second of the
+    former two at once. `folder` gets
     the table, its lines as JSON, and what trials that ran side by side have said.
     """
     return _Sweep(trials, folder=folder, places=places).run()
@@ -133,14 +135,15 @@ class _Sweep:
 
     @contextmanager
     def _on_signals(self) -> Iterator[None]:
-        """Passes SIGTERM and Ctrl-C on to the trials while the context lasts."""
+        """Passes a request to stop on to the trials while the context lasts."""
 
-        def handle(_: int, __: FrameType | None) -> None:
+        def handle(signum: int, _: FrameType | None) -> None:
+            leave_terminal(signum)
             self._stops += 1
             for one in self._running:
-                one.process.send_signal(signal.SIGTERM)
+                one.process.send_signal(signal.SIGTERM if signum in INSISTENT else signum)
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, handle) for s in stop_signals()}
         try:
             yield
         finally:

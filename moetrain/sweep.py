@@ -4,7 +4,6 @@ Owns that none begins before all are known to be right, and what each is to be t
 which run that is, running the trials and their table to `launch`.
 """
 
-import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -53,7 +52,6 @@ TRIAL_WAIT_SECONDS = 60.0
 def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
     """Trains every combination; returns the exit code. `folder` is for what the sweep leaves."""
     try:
-        _demand_no_rank()
         if any(combination.settings.dry_run for combination in combinations):
             _leave_nothing(folder)
             print(dry_sweep(combinations))
@@ -139,16 +137,6 @@ def _wanted(
     ]
 
 
-def _demand_no_rank() -> None:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        raise ConfigError(
-            "--multirun",
-            "true",
-            "this process is a rank that another launcher has started (RANK, WORLD_SIZE), and a "
-            "sweep starts runs: start it without that launcher, on a Ray cluster for several nodes",
-        )
-
-
 def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[Config]]:
     """Returns the combinations without those that have the settings of another one."""
     kept: list[Combination[Config]] = []
@@ -164,6 +152,14 @@ def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[
 def _resolved(config: Config) -> Config:
     check(config)
     plan = choose_plan(config.launch, device=config.run.device)
+    if external := plan.external:
+        raise ConfigError(
+            "--multirun",
+            "true",
+            "this process is a rank that another launcher has started "
+            f"({external.launcher.rank}, {external.launcher.world_size}), and a sweep starts runs: "
+            "start it without that launcher, on a Ray cluster for several nodes",
+        )
     return resolve(config, num_workers=plan.num_workers, now=datetime.now())
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
 from launch.submit.ray_jobs import JobRefused, JobState, JobsUnavailable, RayJobs
 
 FAILED = 1
@@ -59,7 +60,8 @@ class JobWatch:
     def wait(self) -> int:
         """Returns the job's exit code; raises Gone where the cluster can't be asked any more.
 
-        The first SIGTERM or Ctrl-C stops the job after saving, the second at once.
+        The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops the job after saving, a second of the
+        former two at once.
         """
         follower = threading.Thread(target=self._follow, name="log", daemon=True)
         told = 0
@@ -147,10 +149,11 @@ class JobWatch:
 
     @contextmanager
     def _on_signals(self) -> Iterator[None]:
-        def handle(_: int, __: FrameType | None) -> None:
-            self._asked += 1
+        def handle(signum: int, _: FrameType | None) -> None:
+            leave_terminal(signum)
+            self._asked = self._asked + 1 if signum in INSISTENT else max(1, self._asked)
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, handle) for s in stop_signals()}
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ are in tests/drills.
 
 import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -121,7 +122,15 @@ def test_a_rank_killed_while_it_starts_is_replaced(
     assert metrics_of(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(("mode", "stop"), [("ray", signal.SIGTERM), ("inline", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("mode", "stop"),
+    [
+        ("ray", signal.SIGTERM),
+        ("ray", signal.SIGHUP),
+        ("inline", signal.SIGINT),
+        ("inline", signal.SIGUSR1),
+    ],
+)
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], mode: str, stop: signal.Signals
 ) -> None:
@@ -281,6 +290,44 @@ with stop.on_signals():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False
     )
     assert (done.returncode, done.stdout) == (1, "asked\n"), done.stderr
+
+
+def test_a_warning_stops_once_and_a_request_after_it_is_the_first() -> None:
+    """SIGTERM comes after SIGUSR1 where the time is up before the run has saved."""
+    script = """
+import importlib, os, signal
+start = importlib.import_module("launch.start")
+start.SAME_STOP_SECONDS = 0.0
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
+stop = start.StopRequest()
+with stop.on_signals():
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("asked" if stop() else "not asked", flush=True)
+    for signum in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), signum)
+    print("asked" if stop() else "not asked", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not ended", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "not asked\nasked\n"), done.stderr
+
+
+def test_a_closed_terminal_stops_the_run_after_saving(tmp_path: Path, shards: Path) -> None:
+    """Its lines go nowhere from then on: a terminal that is closed refuses them."""
+    overrides = ["launch.mode=inline", "train.num_steps=100000", "observe.progress=off"]
+    arguments = command(shards, *overrides)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execv(arguments[0], arguments)
+    wait_for(reached(tmp_path, 13), "step 13")
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert kinds(tmp_path)[-1] == "stop"
 
 
 def test_a_hung_rank_is_reported_and_replaced(

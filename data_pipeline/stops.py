@@ -1,0 +1,42 @@
+"""The signals that ask a command to stop, after which the same command goes on."""
+
+import errno
+import os
+import signal
+import sys
+from contextlib import suppress
+
+INSISTENT = (signal.SIGTERM, signal.SIGINT)
+"""Sent twice, they end a command at once."""
+
+_WARNINGS = (signal.SIGUSR1, signal.SIGHUP)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Returns the signals that ask for a stop: SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP.
+
+    SIGUSR1 is what `sbatch --signal=USR1@90` sends before the time is up, SIGHUP what comes of a
+    closed terminal. One that this process was started to ignore, as by `nohup`, stays ignored.
+    """
+    heard = [s for s in _WARNINGS if signal.getsignal(s) is not signal.SIG_IGN]
+    return [*INSISTENT, *heard]
+
+
+def leave_terminal(signum: int) -> None:
+    """After SIGHUP, sends what is still said to a terminal nowhere: a closed one takes no more."""
+    if signum != signal.SIGHUP:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # none, or none of a file
+            if _is_terminal(stream.fileno()):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        os.ttyname(descriptor)
+    except OSError as error:
+        return error.errno == errno.EIO  # it was one
+    return True
