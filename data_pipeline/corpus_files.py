@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.raw_documents import Reason, Unread
 from data_pipeline.settings import DataError
+from data_pipeline.text_files import ALLOW, is_hidden
 
 # What the library `datasets` writes beside the files of a data set, and of one in splits.
 _DATASET_STATE = "state.json"
@@ -23,6 +24,7 @@ _DATASET_INFO = "dataset_info.json"
 _DATASET_SPLITS = "dataset_dict.json"
 # A link to what isn't there, or to itself, or into a folder of somebody else's.
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+_FETCH = "fetch what it stands for (git annex get, dvc pull, hf download)"
 # What a run's folder holds from its first step on.
 _RUN_FILES = ("config.yaml", "events.jsonl", "metrics.jsonl")
 # How the index of a folder of shards begins.
@@ -130,7 +132,8 @@ class _Walk:
                 entries = sorted(found, key=lambda entry: entry.name)
             saved = _dataset_files(self.root / name)
         except PermissionError as error:
-            self._pass_over(name or ".", Reason.unreadable, f"can't be listed: {error.strerror}")
+            why = f"can't be listed: {error.strerror}"
+            self._pass_over(name or ".", Reason.unreadable, why, ALLOW)
             return
         if saved is not None:
             self.files += [corpus_file(self.root, prefix + file) for file in saved]
@@ -141,7 +144,7 @@ class _Walk:
     def _meet(self, entry: "os.DirEntry[str]", name: str, place: str) -> None:
         if place in self.outputs or entry.name in self.not_walked:
             return
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             self._pass_over(name, Reason.hidden, "has a hidden name")
             return
         try:
@@ -149,7 +152,7 @@ class _Walk:
         except OSError as error:
             if error.errno not in _LEADS_NOWHERE:
                 raise
-            self._pass_over(name, Reason.unreadable, _leads_nowhere(entry, error))
+            self._pass_over(name, Reason.unreadable, *_leads_nowhere(entry, error))
             return
         if stat.S_ISREG(found.st_mode):
             self.files.append(_as_found(name, found))
@@ -160,14 +163,16 @@ class _Walk:
         elif (target := os.path.realpath(entry.path)) not in self.outputs:
             self._links.append((name, target))
 
-    def _pass_over(self, name: str, reason: Reason, why: str) -> None:
-        self.passed_over.append(Unread(name, reason, why))
+    def _pass_over(self, name: str, reason: Reason, *why: str) -> None:
+        self.passed_over.append(Unread(name, reason, *why))
 
 
-def _leads_nowhere(entry: "os.DirEntry[str]", error: OSError) -> str:
-    if not entry.is_symlink():
-        return f"can't be read: {error.strerror}"
-    return f"is a link to {os.readlink(entry.path)}, which can't be read: {error.strerror}"
+def _leads_nowhere(entry: "os.DirEntry[str]", error: OSError) -> tuple[str, str]:
+    """Why a name in a folder leads to nothing, and what to do about it."""
+    why = f"can't be read: {error.strerror}"
+    if error.errno in (errno.EACCES, errno.EPERM) or not entry.is_symlink():
+        return why, ALLOW
+    return f"is a link to {os.readlink(entry.path)}, which {why}", _FETCH
 
 
 def _dataset_files(folder: Path) -> list[str] | None:

@@ -46,7 +46,9 @@ PathText = Annotated[str, AfterValidator(_path_text)]
 
 def _field_name(text: str) -> str:
     if not text.strip():
-        raise ValueError("is empty: name the field of JSON or column that holds the text, or text")
+        raise ValueError(
+            "is empty: name the field of JSON objects, or column of tables, that holds the text"
+        )
     return text
 
 

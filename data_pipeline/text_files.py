@@ -52,6 +52,7 @@ _REFUSED = {
 }
 _TORCH = ".pt"  # a pickle, or text in Portuguese
 _NUMBER = re.compile(rb"\s*-?\d{1,20}\s*")  # as a WebDataset's .cls and .index hold
+ALLOW = "give yourself the right to read it"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _HEAD_BYTES = 2**13
 _BYTES_AT_ONCE = 2**20
@@ -69,17 +70,13 @@ def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocumen
 
     Raises DataError where a library is missing, which is no fault of the file.
     """
-    ending, compression = _ending(path.name)
-    if ending in _TABLES and not compression:
-        yield from table_texts(path, where=where, field=field)
-        return
     try:
         file = path.open("rb")
     except PermissionError as error:
-        yield Unread(where, Reason.unreadable, f"can't be read: {error.strerror}", "allow it")
+        yield Unread(where, Reason.unreadable, f"can't be read: {error.strerror}", ALLOW)
         return
     with file:
-        yield from _documents(file, path.name, where, field)
+        yield from _documents(file, path.name, where, field, path=path)
 
 
 def refused(name: str, *, where: str) -> Unread | None:
@@ -117,8 +114,10 @@ def _ending(name: str) -> tuple[str, str]:
     return (found[1] if found else ""), compression
 
 
-def _documents(file: BufferedReader, name: str, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of a file or of a member of a tar that has this name."""
+def _documents(
+    file: BufferedReader, name: str, where: str, field: str, *, path: Path | None = None
+) -> Iterator[RawDocument]:
+    """The documents of a file, which has a path, or of a member of a tar, of this name."""
     unread = refused(name, where=where)
     if unread is not None:
         yield unread
@@ -130,7 +129,7 @@ def _documents(file: BufferedReader, name: str, where: str, field: str) -> Itera
         return
     try:
         if ending in _TABLES:
-            yield from table_texts(file.read(), where=where, field=field)
+            yield from table_texts(path or file.read(), where=where, field=field)
             return
         content = uncompressed(file, compression, where=where)
         if ending in _READERS:

@@ -89,7 +89,9 @@ def test_folder_that_two_links_lead_to_is_read_once(tmp_path: Path) -> None:
 def test_link_that_leads_nowhere_is_refused_or_counted(tmp_path: Path, target: str) -> None:
     corpus = write(tmp_path / "corpus", "1.txt")
     (corpus / "lost.txt").symlink_to(target)  # the second one to itself
-    with pytest.raises(DataError, match=rf"lost\.txt is a link to {target}.*on_corrupt=skip"):
+    with pytest.raises(
+        DataError, match=rf"lost\.txt is a link to {target}.*fetch.*on_corrupt=skip"
+    ):
         read(corpus)
     texts, left_out = read(corpus, on_corrupt=OnCorrupt.skip)
     assert texts == ["1.txt"]
@@ -107,6 +109,19 @@ def test_folder_that_may_not_be_listed_is_refused_or_counted(tmp_path: Path) -> 
         texts, left_out = read(corpus, on_corrupt=OnCorrupt.skip)
     assert texts == ["1.txt"]
     assert left_out.examples["unreadable"] == ["private"]
+
+
+@pytest.mark.parametrize("name", ["2.txt", "2.jsonl", "2.parquet", "2.tar"])
+def test_file_that_may_not_be_read_is_refused_or_counted(tmp_path: Path, name: str) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    corpus = write(tmp_path / "corpus", "1.txt", name)
+    with without_rights(corpus / name):
+        with pytest.raises(DataError, match=rf"{name} can't be read.*on_corrupt=skip"):
+            read(corpus)
+        texts, left_out = read(corpus, on_corrupt=OnCorrupt.skip)
+    assert texts == ["1.txt"]
+    assert left_out.examples["unreadable"] == [name]
 
 
 @pytest.mark.parametrize("on_corrupt", list(OnCorrupt))

@@ -463,8 +463,9 @@ def test_usual_names_of_text_are_not_unknown(tmp_path: Path, name: str) -> None:
     assert list(read_documents(tmp_path / name, where=name, field="text")) == [Text(name, "text")]
 
 
-def test_file_that_stands_for_one_in_git_lfs_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl.gz", "x.parquet"])
+def test_file_that_stands_for_one_in_git_lfs_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     corpus = open_corpus(str(tmp_path), on_corrupt=OnCorrupt.fail)
     with pytest.raises(DataError, match="git lfs pull"):
         list(corpus.raw_documents())
