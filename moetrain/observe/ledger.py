@@ -36,6 +36,7 @@ _SPENT = ("training", "saving", "validation")
 _ALIVE = {
     "attempt", "data_order", "failure", "move", "restart", "resume", "save", "sign",
     "settings_changed", "step_skipped", "straggler", "straggler_over", "training", "warning",
+    "wandb",
 }  # fmt: skip
 
 Event = Mapping[str, Any]

@@ -75,6 +75,8 @@ def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
         has_tokenizer = (tokenizer / "tokenizer.json").is_file()
         config = starting_config(model, to=to, has_tokenizer=has_tokenizer)
         state: dict[str, Any] = {}
+        if token_ids := manifest.state.get("imported_token_ids"):
+            state["imported_token_ids"] = token_ids
         if fingerprint := manifest.state.get("tokenizer"):
             # Its embeddings mean these tokens; where they are, an export will look for them.
             state["tokenizer"] = fingerprint
@@ -110,7 +112,12 @@ def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
                 },
             )
     _tell(
-        settings, source, to, manifest=manifest, model=model, data=dense.data.dir if state else None
+        settings,
+        source,
+        to,
+        manifest=manifest,
+        model=model,
+        data=dense.data.dir if fingerprint else None,
     )
 
 
