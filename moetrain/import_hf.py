@@ -1,5 +1,7 @@
 """`python -m moetrain.import_hf from=DIR to=DIR`: a Hugging Face model becomes a run's folder.
 
+`from=` may also name a model on the Hub, which is fetched.
+
 Owns the command: its order of work and what is said. Leaves names, configuration and files to
 `moetrain.huggingface`.
 """

@@ -219,14 +219,14 @@ def _router(config: Mapping[str, Any], carried: list[str]) -> dict[str, float]:
         weight = load_balance_loss_weight(coefficient, top_k=top_k, num_layers=layers)
         found["load_balance_loss_weight"] = weight
         carried.append(
-            f"router_aux_loss_coef={coefficient:g} as model.router.load_balance_loss_weight="
-            f"{weight:g} (times top_k={top_k}, over {layers} layers: the same where these are "
+            f"router_aux_loss_coef={coefficient} as model.router.load_balance_loss_weight="
+            f"{weight} (times top_k={top_k}, over {layers} layers: the same where these are "
             "balanced alike)"
         )
     if noise := _nonnegative(config, "router_jitter_noise"):
         found["jitter_noise"] = noise
         carried.append(
-            f"router_jitter_noise={noise:g} as model.router.jitter_noise={noise:g} (on the "
+            f"router_jitter_noise={noise} as model.router.jitter_noise={noise} (on the "
             "router's input alone; transformers has it on the experts' too)"
         )
     return found
