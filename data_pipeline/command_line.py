@@ -111,7 +111,8 @@ def read_command_line(
     is the file that composing begins with.
     """
     line = _split(words)
-    folders = [folder for folder in (line.config_dir, files) if folder]
+    # In Hydra's order: a run's folder as --config-dir has a config.yaml too, which isn't taken.
+    folders = [folder for folder in (files, line.config_dir) if folder]
     chosen = groups_in_defaults(line.config_name or name, folders)
     groups = _Groups(folders=folders, chosen=chosen)
     given = [_for_hydra(o, tree, groups=groups, swept=line.is_sweep) for o in line.overrides]
