@@ -5,7 +5,7 @@ state; the weights that FSDP gathers, of the embedding, the head and one layer, 
 gradients; what a micro-batch keeps for its backward pass; and the chunk of logits. It adds all up
 as if they were whole at once, which gradients and activations are with several micro-batches. It
 doesn't cover an expert load above the mean, the exchange's messages on their way, what an allocator
-holds back, and on a CPU the process itself (PROCESS_GIB).
+holds back (`memory/peak_gib` of a CPU run counts that), and on a CPU the process itself.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from moetrain.model import head_activations, kept_activations, total_parameters
 if TYPE_CHECKING:
     from moetrain.config import Config
 
-PROCESS_GIB = 0.45
+PROCESS_GIB = 0.5
 """What a rank's process has resident before it holds a model, with torch on a CPU."""
 MASTER = 4  # bytes of a number in float32, as weights, gradients and moments are kept
 

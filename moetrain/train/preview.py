@@ -37,10 +37,11 @@ class Preview:
             f"model: {short(self.parameters)} parameters, {short(self.active_parameters)} active "
             f"for a token; {short(self.flops_per_token, billion='G')}FLOPs a token"
         )
-        yield f"training: {self.batch} = {short(self.tokens)} tokens, {self.layout}"
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(self.memory).items())
-        beside = f"; its process has {PROCESS_GIB} GiB besides" if self.on_cpu else ""
-        yield f"memory: up to {_size(self.memory.total)} a rank ({parts}){beside}"
+        yield f"training: {self.batch} = {short(self.tokens)} tokens; {self.layout}"
+        unit, name = (GIB, "GiB") if self.memory.total >= GIB else (2**20, "MiB")
+        parts = ", ".join(f"{k} {size / unit:.3g}" for k, size in asdict(self.memory).items())
+        process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
+        yield f"memory: up to {self.memory.total / unit:.3g} {name} a rank{process} ({parts})"
 
     def counts(self) -> dict[str, Any]:
         """Returns the figures as a run's record has them."""
@@ -68,8 +69,8 @@ def preview_of(config: "Config") -> Preview:
         tokens=train.num_steps * train.global_batch_size * train.seq_len,
         batch=f"{train.num_steps:,} steps of {train.global_batch_size} x {train.seq_len:,}",
         layout=(
-            f"by {_many(ranks, 'rank')} ({degrees}), each in {_many(num_micro, 'micro-batch')} "
-            f"of {_many(micro, 'sequence')}"
+            f"{_many(ranks, 'rank')} ({degrees}), {_many(num_micro, 'micro-batch')} of "
+            f"{_many(micro, 'sequence')} a step"
         ),
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,
@@ -82,11 +83,6 @@ def short(number: float, *, billion: str = "B") -> str:
         if number >= limit:
             return f"{number / limit:.3g} {letter}"
     return f"{number:.3g} "
-
-
-def _size(num_bytes: float) -> str:
-    unit, name = (GIB, "GiB") if num_bytes >= GIB else (2**20, "MiB")
-    return f"{num_bytes / unit:#.3g}".rstrip(".") + f" {name}"
 
 
 def _many(number: int, what: str) -> str:

@@ -68,11 +68,11 @@ def test_it_says_what_would_be_trained_and_stops(dry: Any, capsys: Any, tmp_path
     model, training, memory, source, run, end = capsys.readouterr().out.splitlines()
     assert model == "model: 47.6 k parameters, 35.3 k active for a token; 175 kFLOPs a token"
     assert training == (
-        "training: 8 steps of 8 x 32 = 2.05 k tokens, by 1 rank (expert 1, shard 1, replicate 1), "
-        "each in 4 micro-batches of 2 sequences"
+        "training: 8 steps of 8 x 32 = 2.05 k tokens; 1 rank (expert 1, shard 1, replicate 1), "
+        "4 micro-batches of 2 sequences a step"
     )
     assert memory.startswith("memory: up to ")
-    for part in ("weights 0.182 MiB", "gradients 0.182 MiB", "optimizer 0.363 MiB", "activations"):
+    for part in ("(weights 0.182, gradients 0.182, optimizer 0.363, gathered", "activations"):
         assert part in memory
     assert source.startswith("source corpus: 2.05 k tokens, 1 of the samples; ")
     assert "epochs by the end" in source
