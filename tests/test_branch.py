@@ -130,7 +130,9 @@ def test_a_folder_that_is_no_run_is_not_branched(
     assert branch(BranchSettings(run=str(tmp_path / "model"), to=str(tmp_path / "b"))) == 2
     assert "make a run of it first" in capsys.readouterr().err
     assert branch(BranchSettings(run="lab/moe", to=str(tmp_path / "b"))) == 2
-    assert "python -m moetrain.import_hf from=lab/moe to=… makes one" in capsys.readouterr().err
+    assert (
+        "python -m moetrain.import_hf from=lab/moe to=runs/moe makes one" in capsys.readouterr().err
+    )
 
 
 def test_the_command_that_is_printed_goes_on_as_the_old_run_did_with_a_wandb_run_of_its_own(
