@@ -1,6 +1,6 @@
 """Commands: a Hydra command line to typed settings, and errors to exit codes.
 
-Owns the only import of Hydra here, and what a user sees of a mistake: one message on standard
+Owns the run of Hydra here, and what a user sees of a mistake: one message on standard
 error, exit code 2 for bad input, 1 for what failed, 75 for what was stopped and can go on. Leaves
 the work to the command's function.
 """

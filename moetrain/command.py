@@ -1,7 +1,8 @@
 """Commands: a Hydra command line becomes one validated tree, and errors become exit codes.
 
-Owns the only import of Hydra in the package. A user's mistake ends in exit code 2 and one
-message that names the key, the value, why it can't be, and the nearest thing that can.
+Owns the only import of Hydra in the package; what both entries share of it is in `data_pipeline`.
+A user's mistake ends in exit code 2 and one message that names the key, the value, why it can't be,
+and the nearest thing that can.
 """
 
 import dataclasses
