@@ -4,6 +4,7 @@ Owns the driver's side of a run: the run folder, signals, the progress display, 
 lines and the exit code. Ranks do everything else.
 """
 
+import errno
 import fcntl
 import logging
 import math
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -172,6 +173,7 @@ def _run(
 
 def _prepared(config: "Config", data: DataSettings) -> Prepared:
     """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
+    demand_folder(Path(config.run.dir, config.run.name or ""))
     _fetch(config)
     prepared = prepare(config, data, progress=True)
     if newest := newest_manifest(Path(config.run.dir, config.run.name or "")):
@@ -498,6 +500,51 @@ def _tell_start(config: "Config", prepared: Prepared) -> None:
         )
 
 
+def demand_folder(run_dir: Path) -> None:
+    """Raises ConfigError where a run's folder can't be made or written to; leaves none behind.
+
+    Shards may take hours to be built, and are no use to such a run.
+    """
+    with _named(run_dir):
+        if run_dir.is_dir():
+            with tempfile.TemporaryFile(dir=run_dir):
+                os.listdir(run_dir)
+            return
+        with ExitStack() as made:
+            for folder in [p for p in (run_dir, *run_dir.parents) if not p.is_dir()][::-1]:
+                try:
+                    folder.mkdir()
+                except FileExistsError:
+                    if not folder.is_dir():  # else another command has just begun there
+                        raise
+                else:
+                    made.callback(_remove_empty, folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another command has begun there
+        folder.rmdir()
+
+
+@contextmanager
+def _named(run_dir: Path) -> Iterator[None]:
+    """Names the setting that a folder which can't be had comes from, and a way out."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError("run.name", run_dir.name, f"{reason}: use a shorter one") from error
+        way_out = (
+            "make room there, or use a folder of another disk: run.dir=/another/disk/runs"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "use a folder that you may write to, such as run.dir=~/runs"
+        )
+        raise ConfigError(
+            "run.dir", run_dir.parent, f"the run's folder {run_dir.name} there: {reason}; {way_out}"
+        ) from error
+
+
 @contextmanager
 def _held(run_dir: Path) -> Iterator[None]:
     """Makes a run's folder and keeps other commands on this machine off it, even past a kill.
@@ -505,8 +552,9 @@ def _held(run_dir: Path) -> Iterator[None]:
     Raises ConfigError where another command holds it. On other machines the number of the attempt
     is the fence.
     """
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
+    with _named(run_dir):
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
