@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.encoding import Encoder
 from data_pipeline.mixture import (
     Mixture,
     MixturePosition,
@@ -21,11 +20,10 @@ from data_pipeline.mixture import (
     position_from,
     used_sources,
 )
-from data_pipeline.packing import PackingReport, Pieces, packed
+from data_pipeline.packing import PackingReport, Pieces
 from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import DataError, DataSettings, OnCorrupt, Packing
+from data_pipeline.settings import DataError, DataSettings
 from data_pipeline.sources import BackgroundEncoder, ReadsDocuments, open_source
-from data_pipeline.text import encoded_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +123,10 @@ class GlobalBatches:
         sources = self._sources.items() if self._encoder is None else ()
         return {name: source.size for name, source in sources}
 
+    def shares(self, step: int) -> dict[str, float]:
+        """The shares of the sources in the samples of a step; they add up to one."""
+        return [stage for stage in self.stages if stage.from_step <= step][-1].weights
+
     @property
     def max_readers(self) -> int | None:
         """How many may read at a time with profit; None for any number."""
@@ -147,7 +149,7 @@ class GlobalBatches:
         whole, for a rank outside range(num_ranks), and for a sample before the position's; and
         DataError for a document that isn't what was written, unless such are skipped.
         """
-        slots = _slots(self.global_batch_size, rank=rank, num_ranks=num_ranks)
+        slots = slots_of_rank(self.global_batch_size, rank=rank, num_ranks=num_ranks)
         indices = np.arange(first_sample + slots.start, first_sample + slots.stop, dtype=np.int64)
         of, numbers = self._mixture.assigned(indices)
         # Of text each rank must go through the whole global batch to know where the next begins.
@@ -162,7 +164,7 @@ class GlobalBatches:
                     numbers[rows], first=first.get(name, 0), last=last.get(name, 0)
                 )
                 parts.append((rows, *found))
-        return _batch(
+        return assembled(
             parts,
             sources=of.astype(np.int64),
             seq_len=self._seq_len,
@@ -225,69 +227,8 @@ class GlobalBatches:
         )
 
 
-class ValidationBatches:
-    """The validation text of one source in stored order, each token a target exactly once.
-
-    `batch_size` counts the sequences of a batch over all ranks. `num_batches` is the same for all
-    ranks, whatever there is left for each; 0 where the source has no validation text.
-    `max_sequences` stops earlier.
-    """
-
-    def __init__(
-        self,
-        folder: ShardFolder,
-        *,
-        source: str,
-        seq_len: int,
-        batch_size: int,
-        max_sequences: int | None = None,
-        on_corrupt: OnCorrupt = OnCorrupt.fail,
-    ) -> None:
-        if seq_len < 1 or batch_size < 1:
-            raise ValueError(f"{seq_len=} and {batch_size=} must be at least 1")
-        documents = folder.documents("validation", source=source, on_corrupt=on_corrupt)
-        self._documents: ReadsDocuments = documents
-        starts, num_bytes = documents.starts, folder.num_bytes("validation", source=source)
-        if folder.text_tokenizer is not None:
-            with Encoder(folder.text_tokenizer, num_processes=0) as encoder:
-                encoded = encoded_documents(
-                    documents,
-                    encoded=encoder.encoded,
-                    num_tokens=max_sequences and max_sequences * seq_len,
-                )
-            self._documents, starts = encoded, encoded.starts
-            num_bytes = documents.starts.item(len(starts) - 1)  # of the documents that were read
-        self.bytes_per_token = num_bytes / max(1, starts.item(-1))
-        self._sequences = packed(starts, seq_len=seq_len, packing=Packing.stream)
-        self._source = folder.sources.index(source)
-        self._end_of_document = folder.tokenizer.end_of_document
-        self._seq_len = seq_len
-        self._batch_size = batch_size
-        num_sequences = self._sequences.num_sequences
-        if max_sequences is not None:
-            num_sequences = min(num_sequences, max_sequences)
-        self.num_sequences = num_sequences
-        self.num_batches = -(-num_sequences // batch_size)
-
-    def read(self, batch_number: int, *, rank: int, num_ranks: int) -> Batch:
-        """Rank's contiguous slice of a batch; slots past the last sequence are all padding.
-
-        Arrays have batch_size / num_ranks sequences. Raises ValueError where that isn't whole,
-        and for a rank outside range(num_ranks); and DataError for a document that isn't what was
-        written, unless such are skipped.
-        """
-        slots = _slots(self._batch_size, rank=rank, num_ranks=num_ranks)
-        first = batch_number * self._batch_size + slots.start
-        positions = np.arange(first, min(first + len(slots), self.num_sequences))
-        return _batch(
-            [(np.arange(len(positions)), self._documents, self._sequences.pieces(positions))],
-            sources=np.full(len(slots), self._source, dtype=np.int64),
-            seq_len=self._seq_len,
-            padding=self._end_of_document,
-        )
-
-
-def _slots(batch_size: int, *, rank: int, num_ranks: int) -> range:
+def slots_of_rank(batch_size: int, *, rank: int, num_ranks: int) -> range:
+    """A rank's contiguous part of the sequences of a batch; raises ValueError for none."""
     if not 0 <= rank < num_ranks:
         raise ValueError(f"{rank=} is not in range({num_ranks})")
     each, rest = divmod(batch_size, num_ranks)
@@ -296,7 +237,7 @@ def _slots(batch_size: int, *, rank: int, num_ranks: int) -> range:
     return range(rank * each, (rank + 1) * each)
 
 
-def _batch(
+def assembled(
     parts: Sequence[tuple[NDArray[np.int64], ReadsDocuments, Pieces]],
     *,
     sources: NDArray[np.int64],

@@ -23,6 +23,7 @@ from data_pipeline.settings import (
     Fraction,
     Natural,
     OnCorrupt,
+    SourceSettings,
 )
 from data_pipeline.storage import ShardFiles
 from data_pipeline.tokenizers import token_dtype
@@ -114,13 +115,11 @@ class SourceEntry:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class TextEntry:
+class TextEntry(SourceSettings):
     """A source's settings, as a record: its path is of the machine that built, and only told."""
 
     corpus: str
     text_field: str = TEXT_FIELD  # in the folders of older programs too
-    language: str | None
-    licence: str | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

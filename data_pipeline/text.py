@@ -188,13 +188,11 @@ class TextSequences:
 
 
 def encoded_documents(
-    documents: Documents, *, encoded: Encoded, num_tokens: int | None
+    documents: Documents, *, order: Iterable[int], encoded: Encoded, num_tokens: int | None
 ) -> EncodedDocuments:
-    """The documents in stored order, tokenised: all, or the first ones that have `num_tokens`."""
+    """The documents in that order, tokenised: all, or the first ones that have `num_tokens`."""
     found, so_far = list[_Tokens](), 0
-    texts = (
-        (None, documents.tokens(number).tobytes()) for number in range(documents.num_documents)
-    )
+    texts = ((None, documents.tokens(number).tobytes()) for number in order)
     for _, tokens in encoded(texts):
         assert tokens is not None
         found.append(tokens)

@@ -179,6 +179,7 @@ def build_trainer(
             seq_len=config.train.seq_len,
             batch_size=(config.train.micro_batch_size or 1) * place.world_size,
             max_sequences=config.train.validation_sequences,
+            seed=config.seed,
             on_corrupt=config.data.on_corrupt,
         )
         for source in shards.sources

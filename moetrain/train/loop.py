@@ -144,12 +144,20 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
     return validate(
         trainer.model,
         trainer.held_out,
+        weights=_validation_weights(trainer),
         micro_batch_size=settings.micro_batch_size or 1,
         mask_documents=trainer.config.data.mask_documents,
         rank=trainer.place.rank,
         num_ranks=trainer.place.world_size,
         device=trainer.device,
     )
+
+
+def _validation_weights(trainer: Trainer) -> dict[str, float] | None:
+    """Returns what each source counts for in the pooled loss; None: as many tokens as it has."""
+    if trainer.config.train.validation_weights == "tokens":
+        return None
+    return trainer.batches.shares(max(0, trainer.state.step - 1))
 
 
 def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") -> dict[str, Any]:

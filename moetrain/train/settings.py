@@ -29,7 +29,11 @@ class TrainSettings:
     validate_every_steps: NonNegativeInt = 0
     """0: at the end only."""
     validation_sequences: PositiveInt | None = 1024
-    """Held-out sequences of each source to validate on at most; None: all."""
+    """Held-out sequences of each source to validate on at most, evenly spread over all that it has,
+    the same ones for a seed; None: all."""
+    validation_weights: Annotated[str, AfterValidator(one_of("mixture", "tokens"))] = "mixture"
+    """What a source counts for in `validation/loss`: its share of the samples trained on at that
+    step, or its held-out tokens that are read."""
     max_skipped_steps: PositiveInt = 10
     """Non-finite steps in a row after which the run stops."""
 

@@ -16,6 +16,7 @@ def validate(
     model: Transformer,
     held_out: Mapping[str, ValidationBatches],
     *,
+    weights: Mapping[str, float] | None,
     micro_batch_size: int,
     mask_documents: bool,
     rank: int,
@@ -24,32 +25,45 @@ def validate(
 ) -> dict[str, float]:
     """Returns `validation/loss` and each source's `validation/<source>/loss` and `bits_per_byte`.
 
-    Losses are means over tokens in nats, the first over those of all sources. Bits per byte count
-    all tokens, the ends of documents too, against the bytes of the text; they take the split's
-    bytes a token, which is exact where the whole split is read.
+    Losses are means over tokens in nats. The first is the mean of the sources' by `weights`, in
+    which one that isn't named counts for nothing; without weights, and where all count for
+    nothing, it is the mean over all tokens. Bits per byte count all tokens, the ends of documents
+    too, against the bytes of the text that they stand for.
     """
     metrics: dict[str, float] = {}
-    all_nats = all_tokens = 0.0
+    losses, all_tokens = dict[str, float](), dict[str, float]()
     for source, batches in held_out.items():
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes of text
+        counts = batches.bytes_per_token is None
         for number in range(batches.num_batches):
             batch = batches.read(number, rank=rank, num_ranks=num_ranks)
             for part in MicroBatch.cut(
                 batch, micro_batch_size, device=device, mask_documents=mask_documents
             ):
-                sums += _nats_and_tokens(model, part)
-        nats, tokens = sum_over_ranks(sums).tolist()
+                sums[:2] += _nats_and_tokens(model, part)
+            sums[2] += batches.num_bytes(number, rank=rank, num_ranks=num_ranks) if counts else 0
+        nats, tokens, num_bytes = sum_over_ranks(sums).tolist()
         if not tokens:
             continue
+        losses[source], all_tokens[source] = nats / tokens, tokens
         metrics[f"validation/{source}/loss"] = nats / tokens
-        metrics[f"validation/{source}/bits_per_byte"] = (
-            nats / tokens / math.log(2) / batches.bytes_per_token
-        )
-        all_nats, all_tokens = all_nats + nats, all_tokens + tokens
+        if bytes_per_token := batches.bytes_per_token or num_bytes / tokens:
+            bits = nats / tokens / math.log(2)
+            metrics[f"validation/{source}/bits_per_byte"] = bits / bytes_per_token
     reshard(model)  # a forward pass without a backward one leaves the root's weights gathered
-    if all_tokens:
-        metrics = {"validation/loss": all_nats / all_tokens, **metrics}
+    if losses:
+        metrics = {"validation/loss": pooled_loss(losses, weights or {}, all_tokens), **metrics}
     return metrics
+
+
+def pooled_loss(
+    losses: Mapping[str, float], weights: Mapping[str, float], tokens: Mapping[str, float]
+) -> float:
+    """Returns the mean of the sources' losses by weights; by tokens where all count for nothing."""
+    used = {source: weights.get(source, 0.0) for source in losses}
+    if not any(used.values()):
+        used = dict(tokens)
+    return sum(losses[source] * used[source] for source in losses) / sum(used.values())
 
 
 def _nats_and_tokens(model: Transformer, batch: MicroBatch) -> torch.Tensor:

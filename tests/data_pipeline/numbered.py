@@ -125,9 +125,7 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
     return Index(
         format_version=FORMAT_VERSION,
         build=BuildEntry(
-            sources={
-                name: TextEntry(corpus="numbers", language=None, licence=None) for name in splits
-            },
+            sources={name: TextEntry(corpus="numbers") for name in splits},
             tokenizer="numbers",
             end_of_document=None,
             validation_fraction=0.5,

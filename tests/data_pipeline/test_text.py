@@ -153,23 +153,37 @@ def test_several_sources_are_mixed_as_tokens_are(tmp_path: Path) -> None:
         assert_equal(parts, [read[step]])
 
 
-def test_validation_text_is_tokenised_whole_or_as_far_as_needed(tmp_path: Path, text: Path) -> None:
+def test_validation_text_is_tokenised_whole(tmp_path: Path, text: Path) -> None:
     tokens = build(tmp_path / "corpus", tmp_path / "tokens", tokenizer="mixtral-v1")
     folder = ShardFolder.open(text, tokenizer="mixtral-v1")
-    for limit in (None, 3):
-        ours, theirs = (
-            ValidationBatches(
-                of, source="corpus", seq_len=SEQ_LEN, batch_size=4, max_sequences=limit
-            )
-            for of in (folder, tokens)
+    ours, theirs = (
+        ValidationBatches(of, source="corpus", seq_len=SEQ_LEN, batch_size=4)
+        for of in (folder, tokens)
+    )
+    assert ours.num_batches == theirs.num_batches
+    for number in range(ours.num_batches):
+        assert_equal(
+            [ours.read(number, rank=0, num_ranks=1)], [theirs.read(number, rank=0, num_ranks=1)]
         )
-        assert ours.num_batches == theirs.num_batches
-        for number in range(ours.num_batches):
-            assert_equal(
-                [ours.read(number, rank=0, num_ranks=1)], [theirs.read(number, rank=0, num_ranks=1)]
-            )
-        if limit is None:
-            assert ours.bytes_per_token == theirs.bytes_per_token
+    assert ours.bytes_per_token == theirs.bytes_per_token
+
+
+def test_validation_text_is_tokenised_as_far_as_needed(text: Path) -> None:
+    """Documents of the seed's order, of which the last is cut; their bytes are counted."""
+    folder = ShardFolder.open(text, tokenizer="mixtral-v1")
+    tokenizer, first_words = folder.load_tokenizer(), set()
+    for seed in (0, 0, 1, 2):
+        batches = ValidationBatches(
+            folder, source="corpus", seq_len=SEQ_LEN, batch_size=4, max_sequences=3, seed=seed
+        )
+        batch = batches.read(0, rank=0, num_ranks=1)
+        assert (batches.num_batches, batches.bytes_per_token) == (1, None)
+        targets = batch.targets[batch.loss_mask]
+        assert len(targets) == 3 * SEQ_LEN
+        found = batches.num_bytes(0, rank=0, num_ranks=1)
+        assert abs(found - len(tokenizer.decode(targets).encode())) < 8  # a space, a cut character
+        first_words.add(tokenizer.decode(targets[:8]))
+    assert len(first_words) == 3
 
 
 def test_a_damaged_document_is_refused(text: Path) -> None:
