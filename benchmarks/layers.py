@@ -6,6 +6,7 @@ gates are renormalised, and SwiGLU experts. `Unavailable` says why one can't run
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from moetrain.model import ExpertsSettings, ModelSettings, MoELayer
 TORCHTITAN = "0.3.0"
 # With these beside it, its MoE imports; its other requirements (data sets, logging) are not used.
 TORCHTITAN_NEEDS = ("spmd_types==0.2.3", "einops", "tyro", "docstring_parser", "typeguard")
-PEERS_DIR = Path.home() / ".cache" / "moetrain" / "benchmarks"
+PEERS_DIR = Path(os.path.expanduser("~/.cache/moetrain/benchmarks"))
 
 
 class Unavailable(Exception):

@@ -5,6 +5,7 @@ Knows no model and no process group: ranks are two integers, batches are numpy a
 
 from data_pipeline.batches import Batch, GlobalBatches
 from data_pipeline.builder import build_shards, open_folder, open_or_build, shards_or_corpus
+from data_pipeline.corpora import Corpus
 from data_pipeline.held_out import ValidationBatches
 from data_pipeline.index import Baselines, TokenizerEntry
 from data_pipeline.mixture import Stage

@@ -16,7 +16,7 @@ from typing import Any
 from data_pipeline.baselines import BaselineCounter
 from data_pipeline.bpe_training import bpe_size, trained_tokenizer
 from data_pipeline.corpora import Corpus, Document, kept_documents, open_corpus
-from data_pipeline.encoding import Encoder, num_encoding_processes
+from data_pipeline.encoding import Encoder, demand_guarded_script, num_encoding_processes
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -134,6 +134,7 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
     train on, and a place that holds something else, or shards whose text has changed since, unless
     they are to be built anew.
     """
+    demand_guarded_script()
     say = partial(tell, shown=progress)
     folder = Path(settings.to).absolute()
     existing = existing_shards(settings, progress=progress)

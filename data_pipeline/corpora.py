@@ -30,8 +30,8 @@ from data_pipeline.raw_documents import (
     counts_text,
     shown,
 )
-from data_pipeline.settings import DataError, OnCorrupt
-from data_pipeline.shell import text_setting
+from data_pipeline.settings import DataError, OnCorrupt, source_name
+from data_pipeline.shell import shell_command, text_setting
 from data_pipeline.storage import without_secrets
 from data_pipeline.text_files import read_documents, refused, text_size
 
@@ -211,6 +211,14 @@ def _no_such_corpus(spec: str, path: Path) -> str:
         return (
             f"corpus={spec!r} is a link to {os.readlink(path)}, which isn't there; fetch what it "
             "stands for, or give a folder or file that is there"
+        )
+    several = [part.strip() for part in spec.split(",") if part.strip()]
+    if len(several) > 1:
+        sources = shell_command(f"sources.{source_name(part)}.corpus={part}" for part in several)
+        return (
+            f"corpus={spec!r} doesn't exist: it is no file or folder here. Several texts are "
+            f"several sources of python -m data_pipeline.build: give it {sources} in place of "
+            "corpus (and a run the folder that it makes, by data.dir)"
         )
     return (
         f"corpus={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "

@@ -18,6 +18,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.settings import DataError
 from data_pipeline.tokenizers import Tokenizer, token_dtype, tokenizer_again
 
 # Large enough that sending costs little beside encoding, small enough to share out a small corpus.
@@ -25,12 +26,29 @@ _BATCH_BYTES = 256 * 1024
 _BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD = 4  # for each process, so that none waits for the writer
 
+_UNGUARDED = (
+    "A script that builds shards, or trains on text, must do so below `if __name__ == "
+    '"__main__":`, since each process that tokenises imports it; or give num_processes=1 '
+    "(data.num_workers=0 in training), and there are none"
+)
+
 _Tag = TypeVar("_Tag")
 _Tokens = NDArray[np.integer]
 
 # In a process of the pool, the tokenizer it was started with; empty elsewhere. The pool has no
 # other place for it, and a definition of megabytes can't be sent with each batch.
 _of_process: list[Tokenizer] = []
+
+
+def demand_guarded_script() -> None:
+    """Raises DataError in a process that `multiprocessing` started and that has yet to begin.
+
+    It imports its parent's script first. One that does its work when it is imported would do all
+    of it again there, and each would wait for the other.
+    """
+    # As `multiprocessing` itself tells.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(_UNGUARDED)
 
 
 class Encoder:
@@ -47,6 +65,7 @@ class Encoder:
         self._num_ahead = num_processes * _BATCHES_AHEAD
         self._pool: ProcessPoolExecutor | None = None
         if num_processes:
+            demand_guarded_script()
             self._pool = ProcessPoolExecutor(
                 num_processes,
                 # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
@@ -54,7 +73,7 @@ class Encoder:
                 initializer=_start_process,
                 initargs=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
             )
-            self._pool.submit(int)  # the first task, whatever it is, starts them all
+            self._started = self._pool.submit(int)  # whatever it is, it starts them all
 
     def __enter__(self) -> Self:
         return self
@@ -78,11 +97,16 @@ class Encoder:
         """Each tag with its document's token ids [num_tokens], the end of the document included.
 
         Documents are UTF-8. One that is None, as what was written before, comes back as None in
-        its place. Raises ChildProcessError where a process of the pool was killed.
+        its place. Raises ChildProcessError where a process of the pool was killed, or none began.
         """
         try:
             yield from self._encoded(documents)
         except BrokenProcessPool as error:
+            if self._started.exception() is not None:
+                raise ChildProcessError(
+                    "no process that tokenises could begin; what ended it stands above. "
+                    + _UNGUARDED
+                ) from error
             raise ChildProcessError(
                 "a process that tokenises was killed, as for want of memory; give fewer with "
                 "num_processes=… (data.num_workers=… in training)"

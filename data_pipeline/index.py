@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.missing_shards import no_shards
 from data_pipeline.raw_documents import as_utf8
 from data_pipeline.settings import (
     SOURCE_NAME,
@@ -165,17 +166,16 @@ def encodable(value: Any) -> Any:
     return value
 
 
-def read_index(files: ShardFiles) -> Index:
-    """The index of a shard folder; raises DataError where there is none, or it can't be true."""
+def read_index(files: ShardFiles, *, tokenizer: str = "bytes") -> Index:
+    """The index of a shard folder; raises DataError where there is none, or it can't be true.
+
+    `tokenizer` is named in the command that would make shards of what is there.
+    """
     where = files.location
     try:
         text = files.read_bytes(INDEX_NAME)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{where} is not a shard folder (data.dir): there is no {INDEX_NAME} in it, or no such "
-            "folder; make one with "
-            "'python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=FOLDER'"
-        ) from None
+        raise DataError(no_shards(where, tokenizer=tokenizer)) from None
     return parsed_index(text, where=f"{where}/{INDEX_NAME}")
 
 

@@ -75,7 +75,7 @@ class ShardFolder:
         be tokenised with; a folder of tokens has its own.
         """
         files, damaged = open_files(str(path), cache=cache or CacheSettings()), dict[str, str]()
-        index = read_index(files)
+        index = read_index(files, tokenizer=tokenizer or "bytes")
         folder = cls(
             index,
             files,

@@ -21,6 +21,13 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
 
+def home_folder() -> Path | None:
+    """The user's home; None where HOME isn't set and the passwd file has no entry for the user."""
+    home = os.path.expanduser("~")
+    # What has no home comes back as it was; an empty HOME would be the root.
+    return None if home == "~" or os.environ.get("HOME") == "" else Path(home)
+
+
 def _path_text(text: str) -> str:
     """A path with a leading `~` or `~user` expanded; refused where it is empty, or nobody's."""
     if not text.strip():
@@ -32,8 +39,7 @@ def _path_text(text: str) -> str:
         return text
     user = text.partition("/")[0].removeprefix("~")
     expanded = os.path.expanduser(text)
-    # What has no home comes back as it was; an empty HOME would be the root.
-    if expanded == text or (not user and os.environ.get("HOME") == ""):
+    if expanded == text or (not user and home_folder() is None):
         why = f"there is no user {user!r}" if user else "HOME isn't set"
         raise ValueError(f"{why}, so that ~{user} means no folder: write the path out, or ./{text}")
     return expanded

@@ -22,11 +22,10 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data_pipeline.cache import NO_ROOM, FileCache
-from data_pipeline.settings import CacheSettings, DataError, UnavailableError
+from data_pipeline.settings import CacheSettings, DataError, UnavailableError, home_folder
 
 PROTOCOLS = ("s3", "gs", "https", "http")
 
-_DEFAULT_CACHE = "~/.cache/moetrain/shards"
 _PIECE_BYTES = 8 * 2**20
 _LONGEST_PAUSE_SECONDS = 60.0
 # Of HTTP's answers that put the blame on who asks, those that say: ask again.
@@ -130,8 +129,8 @@ class RemoteFiles:
         self._folder = folder.rstrip("/")
         self._protocol = folder.partition("://")[0]
         self._settings = cache
-        directory = Path(cache.dir or _DEFAULT_CACHE).expanduser().absolute()
-        self._cache = FileCache(directory, max_bytes=int(cache.max_gib * 2**30))
+        folder_of_cache = _default_cache() if cache.dir is None else Path(cache.dir).absolute()
+        self._cache = FileCache(folder_of_cache, max_bytes=int(cache.max_gib * 2**30))
         self._filesystems = {os.getpid(): self._new_filesystem()}
 
     @property
@@ -292,6 +291,16 @@ class RemoteFiles:
                 f"{self.location}: reading {self._protocol}:// needs more packages ({error}): "
                 "pip install 'moetrain[remote]'"
             ) from error
+
+
+def _default_cache() -> Path:
+    home = home_folder()
+    if home is None:
+        raise DataError(
+            "data.cache.dir isn't given, and there is no home folder to keep shards in (HOME isn't "
+            "set, and this user has no entry in the passwd file); give data.cache.dir=DIR"
+        )
+    return home / ".cache" / "moetrain" / "shards"
 
 
 class _WrongBytesError(Exception):

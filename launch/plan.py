@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.settings import home_folder
 from launch.environment import for_ranks
 from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
 from launch.settings import LaunchSettings
@@ -110,7 +111,17 @@ def lasting(folder: str) -> Path:
     it likes: there a relative path starts at the home folder.
     """
     here = Path.cwd()
-    return (Path.home() if is_ray_copy(here) else here) / folder
+    if Path(folder).is_absolute() or not is_ray_copy(here):
+        return here / folder
+    home = home_folder()
+    if home is None:
+        raise ConfigError(
+            "run.dir",
+            folder,
+            "in a Ray job a relative path begins at the home folder, and there is none (HOME isn't "
+            "set, and the user has no entry in the passwd file): give an absolute one",
+        )
+    return home / folder
 
 
 def is_ray_copy(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pwd
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,20 @@ from hydra.core.global_hydra import GlobalHydra
 from pydantic import TypeAdapter, ValidationError
 
 import data_pipeline.command
-from data_pipeline import BuildSettings
+from data_pipeline import BuildSettings, DataError
 from data_pipeline.inspect import InspectSettings
-from data_pipeline.settings import PathText
+from data_pipeline.settings import CacheSettings, PathText
+from data_pipeline.storage import open_files
+from launch.plan import lasting
 from launch.submit.__main__ import SubmitConfig
 from launch.submit.job import entrypoint
 from moetrain.checkpoint.__main__ import VerifySettings
+from moetrain.checks import ConfigError
 from moetrain.command import config_dir, run_command
 from moetrain.config import Config
 from moetrain.export import ExportSettings
 from moetrain.import_hf import ImportSettings
+from moetrain.kernels.autotune import default_cache, fastest
 from moetrain.report.__main__ import ReportSettings
 from moetrain.upcycle.__main__ import UpcycleSettings
 from tests.data_pipeline.conftest import build, write_corpus
@@ -182,6 +187,56 @@ def test_a_folder_built_from_such_a_path_before_can_still_be_read(
     opened = data_pipeline.ShardFolder.open(tmp_path / "shards")
     (source,) = opened.index.build.sources.values()
     assert source.corpus == recorded
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME, and a user without an entry in the passwd file, as in many a container."""
+
+    def no_entry(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_the_cache_of_shards_must_be_given(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:1/shards"
+    with pytest.raises(DataError, match=r"no home folder.*give data\.cache\.dir=DIR"):
+        open_files(url, cache=CacheSettings())
+    open_files(url, cache=CacheSettings(dir=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_backends_are_measured_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert default_cache() is None
+    calls = {"a": 0}
+
+    def count() -> None:
+        calls["a"] += 1
+
+    assert fastest({"a": count}, key="x", cache=None) == "a"
+    assert calls["a"]
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_a_ray_job_needs_an_absolute_run_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match=r"run\.dir=runs: .* absolute one"):
+        lasting("runs")
+    assert lasting("/mnt/runs") == Path("/mnt/runs")
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_a_tilde_is_refused() -> None:
+    with pytest.raises(ValidationError, match="HOME isn't set"):
+        TypeAdapter(PathText).validate_python("~/runs")
 
 
 def test_a_job_python_may_lie_in_the_home_of_the_head_node() -> None:

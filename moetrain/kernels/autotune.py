@@ -85,9 +85,11 @@ def _machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, triton {triton}"
 
 
-def default_cache() -> Path:
-    """Returns the file of choices: in XDG_CACHE_HOME, or else in ~/.cache."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def default_cache() -> Path | None:
+    """Returns the file of choices: in XDG_CACHE_HOME, or else in ~/.cache; None without a home."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~") or (os.environ.get("HOME") == "" and folder == "/.cache"):
+        return None
     return Path(folder) / "moetrain" / "backends.json"
 
 
@@ -98,7 +100,7 @@ def fastest(
     candidates: Mapping[str, Callable[[], object]],
     *,
     key: str,
-    cache: Path,
+    cache: Path | None,
     clock: Callable[[], float] = time.perf_counter,
     synchronise: Callable[[], None] = _nothing,
 ) -> str:
@@ -107,8 +109,8 @@ def fastest(
     Each is called once to warm up, then all in turn, five times, with `synchronise` before each
     look at the `clock`. One that raises is left out with a warning; where all do, RuntimeError
     has their reasons. Running out of memory says nothing of a candidate and is raised. A cache that
-    can't be read or written is no reason to fail. Of two processes that measure at once the first
-    to write decides for both.
+    can't be read or written, or None, is no reason to fail. Of two processes that measure at once
+    the first to write decides for both.
     """
     known = _known(cache)
     if known.get(key) not in candidates:
@@ -124,7 +126,7 @@ def fastest(
 
 
 @functools.cache
-def _known(cache: Path) -> dict[str, str]:
+def _known(cache: Path | None) -> dict[str, str]:
     """Returns what this process knows of a cache file: filled as it asks, never read again."""
     return {}
 
@@ -166,8 +168,10 @@ def _measure(
     return {name: median(taken) for name, taken in seconds.items() if name not in failures}
 
 
-def _read(cache: Path) -> dict[str, dict[str, Any]]:
+def _read(cache: Path | None) -> dict[str, dict[str, Any]]:
     """Returns the file's entries; none where it is missing or isn't what this module writes."""
+    if cache is None:
+        return {}
     try:
         entries = json.loads(cache.read_text())
     except (OSError, ValueError):
@@ -177,8 +181,10 @@ def _read(cache: Path) -> dict[str, dict[str, Any]]:
     return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
 
 
-def _write(cache: Path, key: str, best: str, seconds: dict[str, float]) -> str:
+def _write(cache: Path | None, key: str, best: str, seconds: dict[str, float]) -> str:
     """Adds an entry, by replacing the file as a whole; returns the choice that stands in it."""
+    if cache is None:
+        return best
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with _locked(cache.with_suffix(".lock")):

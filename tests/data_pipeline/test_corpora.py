@@ -224,3 +224,8 @@ def test_standard_library_has_sources_and_no_tests() -> None:
     assert not [name for name in names if "/test/" in name or "/tests/" in name]
     assert not [name for name in names if name.startswith(("test/", "site-packages/"))]
     assert 8e6 < corpus.num_bytes < 30e6
+
+
+def test_several_texts_in_one_setting_are_told_to_be_several_sources() -> None:
+    with pytest.raises(DataError, match=r"sources\.a\.corpus=a sources\.b\.corpus=text/b in place"):
+        open_corpus("a,text/b", on_corrupt=OnCorrupt.fail)
