@@ -32,7 +32,7 @@ from data_pipeline.shell import as_typed, text_setting
 from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
 from launch.dry_run import in_use
 from launch.environment import for_ranks
-from launch.external import ExternalRank, meeting_point
+from launch.external import ExternalRank, external_rank, meeting_point
 from launch.failure import classify
 from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
@@ -615,7 +615,7 @@ def _closing_lines(
         run_dir = run_dir.relative_to(Path.cwd())
     yield f"run       {run_dir}"
     if outcome.finished:
-        is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # which can't start a sweep
+        is_rank = external_rank(os.environ) is not None  # which can't start a sweep
         yield (
             f"next      open {shlex.quote(str(run_dir / 'report.html'))}; train on with {name} "
             f"{training_on(config, step=outcome.step)}"

@@ -55,7 +55,7 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("wandb", {"moetrain/observe/wandb_sink.py"}),
         ("webdataset", {"data_pipeline/shards.py"}),
         ("pyarrow", {"data_pipeline/arrow_tables.py"}),
-        ("zstandard", {"data_pipeline/text_files.py"}),
+        ("zstandard", {"data_pipeline/compression.py"}),
         ("selectolax", {"data_pipeline/html_text.py"}),
         ("tokenizers", {"data_pipeline/json_tokenizer.py"}),
         ("sentencepiece", {"data_pipeline/mixtral_tokenizer.py"}),

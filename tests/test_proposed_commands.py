@@ -40,8 +40,10 @@ __all__ = ["front"]
 
 ROOT = Path(__file__).parents[1]
 ODD = "essai été, lr=1e-3"
-# Says which command has written a page.
-NO_PROPOSAL = {("moetrain/report/page.py", "moetrain.report")}
+NO_PROPOSAL = {
+    ("moetrain/report/page.py", "moetrain.report"),  # says which command has written a page
+    ("launch/external.py", "moetrain"),  # the beginning of a line of another launcher's
+}
 
 
 def said(function: Any, *arguments: Any, **named: Any) -> str:
