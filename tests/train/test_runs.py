@@ -306,6 +306,8 @@ def train_in_own_folder(config: Any, folder: str) -> None:
     """Trains as a rank that sees another run folder than the other ranks do."""
     import dataclasses
 
+    import torch.distributed as dist
+
     own = dataclasses.replace(config.run, dir=f"{folder}/host_{dist.get_rank()}")
     train_as_rank(dataclasses.replace(config, run=own), None, 1)
 
@@ -348,6 +350,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(
 
 def spoil_gradients(config: Any, steps: list[int]) -> Any:
     """Trains as a rank; on rank 1 the loss of the given steps is not a number."""
+    import torch.distributed as dist
 
     from moetrain.train import loop, step
 
