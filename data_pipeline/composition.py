@@ -6,58 +6,54 @@ bring both. So each composed configuration is looked through before Hydra acts o
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-PLUGINS = {
-    "hydra.launcher._target_": (
-        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-        "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher",
-    ),
+PLUGINS: Mapping[str, tuple[str, ...]] = {
+    "hydra.launcher._target_": ("hydra._internal.core_plugins.basic_launcher.BasicLauncher",),
     "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
 }
 _LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def only_compose() -> None:
+def only_compose(plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
     """Has Hydra refuse, from now on in this process, configurations that name what is to be run.
 
-    Ends the process where the command line would have it load a pickle, which can name anything.
-    Else it raises ConfigCompositionException where it composes one: for a run, a sweep and each of
-    its trials.
+    `plugins` are the classes that may stand there, by the setting that names them. Ends the process
+    where the command line would have it load a pickle, which can name anything. Else it raises
+    ConfigCompositionException where it composes one: for a run, a sweep and each of its trials.
     """
     # Its beginning is enough for Hydra, and no other option of it begins so.
     if any(word.startswith("--e") for word in sys.argv):
         print("--experimental-rerun: it would load a pickle: give the settings", file=sys.stderr)
         raise SystemExit(2)
     composed = ConfigLoaderImpl.load_configuration
-    if getattr(composed, "is_checked", False):
-        return
+    composed = getattr(composed, "unchecked", composed)
 
     def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
         config = composed(self, *args, **kwargs)
-        demand_harmless(config)
+        demand_harmless(config, plugins)
         return config
 
-    checked.is_checked = True  # type: ignore[attr-defined]
+    checked.unchecked = composed  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
 
 
-def demand_harmless(config: DictConfig) -> None:
+def demand_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
     """Raises ConfigCompositionException for a configuration by which something would be run."""
     plain = OmegaConf.to_container(config, resolve=False)
     for path, key, value in _entries(plain):
         at = f"{path}.{key}".lstrip(".")
         in_logging = at.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
-        if key == "_target_" and value in PLUGINS.get(at, ()):
+        if key == "_target_" and value in plugins.get(at, ()):
             continue
         if key in ("_target_", "()") or (in_logging and not _is_plain_logging(key, value)):
-            known = " or ".join(PLUGINS.get(at, ()))
+            known = " or ".join(plugins.get(at, ()))
             raise ConfigCompositionException(
                 f"{at}={value}: nothing is run because a configuration names it"
                 + (f"; only {known} may stand there" if known else ": leave it out")

@@ -6,16 +6,19 @@ from launch.plan import Plan, choose_plan, cluster_address, is_ray_copy, lasting
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.settings import ClusterSettings, LaunchSettings
 from launch.start import start
-from launch.sweep import run_sweep
+from launch.sweep import Elsewhere, Sweep, run_sweep, run_trial
 from launch.sweep_runs import Trained, Wanted, assign, held, nearest_other, runs_in
-from launch.sweep_table import Trial, preview_table, varied_settings
+from launch.sweep_table import Result, Trial, preview_table, varied_settings
 
 __all__ = [
     "ClusterError",
     "ClusterSettings",
+    "Elsewhere",
     "LaunchSettings",
     "Plan",
     "RayCluster",
+    "Result",
+    "Sweep",
     "Trained",
     "Trial",
     "Wanted",
@@ -30,6 +33,7 @@ __all__ = [
     "preview_table",
     "rehearsal_of",
     "run_sweep",
+    "run_trial",
     "runs_in",
     "start",
     "varied_settings",

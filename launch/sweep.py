@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
 from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
 from launch.sweep_table import (
@@ -45,6 +45,21 @@ class _Running:
     reader: threading.Thread | None
 
 
+class Elsewhere(Protocol):
+    """A launcher of somebody else's, that runs trials where it runs things."""
+
+    @property
+    def num_at_once(self) -> int:
+        """How many trials run beside each other on this machine; 0: they run on others."""
+
+    @property
+    def num_workers(self) -> int | None:
+        """The ranks that a trial will have, None if the launcher doesn't say."""
+
+    def __call__(self, trials: Mapping[int, Trial], *, folder: Path) -> dict[int, int]:
+        """Runs trials, each by its place in the batch; returns exit codes by their numbers."""
+
+
 def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> int:
     """Runs all trials, prints their table and returns the exit code: 0 if all are done.
 
@@ -53,22 +68,33 @@ def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> i
     former two at once. `folder` gets
     the table, its lines as JSON, and what trials that ran side by side have said.
     """
-    return _Sweep(trials, folder=folder, places=places).run()
+    sweep = Sweep(folder=folder, places=places, num_trials=len(trials))
+    sweep.run(trials)
+    return sweep.close()
 
 
-class _Sweep:
-    def __init__(self, trials: Sequence[Trial], *, folder: Path, places: int | None) -> None:
-        self._trials = trials
+class Sweep:
+    """A sweep's trials, all at once or batch by batch, and their table at the end."""
+
+    def __init__(self, *, folder: Path, places: int | None, num_trials: int | None = None) -> None:
         self._folder = folder
         self._places = places
+        self._num_trials = num_trials
+        self._results: dict[int, Result] = {}
         self._side_by_side = False
         self._running: list[_Running] = []
         self._stops = 0
+        folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self) -> int:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        codes = self._done_before()
-        waiting = [t for t in self._trials if t.number not in codes]
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has asked for a stop."""
+        return self._stops > 0
+
+    def run(self, trials: Sequence[Trial]) -> list[Result]:
+        """Runs a batch of trials, as many at once as there is room for."""
+        codes = self._done_before(trials)
+        waiting = [t for t in trials if t.number not in codes]
         smallest = sorted(trial.num_workers for trial in waiting)[:2]
         self._side_by_side = len(smallest) > 1 and sum(smallest) <= (self._places or 0)
         with self._on_signals():
@@ -84,17 +110,49 @@ class _Sweep:
                 for one in [r for r in self._running if r.process.poll() is not None]:
                     codes[one.trial.number] = self._ended(one)
                 time.sleep(POLL_SECONDS)
-        results = [result_of(trial, codes.get(trial.number)) for trial in self._trials]
-        print(write_table(results, self._folder), flush=True)
-        return _exit_code(results, stopped=self._stops > 0)
+        return self._take(trials, codes)
 
-    def _done_before(self) -> dict[int, int]:
+    def run_elsewhere(self, trials: Sequence[Trial], elsewhere: Elsewhere) -> list[Result]:
+        """Runs a batch of trials by a launcher of somebody else's."""
+        codes = self._done_before(trials)
+        waiting = {i: t for i, t in enumerate(trials) if t.number not in codes}
+        for trial in waiting.values():
+            self._say(self._title(trial))
+        try:
+            codes |= elsewhere(waiting, folder=self._folder) if waiting else {}
+        except KeyboardInterrupt:
+            self._stops += 1
+            codes |= {t.number: STOPPED for t in waiting.values() if _has_begun(t)}
+            told = "stop" if elsewhere.num_at_once else "jobs go on in their queue: scancel stops"
+            self._say(f"stopped; {told} them after saving, and the same command goes on")
+        except Exception as error:  # whatever a launcher raises for a job that was lost
+            self._say(f"{type(error).__name__}: {error}")
+            self._say("other jobs may go on; after them, the same command finds what is done")
+        codes |= self._done_before(
+            [t for t in waiting.values() if t.number not in codes], quietly=True
+        )
+        failed = {t.number: FAILED for t in waiting.values() if not self._stops}
+        return self._take(trials, failed | codes)
+
+    def close(self) -> int:
+        """Prints the table of all trials and returns the exit code."""
+        results = list(self._results.values())
+        print(write_table(results, self._folder), flush=True)
+        return _exit_code(results, stopped=self.is_stopped)
+
+    def _take(self, trials: Sequence[Trial], codes: Mapping[int, int]) -> list[Result]:
+        results = [result_of(trial, codes.get(trial.number)) for trial in trials]
+        self._results |= {result.trial.number: result for result in results}
+        return results
+
+    def _done_before(self, trials: Sequence[Trial], *, quietly: bool = False) -> dict[int, int]:
         """Returns the exit codes of trials whose runs have all of their steps, by number."""
         codes = {}
-        for trial in self._trials:
+        for trial in trials:
             if _is_done(trial):
                 codes[trial.number] = DONE
-                self._say(f"{self._title(trial)}, done before")
+                if not quietly:
+                    self._say(f"{self._title(trial)}, done before")
         return codes
 
     def _fits(self, trial: Trial) -> bool:
@@ -151,7 +209,8 @@ class _Sweep:
                 signal.signal(signum, handler)
 
     def _title(self, trial: Trial) -> str:
-        return f"trial {trial.number} of {len(self._trials)}: {trial.label} → {trial.run_dir}"
+        of = f" of {self._num_trials}" if self._num_trials else ""
+        return f"trial {trial.number}{of}: {trial.label} → {trial.run_dir}"
 
     def _say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
@@ -166,6 +225,40 @@ def _is_done(trial: Trial) -> bool:
         return False
     good = good_save(trial.run_dir / "checkpoints")
     return good is not None and good.step >= trial.wanted.settings["train"]["num_steps"]
+
+
+def _has_begun(trial: Trial) -> bool:
+    return (trial.run_dir / "events.jsonl").exists()
+
+
+def run_trial(command: Sequence[str], *, log: str | None) -> int:
+    """Runs a trial's command where a launcher of others has started this; returns its exit code.
+
+    Whatever exception stops this process stops the trial, which saves.
+    """
+    with ExitStack() as stack:
+        output = stack.enter_context(open(log, "a")) if log else None
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moetrain", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            preexec_fn=_begin_in_job,
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def _begin_in_job() -> None:
+    """Leaves the signals that submitit listens for to the process that does."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    _stop_with_parent()
 
 
 def _relay(lines: IO[str], number: int, log: IO[str]) -> None:

@@ -9,9 +9,9 @@ import fcntl
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import yaml
 
 from moetrain.checkpoint import Manifest
 from moetrain.checks import ConfigError
+from moetrain.observe import read_events
 from moetrain.train import newest_manifest
-from moetrain.train.changes import Change, Kind, changes
+from moetrain.train.changes import Change, Kind, changes, kind_of, leaves
 
 _DECIDES = (Kind.function, Kind.order, Kind.recipe)
 _NAMES = ("run.name", "run.dir")
@@ -35,6 +36,8 @@ class Trained:
     """The fingerprint of the shards; None where no checkpoint says it."""
     is_untrained: bool = False
     """Whether its weights were imported, and no step was taken yet."""
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+    """The values that settings had in the run's first steps, where it went on with others."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Trained":
@@ -67,7 +70,8 @@ class Wanted:
 def trained(run_dir: Path) -> Trained | None:
     """Returns what the run in a folder was trained with, None where there is no run."""
     if manifest := newest_manifest(run_dir):
-        return Trained.of(manifest)
+        earlier = _earlier(read_events(run_dir / "events.jsonl"), before=manifest.step)
+        return replace(Trained.of(manifest), earlier=earlier)
     try:
         plain = yaml.safe_load((run_dir / "config.yaml").read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -75,6 +79,24 @@ def trained(run_dir: Path) -> Trained | None:
     except (OSError, ValueError, yaml.YAMLError):
         plain = None  # of a run that nothing can be said of: no trial's
     return Trained(settings=plain if isinstance(plain, dict) else {})
+
+
+def _earlier(events: Iterable[Mapping[str, Any]], *, before: int) -> dict[str, Any]:
+    """Returns the first values of settings that were changed when the run went on.
+
+    What was changed at a step that the run has gone back to since is not of the run any more.
+    """
+    told: list[tuple[int, Mapping[str, Any]]] = []
+    for event in events:
+        step = event.get("step") or 0
+        if event.get("event") == "resume":
+            told = [entry for entry in told if entry[0] < step]
+        elif event.get("event") == "settings_changed" and step < before:
+            told.append((step, event.get("changes") or {}))
+    found: dict[str, Any] = {}
+    for _, values in told:
+        found = {name: value[0] for name, value in values.items()} | found
+    return found
 
 
 def differences(run: Trained, wanted: Wanted) -> list[Change]:
@@ -89,6 +111,13 @@ def differences(run: Trained, wanted: Wanted) -> list[Change]:
         if run.is_untrained:
             decides = change.kind is Kind.function
         if decides and change.name not in _NAMES:
+            found.append(change)
+    told = {change.name for change in found}
+    ours = dict(leaves(wanted.settings))
+    for name, value in run.earlier.items():
+        decides = kind_of(name) in _DECIDES or name in wanted.varied
+        if decides and name not in told and value != ours.get(name):
+            change = Change(name=name, before=value, now=ours.get(name), kind=kind_of(name))
             found.append(change)
     if run.text and wanted.text and run.text != wanted.text:
         before, now = run.text[:12], wanted.text[:12]

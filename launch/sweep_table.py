@@ -65,6 +65,13 @@ class Result:
     tokens_per_second: float | None = None
 
     @property
+    def objective(self) -> float | None:
+        """What a sweeper that learns is told: the loss on held-out text, or in training."""
+        if self.exit_code != 0:
+            return None
+        return self.training_loss if self.validation_loss is None else self.validation_loss
+
+    @property
     def end(self) -> str:
         """How it ended, in words."""
         code = self.exit_code

@@ -12,7 +12,7 @@ from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
 from moetrain.config import Config, check, refit, resolve
 from moetrain.redaction import redacted_text
 from moetrain.report import render_report
-from moetrain.sweep import sweep
+from moetrain.sweep import SweepInBatches, sweep
 
 
 def train(config: Config) -> int:
@@ -40,7 +40,10 @@ def train(config: Config) -> int:
 
 def main() -> None:
     """The console script."""
-    run_command(train, tree=Config, module="moetrain", files=config_dir(), sweep=sweep, check=check)
+    run_command(
+        train, tree=Config, module="moetrain", files=config_dir(), sweep=sweep,
+        batches=SweepInBatches, check=check,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

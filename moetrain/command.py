@@ -31,6 +31,7 @@ from data_pipeline.standard_streams import outlive_readers
 from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.config import validated
 from moetrain.redaction import redacted_text
+from moetrain.sweep_plugins import USABLE, Batches, SweepEnded, SweepPlugins, demand_usable
 
 Tree = TypeVar("Tree")
 
@@ -63,6 +64,7 @@ def run_command(
     config_name: str = "config",
     sweep: Callable[[list[Combination[Tree]], Path], int] | None = None,
     check: Callable[[Tree], None] | None = None,
+    batches: Callable[[Path], Batches] | None = None,
 ) -> None:
     """Runs `main` with the validated tree of the command line, and exits with its code.
 
@@ -71,7 +73,8 @@ def run_command(
     contradict each other: also where `--cfg` shows them, which ends with the code of a run that
     is refused where they could not be one's. A sweep (`-m`) is handed to `sweep` with the folder
     that Hydra made for it, once every combination is known to be one; without `sweep` it runs
-    `main` once a combination and exits with the worst code.
+    `main` once a combination and exits with the worst code. `batches` begins a sweep of which a
+    sweeper or launcher of others runs the trials, in a folder.
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -84,25 +87,26 @@ def run_command(
     if not files:
         _register_bare(module)
     register(tree, name="schema")
-    only_compose()
+    only_compose(USABLE)
     escape_output()
     codes: list[int] = []
     found: list[Combination[Tree]] = []
     folders: list[Path] = []
+
+    def combination(config: DictConfig) -> Combination[Tree]:
+        overrides = HydraConfig.get().overrides
+        return Combination(
+            overrides=(*_of_files(overrides.hydra), *overrides.task),
+            settings=front.settings(config),
+            flags=line.composing_flags,
+        )
 
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
     def job(config: DictConfig) -> None:
         def compose() -> int:
             hydra_config = HydraConfig.get()
-            overrides = hydra_config.overrides
-            found.append(
-                Combination(
-                    overrides=(*_of_files(overrides.hydra), *overrides.task),
-                    settings=front.settings(config),
-                    flags=line.composing_flags,
-                )
-            )
+            found.append(combination(config))
             if hydra_config.mode == RunMode.MULTIRUN:
                 folders.append(Path(hydra_config.sweep.dir))
             return DONE
@@ -116,7 +120,14 @@ def run_command(
         config_path=str(files or "pkg://hydra.conf"),
         config_name=config_name if files else module,
     )(job)
-    codes.append(front.guarded(lambda: front.compose(entry)))
+    plugins = SweepPlugins(batches, combination=combination, words=sys.argv[1:])
+    try:
+        with plugins.in_force():
+            codes.append(front.guarded(lambda: front.compose(entry)))
+    except SweepEnded as ended:
+        codes.append(ended.code)
+    if plugins.began:
+        raise SystemExit(plugins.close(max(codes)))
     if line.shown_run is not None and not codes[-1]:  # Hydra has printed it, right or not
         sys.argv[1:] = line.shown_run
         codes.append(front.guarded(lambda: front.compose(entry)))
@@ -125,8 +136,8 @@ def run_command(
         worst = max(codes)  # a combination that can't be ends a sweep before any of it begins
         raise SystemExit(worst or front.guarded(partial(sweep, found, folders[0])))
     try:
-        for combination in found:
-            codes.append(front.guarded(partial(main, combination.settings)))
+        for one in found:
+            codes.append(front.guarded(partial(main, one.settings)))
             if codes[-1] == STOPPED:
                 break  # a stop is meant for the whole sweep
     except KeyboardInterrupt:
@@ -202,6 +213,7 @@ class _Front(Generic[Tree]):
     def read(self, words: Sequence[str], *, files: Path | None, name: str) -> int:
         """Looks through a command line; returns the exit code."""
         self.line = read_command_line(words, self._tree, files=files, name=name)
+        demand_usable(self.line.overrides, is_sweep=self.line.is_sweep)
         if self.line.is_sweep:
             demand_no_secrets(words, where="a sweep's settings are written into its multirun.yaml")
         return DONE

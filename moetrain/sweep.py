@@ -4,12 +4,15 @@ Owns that none begins before all are known to be right, and what each is to be t
 which run that is, running the trials and their table to `launch`.
 """
 
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+
+import torch
 
 from data_pipeline import (
     DataError,
@@ -21,7 +24,10 @@ from data_pipeline import (
 from data_pipeline.shell import as_typed, shell_command
 from launch import (
     ClusterError,
+    Elsewhere,
     RayCluster,
+    Result,
+    Sweep,
     Trained,
     Trial,
     Wanted,
@@ -40,8 +46,9 @@ from launch import (
 from moetrain.checkpoint import CheckpointError, CheckpointSettings
 from moetrain.checkpoint.remote import newest_manifest_there
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, Combination
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, STOPPED, Combination
 from moetrain.config import Config, check, resolve
+from moetrain.sweep_plugins import SweepEnded
 from moetrain.train import as_plain
 from moetrain.train.changes import changes
 
@@ -73,15 +80,22 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
     """
     combinations = _once_each(combinations)
     resolved = [_resolved(c.settings) for c in combinations]
+    varied = varied_settings([c.overrides for c in combinations])
     texts = {}
     for config, one in zip(resolved, combinations, strict=True):
         found = shards_or_corpus(one.settings.data)
         texts[str(config.data.dir)] = getattr(found, "fingerprint", None)
-    wanted = _wanted(combinations, resolved, texts, base=f"{datetime.now():%Y%m%d-%H%M%S}")
+    wanted = _wanted(
+        combinations,
+        resolved,
+        texts,
+        base=f"{datetime.now():%Y%m%d-%H%M%S}",
+        differing=_varied(combinations),
+        varied=varied,
+    )
     rows = []
-    for trial, config, one in zip(
-        _trials(combinations, resolved, wanted), resolved, combinations, strict=True
-    ):
+    trials = _trials(combinations, resolved, wanted, varied=varied)
+    for trial, config, one in zip(trials, resolved, combinations, strict=True):
         named = replace(config, run=replace(config.run, name=trial.run_dir.name))
         rows.append((trial, rehearsal_of(named, data=one.settings.data).preview))
     return f"{preview_table(rows)}\ndry run: these could start; nothing was written"
@@ -101,18 +115,147 @@ def planned(combinations: Sequence[Combination[Config]]) -> Iterator[list[Trial]
 
     Raises ConfigError where one of them could not begin.
     """
-    combinations = _once_each(combinations)
-    resolved = [_resolved(c.settings) for c in combinations]
-    texts = _texts([c.settings.data for c in combinations])
-    given = [c.settings.run.name for c in combinations]
-    folders = {Path(config.run.dir) for config in resolved}
     with ExitStack() as stack:
-        base = stack.enter_context(_new_base(folders)) if None in given else ""
-        names = {name or base for name in given}
+        once = _once_each(combinations)
+        varied = varied_settings([combination.overrides for combination in once])
+        yield _Plan(stack).trials(once, varied=varied)
+
+
+class SweepInBatches:
+    """A sweep by a sweeper or launcher of others, which sees each trial as a job with a loss."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = lasting(str(folder))
+        self._held = ExitStack()
+        self._plan = _Plan(self._held, in_batches=True)
+        self._sweep: Sweep | None = None
+
+    def run(
+        self,
+        combinations: Sequence[Combination[Config]],
+        *,
+        varied: Sequence[dict[str, str]],
+        elsewhere: Elsewhere | None,
+    ) -> list[Result]:
+        """Trains a batch, by a launcher if one is given; raises SweepEnded where that is all."""
+        if self._sweep is not None and self._sweep.is_stopped:
+            raise SweepEnded(STOPPED)
+        try:
+            _demand_training(combinations)
+            _demand_room(combinations, elsewhere)
+            once = _once_each(combinations)
+            labels = [varied[combinations.index(one)] for one in once]
+            trials = self._plan.trials(once, varied=labels, elsewhere=elsewhere)
+            if self._sweep is None:
+                places = None if elsewhere else _places(combinations)
+                self._sweep = Sweep(folder=self._folder, places=places)
+        except (ConfigError, DataError) as error:
+            print(f"moetrain: {error}", file=sys.stderr)
+            raise SweepEnded(BAD_CONFIGURATION) from error
+        except (ClusterError, CheckpointError, OSError) as error:
+            print(f"moetrain: {error}", file=sys.stderr)
+            raise SweepEnded(FAILED) from error
+        run = self._sweep
+        results = run.run_elsewhere(trials, elsewhere) if elsewhere else run.run(trials)
+        if run.is_stopped:
+            raise SweepEnded(STOPPED)
+        settings = [one.settings for one in once]
+        return [results[settings.index(one.settings)] for one in combinations]
+
+    def close(self) -> int:
+        """Prints the table of all trials and returns the exit code."""
+        self._held.close()
+        return self._sweep.close() if self._sweep is not None else DONE
+
+
+def _demand_training(combinations: Sequence[Combination[Config]]) -> None:
+    if any(combination.settings.dry_run for combination in combinations):
+        raise ConfigError(
+            "dry_run",
+            "true",
+            "trains nothing that a sweeper could learn from, or a launcher start: leave out "
+            "hydra/sweeper and hydra/launcher, with single values or lists of them",
+        )
+
+
+def _demand_room(combinations: Sequence[Combination[Config]], elsewhere: Elsewhere | None) -> None:
+    """Raises ConfigError where trials beside each other would take each other's devices."""
+    if elsewhere is None or elsewhere.num_at_once < 2:
+        return
+    for one in combinations:
+        if one.settings.run.device != "cpu" and torch.cuda.is_available():
+            raise ConfigError(
+                "hydra/launcher",
+                "joblib",
+                "each of the trials that it starts beside each other would take every GPU of this "
+                "machine: leave it out, run ray start --head, and give launch.address=auto "
+                "launch.num_workers=1, which gives each trial GPUs of its own; or "
+                "hydra.launcher.n_jobs=1",
+            )
+        if cluster_address(one.settings.launch) and one.settings.launch.mode != "inline":
+            raise ConfigError(
+                "hydra/launcher",
+                "joblib",
+                "trials that it starts beside each other would wait for each other's places on "
+                "the Ray cluster: leave it out, and as many run at once as there is room for",
+            )
+
+
+class _Plan:
+    """What the trials of a sweep are to be trained with, and the names that are held for them."""
+
+    def __init__(self, held_names: ExitStack, *, in_batches: bool = False) -> None:
+        self._held = held_names
+        self._in_batches = in_batches
+        self._base: str | None = None
+        self._names: set[tuple[Path, str]] = set()
+        self._first: Combination[Config] | None = None
+        self._varied: set[str] = set()
+        self._trials: list[Trial] = []
+
+    def trials(
+        self,
+        combinations: Sequence[Combination[Config]],
+        *,
+        varied: Sequence[dict[str, str]],
+        elsewhere: Elsewhere | None = None,
+    ) -> list[Trial]:
+        """Returns the trials of some combinations; ConfigError where one could not begin.
+
+        `varied` are the values that each is called by.
+        """
+        resolved = [_resolved(c.settings, elsewhere) for c in combinations]
+        texts = _texts([c.settings.data for c in combinations])
+        self._hold(combinations, {Path(config.run.dir) for config in resolved})
+        self._first = self._first or combinations[0]
+        self._varied |= _varied([self._first, *combinations])
+        wanted = _wanted(
+            combinations, resolved, texts, base=self._base or "", differing=self._varied,
+            varied=varied, in_batches=self._in_batches,
+        )  # fmt: skip
+        ours = {trial.run_dir: trial for trial in self._trials}
+        found = _trials(
+            combinations, resolved, wanted, varied=varied, first=len(self._trials) + 1,
+            taken=[trial.run_dir.name for trial in self._trials],
+            threads=_threads(resolved, elsewhere),
+        )  # fmt: skip
+        # What a sweeper suggests again is the trial that it was.
+        found = [
+            replace(t, number=ours[t.run_dir].number) if t.run_dir in ours else t for t in found
+        ]
+        self._trials += [trial for trial in found if trial.run_dir not in ours]
+        return found
+
+    def _hold(self, combinations: Sequence[Combination[Config]], folders: Collection[Path]) -> None:
+        """Keeps other sweeps off the names that the combinations give, from now on."""
+        given = [c.settings.run.name for c in combinations]
+        if None in given and self._base is None:
+            self._base = self._held.enter_context(_new_base(folders))
+        names = [name or self._base or "" for name in given]
         for folder in sorted(folders):
-            stack.enter_context(held(folder / "sweeps", names))
-        wanted = _wanted(combinations, resolved, texts, base=base)
-        yield _trials(combinations, resolved, wanted)
+            new = {name for name in names if (folder, name) not in self._names}
+            self._held.enter_context(held(folder / "sweeps", new))
+            self._names |= {(folder, name) for name in new}
 
 
 def _wanted(
@@ -121,19 +264,24 @@ def _wanted(
     texts: Mapping[str, str | None],
     *,
     base: str,
+    differing: Collection[str],
+    varied: Sequence[Mapping[str, str]],
+    in_batches: bool = False,
 ) -> list[Wanted]:
+    """Returns what each combination is to be trained with; `base` names those without a name."""
     names = [c.settings.run.name or base for c in combinations]
-    varied = _varied(combinations)
+    several = len(set(names)) > 1
+    own = [_holds_values(c, values) for c, values in zip(combinations, varied, strict=True)]
     return [
         Wanted(
             name=name,
             settings=as_plain(config),
             text=texts[str(config.data.dir)],
-            varied=varied,
-            may_be_bare=name != base,
-            is_named=len(set(names)) > 1 or _holds_values(c),
+            varied=frozenset(differing),
+            may_be_bare=holds_values or not (name == base or in_batches),
+            is_named=not in_batches and (several or holds_values),
         )
-        for name, config, c in zip(names, resolved, combinations, strict=True)
+        for name, config, holds_values in zip(names, resolved, own, strict=True)
     ]
 
 
@@ -149,7 +297,9 @@ def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[
     return kept
 
 
-def _resolved(config: Config) -> Config:
+def _resolved(config: Config, elsewhere: Elsewhere | None = None) -> Config:
+    if elsewhere is not None and not elsewhere.num_at_once:
+        return _resolved_there(config, elsewhere.num_workers)
     check(config)
     plan = choose_plan(config.launch, device=config.run.device)
     if external := plan.external:
@@ -161,6 +311,28 @@ def _resolved(config: Config) -> Config:
             "start it without that launcher, on a Ray cluster for several nodes",
         )
     return resolve(config, num_workers=plan.num_workers, now=datetime.now())
+
+
+def _resolved_there(config: Config, num_workers: int | None) -> Config:
+    """Returns a trial's settings on another machine, of which this one knows no devices."""
+    model, run = config.model, config.run
+    unknown = replace(
+        config,
+        model=replace(model, experts=replace(model.experts, backend="auto")),
+        run=replace(run, device="auto"),
+    )
+    number = num_workers or config.launch.num_workers or 1
+    found = resolve(unknown, num_workers=number, now=datetime.now())
+    return replace(found, model=model, run=replace(found.run, device=run.device))
+
+
+def _threads(resolved: Sequence[Config], elsewhere: Elsewhere | None) -> int | None:
+    """Returns the threads of each rank where trials share this machine's cores unasked."""
+    at_once = min(elsewhere.num_at_once, len(resolved)) if elsewhere else 0
+    if at_once < 2 or any(config.run.threads_per_rank for config in resolved):
+        return None
+    ranks = at_once * max(config.launch.num_workers or 1 for config in resolved)
+    return max(1, (os.cpu_count() or 1) // ranks)
 
 
 def _texts(settings: Sequence[DataSettings]) -> dict[str, str]:
@@ -181,9 +353,10 @@ def _varied(combinations: Sequence[Combination[Config]]) -> set[str]:
     return names - {"run.name", "run.dir"}
 
 
-def _holds_values(combination: Combination[Config]) -> bool:
+def _holds_values(combination: Combination[Config], varied: Mapping[str, str]) -> bool:
+    """Returns whether a trial's name is its own: given for it, or made of values."""
     names = [o for o in combination.overrides if o.lstrip("+").startswith("run.name=")]
-    return any("${" in name for name in names)
+    return "run.name" in varied or any("${" in name for name in names)
 
 
 @contextmanager
@@ -209,13 +382,17 @@ def _trials(
     combinations: Sequence[Combination[Config]],
     resolved: Sequence[Config],
     wanted: Sequence[Wanted],
+    *,
+    varied: Sequence[dict[str, str]],
+    first: int = 1,
+    taken: Collection[str] = (),
+    threads: int | None = None,
 ) -> list[Trial]:
-    names = _assigned(resolved, wanted)
-    varied = varied_settings([combination.overrides for combination in combinations])
+    names = _assigned(resolved, wanted, taken=taken)
     return [
         Trial(
             number=number,
-            varied=varied[number - 1],
+            varied=varied[number - first],
             command=(
                 *combination.flags,
                 *combination.overrides,
@@ -223,18 +400,21 @@ def _trials(
                 f"run.dir={as_typed(config.run.dir)}",
                 "launch.wait_for_nodes_seconds="
                 f"{max(config.launch.wait_for_nodes_seconds, TRIAL_WAIT_SECONDS)}",
+                *([f"run.threads_per_rank={threads}"] if threads else []),
             ),
             run_dir=Path(config.run.dir, name),
             num_workers=config.launch.num_workers or 1,
             wanted=one,
         )
         for number, (combination, config, one, name) in enumerate(
-            zip(combinations, resolved, wanted, names, strict=True), start=1
+            zip(combinations, resolved, wanted, names, strict=True), start=first
         )
     ]
 
 
-def _assigned(resolved: Sequence[Config], wanted: Sequence[Wanted]) -> list[str]:
+def _assigned(
+    resolved: Sequence[Config], wanted: Sequence[Wanted], *, taken: Collection[str]
+) -> list[str]:
     """Returns the name of each trial's run; tells where one begins that a user may not expect."""
     names: dict[int, str] = {}
     for folder in dict.fromkeys(config.run.dir for config in resolved):
@@ -242,7 +422,7 @@ def _assigned(resolved: Sequence[Config], wanted: Sequence[Wanted]) -> list[str]
         ours = [wanted[i] for i in here]
         uploads = {resolved[i].checkpoint.upload_to: resolved[i].checkpoint for i in here}
         runs = _runs(Path(folder), ours, [u for at, u in uploads.items() if at is not None])
-        for i, name in zip(here, assign(ours, runs), strict=True):
+        for i, name in zip(here, assign(ours, runs, taken=taken), strict=True):
             names[i] = name
             if told := nearest_other(name, wanted[i], runs):
                 print(f"moetrain: {told}", file=sys.stderr)
@@ -266,7 +446,7 @@ def _runs(
     )
 
 
-def _places(combinations: list[Combination[Config]]) -> int | None:
+def _places(combinations: Sequence[Combination[Config]]) -> int | None:
     """Returns the number of ranks that there is room for at once; None without a cluster."""
     settings = combinations[0].settings.launch
     address = cluster_address(settings)

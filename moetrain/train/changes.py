@@ -120,7 +120,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
     A setting that one of them lacks has its default there: it may be of an older version.
     """
-    ours, theirs = dict(_leaves(now)), dict(_leaves(before))
+    ours, theirs = dict(leaves(now)), dict(leaves(before))
     known = {"seed": 0} | {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
     found = []
     for name in dict.fromkeys([*ours, *theirs]):
@@ -152,11 +152,12 @@ def shown(value: Any) -> str:
     return as_typed(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each setting of a plain configuration by its name, with its value."""
     for key, value in plain.items():
         name = f"{path}.{key}".lstrip(".")
         if isinstance(value, Mapping):
-            yield from _leaves(value, name)
+            yield from leaves(value, name)
         else:
             yield name, value
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -65,7 +66,14 @@ class Sweeps:
         """Writes what a run leaves that was killed before its first checkpoint."""
         self._write(run, self._resolved(run, **values))
 
-    def train(self, run: str, step: int = 8, text: str = "", **values: Any) -> None:
+    def train(
+        self,
+        run: str,
+        step: int = 8,
+        text: str = "",
+        events: Sequence[dict[str, Any]] = (),
+        **values: Any,
+    ) -> None:
         """Writes what a run leaves that has come to a step."""
         config = self._resolved(run, **values)
         self._write(run, config)
@@ -75,9 +83,9 @@ class Sweeps:
             step=step, state={"step": step, "data": text}, config=as_plain(config), mesh={},
             tensors={}, read=lambda *_: torch.empty(0),
         )  # fmt: skip
-        lines = [{"event": "start"}, {"event": "finish" if step == 8 else "stop"}]
-        events = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.folder / "runs" / run / "events.jsonl").write_text(events)
+        last = {"event": "finish" if step == 8 else "stop"}
+        lines = "".join(json.dumps(line) + "\n" for line in ({"event": "start"}, *events, last))
+        (self.folder / "runs" / run / "events.jsonl").write_text(lines)
         record = {"step": step, "train/cross_entropy": 2.0, "validation/loss": 1.5}
         (self.folder / "runs" / run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
@@ -183,6 +191,16 @@ def test_a_run_is_what_its_checkpoint_says_and_not_a_file_that_was_rewritten(
     sweeps.train("s-1", optim__lr=1e-3)
     sweeps.begin("s-1", optim__lr=3e-2)
     assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-1"]
+
+
+def test_a_run_that_went_on_with_other_settings_is_neither_trial_s(sweeps: Sweeps) -> None:
+    """By hand, from step 3 on; and one that went back to its own settings there."""
+    changed = {"event": "settings_changed", "step": 3, "changes": {"optim.lr": [1e-3, 3e-2]}}
+    resumed = {"event": "resume", "step": 3}
+    sweeps.train("s-1", optim__lr=3e-2, events=[resumed, changed])
+    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-3"]
+    sweeps.train("s-4", optim__lr=1e-3, events=[resumed, changed, resumed])
+    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-4"]
 
 
 def test_another_text_makes_another_trial(sweeps: Sweeps) -> None:
