@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # ranks are the main job, not
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave a CPU rank's CUDA alone
 
 import ray
+import ray._private.ray_constants as ray_constants
 from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
@@ -38,6 +39,7 @@ from launch.node_agent import NodeAgent
 from launch.placement import Node, Share
 from launch.ray_access import demand_access, only_this_user
 from moetrain.checks import ConfigError, demand_no_secrets
+from moetrain.own_packages import are_shadowed
 from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
 
@@ -50,6 +52,7 @@ LOOK_SECONDS = 2.0
 START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
 LEASE_LOOKS = 4  # a lease
+_SETUP = ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 SUDDENLY = "died unexpectedly before finishing this task"  # Ray's word for a process that is gone
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
@@ -128,6 +131,9 @@ class RayCluster:
             "ignore_reinit_error": True,
         }
         environment = environment or Environment(shown={}, secret={})
+        if are_shadowed():  # Ray has its workers look into this folder first
+            shown = {_SETUP: "moetrain.own_packages.find_own_packages", **environment.shown}
+            environment = replace(environment, shown=shown)
         local = address in (None, "", "local")
         with ExitStack() as closing, _own_signals():
             try:
