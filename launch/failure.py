@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import DataError, UnavailableError
-from moetrain.checkpoint import CheckpointError, StorageError, is_passing
+from moetrain.checkpoint import CheckpointError, StorageError, is_passing, with_way_out
 from moetrain.checks import ConfigError
 from moetrain.train import TrainingError
 
@@ -43,7 +43,7 @@ class Failure:
 
 def classify(error: BaseException) -> Failure:
     """Returns what an exception on a rank means for the run."""
-    reason = f"{type(error).__name__}: {error}"
+    reason = with_way_out(f"{type(error).__name__}: {error}", error)
     # Nothing that another attempt must meet again.
     if isinstance(error, UnavailableError | StorageError):
         return Failure(kind="service", reason=str(error))

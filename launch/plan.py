@@ -10,6 +10,7 @@ import torch
 from data_pipeline.settings import home_folder
 from launch.environment import for_ranks
 from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
+from launch.folders import demand_ray_folder, settle_temporary_folder
 from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
 
@@ -28,8 +29,10 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     """Returns the plan that the settings and the environment mean.
 
     Variables of the environment, such as RANK and WORLD_SIZE, say that another launcher has
-    started the ranks. Raises ConfigError where the settings contradict that, or themselves.
+    started the ranks. Raises ConfigError where the settings contradict that, or themselves, and
+    where a Ray of the run's own couldn't have its folder. TMPDIR then is one that is there.
     """
+    settle_temporary_folder()
     wanted = settings.num_workers
     for_ranks(os.environ, cluster_env={}, pass_env=settings.pass_env)  # refuses what isn't set
     if external := external_rank(os.environ):
@@ -51,6 +54,8 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
         wanted = wanted or cluster.fitting_workers()
     wanted = wanted or _local_workers(device)
     alone = settings.mode == "auto" and wanted == 1 and not address
+    if not alone and not address:
+        demand_ray_folder()
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -34,6 +34,7 @@ from launch.dry_run import in_use
 from launch.environment import for_ranks
 from launch.external import ExternalRank, external_rank, meeting_point
 from launch.failure import classify
+from launch.folders import try_folder
 from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
@@ -42,6 +43,7 @@ from moetrain.checkpoint import (
     Manifest,
     Save,
     replace_text,
+    with_way_out,
 )
 from moetrain.checkpoint.remote import (
     fetch_newer,
@@ -166,7 +168,7 @@ def _run(
                 outcome = _run_on_ray(config, display, stop, refit=refit)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event("fail", reason=str(error))
-        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(with_way_out(str(error), error))}", file=sys.stderr)
         return FAILED
     return _close_run(config, outcome, prepared.shards, report)
 
@@ -506,24 +508,7 @@ def demand_folder(run_dir: Path) -> None:
     Shards may take hours to be built, and are no use to such a run.
     """
     with _named(run_dir):
-        if run_dir.is_dir():
-            with tempfile.TemporaryFile(dir=run_dir):
-                os.listdir(run_dir)
-            return
-        with ExitStack() as made:
-            for folder in [p for p in (run_dir, *run_dir.parents) if not p.is_dir()][::-1]:
-                try:
-                    folder.mkdir()
-                except FileExistsError:
-                    if not folder.is_dir():  # else another command has just begun there
-                        raise
-                else:
-                    made.callback(_remove_empty, folder)
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # another command has begun there
-        folder.rmdir()
+        try_folder(run_dir)
 
 
 @contextmanager

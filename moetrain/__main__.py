@@ -6,7 +6,7 @@ from functools import partial
 
 from data_pipeline import DataError
 from launch import ClusterError, choose_plan, dry_run, start
-from moetrain.checkpoint import CheckpointError
+from moetrain.checkpoint import CheckpointError, with_way_out
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
 from moetrain.config import Config, check, refit, resolve
@@ -34,7 +34,7 @@ def train(config: Config) -> int:
         print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
         return BAD_CONFIGURATION
     except (ClusterError, CheckpointError, OSError) as error:
-        print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
+        print(f"moetrain: {redacted_text(with_way_out(str(error), error))}", file=sys.stderr)
         return FAILED
 
 

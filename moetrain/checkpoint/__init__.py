@@ -12,6 +12,7 @@ from moetrain.checkpoint.folders import (
     read_latest,
     replace_text,
     staged_folder,
+    with_way_out,
 )
 from moetrain.checkpoint.manifest import (
     CheckpointError,
@@ -53,5 +54,6 @@ __all__ = [
     "staged_folder",
     "verify_all",
     "verify_files",
+    "with_way_out",
     "write_checkpoint",
 ]

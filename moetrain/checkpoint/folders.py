@@ -324,8 +324,19 @@ def demand_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         needed, left = num_bytes / 2**20, free / 2**20
         raise OSError(
-            errno.ENOSPC, f"No space left: {needed:.1f} MiB are needed, {left:.1f} MiB are free"
+            errno.ENOSPC,
+            f"No space left: {needed:.1f} MiB are needed, {left:.1f} MiB are free in {folder}",
         )
+
+
+def with_way_out(reason: str, error: BaseException | None) -> str:
+    """Returns why something of a run can't be written, and what to do where its disk is full."""
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return reason
+    return (
+        f"{reason}; make room there, keep fewer checkpoints (checkpoint.keep_last, 2 at least), or "
+        "move the run's folder to another disk and give run.dir, and start the same command again"
+    )
 
 
 def replace_text(path: Path, text: str) -> None:

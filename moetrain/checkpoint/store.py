@@ -39,6 +39,7 @@ from moetrain.checkpoint.folders import (
     staged_folder,
     sync_folder,
     to_delete,
+    with_way_out,
 )
 from moetrain.checkpoint.manifest import (
     Block,
@@ -420,4 +421,5 @@ class _Trouble(NamedTuple):
 def _trouble(failure: Exception | None) -> _Trouble | None:
     if failure is None:
         return None
-    return _Trouble(passes=is_passing(failure), reason=f"{type(failure).__name__}: {failure}")
+    reason = with_way_out(f"{type(failure).__name__}: {failure}", failure)
+    return _Trouble(passes=is_passing(failure), reason=reason)

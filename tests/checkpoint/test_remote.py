@@ -717,7 +717,9 @@ def test_too_little_room_is_said_before_anything_is_downloaded(
     os.truncate(folder / "huge", size)
     huge = {"huge": FileEntry(size=size, xxh3_128="")}
     write_manifest(folder, step=100, attempt=1, files=huge)
-    with pytest.raises(CheckpointError, match=r"to .*there: .*No space left: .* are needed"):
+    with pytest.raises(
+        CheckpointError, match=r"to .*there: .*No space left: .* are needed.* run\.dir"
+    ):
         fetch(on_disk, tmp_path / "there")
 
 

@@ -205,6 +205,8 @@ def test_a_full_disk_is_foreseen_before_anything_is_written(tmp_path: Path) -> N
     short, enough = run_ranks(foresee, 2, tmp_path)[1]
     assert "checkpoint of step 2" in short
     assert "No space left: 0.0 MiB are needed, 0.0 MiB are free" in short
+    assert "checkpoint.keep_last" in short
+    assert "run.dir" in short
     assert enough is None
     assert saved_steps(tmp_path) == [3, 1]
     assert not list(tmp_path.glob("staged_*"))

@@ -1,6 +1,7 @@
 """What an exception on a rank means for the run."""
 
 import errno
+import os
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_an_error_is_tried_again_only_where_that_can_help(error: Exception, kind
     failure = classify(error)
     assert failure.kind == kind
     assert failure.is_final == (kind == "error")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_settings_that_make_room(number: int) -> None:
+    reason = classify(OSError(number, os.strerror(number), "runs/a/metrics.jsonl")).reason
+    assert "runs/a/metrics.jsonl" in reason
+    assert "checkpoint.keep_last" in reason
+    assert "run.dir" in reason
 
 
 def test_torch_says_no_memory_as_it_is_known_here() -> None:

@@ -11,7 +11,14 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moetrain.checkpoint.folders import Save, demand_space, in_order, remove, sync_folder
+from moetrain.checkpoint.folders import (
+    Save,
+    demand_space,
+    in_order,
+    remove,
+    sync_folder,
+    with_way_out,
+)
 from moetrain.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -72,7 +79,8 @@ def fetch_newest(
                 rejected(f"{remote.location}/{remote_name(save)}", str(error))
     except OSError as error:
         raise CheckpointError(
-            f"no checkpoint of {remote.location} can be brought to {directory}: {error}"
+            f"no checkpoint of {remote.location} can be brought to {directory}: "
+            f"{with_way_out(str(error), error)}"
         ) from error
     return None
 

@@ -1,0 +1,85 @@
+"""Whether folders can be had before anything starts: a run's, that of temporary files, Ray's."""
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from moetrain.checks import ConfigError
+
+# The kernel's limit on a socket's path, and the longest that Ray makes below its folder.
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+_MOST_PID = 4194304
+
+
+def try_folder(folder: Path) -> None:
+    """Raises OSError where a folder can't be made or written to; leaves none behind."""
+    if folder.is_dir():
+        with tempfile.TemporaryFile(dir=folder):
+            os.listdir(folder)
+        return
+    with ExitStack() as made:
+        for part in [p for p in (folder, *folder.parents) if not p.is_dir()][::-1]:
+            try:
+                part.mkdir()
+            except FileExistsError:
+                if not part.is_dir():  # else another command has just begun there
+                    raise
+            else:
+                made.callback(_remove_empty, part)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another command has begun there
+        folder.rmdir()
+
+
+def settle_temporary_folder() -> None:
+    """Has this process and those it starts put temporary files where they can be.
+
+    Python by itself takes another folder than a TMPDIR that isn't there, without a word, and Ray
+    ends. Raises ConfigError where there is none at all.
+    """
+    given = os.environ.get("TMPDIR")
+    try:
+        usable = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "TMPDIR",
+            given,
+            "no folder can be written to for temporary files (they are full, or not yours: "
+            f"{error.strerror}): make room, or set TMPDIR to a folder of yours",
+        ) from error
+    if given and os.path.abspath(given) != usable:
+        print(
+            f"moetrain: TMPDIR={given} isn't a folder that can be written to: temporary files go "
+            f"to {usable}; make it, or set TMPDIR to one that is there",
+            file=sys.stderr,
+        )
+        os.environ["TMPDIR"] = usable
+
+
+def demand_ray_folder() -> None:
+    """Raises ConfigError where a Ray that is started here couldn't have its folder of sockets."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")  # Ray's own rule
+    if len(os.fsencode(os.path.join(folder, _SOCKET.format(pid=os.getpid())))) > _SOCKET_BYTES:
+        most = _SOCKET_BYTES - len("/" + _SOCKET.format(pid=_MOST_PID))
+        raise ConfigError(
+            name,
+            folder,
+            f"Ray puts sockets below this folder, and of {len(os.fsencode(folder))} bytes it is "
+            f"too long for them (the system lets a socket's path have {_SOCKET_BYTES}): use one of "
+            f"at most {most}, such as RAY_TMPDIR=/tmp",
+        )
+    try:
+        try_folder(Path(folder))
+    except OSError as error:
+        raise ConfigError(
+            name,
+            folder,
+            f"Ray can't have its folder there ({(error.strerror or str(error)).lower()}): use one "
+            "that you may write to, such as RAY_TMPDIR=/tmp",
+        ) from error
