@@ -403,6 +403,7 @@ def _run_external(
         code = DONE if outcome.finished else STOPPED
         if prepared:
             code = _close_run(config, outcome, prepared.shards, report)
+        dist.barrier()  # their launcher ends all of them once one has left with another code than 0
     except Exception as error:
         print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
     _leave(code)

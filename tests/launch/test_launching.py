@@ -399,6 +399,32 @@ def test_torchrun_trains_the_same_and_goes_on(
     assert "from step 60 on: train.num_steps 60 → 62, optim.lr" in more.stderr
 
 
+def test_a_warning_to_torchruns_ranks_saves_and_all_leave_together(
+    tmp_path: Path, shards: Path
+) -> None:
+    """torchrun ends the others as soon as one has left with 75; its own code is then 1."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = ["-m", "moetrain", *TINY, f"data.dir={shards}", "train.num_steps=100000"]
+    with subprocess.Popen(
+        [sys.executable, *launcher, *run], cwd=tmp_path, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(reached(tmp_path, 3), "step 3")
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for rank in children:
+                os.kill(int(rank), signal.SIGUSR1)
+            output, errors = process.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert len(children) == 2
+    assert len(re.findall(r"exitcode *: 75 ", errors)) == 2, errors
+    assert output.count("next      the same command with run.name=tiny goes on") == 1
+    assert kinds(tmp_path)[-1] == "stop"
+    assert (tmp_path / "runs/tiny/report.html").is_file()
+
+
 def test_inline_and_two_ranks_see_the_same_tokens(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
