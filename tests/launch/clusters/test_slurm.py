@@ -102,10 +102,45 @@ class Slurm:
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)["JobState"]
 
 
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[Slurm]:
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     with hosts(2) as members:
-        yield Slurm(tmp_path, members)
+        yield Slurm(tmp_path_factory.mktemp("slurm"), members)
+
+
+def test_tasks_of_srun_on_two_nodes_are_the_ranks_of_one_run(slurm: Slurm, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    run = [
+        sys.executable, "-m", "moetrain", *TINY, f"data.dir={shards}", f"run.dir={tmp_path}/runs",
+        "launch.num_workers=3", "model.num_experts=3", "train.global_batch_size=6",
+        "train.num_steps=6",
+    ]  # fmt: skip
+    # Two tasks on one node, and one on the other.
+    said = slurm.run(slurm.head, "srun", "--nodes=2", "--ntasks=3", "--distribution=cyclic", *run)
+    assert said.count("tokens/s (median)") == 1
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert [e["event"] for e in events_of(tmp_path)].count("start") == 1
+    logs = sorted(log.name for log in (tmp_path / "runs/tiny/logs").glob("rank_*.log"))
+    assert logs == ["rank_000.log", "rank_001.log", "rank_002.log"]
+
+
+def test_a_command_that_sbatch_runs_itself_is_one_process(slurm: Slurm, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    look = tmp_path / "look.py"
+    look.write_text(
+        "import os; from launch.external import external_rank; "
+        "print(os.environ['SLURM_NTASKS'], external_rank(os.environ))"
+    )
+    slurm.run(
+        slurm.head,
+        "sbatch",
+        "--wait",
+        "--nodes=2",
+        "--ntasks=4",
+        f"--output={log}",
+        f"--wrap=PYTHONPATH={ROOT} {sys.executable} {look}",
+    )
+    assert log.read_text() == "4 None\n"
 
 
 def test_a_job_on_two_nodes_saves_when_its_time_is_up_and_goes_on(
