@@ -122,6 +122,27 @@ def test_a_rank_killed_while_it_starts_is_replaced(
     assert metrics_of(tmp_path) == undisturbed
 
 
+def test_a_users_launch_beside_a_run_is_run_by_no_rank(
+    tmp_path: Path,
+    shards: Path,
+    undisturbed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ros = tmp_path / "ros/launch/__init__.py"
+    ros.parent.mkdir(parents=True)
+    ros.write_text("raise RuntimeError('the package of ROS')")
+    for name in ("launch.py", "data_pipeline.py"):
+        (tmp_path / name).write_text("raise RuntimeError('a script of the user')")
+    monkeypatch.setenv("PYTHONPATH", str(ros.parents[1]))
+    done = moetrain(tmp_path, shards, *RAY)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path) == undisturbed
+    swept = moetrain(
+        tmp_path, shards, "launch.mode=inline", "-m", "optim.lr=1e-3,2e-3", "train.num_steps=6"
+    )
+    assert swept.returncode == 0, swept.stderr
+
+
 @pytest.mark.parametrize(
     ("mode", "stop"),
     [
