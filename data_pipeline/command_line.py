@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import GrammarParseError
 from omegaconf.grammar_parser import parse
@@ -127,8 +128,36 @@ def values_of(text: str) -> list[str]:
     """
     choice = _CHOICE.fullmatch(text)
     parts = _cut(choice[1] if choice else text)
-    is_one = not choice and all("=" in part for part in parts)
+    is_one = not choice and all("=" in p and not _QUOTED.fullmatch(p.strip()) for p in parts)
     return [text] if is_one else [part.strip() for part in parts]
+
+
+def as_one_run(override: str) -> str:
+    """Returns a word that Hydra has made for a run of a sweep, as a command line reads it.
+
+    Hydra escapes what is special to its grammar, and a command line takes a text as it stands.
+    """
+    if "\\" not in override:
+        return override
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:  # of a sweeper of others, which may not escape
+        return override
+    if parsed.is_delete() or parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={_in_quotes(parsed._value)}"
+
+
+def _in_quotes(value: Any) -> str:
+    """Returns a value with every text in it that Hydra would escape in quotes instead."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_in_quotes, value))}]"
+    if isinstance(value, dict):
+        key = Override._get_value_element_as_str
+        return f"{{{','.join(f'{key(k)}:{_in_quotes(part)}' for k, part in value.items())}}}"
+    if isinstance(value, QuotedString) or not isinstance(value, str):
+        return Override._get_value_element_as_str(value)
+    return value if "\\" not in Override._get_value_element_as_str(value) else quoted_as_is(value)
 
 
 def explained(override: str, tree: type[Any], *, reason: str) -> str:

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.command_line import CommandLine, read_command_line, values_of
+from data_pipeline.command_line import CommandLine, as_one_run, read_command_line, values_of
 from data_pipeline.composition import only_compose
 from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings_files import SettingsFiles
@@ -96,7 +96,7 @@ def run_command(
     def combination(config: DictConfig) -> Combination[Tree]:
         overrides = HydraConfig.get().overrides
         return Combination(
-            overrides=(*_of_files(overrides.hydra), *overrides.task),
+            overrides=(*_of_files(overrides.hydra), *map(as_one_run, overrides.task)),
             settings=front.settings(config),
             flags=line.composing_flags,
         )

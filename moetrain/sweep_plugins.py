@@ -27,7 +27,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from data_pipeline.command_line import as_one_run
 from data_pipeline.composition import PLUGINS
+from data_pipeline.shell import unquoted
 from launch import Elsewhere, Result, Trial, run_trial
 from moetrain.checks import ConfigError
 
@@ -342,8 +344,8 @@ class _TrialLauncher(Launcher):
         given = OverridesParser.create().parse_overrides(list(self._config.hydra.overrides.task))
         keys = {o.get_key_element() for o in given if o.is_sweep_override()}
         keys |= {str(key) for key in self._config.hydra.sweeper.get("params") or {}}
-        pairs = (override.partition("=") for override in overrides)
-        return {key.lstrip("+"): value for key, _, value in pairs if key in keys}
+        pairs = (as_one_run(override).partition("=") for override in overrides)
+        return {key.lstrip("+"): unquoted(value) for key, _, value in pairs if key in keys}
 
     def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))

@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from data_pipeline.command_line import (
     CommandLineError,
+    as_one_run,
     explained,
     read_command_line,
     values_of,
 )
+from data_pipeline.shell import as_typed, quoted
 from tests.data_pipeline.test_shell import ODD_TEXTS
+
+URLS = ["file:///tmp/x", "s3://lab/runs (new)", "lr=1e-3", "a\\b:c", "[a:b]"]
 
 
 class Kind(StrEnum):
@@ -192,3 +198,38 @@ def test_a_plus_is_left_out_only_where_a_choice_replaces_another(tmp_path: Path)
 )
 def test_a_word_that_hydra_cannot_read_is_told_the_form_to_type(override: str, said: str) -> None:
     assert said in explained(override, Tree, reason="mismatched input")
+
+
+def runs_of(*words: str) -> list[list[str]]:
+    """Returns the words that a sweep of these starts each run with."""
+    line = read_command_line(["-m", *words], Tree)
+    given = OverridesParser.create().parse_overrides(list(line.overrides))
+    [runs] = BasicSweeper.split_arguments(given, None)
+    return [[as_one_run(word) for word in run] for run in runs]
+
+
+def read_as_text(word: str) -> str:
+    config = OmegaConf.create({"x": ""})
+    config.x = value(word)[1]
+    return str(config.x)
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, *URLS])
+def test_a_run_of_a_sweep_reads_a_text_as_it_was_typed(text: str) -> None:
+    several = f"to={quoted(text)},{quoted(text)}"
+    for words in ([f"to={as_typed(text, swept=True)}"], [several]):
+        for run in runs_of("part.size=1,2", *words):
+            assert read_as_text(run[1]) == text
+    [[listed]] = runs_of(f"names=[{quoted(text)},b]")
+    read = OmegaConf.to_container(OmegaConf.create({"x": value(listed)[1]}), resolve=True)
+    assert read == {"x": [text, "b"]}
+
+
+def test_a_run_of_a_sweep_keeps_lists_dictionaries_and_references() -> None:
+    [[names, env, weights, size]] = runs_of(
+        "names=[a:b,c d]", "env={A:file:///x,B:b}", "weights={a:1.5}", "to=${part.size}/a:b"
+    )
+    assert value(names) == ("names", ["a:b", "c d"])
+    assert value(env) == ("env", {"A": "file:///x", "B": "b"})
+    assert value(weights) == ("weights", {"a": 1.5})
+    assert value(size) == ("to", "${part.size}/a:b")
