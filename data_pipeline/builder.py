@@ -62,6 +62,9 @@ from data_pipeline.unfinished import (
     unfinished_build,
 )
 
+# What stands before the names of a build's settings in a run's.
+_OF_A_RUN = "data."
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
@@ -82,7 +85,7 @@ def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFold
         return open_folder(settings)
     build = _build_of(settings)
     is_new = not Path(build.to, INDEX_NAME).exists()
-    shards = build_shards(build, progress=progress)
+    shards = build_shards(build, progress=progress, prefix=_OF_A_RUN)
     for source in shards.index.sources if is_new else ():
         if any(source.num_left_out.values()) or source.unknown_endings:
             tell(f"{source.name}: {reading_report(asdict(source))}", shown=progress)
@@ -94,10 +97,10 @@ def shards_or_corpus(settings: DataSettings) -> ShardFolder | Corpus:
     if settings.dir is not None:
         return open_folder(settings)
     build = _build_of(settings)
-    existing = existing_shards(build)
+    existing = existing_shards(build, prefix=_OF_A_RUN)
     if existing is not None and not hidden_folder(build.to).exists():
         return existing
-    (corpus,) = _corpora(build).values()
+    (corpus,) = _corpora(build, prefix=_OF_A_RUN).values()
     return corpus
 
 
@@ -122,13 +125,15 @@ def open_folder(settings: DataSettings) -> ShardFolder:
     )
 
 
-def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFolder:
+def build_shards(
+    settings: BuildSettings, *, progress: bool = True, prefix: str = ""
+) -> ShardFolder:
     """Makes the shard folder `settings.to`, or opens it where it is there and the same.
 
     The same text and settings give the same bytes in every file but `text.json`, which has the
     times of the text's files, whatever the number of processes and however often the build was
     stopped and started again. The folder is built in a hidden one beside its place and renamed when
-    complete.
+    complete. `prefix` is what stands before the names of settings where they were given: `data.`.
 
     Raises DataError for a corpus or tokenizer there is none of, a source without documents to
     train on, and a place that holds something else, or shards whose text has changed since, unless
@@ -137,14 +142,14 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
     demand_guarded_script()
     say = partial(tell, shown=progress)
     folder = Path(settings.to).absolute()
-    existing = existing_shards(settings, progress=progress)
+    existing = existing_shards(settings, progress=progress, prefix=prefix)
     if existing is not None and not hidden_folder(folder).exists():
         return existing
-    corpora = _corpora(settings)
+    corpora = _corpora(settings, prefix=prefix)
     tokenizer = _tokenizer_given(settings)
     with unfinished_build(folder, tell=say) as unfinished:
         # By a process that was waited for, or killed then.
-        existing = existing_shards(settings, progress=progress, say=say)
+        existing = existing_shards(settings, progress=progress, say=say, prefix=prefix)
         if existing is not None:
             return existing
         other = unfinished.claim(_demands(settings, tokenizer))
@@ -175,7 +180,7 @@ def build_shards(settings: BuildSettings, *, progress: bool = True) -> ShardFold
     return ShardFolder.open(folder)
 
 
-def _corpora(settings: BuildSettings) -> dict[str, Corpus]:
+def _corpora(settings: BuildSettings, *, prefix: str) -> dict[str, Corpus]:
     """The texts of the sources by name; what is built isn't part of them."""
     outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
     return {
@@ -184,13 +189,19 @@ def _corpora(settings: BuildSettings) -> dict[str, Corpus]:
             on_corrupt=settings.on_corrupt,
             text_field=source.text_field or TEXT_FIELD,
             outputs=outputs,
+            setting=f"sources.{name}.corpus" if settings.sources else f"{prefix}corpus",
+            sources=settings.sources,
         )
         for name, source in sources_of(settings).items()
     }
 
 
 def existing_shards(
-    settings: BuildSettings, *, progress: bool = False, say: Callable[[str], None] | None = None
+    settings: BuildSettings,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] | None = None,
+    prefix: str = "",
 ) -> ShardFolder | None:
     """The folder `settings.to` where it was built with these settings, of the text as it is now.
 
@@ -222,7 +233,7 @@ def existing_shards(
             f"to={settings.to!r} holds shards of another version of tokenizer="
             f"{settings.tokenizer!r}; give another folder, or remove that one"
         )
-    change = _text_change(settings, folder, progress=progress)
+    change = _text_change(settings, folder, progress=progress, prefix=prefix)
     if change is None:
         return shards
     if settings.on_changed is OnChanged.rebuild:
@@ -236,7 +247,9 @@ def existing_shards(
     )
 
 
-def _text_change(settings: BuildSettings, folder: Path, *, progress: bool) -> str | None:
+def _text_change(
+    settings: BuildSettings, folder: Path, *, progress: bool, prefix: str
+) -> str | None:
     """How the text differs from that of the shards in a folder; None where it doesn't.
 
     Of shards of a version that kept no record nothing is known, and they are taken as they are.
@@ -245,7 +258,7 @@ def _text_change(settings: BuildSettings, folder: Path, *, progress: bool) -> st
     if before is None:
         return None
     try:
-        return text_change(folder, before, _corpora(settings), progress=progress)
+        return text_change(folder, before, _corpora(settings, prefix=prefix), progress=progress)
     except DataError as error:
         raise DataError(
             f"{error}; {folder} holds the shards that were built from it before: "

@@ -27,6 +27,7 @@ from data_pipeline.settings_tree import (
     bare,
     did_you_mean,
     is_dictionary,
+    is_settings,
     is_text,
     kind_at,
     kind_inside,
@@ -112,6 +113,7 @@ def read_command_line(
     is the file that composing begins with.
     """
     line = _split(words)
+    _demand_told_apart(line.overrides, tree)
     # In Hydra's order: a run's folder as --config-dir has a config.yaml too, which isn't taken.
     folders = [folder for folder in (files, line.config_dir) if folder]
     chosen = groups_in_defaults(line.config_name or name, folders)
@@ -204,6 +206,28 @@ def _split(words: Sequence[str]) -> CommandLine:
         taken = [rest.pop(0)] if rest and (with_value or may_have_one) else []
         flags.append((action.dest, (word, *taken)))
     return CommandLine(flags=tuple(flags), overrides=tuple(overrides))
+
+
+def _demand_told_apart(overrides: Sequence[str], tree: type[Any]) -> None:
+    """Raises CommandLineError where two things of the user's own have one name, as two sources.
+
+    Of any other setting the later value holds, as Hydra has it.
+    """
+    given: dict[str, str] = {}
+    for word in overrides:
+        found = _OVERRIDE.fullmatch(word)
+        key = found[2] if found else ""
+        ends = [at for at, sign in enumerate(key) if sign == "."]
+        is_named = any(_has_settings_by_name(kind_at(tree, key[:end])) for end in ends)
+        if is_named and given.setdefault(key, word) != word:
+            raise CommandLineError(
+                f"{given[key]} and {word}: only one of these values can hold; give one, or "
+                "another name to each"
+            )
+
+
+def _has_settings_by_name(kind: Any) -> bool:
+    return is_dictionary(kind) and is_settings(get_args(bare(kind))[1])
 
 
 def _flag(word: str) -> Action:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,8 +30,8 @@ from data_pipeline.raw_documents import (
     counts_text,
     shown,
 )
-from data_pipeline.settings import DataError, OnCorrupt, source_name
-from data_pipeline.shell import shell_command, text_setting
+from data_pipeline.settings import DataError, OnCorrupt, plain_source_name
+from data_pipeline.shell import text_setting
 from data_pipeline.storage import without_secrets
 from data_pipeline.text_files import read_documents, refused, text_size
 
@@ -78,13 +78,20 @@ class Corpus(Protocol):
 
 
 def open_corpus(
-    spec: str, *, on_corrupt: OnCorrupt, text_field: str = "text", outputs: Iterable[Path] = ()
+    spec: str,
+    *,
+    on_corrupt: OnCorrupt,
+    text_field: str = "text",
+    outputs: Iterable[Path] = (),
+    setting: str = "corpus",
+    sources: Collection[str] = (),
 ) -> Corpus:
     """The corpus that `spec` names: `stdlib`, a folder, a data set saved to disk, or a file.
 
     `on_corrupt` says whether a corrupt document or file ends the reading or is passed over.
     `text_field` names the text in JSON and tables. Folders that are being written, `outputs`, are
-    no part of it.
+    no part of it. Messages call it by the `setting` that named it, and propose no name that
+    another of the `sources` has.
 
     Raises DataError where there is none, or no file in it, or something that can't be read.
     """
@@ -92,16 +99,16 @@ def open_corpus(
         return _standard_library(on_corrupt)
     if spec.startswith("pipe:"):
         raise DataError(
-            f"corpus={spec!r} is refused: it would run a shell command, whatever it is; run it "
+            f"{setting}={spec!r} is refused: it would run a shell command, whatever it is; run it "
             "yourself, and give the file or folder that it makes"
         )
     path = Path(spec)
     if path.is_dir():
-        root, found = path, _in_folder(spec, path, outputs)
+        root, found = path, _in_folder(spec, path, outputs, setting=setting)
     elif path.is_file():
         root, found = path.parent, FoundFiles(files=(corpus_file(path.parent, path.name),))
     else:
-        raise DataError(_no_such_corpus(spec, path))
+        raise DataError(_no_such_corpus(spec, path, setting=setting, sources=sources))
     name = shown(path.absolute().name)
     corpus = _Files(name, root, found, on_corrupt, text_field)
     corpus.check_names()
@@ -183,48 +190,65 @@ class _Files:
             )
 
 
-def _in_folder(spec: str, path: Path, outputs: Iterable[Path]) -> FoundFiles:
+def _in_folder(spec: str, path: Path, outputs: Iterable[Path], *, setting: str) -> FoundFiles:
     if is_shard_folder(path):
         raise DataError(
-            f"corpus={spec!r} holds shards that were built, not text: "
+            f"{setting}={spec!r} holds shards that were built, not text: "
             f"{text_setting('data.dir', spec)} trains on them; give the folder of the text"
         )
     found = found_files(path, outputs=outputs)
     if not found.files:
         left_out = LeftOut()
         for unread in found.passed_over:
-            left_out.add(unread.reason, unread.where)
+            left_out.add(unread.reason, unread.where, f"{unread.why}; {unread.way_out}")
+        failed = [left_out.why[reason] for reason in FAILURES if reason in left_out.why]
+        way_out = failed or ["give a folder or file with text"]
         raise DataError(
-            f"corpus={spec!r} has no document to train on: no file is in it, and left out are "
-            f"{counts_text(left_out.num, left_out.examples)}"
+            f"{setting}={spec!r} has no document to train on: no file is in it, and left out are "
+            f"{counts_text(left_out.num, left_out.examples)}; {'; '.join(way_out)}"
         )
     return found
 
 
-def _no_such_corpus(spec: str, path: Path) -> str:
+def _no_such_corpus(spec: str, path: Path, *, setting: str, sources: Collection[str]) -> str:
     if "://" in spec:
         return (
-            f"corpus={without_secrets(spec)!r} is on a server, and text is read from a disk: fetch "
-            "it and give its folder (shards that were built may be on a server: data.dir)"
+            f"{setting}={without_secrets(spec)!r} is on a server, and text is read from a disk: "
+            "fetch it and give its folder (shards that were built may be on a server: data.dir)"
         )
     if path.is_symlink():
         return (
-            f"corpus={spec!r} is a link to {os.readlink(path)}, which isn't there; fetch what it "
-            "stands for, or give a folder or file that is there"
+            f"{setting}={spec!r} is a link to {os.readlink(path)}, which isn't there; fetch what "
+            "it stands for, or give a folder or file that is there"
         )
     several = [part.strip() for part in spec.split(",") if part.strip()]
     if len(several) > 1:
-        sources = shell_command(f"sources.{source_name(part)}.corpus={part}" for part in several)
+        names = _names_for(several, sources)
+        named = zip(names, several, strict=True)
+        given = (text_setting(f"sources.{name}.corpus", part) for name, part in named)
         return (
-            f"corpus={spec!r} doesn't exist: it is no file or folder here. Several texts are "
-            f"several sources of python -m data_pipeline.build: give it {sources} in place of "
-            "corpus (and a run the folder that it makes, by data.dir)"
+            f"{setting}={spec!r} doesn't exist: it is no file or folder here. Several texts are "
+            f"several sources of python -m data_pipeline.build: give it {' '.join(given)} in "
+            f"place of {setting} (and a run the folder that it makes, by data.dir)"
         )
     return (
-        f"corpus={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "
+        f"{setting}={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "
         f"({path.absolute()}); give 'stdlib', a folder of text files, a data set saved to disk, "
         "or a file of text, HTML, JSON, Parquet, or a tar of such"
     )
+
+
+def _names_for(corpora: Iterable[str], taken: Collection[str]) -> list[str]:
+    """A name for each corpus that no other has: `a/data` and `b/data` are data and data-2."""
+    names = list(taken)
+    for corpus in corpora:
+        name = nearest = plain_source_name(corpus) or "text"
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{nearest[:35]}-{number}"
+        names.append(name)
+    return names[len(taken) :]
 
 
 def _standard_library(on_corrupt: OnCorrupt) -> Corpus:

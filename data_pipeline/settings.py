@@ -264,13 +264,18 @@ def source_name(corpus: str) -> str:
 
     Raises DataError where nothing of the corpus's own name is left.
     """
-    packings = "tar|tgz|txz|tbz2?|tzst|gz|xz|bz2|zst"
-    endings = rf"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|arrow|feather|{packings}))+$"
-    stem = re.sub(endings, "", Path(corpus).absolute().name)
-    name = _plain_name(stem)[:40]
+    name = plain_source_name(corpus)
     if not name:
         raise DataError(f"corpus={corpus!r} gives no name for its source; give one with name=NAME")
     return name
+
+
+def plain_source_name(corpus: str) -> str:
+    """What of a corpus's name is safe in file names and metric names, which may be nothing."""
+    packings = "tar|tgz|txz|tbz2?|tzst|gz|gzip|xz|bz2|zst|zstd"
+    endings = rf"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|arrow|feather|{packings}))+$"
+    stem = re.sub(endings, "", Path(corpus).absolute().name)
+    return _plain_name(stem)[:40]
 
 
 def _plain_name(text: str) -> str:

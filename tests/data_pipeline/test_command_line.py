@@ -233,3 +233,11 @@ def test_a_run_of_a_sweep_keeps_lists_dictionaries_and_references() -> None:
     assert value(env) == ("env", {"A": "file:///x", "B": "b"})
     assert value(weights) == ("weights", {"a": 1.5})
     assert value(size) == ("to", "${part.size}/a:b")
+
+
+def test_one_name_of_two_sources_is_refused_and_of_other_settings_the_later_value_holds() -> None:
+    one, other = "sources.data.corpus=a/data", "sources.data.corpus=b/data"
+    with pytest.raises(CommandLineError, match=f"^{one} and {other}: only one of these values"):
+        read_command_line([one, "seed=1", other], Tree)
+    for words in ([one, one], ["part.size=1", "part.size=2"], ["weights.a=1", "weights.a=2"]):
+        read_command_line(words, Tree)

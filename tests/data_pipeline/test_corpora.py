@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from data_pipeline import DataError
+from data_pipeline.builder import build_shards, open_or_build
 from data_pipeline.corpora import kept_documents, open_corpus
 from data_pipeline.raw_documents import LeftOut
-from data_pipeline.settings import OnCorrupt
+from data_pipeline.settings import BuildSettings, DataSettings, OnCorrupt, SourceSettings
 
 
 def texts_of(
@@ -229,3 +230,37 @@ def test_standard_library_has_sources_and_no_tests() -> None:
 def test_several_texts_in_one_setting_are_told_to_be_several_sources() -> None:
     with pytest.raises(DataError, match=r"sources\.a\.corpus=a sources\.b\.corpus=text/b in place"):
         open_corpus("a,text/b", on_corrupt=OnCorrupt.fail)
+
+
+def test_texts_of_one_name_are_proposed_as_sources_of_names_that_are_free() -> None:
+    proposed = r"sources\.data-2\.corpus=a/data sources\.data-3\.corpus='b c/data' in place of "
+    with pytest.raises(DataError, match=rf"^sources\.data\.corpus='.*{proposed}sources\.data"):
+        open_corpus(
+            "a/data,b c/data",
+            on_corrupt=OnCorrupt.fail,
+            setting="sources.data.corpus",
+            sources=["data"],
+        )
+
+
+def test_corpus_of_links_that_lead_nowhere_is_told_the_reason_and_the_way_out(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "x").symlink_to("annex")
+    message = r"1 unreadable \(x\); x is a link to annex, .*fetch what it stands for"
+    with pytest.raises(DataError, match=message):
+        open_corpus(str(tmp_path), on_corrupt=OnCorrupt.fail)
+
+
+def test_setting_of_a_corpus_is_named_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^sources\.a\.corpus='nowhere' doesn't exist"):
+        build_shards(
+            BuildSettings(
+                to="to", tokenizer="bytes", sources={"a": SourceSettings(corpus="nowhere")}
+            )
+        )
+    with pytest.raises(DataError, match=r"^data\.corpus='nowhere' doesn't exist"):
+        open_or_build(DataSettings(corpus="nowhere"))
