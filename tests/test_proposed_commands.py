@@ -43,6 +43,8 @@ ODD = "essai été, lr=1e-3"
 NO_PROPOSAL = {
     ("moetrain/report/page.py", "moetrain.report"),  # says which command has written a page
     ("launch/external.py", "moetrain"),  # the beginning of a line of another launcher's
+    ("data_pipeline/corpora.py", "data_pipeline.build"),  # of which settings it speaks
+    ("moetrain/sweep_plugins.py", "moetrain"),  # which command takes plugins
 }
 
 
@@ -61,7 +63,7 @@ def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     tokenizer = cast(Any, Namespace(vocab_size=10**6, name="large"))
     shards = open_files(str(folder), cache=CacheSettings())
     messages = {
-        ("data_pipeline/index.py", "data_pipeline.build"): said(read_index, shards),
+        ("data_pipeline/missing_shards.py", "data_pipeline.build"): said(read_index, shards),
         ("launch/ray_access.py", "launch.submit"): said(real_address, "http://a:1", named="x"),
         ("launch/submit/__main__.py", "launch.submit"): waiting_command("raysubmit_1", "http://a:1"),
         ("moetrain/checkpoint/chosen.py", "moetrain.import_hf"): _no_run(folder / ODD),
@@ -98,7 +100,7 @@ def proposed() -> Iterator[tuple[str, str]]:
         tree = ast.parse(path.read_text())
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.List):
+            if isinstance(node, ast.List | ast.Tuple):
                 words = [e.value if isinstance(e, ast.Constant) else "" for e in node.elts]
                 text = " ".join(map(str, words))
             elif isinstance(node, ast.Constant) and id(node) not in docstrings:
