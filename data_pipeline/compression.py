@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from data_pipeline.settings import DataError
 
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+_OTHER_SPELLINGS = {".gzip": ".gz", ".bzip2": ".bz2", ".zstd": ".zst"}
 _TARS = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2", ".tzst": ".zst"}
 _GZIP = 16 + zlib.MAX_WBITS  # zlib's name for a stream with gzip's header and checksum
 _BYTES_AT_ONCE = 2**20
@@ -30,6 +31,7 @@ def split_compression(name: str) -> tuple[str, str]:
     In small letters.
     """
     stem, suffix = splitext(name.lower())
+    suffix = _OTHER_SPELLINGS.get(suffix, suffix)
     if suffix in _TARS:
         return f"{stem}.tar", _TARS[suffix]
     return (stem, suffix) if suffix in COMPRESSIONS else (name.lower(), "")

@@ -5,6 +5,7 @@ document's text in an object. Leaves which files are JSON to `text_files`.
 """
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _LONGEST_VALUE = 2**30
 _NUM_FIELDS_NAMED = 12
 
 _ARRAY_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
+_ARRAY_OF_NAMED_VALUES = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"[^"\\]*"\s*:')
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BRACKETS = re.compile(rf'{_STRING}|[\[\]{{}}"]', re.DOTALL)
@@ -51,13 +54,13 @@ def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDoc
 
     An object that is alone and has no text is no damage: it says something of other files.
     """
-    beginning = file.peek(1).removeprefix(_BOM).lstrip()
-    if beginning.startswith(b"["):
+    if file.peek(1).removeprefix(_BOM).lstrip().startswith(b"["):
         yield from map(_demanded, _elements(file, where, field))
         return
-    first_line, line_end, _ = beginning.partition(b"\n")
-    is_spread = beginning.startswith(b"{") and line_end and not first_line.rstrip().endswith(b"}")
-    documents = (_spread_values if is_spread else _lines)(file, where, field)
+    beginning = _first_lines(file, 1)  # which may be longer than what can be peeked at
+    line = beginning.removeprefix(_BOM).strip()
+    is_spread = line.startswith(b"{") and beginning.endswith(b"\n") and not line.endswith(b"}")
+    documents = (_spread_values if is_spread else _lines)(_rejoined(beginning, file), where, field)
     first = next(documents, None)
     if first is None:
         yield Unread(where, Reason.empty, "is empty")
@@ -67,6 +70,31 @@ def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDoc
         yield first
     else:
         yield from map(_demanded, chain([first, second], documents))
+
+
+def json_by_content(
+    file: BufferedReader, where: str, field: str
+) -> tuple[BufferedReader, Iterator[RawDocument] | None]:
+    """A file again, and its documents in JSON where it holds such, whatever its name.
+
+    That is where its first two lines are objects, or its only one with a text in `field`, and
+    where it begins like an array of objects.
+    """
+    beginning = file.peek(1)
+    if _ARRAY_OF_NAMED_VALUES.match(beginning):
+        return file, json_lines(file, where, field)
+    if not _OBJECT.match(beginning):
+        return file, None
+    lines = _first_lines(file, 2)
+    again = _rejoined(lines, file)
+    try:
+        records = [json.loads(line) for line in lines.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        return again, None
+    is_json = all(isinstance(record, dict) for record in records) and (
+        len(records) > 1 or text_in(records[0], field) is not None
+    )
+    return again, json_lines(again, where, field) if is_json else None
 
 
 def text_in(record: Any, field: str) -> str | None:
@@ -86,6 +114,36 @@ def missing_text(what: str, fields: Iterator[str]) -> str:
     if len(named) > _NUM_FIELDS_NAMED:
         named[-1] = "…"
     return f"has no {what}, but {', '.join(named) or 'nothing'}"
+
+
+def _first_lines(file: BinaryIO, number: int) -> bytes:
+    """The first lines that aren't blank, with those that are before them."""
+    lines = b""
+    try:
+        while number and (line := file.readline(_LONGEST_VALUE)):
+            lines += line
+            number -= bool(line.strip())
+    except DamagedError:  # it is met again by who reads on
+        if not lines:
+            raise
+    return lines
+
+
+class _Rejoined(io.RawIOBase):
+    """A file from its beginning on, which was read before."""
+
+    def __init__(self, beginning: bytes, rest: BufferedReader) -> None:
+        self._beginning, self._rest = io.BytesIO(beginning), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        return self._beginning.readinto(buffer) or self._rest.readinto(buffer)
+
+
+def _rejoined(beginning: bytes, rest: BufferedReader) -> BufferedReader:
+    return BufferedReader(_Rejoined(beginning, rest))
 
 
 def _lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:

@@ -30,7 +30,7 @@ class Reason(StrEnum):
     unknown_ending = "unknown_ending"
     # Names that begin with a point.
     hidden = "hidden"
-    # A folder that is read under another name.
+    # A folder that is read under another name, or a file that stands for one that is read.
     read_already = "read_already"
     # Pipes, sockets and devices.
     not_a_file = "not_a_file"

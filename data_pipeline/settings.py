@@ -272,7 +272,7 @@ def source_name(corpus: str) -> str:
 
 def plain_source_name(corpus: str) -> str:
     """What of a corpus's name is safe in file names and metric names, which may be nothing."""
-    packings = "tar|tgz|txz|tbz2?|tzst|gz|gzip|xz|bz2|zst|zstd"
+    packings = "tar|tgz|txz|tbz2?|tzst|gz|gzip|xz|bz2|bzip2|zst|zstd"
     endings = rf"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|arrow|feather|{packings}))+$"
     stem = re.sub(endings, "", Path(corpus).absolute().name)
     return _plain_name(stem)[:40]

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from data_pipeline.arrow_tables import table_texts
 from data_pipeline.compression import DamagedError, split_compression, uncompressed
 from data_pipeline.html_text import html_text
-from data_pipeline.json_documents import json_lines, json_values
+from data_pipeline.json_documents import json_by_content, json_lines, json_values
 from data_pipeline.raw_documents import RawDocument, Reason, Text, Unread
 
 _Reader = Callable[[BufferedReader, str, str], Iterator[RawDocument]]
@@ -35,8 +35,8 @@ _PLAIN_ENDINGS = """
 """
 _PLAIN = frozenset(_PLAIN_ENDINGS.split())
 # Endings of what may hold text and can't be read.
-_OTHER_TABLES = ".csv .tsv .xlsx .xls .ods .orc .avro .sqlite .sqlite3 .warc .wet"
-_OTHER_PACKINGS = ".zip .7z .rar .lz4 .lz .lzma .lzo .z .br .sz .snappy"
+_OTHER_TABLES = ".csv .tsv .xlsx .xls .ods .orc .avro .sqlite .sqlite3 .warc .wet .h5 .hdf5"
+_OTHER_PACKINGS = ".whl .jar .npz .zip .7z .rar .lz4 .lz .lzma .lzo .z .br .sz .snappy"
 _PICKLES = ".pkl .pickle .pyd .pth"
 _NOT_READ = "is of a kind that isn't read"
 _PICKLE = ("is refused: a pickle can run code", "give the text as .txt or .jsonl")
@@ -50,10 +50,28 @@ _REFUSED = {
     **dict.fromkeys(_OTHER_PACKINGS.split(), _PACKING),
     **dict.fromkeys(_PICKLES.split(), _PICKLE),
 }
+# How the content of such begins, whatever its name; and of what its name alone hides.
+_NOT_READ_BY_CONTENT = {
+    b"PK\3\4": _PACKING,
+    b"7z\xbc\xaf\x27\x1c": _PACKING,
+    b"Rar!\x1a\7": _PACKING,
+    b"\4\x22\x4d\x18": _PACKING,  # lz4
+    b"SQLite format 3\0": _TABLE,
+    b"\x89HDF\r\n\x1a\n": _TABLE,
+    b"\x1f\x8b": ("is packed", "name it .gz"),
+    b"\xfd7zXZ\0": ("is packed", "name it .xz"),
+    b"\x28\xb5\x2f\xfd": ("is packed", "name it .zst"),
+    b"PAR1": ("is a table", "name it .parquet"),
+    b"ARROW1\0\0": ("is a table", "name it .arrow"),
+}
 _TORCH = ".pt"  # a pickle, or text in Portuguese
+_NUMBERED = re.compile(r"(.+?)(?:(?:\.\d+)+| ?\(\d+\)| copy(?: \d+)?)")
 _NUMBER = re.compile(rb"\s*-?\d{1,20}\s*")  # as a WebDataset's .cls and .index hold
 ALLOW = "give yourself the right to read it"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
+# What stands for a file of git-annex: its own pointer, or a link of it as a text.
+_GIT_ANNEX = re.compile(rb"(?:(?:\.\./)*\.git)?/annex/objects/\S*--\S+\s")
+_DVC = re.compile(rb"^outs:\s", re.MULTILINE)
 _HEAD_BYTES = 2**13
 _BYTES_AT_ONCE = 2**20
 _TAR_BLOCK = 512
@@ -66,7 +84,7 @@ def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocumen
     compression: `.jsonl` and `.ndjson` hold a document a line, `.json` the same or one array or
     object, by its content; `.parquet` and `.arrow` one a row, a `.tar` what its members hold as
     files would; `.html`, `.htm` and `.xhtml` are one without its markup. Any other is one as it
-    is, where it is text. `field` names the text in JSON and tables.
+    is, where it is text, unless an ending that isn't known, or none, hides JSON. `field` names the text in JSON and tables.
 
     Raises DataError where a library is missing, which is no fault of the file.
     """
@@ -107,10 +125,15 @@ def is_hidden(name: str) -> bool:
 def _ending(name: str) -> tuple[str, str]:
     """The endings that name a file's format and its compression: .jsonl, .gz; '' for none.
 
-    Numbers (`part.001`) and what has a space in it are none.
+    Numbers (`part.001`) and what has a space in it are none; before those that number pieces and
+    copies (`a.jsonl.00`, `a.json copy 2`), the ending of a kind counts.
     """
     rest, compression = split_compression(name.rpartition("/")[2])
     found = re.search(r".(\.(?!\d+$)[^\s.]{1,12})$", rest)
+    if found is None and (numbered := _NUMBERED.fullmatch(rest)) and not compression:
+        kind = _ending(numbered[1])
+        if kind[1] or kind[0] in _READERS or kind[0] in _TABLES or kind[0] in _REFUSED:
+            return kind
     return (found[1] if found else ""), compression
 
 
@@ -122,11 +145,11 @@ def _documents(
     if unread is not None:
         yield unread
         return
-    ending, compression = _ending(name)
-    if file.peek(len(_GIT_LFS)).startswith(_GIT_LFS):
-        why = "stands for a file in Git LFS that wasn't fetched"
-        yield Unread(where, Reason.unreadable, why, "fetch it (git lfs pull)")
+    pointer = _pointer(file, name, where, path)
+    if pointer is not None:
+        yield pointer
         return
+    ending, compression = _ending(name)
     try:
         if ending in _TABLES:
             yield from table_texts(path or file.read(), where=where, field=field)
@@ -134,10 +157,10 @@ def _documents(
         content = uncompressed(file, compression, where=where)
         if ending in _READERS:
             yield from _READERS[ending](content, where, field)
-        elif not ending or ending in _PLAIN:
+        elif ending in _PLAIN:
             yield _plain(content, where)
         else:
-            yield _unknown(content, where, ending)
+            yield from _by_content(content, where, ending, field)
     except (DamagedError, tarfile.TarError) as error:
         yield Unread(where, Reason.corrupt, f"is damaged or not whole: {error}")
 
@@ -149,9 +172,40 @@ def _plain(file: BinaryIO, where: str) -> RawDocument:
         return Unread(where, Reason.not_utf8, f"is not UTF-8: {error}")
 
 
-def _unknown(file: BufferedReader, where: str, ending: str) -> RawDocument:
-    """What an ending that isn't known stands for: plain text, where the content is any."""
+def _pointer(file: BufferedReader, name: str, where: str, path: Path | None) -> Unread | None:
+    """Says of a file that it stands for another, which is elsewhere until it is fetched."""
     head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    why, way_out = "stands for a file in {} that wasn't fetched", "fetch it ({})"
+    if head.startswith(_GIT_LFS):
+        tool, command = "Git LFS", "git lfs pull"
+    elif _GIT_ANNEX.match(head):
+        tool, command = "git-annex", "git annex get"
+    elif name.endswith(".dvc") and _DVC.search(head):
+        if path is None or path.with_suffix("").exists():
+            return Unread(where, Reason.read_already, "stands for a file beside it")
+        tool, command = "DVC", "dvc pull"
+    else:
+        return None
+    return Unread(where, Reason.unreadable, why.format(tool), way_out.format(command))
+
+
+def _by_content(file: BufferedReader, where: str, ending: str, field: str) -> Iterator[RawDocument]:
+    """What an ending that isn't known, or none, stands for: JSON, or plain text where it is any."""
+    file, documents = json_by_content(file, where, field)
+    if documents is not None:
+        yield from documents
+        return
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    if not _is_text(head):
+        for beginning, reason in _NOT_READ_BY_CONTENT.items():
+            if head.startswith(beginning):
+                yield Unread(where, Reason.corrupt, *reason)
+                return
+    yield _unknown(file, where, ending, head) if ending else _plain(file, where)
+
+
+def _unknown(file: BinaryIO, where: str, ending: str, head: bytes) -> RawDocument:
+    """What an ending that isn't known stands for: plain text, where the content is any."""
     if _is_text(head) and not _NUMBER.fullmatch(head):
         document = _plain(file, where)
         if isinstance(document, Text):

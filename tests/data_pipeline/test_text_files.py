@@ -431,6 +431,8 @@ def test_empty_json_file_is_empty(tmp_path: Path, content: bytes) -> None:
         ("x.7z", "unpack it"),
         ("x.tar.Z", "unpack it"),
         ("x.parquet.gz", "unpack it to a .parquet file"),
+        ("x.whl", "unpack it"),
+        ("x.csv.1", "convert it to .parquet"),
     ],
 )
 def test_table_or_packing_that_cannot_be_read_is_refused_with_a_way_out(
@@ -514,3 +516,81 @@ def test_folder_and_its_tar_give_the_same_documents_and_leave_the_same_out(tmp_p
         **{"hidden": 2, "unknown_ending": 2, "no_text": 1},
     }
     assert endings == {".story": 1}
+
+
+@pytest.mark.parametrize(
+    "name",
+    """c4.jsonl.00,c4.jsonl.1.gz,c4.json copy 2,c4.jsonl (1),c4.jsonl.aa,c4.jsonl.gz.1
+    part-00000,part-00000.gz,part-00000.gzip,part-00000.zstd""".replace("\n    ", ",").split(","),
+)
+def test_json_lines_under_names_of_pieces_copies_and_none_are_documents(
+    tmp_path: Path, name: str
+) -> None:
+    spelt = name.replace(".gzip", ".gz").replace(".zstd", ".zst").replace(".gz.1", ".gz")
+    (tmp_path / name).write_bytes(packed(json_lines(TEXTS), spelt))
+    assert texts_and_errors(tmp_path / name) == (TEXTS, [])
+
+
+def test_other_json_without_an_ending_is_read_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    long = "x" * 100_000
+    for content, texts in (
+        (json.dumps([{"id": 1, "text": "a"}, {"text": "b"}]), ["a", "b"]),
+        (json.dumps({"text": long}) + "\n" + json.dumps({"text": "b"}), [long, "b"]),
+        ('\ufeff{"text": "a"}', ["a"]),
+        ('{"name": "x"}', ['{"name": "x"}']),
+        ('{\n"text": "a"}', ['{\n"text": "a"}']),
+        ('{"text": "a"} is JSON\nand this isn\'t', ['{"text": "a"} is JSON\nand this isn\'t']),
+    ):
+        path.write_text(content)
+        assert texts_and_errors(path) == (texts, [])
+    path.write_text('{"content": "a"}\n{"content": "b"}\n')
+    assert "text_field=" in texts_and_errors(path)[1][0]
+
+
+@pytest.mark.parametrize("content", [b"/annex/objects/SHA256E-s5--1f.txt\n", None])
+def test_file_that_stands_for_one_in_git_annex_is_refused(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    (tmp_path / "x.txt").write_bytes(content or b"../.git/annex/objects/J6/SHA256E-s5--1f.txt\n")
+    (unread,) = read_documents(tmp_path / "x.txt", where="x.txt", field="text")
+    assert isinstance(unread, Unread)
+    assert (unread.reason, unread.way_out) == (Reason.unreadable, "fetch it (git annex get)")
+
+
+def test_file_that_stands_for_one_in_dvc_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt.dvc"
+    path.write_text("outs:\n- md5: 1f\n  path: x.txt\n")
+    assert "dvc pull" in texts_and_errors(path)[1][0]
+    assert list(reasons(path)) == ["unreadable"]
+    (tmp_path / "x.txt").write_text("text")
+    assert list(reasons(path)) == ["read_already"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(path, "x.txt.dvc")
+    assert list(reasons(tmp_path / "x.tar")) == ["read_already"]
+
+
+@pytest.mark.parametrize(
+    ("content", "way_out"),
+    [
+        (b"PK\3\4\x14\0", "unpack it"),
+        (b"SQLite format 3\0", "convert it"),
+        (b"\x89HDF\r\n\x1a\n\0", "convert it"),
+        (gzip.compress(b"text"), "name it .gz"),
+        (b"PAR1\x15\0", "name it .parquet"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x", "x.db", "part.001"])
+def test_packing_or_table_under_another_name_is_refused_with_a_way_out(
+    tmp_path: Path, name: str, content: bytes, way_out: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (error,) = texts_and_errors(tmp_path / name)[1]
+    assert way_out in error
+    assert list(reasons(tmp_path / name)) == ["corrupt"]
+
+
+def test_object_over_several_lines_may_begin_with_a_long_one(tmp_path: Path) -> None:
+    text = "x" * 200_000
+    (tmp_path / "x.json").write_text(f'{{"text": "{text}",\n "url": "u"}}')
+    assert texts_and_errors(tmp_path / "x.json") == ([text], [])
