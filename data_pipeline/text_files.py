@@ -84,7 +84,8 @@ def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocumen
     compression: `.jsonl` and `.ndjson` hold a document a line, `.json` the same or one array or
     object, by its content; `.parquet` and `.arrow` one a row, a `.tar` what its members hold as
     files would; `.html`, `.htm` and `.xhtml` are one without its markup. Any other is one as it
-    is, where it is text, unless an ending that isn't known, or none, hides JSON. `field` names the text in JSON and tables.
+    is, where it is text, unless an ending that isn't known, or none, hides JSON. `field` names the
+    text in JSON and tables.
 
     Raises DataError where a library is missing, which is no fault of the file.
     """
