@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import hydra
@@ -71,6 +72,9 @@ def run_command(
     escape_output()
     try:
         line = read_command_line(sys.argv[1:], settings_type, name=module)
+        if line.asks_version:
+            print(f"moetrain {version('moetrain')}")
+            raise SystemExit(0)
         sys.argv[1:] = line.words
         entry = hydra.main(version_base="1.3", config_path=None, config_name=module)(job)
         files.compose(entry)

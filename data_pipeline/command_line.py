@@ -10,7 +10,7 @@ Hydra's own parser doesn't take.
 import difflib
 import re
 from argparse import Action
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import GrammarParseError
 from omegaconf.grammar_parser import parse
 
-from data_pipeline.settings_files import groups_in_any_defaults, groups_in_defaults
+from data_pipeline.settings_files import groups_in_defaults
 from data_pipeline.settings_tree import (
     bare,
     did_you_mean,
@@ -75,6 +75,11 @@ class CommandLine:
         )
 
     @property
+    def asks_version(self) -> bool:
+        """Whether the version is all that is asked for: Hydra itself would tell its own."""
+        return any(meaning == "version" for meaning, _ in self.flags)
+
+    @property
     def shown_run(self) -> list[str] | None:
         """The words of the run whose configuration `--cfg` shows; None where it shows none.
 
@@ -116,7 +121,8 @@ def read_command_line(
     _demand_told_apart(line.overrides, tree)
     # In Hydra's order: a run's folder as --config-dir has a config.yaml too, which isn't taken.
     folders = [folder for folder in (files, line.config_dir) if folder]
-    chosen = groups_in_defaults(line.config_name or name, folders)
+    choices = {group: values for o in line.overrides for group, values in _choices(o, folders)}
+    chosen = groups_in_defaults(line.config_name or name, folders, choices)
     groups = _Groups(folders=folders, chosen=chosen)
     given = [_for_hydra(o, tree, groups=groups, swept=line.is_sweep) for o in line.overrides]
     typed = {new: old for new, old in zip(given, line.overrides, strict=True) if new != old}
@@ -255,14 +261,22 @@ class _Groups:
     """Those of which something is chosen already, so that a choice replaces another."""
 
     def has(self, group: str) -> bool:
-        return any((folder / group).is_dir() for folder in self.folders)
+        return _is_group(group, self.folders)
 
     def plus(self, group: str, given: str) -> str:
         """Returns what a choice begins with: `model=x` and `+model=x` mean the same to a user."""
-        if group in self.chosen:
-            return given.removeprefix("+")
-        # One that a chosen file brings along is replaced, and which those are only Hydra knows.
-        return given or ("" if group in groups_in_any_defaults(self.folders) else "+")
+        return given.removeprefix("+") if group in self.chosen else given or "+"
+
+
+def _is_group(group: str, folders: Sequence[Path]) -> bool:
+    return any((folder / group).is_dir() for folder in folders)
+
+
+def _choices(override: str, folders: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
+    """Yields the group that an override chooses of, and what."""
+    found = _OVERRIDE.fullmatch(override)
+    if found and _is_group(found[2], folders):
+        yield found[2], [value.strip("'\"") for value in values_of(found[3])]
 
 
 def _for_hydra(word: str, tree: type[Any], *, groups: _Groups, swept: bool) -> str:

@@ -7,6 +7,7 @@ there is one, and the form that would do.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, get_origin
 
 from hydra.errors import (
@@ -14,7 +15,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from data_pipeline.command_line import CommandLine, CommandLineError, explained
 from data_pipeline.settings_files import SettingsFileError, SettingsFiles
@@ -46,10 +47,19 @@ class Complaint:
         files = [found[1] for one in chain if (found := re.match(r"In '(.+?)': ", str(one)))]
         if isinstance(inner, MissingConfigException):
             return self._missing(inner, files)
+        if said.startswith("Additional config directory"):
+            return (
+                f"--config-dir {self.line.config_dir}: there is no such folder: name the one that "
+                "the folders of your groups are in, or leave it out"
+            )
         if not isinstance(inner, OmegaConfBaseException):
             return " ".join(said.split())
         key = str(getattr(inner, "full_key", "") or "")
         where = f"{self.files.place_of(files[-1], key)}: " if files else ""
+        if isinstance(inner, InterpolationKeyError):
+            lost = said.partition("'")[2].partition("'")[0]
+            place = self.files.line_with(f"${{{lost}}}")
+            where = f"{place}: " if place else ""
         return where + self._value(inner, key)
 
     def _typed(self, override: str) -> str:
@@ -68,10 +78,27 @@ class Complaint:
         said = f"{group}={name}" if group else name
         given = any(o.lstrip("+") == said for o in self.line.overrides)
         where = f"{self.files.place_of(files[-1], 'defaults')}: " if files and not given else ""
+        if other := self._misnamed(f"{group}/{name}".lstrip("/")):
+            return f"{where}{said}: {other} is not read: rename it to {name}.yaml"
         if error.options:
             close, known = nearest(name, error.options), ", ".join(error.options)
             return f"{where}{said}: there is no such {group}{close}; {known} are"
         return f"{where}{said}: there is no such file: {name}.yaml of {group or 'the files'}"
+
+    def _misnamed(self, name: str) -> Path | None:
+        """Returns the file that was meant by a name, and has an ending that Hydra doesn't read."""
+        roots = {file.path.parents[known.count("/")] for known, file in self.files.read.items()}
+        roots |= {self.line.config_dir} if self.line.config_dir else set()
+        paths = (root / f"{name}.yml" for root in sorted(roots))
+        return next((path for path in paths if path.is_file()), None)
+
+    def _no_setting(self, path: str, known: list[str]) -> str:
+        close = nearest(path.rpartition(".")[2], known) or did_you_mean(path, self.tree)
+        choice = next((o for o in self.line.overrides if o.lstrip("+").startswith(f"{path}=")), "")
+        if "." in path or not choice or "(" in close:
+            return f"{path}: there is no such setting{close}"
+        value = choice.partition("=")[2]
+        return f"{path}={value}: {no_group(path, value, config_dir=self.line.config_dir)}"
 
     def _value(self, error: BaseException, key: str) -> str:
         reason = str(error).splitlines()[0]
@@ -81,8 +108,17 @@ class Complaint:
             path = key or unknown[1]
             if self.unknown:
                 return self.unknown(path)
-            close = nearest(path.rpartition(".")[2], known) or did_you_mean(path, self.tree)
-            return f"{path}: there is no such setting{close}"
+            return self._no_setting(path, known)
+        if lost := re.match(r"Interpolation key '(.+?)' not found", reason):
+            close = did_you_mean(lost[1], self.tree)
+            reference = f"{key}=${{{lost[1]}}}" if key else f"${{{lost[1]}}}"
+            return f"{reference}: there is no such setting as {lost[1]}{close}"
+        if " is not a valid bool" in reason:
+            return f"{key}={getattr(error, 'value', '') or _quoted(reason)}: must be true or false"
+        if "is not Optional" in reason:
+            return f"{key}=null: must have a value: give one, or leave it out"
+        if single := re.match(r".*: \w+ is not a subclass of \w+\. value: (.*)", reason):
+            return f"{key}={single[1]}: has settings of its own: set those, as in {key}.NAME=VALUE"
         converted = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", reason)
         if converted:
             return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
@@ -90,6 +126,19 @@ class Complaint:
             value = getattr(error, "value", "")
             return f"{key}={value}: must be a list: use {key}=[{value}]"
         return f"{key}: {reason}" if key else reason
+
+
+def no_group(group: str, choice: str, *, config_dir: Path | None) -> str:
+    """Returns what to say of a choice of neither a setting nor a group of files."""
+    said = f"there is no such setting, and no group of files {group!r}"
+    if config_dir:
+        return f"{said}: {config_dir} has no folder of that name"
+    return f"{said}: add --config-dir FOLDER, where FOLDER/{group}/{choice}.yaml is"
+
+
+def _quoted(reason: str) -> str:
+    """Returns the value that a reason begins with: `Value 'maybe' is …`."""
+    return reason.partition("'")[2].rpartition("'")[0]
 
 
 def _inside(error: BaseException) -> BaseException | None:

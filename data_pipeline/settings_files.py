@@ -31,6 +31,7 @@ from data_pipeline.settings_tree import (
     is_text,
     kind_at,
     kind_inside,
+    may_be_null,
     names_in,
 )
 
@@ -64,8 +65,8 @@ class SettingsFile:
         found = (self.values(None) or {}).get("defaults")
         return found if isinstance(found, list) else []
 
-    def lines(self) -> Iterator[tuple[tuple[str, ...], int]]:
-        """Yields every key, with those that it is in, and the line it stands in."""
+    def lines(self) -> Iterator[tuple[tuple[str, ...], int, yaml.Node]]:
+        """Yields every key, with those that it is in, the line it stands in, and its value."""
         yield from _lines(self.root, ())
 
 
@@ -131,11 +132,22 @@ class SettingsFiles:
         file, package = self.read.get(name), self.packages.get(name, "")
         if file is None:
             return name
-        lines = {".".join([package, *path]).lstrip("."): line for path, line in file.lines()}
+        lines = {".".join([package, *path]).lstrip("."): line for path, line, _ in file.lines()}
         return f"{file.path}, line {lines[key]}" if key in lines else str(file.path)
 
+    def line_with(self, text: str) -> str:
+        """Returns the path and the line of the value that has a text in it; empty for none."""
+        for file in self.read.values():
+            for _, line, node in file.lines():
+                if not isinstance(node, yaml.MappingNode) and text in yaml.serialize(node):
+                    return f"{file.path}, line {line}"
+        return ""
+
     def _demand_known(self, file: SettingsFile, package: str) -> None:
-        """Raises SettingsFileError for the first key of a file that the tree hasn't."""
+        """Raises SettingsFileError for the first key of a file that the tree hasn't.
+
+        Also for one value where there are settings to be set.
+        """
         if package.partition(".")[0] == "hydra":
             return
         if kind_at(self.tree, package) is None:
@@ -143,7 +155,7 @@ class SettingsFiles:
                 f"{file.path}: its settings would be those of {package!r}, which there are none "
                 f"of: a file of settings of several groups begins with the line {GLOBAL}"
             )
-        for path, line in file.lines():
+        for path, line, node in file.lines():
             if path[0] in ("defaults", "hydra"):
                 continue
             key = ".".join([package, *path]).lstrip(".")
@@ -152,6 +164,8 @@ class SettingsFiles:
                 raise SettingsFileError(
                     f"{file.path}, line {line}: {self._unknown(key, path, package)}"
                 )
+            if reason := _no_settings(key, node, kind_at(self.tree, key)):
+                raise SettingsFileError(f"{file.path}, line {line}: {reason}")
 
     def _unknown(self, key: str, path: tuple[str, ...], package: str) -> str:
         if "." in path[-1] and kind_at(self.tree, key):
@@ -164,14 +178,24 @@ class SettingsFiles:
 
     def _circle(self) -> str:
         """Returns what to say of files whose defaults lead back to themselves."""
-        leads_to = {name: list(_defaults(name, file)) for name, file in self.read.items()}
+        leads_to = {n: [to for _, to in _defaults(n, file)] for n, file in self.read.items()}
         for name, file in self.read.items():
             if circle := _way_back(name, leads_to):
                 return (
                     f"{file.path}: its defaults lead back to itself ({' → '.join(circle)}): take "
                     f"{circle[1]} out of them"
                 )
-        return "the defaults of the files lead back to themselves"
+        for name, file in self.read.items():
+            group, _, chosen = name.rpartition("/")
+            for of, other in _defaults(name, file):
+                if group and of == group:  # what is chosen already stands for any other choice
+                    return (
+                        f"{file.path}: its defaults lead back to itself: {group}={chosen} is "
+                        f"chosen, and takes the place of its /{group}: "
+                        f"{other.rpartition('/')[2]}: write - {other.rpartition('/')[2]} instead"
+                    )
+        files = ", ".join(str(file.path) for file in self.read.values())
+        return f"the defaults of these files lead back to themselves: {files}"
 
 
 def read_settings_file(folder: Path, name: str) -> SettingsFile:
@@ -206,34 +230,35 @@ def _header(text: str) -> str:
     return "\n".join(line for line in comments if re.match(r"\s*#\s*@", line))
 
 
-def groups_in_defaults(name: str, folders: Sequence[Path]) -> set[str]:
-    """Returns the groups that a file, with the files that it names, has a choice of."""
-    groups, names = set[str](), [name]
+def groups_in_defaults(
+    name: str, folders: Sequence[Path], given: Mapping[str, Sequence[str]]
+) -> set[str]:
+    """Returns the groups that a file, with all the files that it leads to, has a choice of.
+
+    `given` are the choices of a command line, which take the place of those in files.
+    """
+    choices = {group: list(chosen) for group, chosen in given.items()}
+    groups = set[str]()
+    names = [name, *(f"{group}/{one}" for group, chosen in given.items() for one in chosen)]
     for one in names:
         folder = next((f for f in folders if (f / f"{one}.yaml").is_file()), None)
         if folder is None:
             continue
-        file = read_settings_file(folder, one)
-        groups |= _groups(file)
-        others = [entry.lstrip("/") for entry in file.defaults() if isinstance(entry, str)]
-        names += [other for other in others if other not in names]
+        with suppress(SettingsFileError):  # it says so where it is composed
+            for group, path in _defaults(one, read_settings_file(folder, one)):
+                if group:
+                    groups.add(group)
+                    choices.setdefault(group, []).append(path.rpartition("/")[2])
+                if group not in given:
+                    names += [other for other in _filled(path, choices) if other not in names]
     return groups
 
 
-def groups_in_any_defaults(folders: Sequence[Path]) -> set[str]:
-    """Returns the groups that any file of some folders has a choice of."""
-    groups = set[str]()
-    for folder in folders:
-        for path in folder.rglob("*.yaml"):
-            with suppress(SettingsFileError):  # it says so where it is composed
-                groups |= _groups(read_settings_file(folder, str(path.relative_to(folder))))
-    return groups
-
-
-def _groups(file: SettingsFile) -> set[str]:
-    entries = [entry for entry in file.defaults() if isinstance(entry, dict)]
-    # `model` of `optional /model@a.b`
-    return {str(k).split()[-1].partition("@")[0].lstrip("/") for entry in entries for k in entry}
+def _filled(path: str, choices: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the files that a path stands for, which may have the choice of a group in it."""
+    if found := re.search(r"\$\{(\w+)\}", path):
+        return [path.replace(found[0], choice) for choice in choices.get(found[1], ())]
+    return [path]
 
 
 def _shown(path: Path) -> Path:
@@ -261,12 +286,27 @@ def _typed(node: yaml.Node, kind: Any) -> yaml.Node:
     return node
 
 
-def _lines(node: Any, inside: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+def _no_settings(key: str, node: yaml.Node, kind: Any) -> str:
+    """Returns what to say of one value where the type has settings; empty where all is well."""
+    if not names_in(kind) or isinstance(node, yaml.MappingNode):
+        return ""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == _NULL:
+            said = f"{key}: is empty: write its settings below it, indented, or leave it out"
+            return "" if may_be_null(kind) else said
+        if "${" in node.value or node.value == "???":
+            return ""
+    value = node.value if isinstance(node, yaml.ScalarNode) else "[…]"
+    first = names_in(kind)[0]
+    return f"{key}={value}: has settings of its own: write them below it, as in {first}: …"
+
+
+def _lines(node: Any, inside: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int, yaml.Node]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 path = (*inside, str(key.value))
-                yield path, key.start_mark.line + 1
+                yield path, key.start_mark.line + 1, value
                 yield from _lines(value, path)
 
 
@@ -282,14 +322,19 @@ def _said(path: Path, error: yaml.YAMLError) -> str:
     return f"{path}{line}: not YAML: {problem}"
 
 
-def _defaults(name: str, file: SettingsFile) -> Iterator[str]:
-    """Yields the names of the files that a file's defaults lead to."""
+def _defaults(name: str, file: SettingsFile) -> Iterator[tuple[str, str]]:
+    """Yields the names of the files that a file's defaults lead to, each with the group it is of.
+
+    The group is empty where the file itself is named, which no choice can replace.
+    """
     beside = PurePosixPath(name).parent
     for entry in file.defaults():
         for key, choice in entry.items() if isinstance(entry, Mapping) else [("", entry)]:
+            # `model` of `optional /model@a.b`
             word = str(key).split()[-1].partition("@")[0] if key else ""
+            group = str(beside / word).lstrip("/") if word else ""
             for one in choice if isinstance(choice, list) else [choice]:
-                yield str(beside / word / str(one)).lstrip("/")
+                yield group, str(beside / word / str(one)).lstrip("/")
 
 
 def _way_back(start: str, leads_to: Mapping[str, Sequence[str]]) -> list[str] | None:

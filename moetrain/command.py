@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -23,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.command_line import CommandLine, as_one_run, read_command_line, values_of
 from data_pipeline.composition import only_compose
-from data_pipeline.composition_errors import Complaint
+from data_pipeline.composition_errors import Complaint, no_group
 from data_pipeline.settings_files import SettingsFiles
-from data_pipeline.settings_tree import spelt
+from data_pipeline.settings_tree import kind_at, spelt
 from data_pipeline.shell import escape_output
 from data_pipeline.standard_streams import outlive_readers
 from moetrain.checks import ConfigError, demand_no_secrets
@@ -83,6 +84,9 @@ def run_command(
     if code := front.guarded(lambda: front.read(sys.argv[1:], files=files, name=config_name)):
         raise SystemExit(code)
     line = front.line
+    if line.asks_version:
+        print(f"moetrain {version('moetrain')}")
+        raise SystemExit(DONE)
     sys.argv[1:] = line.words
     if not files:
         _register_bare(module)
@@ -233,6 +237,11 @@ class _Front(Generic[Tree]):
         try:
             return validated({fields.get(k, k): value for k, value in values.items()}, self._tree)
         except ConfigError as error:
+            if "." not in error.key and kind_at(self._tree, error.key) is None:
+                if "did you mean" in error.reason:
+                    raise
+                reason = no_group(error.key, str(error.value), config_dir=self.line.config_dir)
+                raise ConfigError(error.key, error.value, reason) from None
             several = isinstance(error.value, str) and len(values_of(error.value)) > 1
             if self.line.is_sweep or not several:
                 raise

@@ -132,10 +132,20 @@ def test_the_line_that_a_run_ends_with_goes_with_any_name(front: Front) -> None:
 def test_a_group_of_ones_own_is_chosen_with_a_plus_or_without(front: Front, tmp_path: Path) -> None:
     (tmp_path / "mine/variant").mkdir(parents=True)
     (tmp_path / "mine/variant/1.10.yaml").write_text("# @package _global_\nmodel: {dim: 64}\n")
+    (tmp_path / "mine/experiment").mkdir()
+    (tmp_path / "mine/experiment/other.yaml").write_text(
+        "# @package _global_\ndefaults: [toy, /variant: '1.10']\n"
+    )
     for word in ("+variant=1.10", "variant=1.10"):
-        code, found, said = front("--config-dir=mine", word)
-        assert (code, said) == (0, "")
-        assert found[0].settings.model.dim == 64
+        for more in ((), ("experiment=other",), ("-m", "seed=1,2")):
+            code, found, said = front("--config-dir=mine", word, *more)
+            assert (code, said) == (0, "")
+            assert found[0].settings.model.dim == 64
+
+
+def test_the_version_is_that_of_moetrain(capsys: pytest.CaptureFixture[str], front: Front) -> None:
+    code, found, said = front("--version")
+    assert (code, found, said) == (0, [], "")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,13 @@ def test_a_group_of_ones_own_is_chosen_with_a_plus_or_without(front: Front, tmp_
         (["run.name=${x"], "begins a reference"),
         (["data.weights.1e5=1"], "reads as something else"),
         (["--confg-dir", "x"], "did you mean --config-dir?"),
-        (["--config-dir", "nowhere"], "nowhere' not found"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder: name the"),
+        (["variant=dense"], "add --config-dir FOLDER, where FOLDER/variant/dense.yaml is"),
+        (["+variant=dense"], "add --config-dir FOLDER, where FOLDER/variant/dense.yaml is"),
+        (["dry_run=maybe"], "dry_run=maybe: must be true or false"),
+        (["optim.lr=null"], "optim.lr=null: must have a value"),
+        (["model.router=3"], "model.router=3: has settings of its own"),
+        (["model.dim=${model.nothere}"], "${model.nothere}: there is no such setting as"),
         (["model=tyo"], "model=tyo: there is no such model (did you mean 'toy'?)"),
         (["num_experts=4"], "did you mean 'model.num_experts'?"),
     ],
@@ -175,13 +191,20 @@ def test_a_command_line_that_can_not_be_names_the_form_that_can(
         ("train:\n  num_steps: many\n", "line 3: train.num_steps=many: must be of type integer"),
         ("train:\n\tnum_steps: 3\n", "line 3: not YAML: a tab, where YAML takes spaces only"),
         ("train: [\n", "line 3: not YAML: "),
-        ("train: 5\n", "mine/experiment/x.yaml"),
+        ("train: 5\n", "x.yaml, line 2: train=5: has settings of its own: write them below it"),
+        ("model:\n", "x.yaml, line 2: model: is empty: write its settings below it, indented"),
+        ("model:\n  top_k: ${model.nothere}\n",
+         "mine/experiment/x.yaml, line 3: model.top_k=${model.nothere}: there is no such setting"),
+        ("defaults: [/variant: Moe]\n", "mine/variant/Moe.yml is not read: rename it to Moe.yaml"),
         ("seed: 1\nseed: 2\n", "line 3: not YAML: while constructing a mapping found duplicate"),
         ("- a\n", "x.yaml: is not made of lines `key: value`"),
         ("defaults: [/model: nope]\n", "x.yaml, line 2: model=nope: there is no such model; 16x7b"),
         ("defaults: [/modle: toy]\n", "x.yaml, line 2: modle=toy: there is no such"),
         ("defaults: [nope]\n", "x.yaml, line 2: "),
         ("defaults: {model: toy}\n", "experiment/x"),
+        ("defaults: [/experiment: z]\n",
+         "x.yaml: its defaults lead back to itself: experiment=x is chosen, and takes the place "
+         "of its /experiment: z: write - z instead"),
         ("defaults: [/experiment: x]\n",
          "x.yaml: its defaults lead back to itself (experiment/x → experiment/x): take exp"),
         ("defaults: [y]\n", "(experiment/x → experiment/y → experiment/x): take experiment/y out"),
@@ -194,6 +217,9 @@ def test_a_file_of_ones_own_is_named_with_line_key_and_what_can_be(
     folder.mkdir(parents=True)
     (folder / "x.yaml").write_text("# @package _global_\n" + text)
     (folder / "y.yaml").write_text("# @package _global_\ndefaults: [/experiment: x]\n")
+    (folder / "z.yaml").write_text("# @package _global_\ndefaults: [x]\n")
+    (tmp_path / "mine/variant").mkdir()
+    (tmp_path / "mine/variant/Moe.yml").write_text("# @package _global_\n")
     code, found, message = front("--config-dir", "mine", "experiment=x")
     assert (code, found) == (2, [])
     assert message.startswith("moetrain: mine/experiment/x.yaml") or "experiment/x" in message

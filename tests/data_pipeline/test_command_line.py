@@ -179,8 +179,11 @@ def test_a_plus_is_left_out_only_where_a_choice_replaces_another(tmp_path: Path)
     words = ["+model=x", "model=1.10", "+variant=é", "variant=c", "brought=d"]
     line = read_command_line(words, Tree, files=tmp_path, name="config")
     assert line.overrides == (
-        "model=x", 'model="1.10"', '+variant="é"', "+variant=c", "brought=d"
+        "model=x", 'model="1.10"', '+variant="é"', "+variant=c", "+brought=d"
     )  # fmt: skip
+    # A file that is chosen brings the group along.
+    line = read_command_line(["model=y", "+brought=d"], Tree, files=tmp_path, name="config")
+    assert line.overrides == ("model=y", "brought=d")
 
 
 @pytest.mark.parametrize(
