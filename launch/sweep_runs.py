@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from moetrain.checkpoint import Manifest
 from moetrain.checks import ConfigError
 from moetrain.observe import read_events
 from moetrain.train import newest_manifest
-from moetrain.train.changes import Change, Kind, changes, kind_of, leaves
+from moetrain.train.changes import Change, Kind, changes, history, kind_of, leaves
 
 _DECIDES = (Kind.function, Kind.order, Kind.recipe)
 _NAMES = ("run.name", "run.dir")
@@ -40,12 +40,13 @@ class Trained:
     """The values that settings had in the run's first steps, where it went on with others."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Trained":
-        """Returns what a checkpoint says."""
+    def of(cls, manifest: Manifest, events: Iterable[Mapping[str, Any]] = ()) -> "Trained":
+        """Returns what a checkpoint says, and of one of an older version the run's events."""
         return cls(
             settings=manifest.config,
             text=manifest.state.get("data") or None,
             is_untrained=manifest.step == 0,
+            earlier=_earlier(history(manifest.state, events), before=manifest.step),
         )
 
 
@@ -70,8 +71,7 @@ class Wanted:
 def trained(run_dir: Path) -> Trained | None:
     """Returns what the run in a folder was trained with, None where there is no run."""
     if manifest := newest_manifest(run_dir):
-        earlier = _earlier(read_events(run_dir / "events.jsonl"), before=manifest.step)
-        return replace(Trained.of(manifest), earlier=earlier)
+        return Trained.of(manifest, read_events(run_dir / "events.jsonl"))
     try:
         plain = yaml.safe_load((run_dir / "config.yaml").read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -81,21 +81,12 @@ def trained(run_dir: Path) -> Trained | None:
     return Trained(settings=plain if isinstance(plain, dict) else {})
 
 
-def _earlier(events: Iterable[Mapping[str, Any]], *, before: int) -> dict[str, Any]:
-    """Returns the first values of settings that were changed when the run went on.
-
-    What was changed at a step that the run has gone back to since is not of the run any more.
-    """
-    told: list[tuple[int, Mapping[str, Any]]] = []
-    for event in events:
-        step = event.get("step") or 0
-        if event.get("event") == "resume":
-            told = [entry for entry in told if entry[0] < step]
-        elif event.get("event") == "settings_changed" and step < before:
-            told.append((step, event.get("changes") or {}))
+def _earlier(told: Iterable[Mapping[str, Any]], *, before: int) -> dict[str, Any]:
+    """Returns the first values of settings that were changed when the run went on."""
     found: dict[str, Any] = {}
-    for _, values in told:
-        found = {name: value[0] for name, value in values.items()} | found
+    for entry in told:
+        if entry["step"] < before:  # else no step was taken with them
+            found = {name: value[0] for name, value in entry["changes"].items()} | found
     return found
 
 

@@ -36,6 +36,7 @@ from moetrain.huggingface.run_folder import training_command, write_choices
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
 from moetrain.train import as_plain
+from moetrain.train.changes import history
 
 _ORIGINS = ("import", "upcycle", "branch")
 """Events that say what a run began with; a branch began with it too."""
@@ -83,7 +84,11 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
             replace(
                 manifest,
                 config=as_plain(config),
-                state={**manifest.state, "branched_from": origin},
+                state={
+                    **manifest.state,
+                    "branched_from": origin,
+                    "changes": history(manifest.state, read_events(run_dir / "events.jsonl")),
+                },
             ),
         )
         _write_settings(staged, config, to=to, note=f"Branched from {run_dir} at {manifest.step}.")

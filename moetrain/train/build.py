@@ -15,10 +15,10 @@ from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatc
 from moetrain.checkpoint import CheckpointStore, Manifest, demand_newest
 from moetrain.checkpoint.remote import Uploader, start_uploads
 from moetrain.model import Transformer
-from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of
+from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of, read_events
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
-from moetrain.train.changes import as_plain
+from moetrain.train.changes import as_plain, history
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
@@ -132,11 +132,13 @@ def build_trainer(
     state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
     batches = global_batches(config, shards, position=state.position)
     if restored:
+        state.changes = history(restored, read_events(run_dir / "events.jsonl"))
         event("resume", step=state.step, attempt=place.attempt)
         say(f"goes on from step {state.step}")
         if changed := told_changes(config, going_on_from[0]):
             told = in_one_line(config, going_on_from[0], changed)
             values = {c.name: [c.before, c.now] for c in changed}
+            state.changes.append({"step": state.step, "changes": values})
             event("settings_changed", step=state.step, reason=told, changes=values)
             say(told)
         if change := order_change(state, batches):

@@ -41,6 +41,8 @@ class TrainState:
     """The special tokens that an imported model's config.json named, by their names there."""
     branched_from: dict[str, Any] = field(default_factory=dict)
     """Run, step and attempt that the run was branched from; empty for any other."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """With which settings the run went on otherwise: the step, and before and now by name."""
     since_record: RunningMeans = field(default_factory=RunningMeans)
     """Means over the steps since the last record: the next one's, also of a run that goes on."""
 

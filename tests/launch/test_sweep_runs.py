@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,9 @@ import yaml
 
 from data_pipeline import ShardFolder
 from launch.sweep import run_sweep
+from launch.sweep_runs import trained
 from launch.sweep_table import Trial
+from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint import write_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
@@ -72,6 +74,7 @@ class Sweeps:
         step: int = 8,
         text: str = "",
         events: Sequence[dict[str, Any]] = (),
+        state: Mapping[str, Any] | None = None,
         **values: Any,
     ) -> None:
         """Writes what a run leaves that has come to a step."""
@@ -80,8 +83,8 @@ class Sweeps:
         text = text or ShardFolder.open(str(self.shards)).fingerprint
         write_checkpoint(
             self.folder / "runs" / run / "checkpoints",
-            step=step, state={"step": step, "data": text}, config=as_plain(config), mesh={},
-            tensors={}, read=lambda *_: torch.empty(0),
+            step=step, state={"step": step, "data": text, **(state or {})},
+            config=as_plain(config), mesh={}, tensors={}, read=lambda *_: torch.empty(0),
         )  # fmt: skip
         last = {"event": "finish" if step == 8 else "stop"}
         lines = "".join(json.dumps(line) + "\n" for line in ({"event": "start"}, *events, last))
@@ -201,6 +204,30 @@ def test_a_run_that_went_on_with_other_settings_is_neither_trial_s(sweeps: Sweep
     assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-3"]
     sweeps.train("s-4", optim__lr=1e-3, events=[resumed, changed, resumed])
     assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-4"]
+
+
+def test_a_checkpoint_holds_with_what_its_run_went_on_otherwise(
+    sweeps: Sweeps, tmp_path: Path
+) -> None:
+    """So that a run without its events, of which only a checkpoint was uploaded, has it too."""
+    held = {"changes": [{"step": 3, "changes": {"optim.lr": [1e-3, 3e-2]}}]}
+    sweeps.train("s-1", optim__lr=3e-2, state=held)
+    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-3"]
+    to = tmp_path / "branches/b"
+    assert branch(BranchSettings(run=str(tmp_path / "runs/s-1"), to=str(to))) == 0
+    run = trained(to)
+    assert run is not None
+    assert run.earlier == {"optim.lr": 1e-3}
+
+
+def test_a_branch_knows_what_the_events_of_an_older_run_tell(
+    sweeps: Sweeps, tmp_path: Path
+) -> None:
+    changed = {"event": "settings_changed", "step": 3, "changes": {"optim.lr": [1e-3, 3e-2]}}
+    sweeps.train("s-1", optim__lr=3e-2, events=[{"event": "resume", "step": 3}, changed])
+    to = tmp_path / "runs/s-2"
+    assert branch(BranchSettings(run=str(tmp_path / "runs/s-1"), to=str(to))) == 0
+    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-3", "s-4"]
 
 
 def test_another_text_makes_another_trial(sweeps: Sweeps) -> None:

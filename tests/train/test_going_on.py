@@ -89,6 +89,14 @@ def told(folder: Path) -> list[dict[str, Any]]:
     return [event for event in events_of(folder) if event["event"] == "settings_changed"]
 
 
+def test_a_checkpoint_holds_with_what_its_run_went_on_otherwise(gone_on: Path) -> None:
+    for name in GOING_ON:
+        events = told(gone_on / name)
+        held = [{"step": e["step"], "changes": e["changes"]} for e in events]
+        assert newest(gone_on / name).state["changes"] == held
+    assert any(told(gone_on / name) for name in GOING_ON)
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "before"),
     [
