@@ -6,7 +6,7 @@ each step to the file that is named for it.
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import repeat
@@ -31,7 +31,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.progress import ByteCounter, byte_progress, tell
-from data_pipeline.raw_documents import FAILURES, LeftOut, Reason, counts_text, reading_report
+from data_pipeline.raw_documents import FAILURES, LeftOut, counts_text, reading_report
 from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import (
     TEXT_FIELD,
@@ -45,6 +45,7 @@ from data_pipeline.settings import (
 from data_pipeline.shards import SplitWriter
 from data_pipeline.shell import text_setting
 from data_pipeline.splits import split_of
+from data_pipeline.storage import without_secrets
 from data_pipeline.text_record import (
     SourceText,
     read_text_record,
@@ -62,6 +63,11 @@ from data_pipeline.unfinished import (
     unfinished_build,
 )
 
+# Errors of making a folder that another path mends.
+_NO_PLACE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 # What stands before the names of a build's settings in a run's.
 _OF_A_RUN = "data."
 
@@ -147,6 +153,8 @@ def build_shards(
         return existing
     corpora = _corpora(settings, prefix=prefix)
     tokenizer = _tokenizer_given(settings)
+    with _refusing_place(settings, prefix):
+        hidden_folder(folder).mkdir(parents=True, exist_ok=True)
     with unfinished_build(folder, tell=say) as unfinished:
         # By a process that was waited for, or killed then.
         existing = existing_shards(settings, progress=progress, say=say, prefix=prefix)
@@ -209,8 +217,15 @@ def existing_shards(
     which `say` is told. Raises DataError where it holds anything else.
     """
     folder = Path(settings.to).absolute()
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
+    if "://" in settings.to:
+        raise DataError(
+            f"to={without_secrets(settings.to)!r} is on a server, and shards are built on a disk: "
+            "give a folder on one, and copy it there when it is complete (data.dir may be on a "
+            "server)"
+        )
+    with _refusing_place(settings, prefix):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return None
     if not (folder / INDEX_NAME).is_file():
         raise DataError(
             f"to={settings.to!r} is there and is no shard folder; give a folder that doesn't exist"
@@ -245,6 +260,22 @@ def existing_shards(
         "on_changed=rebuild (data.on_changed=rebuild where a run builds them), give another "
         f"folder, or train on them as they are with {text_setting('data.dir', str(folder))}"
     )
+
+
+@contextmanager
+def _refusing_place(settings: BuildSettings, prefix: str) -> Iterator[None]:
+    """Raises DataError where no folder can be where the shards are to be."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        way_out = "give a folder of a disk that you may write to"
+        if prefix:
+            way_out = f"start in {way_out[5:]}, or give shards that are there by {prefix}dir"
+        raise DataError(
+            f"to={settings.to!r} can't be made: {error.filename}: {error.strerror}; {way_out}"
+        ) from error
 
 
 def _text_change(
@@ -385,14 +416,13 @@ def _items(
 
 
 def _nothing_to_train_on(source: SourceEntry, left_out: LeftOut, settings: BuildSettings) -> str:
-    # What there is may have its text elsewhere than was thought.
-    no_text = left_out.why.get(Reason.no_text)
+    failed = [left_out.why[reason] for reason in FAILURES if reason in left_out.why]
     return (
         f"source {source.name} (corpus={sources_of(settings)[source.name].corpus!r}) has no "
         f"document to train on: {source.splits['validation'].num_documents} for validation, left "
         f"out {counts_text(left_out.num, left_out.examples)}; "
-        + (f"{no_text}; " if no_text else "")
-        + "give a folder or file with more text, or a smaller validation_fraction"
+        f"{''.join(f'{why}; ' for why in failed)}"
+        "give a folder or file with more text, or a smaller validation_fraction"
     )
 
 

@@ -74,7 +74,8 @@ class LeftOut:
     """What of a corpus was left out, as it is read: how much by reason, and where the first are.
 
     `num` has the first four reasons always, and others where there was one. `examples` has the
-    places of the first few of each, and `why` says of the first what is wrong and what to do.
+    places of the first few of each, with the fields there are of the first without a text, and
+    `why` says of the first what is wrong and what to do.
 
     `unknown_endings` has the number of documents that were read as plain text, by their ending,
     which isn't known, and `ending_examples` the places of the first few.
@@ -91,7 +92,9 @@ class LeftOut:
     def add(self, reason: Reason, where: str, why: str = "") -> None:
         """Counts what is at a place and left out."""
         self.why.setdefault(reason, shown(f"{where} {why}"))
-        _count(self.num, self.examples, reason, where)
+        # Their text may be in another field than was thought: the first says which there are.
+        is_told = reason is Reason.no_text and reason not in self.examples
+        _count(self.num, self.examples, reason, f"{where} {why}" if is_told else where)
 
     def add_unknown_ending(self, ending: str, where: str) -> None:
         """Counts a document that is read as plain text."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from data_pipeline import (
     open_or_build,
     resolved_dir,
 )
+from data_pipeline.raw_documents import reading_report
 from data_pipeline.settings import SourceSettings
 from data_pipeline.shards import SplitWriter
 from data_pipeline.splits import split_of
@@ -392,3 +393,36 @@ def test_settings_refuse_what_cannot_be() -> None:
         BuildSettings(corpus="a", tokenizer="bytes", to="b", validation_fraction=1.0)
     with pytest.raises(ValueError, match="num_processes"):
         build_shards(BuildSettings(corpus="a", tokenizer="bytes", to="b", num_processes=0))
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("s3://key:secret@b/x", r"to='s3://b/x' is on a server.*copy it there"),
+        ("gs://b/x", "to='gs://b/x' is on a server"),
+        ("taken/x", r"to='taken/x' can't be made: .*taken.*Not a directory; give a folder"),
+        ("/proc/x", r"to='/proc/x' can't be made: .*No such file.*; give a folder"),
+        ("a" * 300, r"can't be made: .*File name too long; give a folder"),
+    ],
+)
+def test_place_where_no_folder_can_be_is_refused_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("text")
+    with pytest.raises(DataError, match=message):
+        build_shards(BuildSettings(corpus="taken", tokenizer="bytes", to=to), progress=False)
+    assert os.listdir() == ["taken"]
+
+
+def test_objects_without_a_text_beside_text_name_the_fields_there_are(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(30):
+        (corpus / f"{number}.txt").write_text(f"text {number}")
+        (corpus / f"{number}.json").write_text(json.dumps({"content": f"a {number}"}))
+    build(corpus, tmp_path / "to")
+    (source,) = ShardFolder.open(tmp_path / "to").index.sources
+    report = reading_report(asdict(source))
+    assert report.count("but content; name the field by text_field=") == 1
+    assert "30 no text (0.json, line 1 has no 'text' field" in report
