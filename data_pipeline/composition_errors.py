@@ -19,7 +19,8 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from data_pipeline.command_line import CommandLine, CommandLineError, explained
 from data_pipeline.settings_files import SettingsFileError, SettingsFiles
-from data_pipeline.settings_tree import bare, did_you_mean, kind_at, names_in, nearest
+from data_pipeline.settings_tree import bare, did_you_mean, is_text, kind_at, names_in, nearest
+from data_pipeline.shell import text_setting, unquoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,21 @@ class Complaint:
         value = choice.partition("=")[2]
         return f"{path}={value}: {no_group(path, value, config_dir=self.line.config_dir)}"
 
+    def _no_reference(self, key: str, name: str) -> str:
+        """Returns what to say of `${name}` where there is nothing of that name."""
+        reference, close = f"${{{name}}}", did_you_mean(name, self.tree)
+        said = f"there is no such setting as {name}{close}"
+        given = (self._typed(o).lstrip("+").partition("=") for o in self.line.overrides)
+        typed = next(((k, text) for k, _, text in given if reference in text), None)
+        if typed is None or (key and typed[0] != key):
+            return f"{key}={reference}: {said}" if key else f"{reference}: {said}"
+        is_one = not self.line.is_sweep or "," not in typed[1]
+        if is_one and is_text(kind_at(self.tree, typed[0])):
+            said += (
+                f"; for these signs themselves type {text_setting(typed[0], unquoted(typed[1]))}"
+            )
+        return f"{typed[0]}={typed[1]}: {said}"
+
     def _value(self, error: BaseException, key: str) -> str:
         reason = str(error).splitlines()[0]
         if unknown := re.match(r"Key '(.+?)' (?:is )?not in ", reason):
@@ -110,9 +126,7 @@ class Complaint:
                 return self.unknown(path)
             return self._no_setting(path, known)
         if lost := re.match(r"Interpolation key '(.+?)' not found", reason):
-            close = did_you_mean(lost[1], self.tree)
-            reference = f"{key}=${{{lost[1]}}}" if key else f"${{{lost[1]}}}"
-            return f"{reference}: there is no such setting as {lost[1]}{close}"
+            return self._no_reference(key, lost[1])
         if " is not a valid bool" in reason:
             return f"{key}={getattr(error, 'value', '') or _quoted(reason)}: must be true or false"
         if "is not Optional" in reason:

@@ -26,7 +26,16 @@ def no_shards(where: str, *, tokenizer: str) -> str:
             f"once they are made, by: {words}"
         )
     words = shell_command([*_BUILD, "corpus=stdlib", "tokenizer=bytes", "to=FOLDER"])
-    return f"{complaint}there is no index.json in it, or no such folder; make one with '{words}'"
+    return f"{complaint}{_what_is_at(where)}; make one with '{words}'"
+
+
+def _what_is_at(where: str) -> str:
+    if "://" in where:
+        return "there is no index.json in it, or no such folder"
+    path = Path(where)
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {os.readlink(path)}, which isn't there"
+    return "nothing is in it" if path.is_dir() else "there is no such folder"
 
 
 def _shards_in(path: Path) -> list[Path]:

@@ -69,4 +69,6 @@ def test_the_folder_above_shards_names_them(folder: ShardFolder, tmp_path: Path)
 def test_where_nothing_is_the_command_is_for_any_text(make: bool, tmp_path: Path) -> None:
     if make:
         (tmp_path / "nothing").mkdir()
-    assert "corpus=stdlib tokenizer=bytes to=FOLDER" in message(tmp_path / "nothing")
+    found = message(tmp_path / "nothing")
+    assert ("nothing is in it" if make else "there is no such folder") in found
+    assert "corpus=stdlib tokenizer=bytes to=FOLDER" in found
