@@ -226,10 +226,10 @@ def existing_shards(
     with _refusing_place(settings, prefix):
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return None
+    place = f"{'data.dir' if prefix else 'to'}={settings.to!r}"
+    another = "give other shards by data.dir" if prefix else "give another folder"
     if not (folder / INDEX_NAME).is_file():
-        raise DataError(
-            f"to={settings.to!r} is there and is no shard folder; give a folder that doesn't exist"
-        )
+        raise DataError(f"{place} is there and is no shard folder; move it away, or {another}")
     shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     index = shards.index
     wanted, found = (encodable(asdict(entry)) for entry in (_build_entry(settings), index.build))
@@ -239,14 +239,14 @@ def existing_shards(
         # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
         if repr(found[key]) != repr(value):
             raise DataError(
-                f"to={settings.to!r} holds shards built with {key}={found[key]!r}, not "
-                f"{key}={value!r}; give another folder, or remove that one"
+                f"{place} holds shards built with {key}={found[key]!r}, not "
+                f"{key}={value!r}; {another}, or remove that one"
             )
     tokenizer = _tokenizer_given(settings)
     if tokenizer and index.tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
         raise DataError(
-            f"to={settings.to!r} holds shards of another version of tokenizer="
-            f"{settings.tokenizer!r}; give another folder, or remove that one"
+            f"{place} holds shards of another version of tokenizer={settings.tokenizer!r}; "
+            f"{another}, or remove that one"
         )
     change = _text_change(settings, folder, progress=progress, prefix=prefix)
     if change is None:
@@ -256,9 +256,9 @@ def existing_shards(
             say(f"the text of {folder} has changed ({change}); building it anew")
         return None
     raise DataError(
-        f"to={settings.to!r} holds shards of another text: {change}; build them anew with "
-        "on_changed=rebuild (data.on_changed=rebuild where a run builds them), give another "
-        f"folder, or train on them as they are with {text_setting('data.dir', str(folder))}"
+        f"{place} holds shards of another text: {change}; build them anew with "
+        f"on_changed=rebuild (data.on_changed=rebuild where a run builds them), {another}, "
+        f"or train on them as they are with {text_setting('data.dir', str(folder))}"
     )
 
 

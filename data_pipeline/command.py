@@ -27,6 +27,7 @@ from data_pipeline.composition import only_compose
 from data_pipeline.composition_errors import Complaint
 from data_pipeline.settings import DataError
 from data_pipeline.settings_files import SettingsFiles
+from data_pipeline.settings_tree import plain_reason
 from data_pipeline.shell import escape_output
 from data_pipeline.standard_streams import outlive_readers
 from data_pipeline.stops import leave_terminal, stop_signals
@@ -179,7 +180,7 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
             raise DataError(_unknown(key, settings_type)) from error
         if first["type"] == "missing":
             raise DataError(f"{key} must be given: add {key}=…") from error
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = plain_reason(first["msg"])
         raise DataError(f"{key}={first['input']!r} can't be: {reason}") from error
 
 

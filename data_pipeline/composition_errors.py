@@ -138,7 +138,7 @@ class Complaint:
             return f"{key}={converted[1]}: must be of type {converted[2].lower()}"
         if reason.endswith("is not a ListConfig, list or tuple."):
             value = getattr(error, "value", "")
-            return f"{key}={value}: must be a list: use {key}=[{value}]"
+            return f"{key}={value}: must be a list: use '{key}=[{value}]'"
         return f"{key}: {reason}" if key else reason
 
 

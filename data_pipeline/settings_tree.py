@@ -88,6 +88,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def plain_reason(message: str) -> str:
+    """Returns what pydantic says of a value, in the words of all other messages."""
+    return message.removeprefix("Value error, ").replace("Input should ", "must ")
+
+
 def paths(tree: Any, *, inside: str = "") -> Iterator[str]:
     """Yields the path of every setting of a tree, each part before what is in it."""
     for name, kind in _kinds(bare(tree)).items():

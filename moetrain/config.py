@@ -17,7 +17,7 @@ from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
-from data_pipeline.settings_tree import spelt
+from data_pipeline.settings_tree import plain_reason, spelt
 from launch.plan import cluster_address, lasting
 from launch.settings import ClusterSettings, LaunchSettings
 from moetrain.checkpoint import CheckpointSettings
@@ -63,7 +63,7 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = plain_reason(first["msg"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = known_keys(tree, path[:-1])
             reason = unknown_setting(path[-1], known)
@@ -103,6 +103,12 @@ def check(config: Config) -> None:
             "model.head_dim",
             model.head_dim,
             f"must be even, for rotary positions turn pairs: use {model.head_dim + 1}",
+        )
+    if model.top_k > model.num_experts == 1:
+        raise ConfigError(
+            "model.num_experts",
+            1,
+            f"is a dense model, and model.top_k={model.top_k}: add model.top_k=1",
         )
     if model.top_k > model.num_experts:
         raise ConfigError(

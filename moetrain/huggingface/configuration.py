@@ -224,6 +224,11 @@ def _router(config: Mapping[str, Any], carried: list[str]) -> dict[str, float]:
             "balanced alike)"
         )
     if noise := _nonnegative(config, "router_jitter_noise"):
+        if noise >= 1:
+            raise ConversionError(
+                f"config.json: router_jitter_noise={config['router_jitter_noise']}: must be less "
+                "than 1, for the router's input is multiplied by numbers from 1 - this to 1 + this"
+            )
         found["jitter_noise"] = noise
         carried.append(
             f"router_jitter_noise={noise} as model.router.jitter_noise={noise} (on the "
@@ -317,9 +322,11 @@ def _max_seq_len(config: Mapping[str, Any], notes: list[str], *, silent: int | N
             f"config.json: max_position_embeddings={length!r}: must be a number from 1 on"
         )
     if window is not None and not _is_count(window):
+        is_whole = isinstance(window, int) and not isinstance(window, bool)
+        reason = "a position would see nothing: " if is_whole else ""
         raise ConversionError(
-            f"config.json: sliding_window={window!r}: a position would see nothing: must be a "
-            "number from 1 on, or null where there is no window, which is probably meant"
+            f"config.json: sliding_window={window!r}: {reason}must be a whole number from 1 on, or "
+            "null where there is no window"
         )
     if window is None or window >= length:
         return length

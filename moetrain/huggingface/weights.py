@@ -178,6 +178,11 @@ def _no_weights(folder: Path) -> str:
             "any code when they are read, and are not opened; save the model with transformers' "
             "save_pretrained, which writes safetensors"
         )
+    if shards := sorted(p.name for p in folder.glob("*.safetensors")):
+        return (
+            f"{folder} has no {INDEX}, which says what is in which of its files"
+            f"{_listed(shards, 'there')}: fetch it from where those are from, or all again"
+        )
     return f"{folder} has neither {SINGLE} nor {INDEX}"
 
 

@@ -127,11 +127,13 @@ def test_what_is_not_carried_is_told() -> None:
     [
         ({"sliding_window": 0}, "sliding_window=0: a position would see nothing"),
         ({"sliding_window": -1}, "sliding_window=-1: a position would see nothing"),
-        ({"sliding_window": True}, "sliding_window=True: "),
+        ({"sliding_window": True}, "sliding_window=True: must be a whole number from 1 on, or"),
+        ({"sliding_window": "x"}, "sliding_window='x': must be a whole number from 1 on, or null"),
+        ({"sliding_window": 16.5}, "sliding_window=16.5: must be a whole number from 1 on, or"),
         ({"max_position_embeddings": 0}, "max_position_embeddings=0: must be a number from 1 on"),
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1: must be a number from 0 on"),
         ({"router_aux_loss_coef": "0.1"}, "router_aux_loss_coef='0.1': must be a number"),
-        ({"router_jitter_noise": 1.5}, "router.jitter_noise=1.5"),
+        ({"router_jitter_noise": 1.5}, "json: router_jitter_noise=1.5: must be less than 1"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_by_its_name(change: dict[str, Any], said: str) -> None:

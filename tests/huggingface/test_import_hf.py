@@ -148,6 +148,11 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         only_first_shard,
         f"files that {INDEX} lists; there: model-00001-of-",
     ),
+    "shards without their index": (
+        "sharded",
+        lambda f: (f / INDEX).unlink(),
+        f"has no {INDEX}, which says what is in which of its files; there: model-00001-of-",
+    ),
     "a dangling link, as of a cache": (
         "sharded",
         lambda f: (shard(f, 3).unlink(), (f / "model-00003-of-99999.safetensors").symlink_to("x")),

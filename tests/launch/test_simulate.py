@@ -321,12 +321,12 @@ def test_rows_with_too_many_saves_are_said_not_to_be_simulated(
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("nodes=2048", "nodes=2048: must be a list: use nodes=[2048]"),
-        ("nodes=[1,0]", "nodes.1=0: Input should be greater than 0"),
+        ("nodes=2048", "nodes=2048: must be a list: use 'nodes=[2048]'"),
+        ("nodes=[1,0]", "nodes.1=0: must be greater than 0"),
         ("nodes=[]", "nodes=[]: List should have at least 1 item"),
         ("format=jsn", "format=jsn: must be one of table, json (did you mean 'json'?)"),
         ("restart_second=3", "restart_second: there is no such setting (did you mean 'restart_s"),
-        ("save_seconds=inf", "save_seconds=inf: Input should be a finite number"),
+        ("save_seconds=inf", "save_seconds=inf: must be a finite number"),
         ("durable_seconds=1", "durable_seconds=1.0: a save isn't safe before it is over"),
     ],
 )
