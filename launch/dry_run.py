@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline import Corpus, DataSettings
+from launch.folders import demand_folder
 from launch.plan import Plan
 from moetrain.checkpoint import Manifest
-from moetrain.checkpoint.remote import newest_manifest_there
+from moetrain.checkpoint.remote import demand_mounted, newest_manifest_there
 from moetrain.checks import ConfigError
 from moetrain.train import (
     Prepared,
@@ -46,6 +47,11 @@ class Rehearsal:
         """What it would train."""
         return preview_of(self.config)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has all its steps already."""
+        return self.newest is not None and self.newest.step >= self.config.train.num_steps
+
     def lines(self) -> Iterator[str]:
         """Yields what a person is told."""
         if isinstance(self.found, Prepared):
@@ -65,7 +71,7 @@ class Rehearsal:
         if self.newest is None:
             return "a new one"
         fetched = f", fetched from {self.config.checkpoint.upload_to}" if self.is_elsewhere else ""
-        if self.newest.step >= steps:
+        if self.is_complete:
             return f"which has all its {steps} steps{fetched}"
         return f"which would go on from step {self.newest.step}{fetched}"
 
@@ -77,9 +83,11 @@ def dry_run(config: "Config", plan: Plan, *, data: DataSettings) -> int:
     """
     if plan.external and plan.external.rank > 0:
         return 0  # the first rank alone looks for mistakes, as at a start
-    for line in rehearsal_of(config, data=data).lines():
+    rehearsal = rehearsal_of(config, data=data)
+    for line in rehearsal.lines():
         print(line)
-    print("dry run: this could start; nothing was written")
+    what = "this run is complete: nothing would be trained" if rehearsal.is_complete else None
+    print(f"dry run: {what or 'this could start'}; nothing was written")
     return 0
 
 
@@ -87,6 +95,8 @@ def rehearsal_of(config: "Config", *, data: DataSettings) -> Rehearsal:
     """Returns what a run would be; raises ConfigError or DataError where it could not start."""
     run_dir = Path(config.run.dir, config.run.name or "")
     _demand_free(run_dir)
+    demand_folder(run_dir)
+    demand_mounted(config.checkpoint)
     newest, is_elsewhere = newest_manifest(run_dir), False
     there = newest_manifest_there(config.checkpoint, run=config.run.name or "")
     if there and (newest is None or there.step > newest.step):

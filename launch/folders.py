@@ -1,9 +1,11 @@
 """Whether folders can be had before anything starts: a run's, that of temporary files, Ray's."""
 
+import errno
 import os
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from moetrain.checks import ConfigError
@@ -29,6 +31,34 @@ def try_folder(folder: Path) -> None:
                     raise
             else:
                 made.callback(_remove_empty, part)
+
+
+def demand_folder(run_dir: Path) -> None:
+    """Raises ConfigError where a run's folder can't be made or written to; leaves none behind.
+
+    Shards may take hours to be built, and are no use to such a run.
+    """
+    with named_folder(run_dir):
+        try_folder(run_dir)
+
+
+@contextmanager
+def named_folder(run_dir: Path) -> Iterator[None]:
+    """Names the setting that a folder which can't be had comes from, and a way out."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError("run.name", run_dir.name, f"{reason}: use a shorter one") from error
+        way_out = (
+            "make room there, or use a folder of another disk: run.dir=/another/disk/runs"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "use a folder that you may write to, such as run.dir=~/runs"
+        )
+        raise ConfigError(
+            "run.dir", run_dir.parent, f"the run's folder {run_dir.name} there: {reason}; {way_out}"
+        ) from error
 
 
 def _remove_empty(folder: Path) -> None:

@@ -4,7 +4,6 @@ Owns the driver's side of a run: the run folder, signals, the progress display, 
 lines and the exit code. Ranks do everything else.
 """
 
-import errno
 import fcntl
 import logging
 import math
@@ -34,7 +33,7 @@ from launch.dry_run import in_use
 from launch.environment import for_ranks
 from launch.external import ExternalRank, external_rank, meeting_point
 from launch.failure import classify
-from launch.folders import try_folder
+from launch.folders import demand_folder, named_folder
 from launch.plan import Plan, cluster_address, is_ray_copy
 from launch.ray_cluster import ClusterError, RayCluster
 from launch.supervisor import RunFailed, Supervisor
@@ -46,6 +45,7 @@ from moetrain.checkpoint import (
     with_way_out,
 )
 from moetrain.checkpoint.remote import (
+    demand_mounted,
     fetch_newer,
     good_save,
     is_newer_there,
@@ -176,6 +176,7 @@ def _run(
 def _prepared(config: "Config", data: DataSettings) -> Prepared:
     """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
     demand_folder(Path(config.run.dir, config.run.name or ""))
+    demand_mounted(config.checkpoint)
     _fetch(config)
     prepared = prepare(config, data, progress=True)
     if newest := newest_manifest(Path(config.run.dir, config.run.name or "")):
@@ -503,34 +504,6 @@ def _tell_start(config: "Config", prepared: Prepared) -> None:
         )
 
 
-def demand_folder(run_dir: Path) -> None:
-    """Raises ConfigError where a run's folder can't be made or written to; leaves none behind.
-
-    Shards may take hours to be built, and are no use to such a run.
-    """
-    with _named(run_dir):
-        try_folder(run_dir)
-
-
-@contextmanager
-def _named(run_dir: Path) -> Iterator[None]:
-    """Names the setting that a folder which can't be had comes from, and a way out."""
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        if error.errno == errno.ENAMETOOLONG:
-            raise ConfigError("run.name", run_dir.name, f"{reason}: use a shorter one") from error
-        way_out = (
-            "make room there, or use a folder of another disk: run.dir=/another/disk/runs"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "use a folder that you may write to, such as run.dir=~/runs"
-        )
-        raise ConfigError(
-            "run.dir", run_dir.parent, f"the run's folder {run_dir.name} there: {reason}; {way_out}"
-        ) from error
-
-
 @contextmanager
 def _held(run_dir: Path) -> Iterator[None]:
     """Makes a run's folder and keeps other commands on this machine off it, even past a kill.
@@ -538,7 +511,7 @@ def _held(run_dir: Path) -> Iterator[None]:
     Raises ConfigError where another command holds it. On other machines the number of the attempt
     is the fence.
     """
-    with _named(run_dir):
+    with named_folder(run_dir):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:

@@ -68,6 +68,8 @@ def branch(settings: BranchSettings) -> int:
 
 
 def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
+    if to.resolve().is_relative_to(run_dir.resolve()):
+        raise ConfigError("to", to, f"lies in the run {run_dir}: use a folder beside it")
     demand_new(to, num_bytes=0)  # said before a large checkpoint is read
     checkpoint = chosen_checkpoint(run_dir, step=settings.step)
     manifest = read_manifest(checkpoint)

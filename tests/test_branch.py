@@ -120,6 +120,14 @@ def test_what_cannot_be_branched_is_said_and_nothing_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
+def test_a_branch_does_not_lie_in_its_source(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert branched(trained, trained / "runs/tiny/b", step=6) == 2
+    assert "lies in the run" in capsys.readouterr().err
+    assert not (trained / "runs/tiny/b").exists()
+
+
 def test_a_folder_that_is_no_run_is_not_branched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from data_pipeline import (
     shards_or_corpus,
     tokenizer_named,
 )
+from data_pipeline.corpus_files import is_shard_folder
+from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.train.preview import Preview, preview_of, short
@@ -79,6 +81,8 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
     _demand_run(config, newest)
     if data.dir is None:  # shards may have to be built: not for a model that can't use them
         demand_vocabulary(config, tokenizer_named(data.tokenizer))
+        if newest and _were_elsewhere(config, newest):
+            _demand_built(config, newest, shards_or_corpus(data))
     return _prepared(config, open_or_build(data, progress=progress), newest)
 
 
@@ -91,6 +95,8 @@ def rehearse(config: "Config", data: DataSettings, *, newest: Manifest | None) -
     if data.dir is None:
         demand_vocabulary(config, tokenizer_named(data.tokenizer))
     found = shards_or_corpus(data)
+    if newest and _were_elsewhere(config, newest):
+        _demand_built(config, newest, found)
     return _prepared(config, found, newest) if isinstance(found, ShardFolder) else found
 
 
@@ -177,6 +183,27 @@ def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -
             f"run {config.run.name} was trained on other shards up to step {newest.step}, and "
             "where it stands means nothing in these: use those, or another run.name",
         )
+
+
+def _were_elsewhere(config: "Config", newest: Manifest) -> bool:
+    """Returns whether a run was trained on shards of another folder, which are still there."""
+    before = newest.config.get("data", {}).get("dir")
+    has_seen = newest.state.get("data") is not None
+    return has_seen and before not in (None, config.data.dir) and is_shard_folder(before)
+
+
+def _demand_built(config: "Config", newest: Manifest, found: ShardFolder | Corpus) -> None:
+    """Raises ConfigError where shards would be built for a run that was trained on others."""
+    if isinstance(found, ShardFolder):
+        return
+    before = newest.config["data"]["dir"]
+    raise ConfigError(
+        "data.corpus",
+        config.data.corpus,
+        f"run {config.run.name} was trained on the shards in {before} up to step {newest.step}, "
+        f"and others would have to be built for it: use {text_setting('data.dir', before)}, or "
+        "another run.name",
+    )
 
 
 def demand_vocabulary(config: "Config", tokenizer: Tokenizer | TokenizerEntry) -> None:

@@ -168,12 +168,15 @@ def _demand_optimizer(config: "Config", manifest: Manifest) -> None:
     add = [f"optim.restart_from={manifest.step}"]
     if manifest.step >= config.train.num_steps:
         add.append(training_on(config, step=manifest.step))
+    # Another optimizer comes with a rate and other settings of its own.
+    found = changes(manifest.config, as_plain(config))
+    theirs = [c for c in found if c.name.startswith("optim.") and "restart" not in c.name]
     raise ConfigError(
         f"optim.{key}",
         getattr(config.optim, key),
         f"run {config.run.name} was trained with optim.{key}={before[key]} up to step "
         f"{manifest.step}, and another optimizer can't go on from the state of that one: use "
-        f"optim.{key}={before[key]}, add {' '.join(add)} to go on with a fresh optimizer state, or "
+        f"{_settings(theirs)}, add {' '.join(add)} to go on with a fresh optimizer state, or "
         "use another run.name",
     )
 

@@ -91,10 +91,16 @@ def test_shards_that_would_have_to_be_built_are_not(dry: Any, capsys: Any, shard
     ("changes", "message"),
     [
         ({"model__vocab_size": 100}, "model.vocab_size=100: "),
-        ({"data__dir": None, "data__corpus": "/nowhere"}, "corpus='/nowhere' doesn't exist"),
+        ({"data__dir": None, "data__corpus": "/nowhere"}, "data.corpus='/nowhere' doesn't exist"),
         ({"data__weights": {"other": 1.0}}, "other"),
         ({"data__max_epochs": 0.001}, "is over at step"),
         ({"model__top_k": 9}, "model.top_k=9: "),
+        (
+            {"model__num_experts": 1},
+            "model.num_experts=1: is a dense model, and model.top_k=2: add",
+        ),
+        ({"run__dir": "/proc/x"}, "run.dir=/proc/x: the run's folder tiny there: "),
+        ({"checkpoint__upload_to": "file:///missing"}, "upload_to=file:///missing: is no folder"),
         ({"parallel__expert_degree": 3}, "parallel.expert_degree=3: "),
         ({"launch__num_workers": 2}, "launch.num_workers=2: "),
     ],
@@ -112,7 +118,14 @@ def test_an_older_run_of_the_name_is_looked_at(dry: Any, begun: Path, capsys: An
     assert dry(begun) == 0
     assert "runs/tiny, which would go on from step 4\n" in capsys.readouterr().out
     assert dry(begun, train__num_steps=4) == 0
-    assert "runs/tiny, which has all its 4 steps\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "runs/tiny, which has all its 4 steps\n" in said
+    assert said.endswith(
+        "dry run: this run is complete: nothing would be trained; nothing was written\n"
+    )
+    other = {"data__dir": None, "data__corpus": str(begun.parent)}
+    assert dry(begun, train__num_steps=4, **other) == 2
+    assert "was trained on the shards in " in capsys.readouterr().err
     assert dry(begun, model__ffn_hidden_dim=64) == 2
     assert "model.ffn_hidden_dim=64: run tiny is of another model" in capsys.readouterr().err
     assert dry(begun, checkpoint__resume="never") == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.start import demand_folder
+from launch.folders import demand_folder
 from moetrain.checks import ConfigError
 
 

@@ -100,8 +100,8 @@ def test_a_finished_run_is_uploaded_late(tmp_path: Path, shards: Path, bucket: P
     assert (bucket / "tiny/checkpoints/latest").read_text() == "step_00000002_attempt_1"
     shutil.rmtree(bucket)
     code, output = moetrain(tmp_path, shards, bucket, **few)
-    assert code == 1
-    assert "is no folder on this machine" in output
+    assert code == 2
+    assert f"checkpoint.upload_to=file://{bucket}: is no folder on this machine" in output
 
 
 def test_a_run_at_its_beginning_is_not_replaced_by_another_ones_upload(

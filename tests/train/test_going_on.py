@@ -265,6 +265,9 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
     )
     assert "use optim.name=adamw, add optim.restart_from=4 to go on" in str(refused.value)
     assert "another model" not in str(refused.value)
+    faster = tiny_config(tmp_path, shards=shards, **MODEL, optim__name="sgd", optim__lr=0.5)
+    with pytest.raises(ConfigError, match=r"use optim.name=adamw optim.lr=[0-9.e-]+, add"):
+        demand_same_model(faster, manifest)
     betas = {"optim__betas": (0.8, 0.99), "optim__eps": 1e-6, "optim__weight_decay": 0.0}
     demand_same_model(tiny_config(tmp_path, shards=shards, **MODEL, **betas), manifest)
     still = MODEL | RESTARTED | {"optim__momentum": 0.0, "train__num_steps": 12}

@@ -1,6 +1,10 @@
 """Copies of checkpoints elsewhere: an object store, or another disk."""
 
-from moetrain.checkpoint.remote.folder import RemoteUnavailableError, check_url
+from moetrain.checkpoint.remote.folder import (
+    RemoteUnavailableError,
+    check_url,
+    demand_mounted,
+)
 from moetrain.checkpoint.remote.of_run import (
     fetch_newer,
     good_save,
@@ -16,6 +20,7 @@ __all__ = [
     "RemoteUnavailableError",
     "Uploader",
     "check_url",
+    "demand_mounted",
     "fetch_newer",
     "good_save",
     "is_newer_there",

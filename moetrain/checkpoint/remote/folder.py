@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from moetrain.checkpoint.manifest import CheckpointError
+from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checks import ConfigError, nearest
 
 PROTOCOLS = ("s3", "gs", "file")
@@ -116,6 +117,15 @@ def check_url(url: str) -> None:
         raise refuse("a folder is given by its absolute path, as file:///mnt/backup")
     if protocol != "file" and not host:
         raise refuse("the bucket is missing; give it as s3://bucket/runs")
+
+
+def demand_mounted(settings: CheckpointSettings) -> None:
+    """Raises ConfigError where a folder of this machine is to be uploaded to and isn't there."""
+    url = settings.upload_to or ""
+    if url.startswith("file://") and not Path(url.removeprefix("file://")).is_dir():
+        raise ConfigError(
+            SETTING, url, "is no folder on this machine: mount or make it, or correct the setting"
+        )
 
 
 def in_parallel(
