@@ -66,6 +66,14 @@ class Rehearsal:
         run = self.config.run
         yield f"run: {Path(run.dir, run.name or '')}, {self._beginning()}"
 
+    @property
+    def state(self) -> str:
+        """Where the run stands, in a word or two."""
+        if self.newest is None:
+            return "new"
+        done = self.newest.step >= self.config.train.num_steps
+        return "done" if done else f"at step {self.newest.step}"
+
     def _beginning(self) -> str:
         steps = self.config.train.num_steps
         if self.newest is None:

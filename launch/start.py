@@ -88,6 +88,7 @@ if TYPE_CHECKING:
 DONE, FAILED, STOPPED = 0, 1, 75
 LIFE = ("start", "finish", "stop", "fail")  # how a life of a run begins, and how it ends
 SAME_STOP_SECONDS = 1.0
+TRIAL_VARIABLE = "MOETRAIN_TRIAL"  # set for the command of a sweep's trial
 
 WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be told
 
@@ -573,15 +574,21 @@ def _closing_lines(
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     yield f"run       {run_dir}"
-    if outcome.finished:
-        is_rank = external_rank(os.environ) is not None  # which can't start a sweep
-        yield (
-            f"next      open {shlex.quote(str(run_dir / 'report.html'))}; train on with {name} "
-            f"{training_on(config, step=outcome.step)}"
-            + ("" if is_rank else f"; or try {sweep_to_try(config)}")
-        )
+    opened = f"open {shlex.quote(str(run_dir / 'report.html'))}"
+    if TRIAL_VARIABLE in os.environ:  # what the user typed is the sweep's command, not its own
+        yield f"next      {opened if outcome.finished else 'the same sweep goes on from here'}"
+    elif outcome.finished:
+        more = training_on(config, step=outcome.step)
+        line = f"next      {opened}; train on with {name} {more}"
+        yield f"{line}; or try {sweep_to_try(config)}" if _may_be_swept(config) else line
     else:
         yield f"next      the same command with {name} goes on from here"
+
+
+def _may_be_swept(config: "Config") -> bool:
+    """Returns whether a run's command can become a sweep: of new runs, by what is no rank."""
+    begins_anew = config.schedule.restart_from or config.optim.restart_from
+    return not begins_anew and external_rank(os.environ) is None
 
 
 def sweep_to_try(config: "Config") -> str:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Protocol
 
 from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
+from launch.start import TRIAL_VARIABLE
 from launch.sweep_table import (
     BAD_SETTINGS,
     FAILED,
@@ -171,7 +172,7 @@ class Sweep:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._side_by_side else None,
             stderr=subprocess.STDOUT if self._side_by_side else None,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", TRIAL_VARIABLE: "1"},
             # Of a group of its own, so that a terminal's Ctrl-C reaches it through the sweep only.
             process_group=0 if self._side_by_side else None,
             preexec_fn=_stop_with_parent,
@@ -210,7 +211,8 @@ class Sweep:
 
     def _title(self, trial: Trial) -> str:
         of = f" of {self._num_trials}" if self._num_trials else ""
-        return f"trial {trial.number}{of}: {trial.label} → {trial.run_dir}"
+        label = f"{trial.label} → " if trial.label else ""
+        return f"trial {trial.number}{of}: {label}{trial.run_dir}"
 
     def _say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
@@ -243,7 +245,7 @@ def run_trial(command: Sequence[str], *, log: str | None) -> int:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", TRIAL_VARIABLE: "1"},
             preexec_fn=_begin_in_job,
         )
         try:

@@ -59,7 +59,7 @@ class Wanted:
     settings: Mapping[str, Any]
     """Resolved, as nested dictionaries of JSON values."""
     text: str | None = None
-    """The fingerprint of its shards."""
+    """The fingerprint of its shards; None where they are yet to be built."""
     varied: Collection[str] = ()
     """The settings in which the sweep's trials differ."""
     may_be_bare: bool = True
@@ -99,6 +99,8 @@ def differences(run: Trained, wanted: Wanted) -> list[Change]:
     found = []
     for change in changes(run.settings, wanted.settings):
         decides = change.kind in _DECIDES or change.name in wanted.varied
+        if wanted.text is None:  # the folder's name, which is made of them, says which text
+            decides |= change.name == "data.dir"
         if run.is_untrained:
             decides = change.kind is Kind.function
         if decides and change.name not in _NAMES:

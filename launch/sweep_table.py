@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import median
 
 from data_pipeline.shell import unquoted
+from launch.dry_run import Rehearsal
 from launch.sweep_runs import Wanted, differences, listed, trained
 from moetrain.observe import final_loss, model_event, read_events, read_metrics
-from moetrain.train import Preview, short
+from moetrain.train import short
 
 _NOTHING = "–"
 _BITS = ("validation/", "/bits_per_byte")
@@ -159,14 +160,16 @@ def _rank(result: Result) -> tuple[bool, bool, float]:
     return result.end != _ENDS[0], not validated, float("inf") if loss is None else loss
 
 
-def preview_table(trials: Sequence[tuple[Trial, Preview]]) -> str:
-    """Returns what the trials of a sweep would train, as a table."""
+def preview_table(trials: Sequence[tuple[Trial, Rehearsal]]) -> str:
+    """Returns what the trials of a sweep would train, and how far they are, as a table."""
     keys = list(dict.fromkeys(key for trial, _ in trials for key in trial.varied))
-    header = ["trial", *keys, "parameters", "active", "FLOPs a token", "tokens", "ranks"]
+    any_begun = any(rehearsal.newest for _, rehearsal in trials)
+    header = ["trial", *keys, "run is", "parameters", "active", "FLOPs a token", "tokens", "ranks"]
     rows = [
         [
             str(trial.number),
             *(trial.varied.get(key, _NOTHING) for key in keys),
+            rehearsal.state if any_begun else _NOTHING,
             short(preview.parameters),
             short(preview.active_parameters),
             short(preview.flops_per_token, billion="G"),
@@ -175,7 +178,8 @@ def preview_table(trials: Sequence[tuple[Trial, Preview]]) -> str:
             f"{preview.memory.total / 2**30:.3g}",
             trial.run_dir.name,
         ]
-        for trial, preview in trials
+        for trial, rehearsal in trials
+        for preview in [rehearsal.preview]
     ]
     return _aligned([*header, "GiB a rank", "run"], rows)
 

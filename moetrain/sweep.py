@@ -21,7 +21,7 @@ from data_pipeline import (
     resolved_dir,
     shards_or_corpus,
 )
-from data_pipeline.shell import as_typed, shell_command
+from data_pipeline.shell import as_typed, shell_command, unquoted
 from launch import (
     ClusterError,
     Elsewhere,
@@ -51,9 +51,11 @@ from moetrain.config import Config, check, resolve
 from moetrain.sweep_plugins import SweepEnded
 from moetrain.train import as_plain
 from moetrain.train.changes import changes
+from moetrain.train.resume import demand_no_restart
 
 # What a trial waits at least for places: those of the one before it may not be free yet.
 TRIAL_WAIT_SECONDS = 60.0
+_NAMES = {"run.name", "run.dir"}
 
 
 def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
@@ -81,6 +83,8 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
     combinations = _once_each(combinations)
     resolved = [_resolved(c.settings) for c in combinations]
     varied = varied_settings([c.overrides for c in combinations])
+    if len(combinations) == 1:
+        varied = [_varied_before(combinations[0])]
     texts = {}
     for config, one in zip(resolved, combinations, strict=True):
         found = shards_or_corpus(one.settings.data)
@@ -96,8 +100,9 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
     rows = []
     trials = _trials(combinations, resolved, wanted, varied=varied)
     for trial, config, one in zip(trials, resolved, combinations, strict=True):
-        named = replace(config, run=replace(config.run, name=trial.run_dir.name))
-        rows.append((trial, rehearsal_of(named, data=one.settings.data).preview))
+        rows.append(
+            (trial, rehearsal_of(_named(config, trial.run_dir.name), data=one.settings.data))
+        )
     return f"{preview_table(rows)}\ndry run: these could start; nothing was written"
 
 
@@ -118,6 +123,8 @@ def planned(combinations: Sequence[Combination[Config]]) -> Iterator[list[Trial]
     with ExitStack() as stack:
         once = _once_each(combinations)
         varied = varied_settings([combination.overrides for combination in once])
+        if len(once) == 1:
+            varied = [_varied_before(once[0])]
         yield _Plan(stack).trials(once, varied=varied)
 
 
@@ -350,7 +357,19 @@ def _varied(combinations: Sequence[Combination[Config]]) -> set[str]:
     """Returns the settings in which the combinations differ."""
     first, *others = (as_plain(c.settings) for c in combinations)
     names = {change.name for other in others for change in changes(first, other)}
-    return names - {"run.name", "run.dir"}
+    return names - _NAMES
+
+
+def _varied_before(one: Combination[Config]) -> dict[str, str]:
+    """Returns the given values of an only trial in which other runs of its name differ.
+
+    A sweep that is reduced to one value calls its trial as the larger one did.
+    """
+    name, plain = one.settings.run.name, as_plain(one.settings)
+    runs = runs_in(Path(one.settings.run.dir), [name]) if name else {}
+    found = {c.name for run in runs.values() for c in changes(run.settings, plain)}
+    given = (o.lstrip("+").partition("=") for o in one.overrides)
+    return {key: unquoted(value) for key, _, value in given if key in found - _NAMES}
 
 
 def _holds_values(combination: Combination[Config], varied: Mapping[str, str]) -> bool:
@@ -412,6 +431,10 @@ def _trials(
     ]
 
 
+def _named(config: Config, name: str) -> Config:
+    return replace(config, run=replace(config.run, name=name))
+
+
 def _assigned(
     resolved: Sequence[Config], wanted: Sequence[Wanted], *, taken: Collection[str]
 ) -> list[str]:
@@ -424,6 +447,8 @@ def _assigned(
         runs = _runs(Path(folder), ours, [u for at, u in uploads.items() if at is not None])
         for i, name in zip(here, assign(ours, runs, taken=taken), strict=True):
             names[i] = name
+            if name not in runs:  # said before the first trial begins
+                demand_no_restart(_named(resolved[i], name))
             if told := nearest_other(name, wanted[i], runs):
                 print(f"moetrain: {told}", file=sys.stderr)
     return [names[i] for i in range(len(resolved))]

@@ -137,6 +137,10 @@ def test_a_folder_that_is_no_run_is_not_branched(
     (tmp_path / "model/config.json").write_text("{}")
     assert branch(BranchSettings(run=str(tmp_path / "model"), to=str(tmp_path / "b"))) == 2
     assert "make a run of it first" in capsys.readouterr().err
+    assert branch(BranchSettings(run="runs/nope", to=str(tmp_path / "b"))) == 2
+    said = capsys.readouterr().err
+    assert "run=runs/nope: is no folder here" in said
+    assert "import_hf" not in said
     assert branch(BranchSettings(run="lab/moe", to=str(tmp_path / "b"))) == 2
     assert (
         "python -m moetrain.import_hf from=lab/moe to=runs/moe makes one" in capsys.readouterr().err

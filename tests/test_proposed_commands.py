@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from data_pipeline import DataError
@@ -23,8 +24,9 @@ from data_pipeline.index import read_index
 from data_pipeline.settings import CacheSettings
 from data_pipeline.storage import open_files
 from launch.ray_access import real_address
-from launch.start import _closing_lines
+from launch.start import TRIAL_VARIABLE, _closing_lines
 from launch.submit.__main__ import waiting_command
+from moetrain.checkpoint import write_checkpoint
 from moetrain.checkpoint.chosen import _no_run
 from moetrain.checks import ConfigError
 from moetrain.config import Config, check, resolve
@@ -58,6 +60,10 @@ def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yields a file, the module that it proposes, and a command as it is printed."""
     config = tiny_config(folder, shards=folder, run__name=ODD, schedule__restart_from=1)
     manifest = cast(Any, Namespace(step=2, config={}))
+    write_checkpoint(
+        folder / "runs" / ODD / "checkpoints", step=1, state={"step": 1}, config={}, mesh={},
+        tensors={}, read=lambda *_: torch.empty(0),
+    )  # fmt: skip
     (folder / ODD).mkdir()
     (folder / ODD / "config.json").touch()
     tokenizer = cast(Any, Namespace(vocab_size=10**6, name="large"))
@@ -197,3 +203,23 @@ def test_a_rank_is_not_told_to_start_a_sweep(
     monkeypatch.setenv("WORLD_SIZE", "2")
     *_, line = _closing_lines(config, outcome, shards, tmp_path)
     assert "-m" not in line
+
+
+def test_what_can_t_be_swept_or_is_a_trial_is_not_told_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    shards = cast(Any, Namespace(baselines={}))
+
+    def last(finished: bool = True, **changes: Any) -> str:
+        config: Config = tiny_config(tmp_path, shards=tmp_path, **changes)
+        outcome = Outcome(finished=finished, step=6, last={})
+        return list(_closing_lines(config, outcome, shards, tmp_path))[-1]
+
+    for group in ("schedule", "optim"):
+        line = last(**{f"{group}__restart_from": 4})
+        assert "train on with" in line
+        assert "or try" not in line
+    monkeypatch.setenv(TRIAL_VARIABLE, "1")
+    assert last() == f"next      open {tmp_path}/report.html"
+    assert last(finished=False) == "next      the same sweep goes on from here"

@@ -21,6 +21,7 @@ from moetrain.checkpoint.manifest import (
     TensorEntry,
     is_passing,
     read_manifest,
+    step_of,
     verify_all,
     verify_files,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "read_manifest",
     "replace_text",
     "staged_folder",
+    "step_of",
     "verify_all",
     "verify_files",
     "with_way_out",

@@ -43,12 +43,15 @@ def _no_run(run_dir: Path) -> str:
     command = shell_command(["python", "-m", "moetrain.import_hf", *words])
     if (run_dir / "config.json").is_file():
         return f"is a Hugging Face folder and not a run's: make a run of it first, with {command}"
-    if not run_dir.exists() and not run_dir.is_absolute() and len(run_dir.parts) == 2:
+    if run_dir.exists():
+        return "has no checkpoints/: use the own folder of a run"
+    may_be_on_hub = len(run_dir.parts) == 2 and run_dir.parts[0] not in ("/", ".", "..", "runs")
+    if may_be_on_hub and not run_dir.parent.exists():
         return (
             "is no folder here: use the own folder of a run; of a model on the Hugging Face Hub "
             f"{command} makes one"
         )
-    return "has no checkpoints/: use the own folder of a run"
+    return "is no folder here: use the own folder of a run"
 
 
 def _say(text: str) -> None:

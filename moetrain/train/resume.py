@@ -5,13 +5,14 @@ Knows settings and manifests; reads no tensor. `changes` says what a setting dec
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from data_pipeline.shell import shell_command, shell_word
-from moetrain.checkpoint import Manifest
+from moetrain.checkpoint import Manifest, candidates, step_of
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer
 from moetrain.optim import OptimSettings, ScheduleSettings, learning_rate, state_names
@@ -146,13 +147,28 @@ def _demand_restart(config: "Config", manifest: Manifest) -> None:
         elif step > manifest.step:
             reason = f"{stands}, and has not come so far: use {manifest.step}"
         else:
-            run = Path(config.run.dir, config.run.name or "")
-            branch = ["python", "-m", "moetrain.branch", f"run={run}", f"step={step}"]
             reason = (
-                f"{stands}, and the steps since then were trained otherwise: use {manifest.step}, "
-                f"or begin another run at that step: {shell_command([*branch, f'to={run}-2'])}"
+                f"{stands}, and its steps from {step} on were trained without that: use "
+                f"{manifest.step}, {_way_from(config, step)}"
             )
         raise ConfigError(name, step, reason)
+
+
+def _way_from(config: "Config", step: int) -> str:
+    """Returns how another run begins at an earlier step, or at which steps one could."""
+    run = Path(config.run.dir, config.run.name or "")
+    saved = sorted({step_of(path.name) or 0 for path in candidates(run / "checkpoints")})
+    if step in saved:
+        return f"or begin another run at that step: {_branch(run, step)}"
+    listed = ", ".join(map(str, saved)) or "none"
+    return f"or another run.name: no checkpoint of that step is kept (there are: {listed})"
+
+
+def _branch(run: Path, step: int) -> str:
+    """Returns the command that branches a run, into a folder that isn't there."""
+    to = next(to for n in count(2) if not (to := run.with_name(f"{run.name}-{n}")).exists())
+    branch = ["python", "-m", "moetrain.branch", f"run={run}", f"step={step}", f"to={to}"]
+    return shell_command(branch)
 
 
 def _demand_optimizer(config: "Config", manifest: Manifest) -> None:
@@ -215,10 +231,9 @@ def _tensors_fit(config: "Config", manifest: Manifest) -> bool:
 def _ways_to_another_model(config: "Config", manifest: Manifest, names: list[str]) -> str:
     run = Path(config.run.dir, config.run.name or "")
     accept = shell_word(f"checkpoint.accept_changes=[{','.join(names)}]")
-    branch = ["python", "-m", "moetrain.branch", f"run={run}", f"step={manifest.step}"]
     return (
-        f". If the change is meant, add {accept}; "
-        f"{shell_command([*branch, f'to={run}-2'])} makes another run of this one to try it in"
+        f". If the change is meant, add {accept}; {_branch(run, manifest.step)} makes another run "
+        "of this one to try it in"
     )
 
 

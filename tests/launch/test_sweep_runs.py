@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ import yaml
 
 from data_pipeline import ShardFolder
 from launch.sweep import run_sweep
-from launch.sweep_runs import trained
+from launch.sweep_runs import differences, trained
 from launch.sweep_table import Trial
 from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint import write_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
 from moetrain.config import Config, resolve, validated
-from moetrain.sweep import planned
+from moetrain.sweep import dry_sweep, planned
 from moetrain.train import as_plain
 from tests.support.runs import tiny_values, write_shards
 
@@ -332,3 +332,43 @@ def test_a_trial_s_settings_are_compared_as_its_run_was_resolved(sweeps: Sweeps)
     assert trial.wanted is not None
     assert trial.wanted.settings["train"]["micro_batch_size"] == 8
     assert asdict(trial)["varied"] == {}
+
+
+def test_a_sweep_reduced_to_one_value_calls_its_trial_by_it(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeps.train("s-1", optim__lr=1e-3)
+    sweeps.train("s-2", optim__lr=3e-3)
+    with planned(sweeps.combinations(optim__lr=[3e-3], seed=0)) as trials:
+        assert [trial.varied for trial in trials] == [{"optim.lr": "0.003"}]
+        assert run_sweep(trials, folder=tmp_path / "table", places=None) == 0
+    assert "trial 1 of 1: optim.lr=0.003 → " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("group", ["schedule", "optim"])
+def test_a_restart_of_new_runs_is_refused_before_any_begins(sweeps: Sweeps, group: str) -> None:
+    sweeps.train("s-1", optim__lr=1e-3)
+    again = {f"{group}__restart_from": 4}
+    with pytest.raises(ConfigError, match=rf"{group}.restart_from=4: run s-2 has no checkpoint"):
+        sweeps.trials(optim__lr=[1e-3, 3e-3], **again)
+    sweeps.train("s-1", optim__lr=1e-3, **again)
+    assert sweeps.names(optim__lr=1e-3, **again) == ["s-1"]
+
+
+def test_a_dry_sweep_tells_how_far_its_runs_are(sweeps: Sweeps) -> None:
+    sweeps.train("s-1", optim__lr=1e-3, state={"samples": 64})
+    lines = dry_sweep(sweeps.combinations(optim__lr=[1e-3, 3e-3])).splitlines()
+    assert "run is" in lines[0]
+    assert [line.split()[2] for line in lines[1:3]] == ["done", "new"]
+
+
+def test_a_text_that_is_yet_to_be_built_is_not_that_of_another_folder(sweeps: Sweeps) -> None:
+    sweeps.train("s-1", optim__lr=1e-3)
+    [trial] = sweeps.trials(optim__lr=1e-3)
+    run = trained(trial.run_dir)
+    assert run is not None
+    assert trial.wanted is not None
+    unbuilt = replace(trial.wanted, text=None)
+    assert not differences(run, unbuilt)
+    other = {**unbuilt.settings, "data": {**unbuilt.settings["data"], "dir": "cache/other"}}
+    assert [c.name for c in differences(run, replace(unbuilt, settings=other))] == ["data.dir"]

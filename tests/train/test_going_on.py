@@ -306,18 +306,16 @@ def test_later_resumes_keep_the_state_and_the_schedule_of_a_restart(gone_on: Pat
 def test_a_restart_is_of_the_step_that_the_run_stands_at(
     tmp_path: Path, shards: Path, gone_on: Path, manifest: Manifest, group: str
 ) -> None:
-    def demand(step: int, found: Manifest, **changes: Any) -> None:
+    def demand(step: int, found: Manifest, folder: Path = tmp_path, **changes: Any) -> None:
         settings = MODEL | {f"{group}__restart_from": step, "train__num_steps": 12} | changes
-        demand_same_model(tiny_config(tmp_path, shards=shards, **settings), found)
+        demand_same_model(tiny_config(folder, shards=shards, **settings), found)
 
     demand(4, manifest)
     with pytest.raises(
         ConfigError, match=rf"^{group}.restart_from=5: .* has not come so far: use 4"
     ):
         demand(5, manifest)
-    with pytest.raises(
-        ConfigError, match=r"use 4, or begin another run .*moetrain.branch .*step=3"
-    ):
+    with pytest.raises(ConfigError, match=r"use 4, or another run.name: .* kept \(there are: none"):
         demand(3, manifest)
     at_0 = replace(manifest, step=0, state={"step": 0, "samples": 0, "tokens": 0})
     with pytest.raises(ConfigError, match="leave it out"):
@@ -326,8 +324,13 @@ def test_a_restart_is_of_the_step_that_the_run_stands_at(
     sgd = {"optim__name": "sgd", "optim__momentum": 0.9}
     demand(4, newest(gone_on / "restarted"), **sgd)
     demand(10, newest(gone_on / "restarted"), **sgd)
-    with pytest.raises(ConfigError, match="use 10, or begin another run"):
-        demand(7, newest(gone_on / "restarted"), **sgd)
+    there = gone_on / "restarted"
+    with pytest.raises(ConfigError, match=r"7 on were .* use 10, .* \(there are: 6, 9, 10\)"):
+        demand(7, newest(there), there, **sgd)
+    (tmp_path / "runs/tiny-2").mkdir(parents=True)
+    (tmp_path / "runs/tiny").symlink_to(there / "runs/tiny")
+    with pytest.raises(ConfigError, match=r"moetrain.branch .* step=6 to=\S*/runs/tiny-3"):
+        demand(6, newest(there), **sgd)
 
 
 def test_a_new_run_has_nothing_to_restart_from(tmp_path: Path, shards: Path) -> None:
