@@ -270,11 +270,12 @@ def _refusing_place(settings: BuildSettings, prefix: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_PLACE:
             raise
-        way_out = "give a folder of a disk that you may write to"
-        if prefix:
-            way_out = f"start in {way_out[5:]}, or give shards that are there by {prefix}dir"
+        what, way_out = f"to={settings.to!r}", "give a folder of a disk that you may write to"
+        if prefix:  # a run has no such setting
+            what = f"the folder for shards of {prefix}corpus={settings.corpus!r}"
+            way_out = f"start in another folder, or give shards that are there by {prefix}dir=…"
         raise DataError(
-            f"to={settings.to!r} can't be made: {error.filename}: {error.strerror}; {way_out}"
+            f"{what} can't be made: {error.filename}: {error.strerror}; {way_out}"
         ) from error
 
 

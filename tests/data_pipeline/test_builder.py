@@ -415,6 +415,15 @@ def test_place_where_no_folder_can_be_is_refused_with_a_way_out(
     assert os.listdir() == ["taken"]
 
 
+def test_run_where_no_shards_can_be_built_is_told_its_own_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").write_text("text")
+    with pytest.raises(DataError, match=r"data\.corpus='data' can't be made.*data\.dir=…"):
+        open_or_build(DataSettings(corpus="data"), progress=False)
+
+
 def test_objects_without_a_text_beside_text_name_the_fields_there_are(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
