@@ -31,10 +31,15 @@ def run(
     )
 
 
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a command said but for its progress, which it tells of where a machine is slow."""
+    return [line for line in done.stderr.splitlines() if not line.endswith(" s left")]
+
+
 def test_build_then_build_again_then_inspect(corpus: Path, tmp_path: Path) -> None:
     arguments = (f"corpus={corpus}", "tokenizer=bytes", "to=shards", "licence=CC0-1.0")
     built = run("build", *arguments, cwd=tmp_path)
-    assert (built.returncode, built.stderr) == (0, "")
+    assert (built.returncode, told(built)) == (0, [])
     assert "is complete" in built.stdout
     again = run("build", *arguments, cwd=tmp_path)
     assert again.returncode == 0
@@ -107,11 +112,11 @@ def test_sources_are_given_one_by_one_or_together(corpus: Path, tmp_path: Path) 
     )
     together = f"sources={{zz:{{corpus:{corpus},language:en}},a-1:{{corpus:other,licence:1.0}}}}"
     built = run("build", *one_by_one, "tokenizer=bytes", "to=shards", cwd=tmp_path)
-    assert (built.returncode, built.stderr) == (0, "")
+    assert (built.returncode, told(built)) == (0, [])
     again = run("build", together, "tokenizer=bytes", "to=shards", cwd=tmp_path)
     assert again.stdout == "shards already holds these shards; nothing to do\n"
     shown = run("inspect", "dir=shards", "format=json", cwd=tmp_path)
-    assert (shown.returncode, shown.stderr) == (0, "")
+    assert (shown.returncode, told(shown)) == (0, [])
     sources = json.loads(shown.stdout)["sources"]
     assert [(s["name"], s["language"], s["licence"]) for s in sources] == [
         ("zz", "en", None),
@@ -131,8 +136,8 @@ def test_disk_that_fills_is_one_message_and_exit_1(tmp_path: Path) -> None:
     result = run("build", *arguments, cwd=tmp_path, before=no_file_over_100_kb)
     assert result.returncode == 1
     assert "File too large" in result.stderr
-    assert result.stderr.endswith("; the same command goes on from what is finished\n")
-    assert result.stderr.count("\n") == 1
+    (line,) = told(result)
+    assert line.endswith("; the same command goes on from what is finished")
     assert os.listdir(tmp_path) == ["corpus.jsonl"]
 
 

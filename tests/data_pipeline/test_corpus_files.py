@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,14 @@ def write(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     return root
+
+
+def let_others_in(path: Path) -> None:
+    """Lets other users into a folder of a test: pytest makes those above it for one alone."""
+    for folder in (path, *path.parents):
+        if folder == Path(tempfile.gettempdir()):
+            return
+        folder.chmod(0o755)
 
 
 @contextmanager
@@ -100,8 +109,7 @@ def test_link_that_leads_nowhere_is_refused_or_counted(tmp_path: Path, target: s
 
 
 def test_folder_that_may_not_be_listed_is_refused_or_counted(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     corpus = write(tmp_path / "corpus", "1.txt", "private/2.txt")
     with without_rights(corpus / "private"):
         with pytest.raises(DataError, match=r"private can't be listed.*on_corrupt=skip"):
@@ -113,8 +121,7 @@ def test_folder_that_may_not_be_listed_is_refused_or_counted(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["2.txt", "2.jsonl", "2.parquet", "2.tar"])
 def test_file_that_may_not_be_read_is_refused_or_counted(tmp_path: Path, name: str) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     corpus = write(tmp_path / "corpus", "1.txt", name)
     with without_rights(corpus / name):
         with pytest.raises(DataError, match=rf"{name} can't be read.*on_corrupt=skip"):

@@ -134,9 +134,8 @@ def test_a_padded_vocabulary_trains_and_comes_back_from_hugging_face_as_it_was(
     assert active_parameters(config.model) - active_parameters(
         tiny_config(tmp_path, shards=shards).model
     ) == 2 * 63 * config.model.dim  # fmt: skip
-    assert next(prepare(config, config.data, progress=False).lines()) == (
-        "vocabulary 320: 257 ids of bytes, and 63 that are in no text"
-    )
+    told = list(prepare(config, config.data, progress=False).lines())
+    assert "vocabulary 320: 257 ids of bytes, and 63 that are in no text" in told
     run(tmp_path, shards, world=1, stop_at=12, **padded)
     run(tmp_path, shards, world=1, attempt=2, **padded)
     first, last = metrics_of(tmp_path)[0], metrics_of(tmp_path)[-1]
@@ -200,8 +199,8 @@ def test_metrics_that_are_no_numbers_end_no_run(tmp_path: Path, shards: Path) ->
     assert second["odd/tensor"] == 2.0
     folder = tmp_path / "runs/tiny"
     assert list((folder / "wandb").glob("offline-run-*"))
-    (event,) = (e for e in events_of(tmp_path) if e["event"] == "wandb")
-    assert "WANDB_MODE=onlin in the environment means nothing" in event["reason"]
+    told = [event["reason"] for event in events_of(tmp_path) if event["event"] == "wandb"]
+    assert any("WANDB_MODE=onlin in the environment means nothing" in reason for reason in told)
     assert render_report(folder).is_file()
 
 
