@@ -6,7 +6,6 @@ one has a history, attempts and a W&B run of its own; the old one is left as it 
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import PathText
 from moetrain.checkpoint import (
-    CheckpointError,
     Manifest,
     Save,
     chosen_checkpoint,
@@ -29,9 +27,9 @@ from moetrain.checkpoint import (
     verify_all,
 )
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.command import run_command
 from moetrain.config import Config, validated
-from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import training_command, write_choices
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
@@ -56,15 +54,8 @@ class BranchSettings:
 
 def branch(settings: BranchSettings) -> int:
     """Branches a run; returns the exit code."""
-    try:
-        _branch(settings, Path(settings.run), Path(os.path.abspath(settings.to)))
-    except ConfigError as error:
-        print(f"moetrain.branch: {error}", file=sys.stderr)
-        return BAD_CONFIGURATION
-    except (CheckpointError, OSError) as error:
-        print(f"moetrain.branch: {error}", file=sys.stderr)
-        return FAILED
-    return DONE
+    run_dir, to = Path(settings.run), Path(os.path.abspath(settings.to))
+    return exit_code(lambda: _branch(settings, run_dir, to), command="moetrain.branch")
 
 
 def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:

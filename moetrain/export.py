@@ -4,24 +4,21 @@ Owns the command: which checkpoint, where to, and what is said. Leaves the files
 `moetrain.huggingface`.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from moetrain.checkpoint import CheckpointError, CheckpointReader, chosen_checkpoint
-from moetrain.checks import ConfigError, one_of
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.checkpoint import CheckpointReader, chosen_checkpoint
+from moetrain.checks import one_of
+from moetrain.command import run_command
 from moetrain.config import Config, validated
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
-from moetrain.huggingface.names import ConversionError
-from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.shards import num_bytes
 from moetrain.huggingface.tokenizer import NONE, write_tokenizer
 
@@ -49,21 +46,17 @@ class ExportSettings:
 
 def export(settings: ExportSettings) -> int:
     """Exports a run; returns the exit code."""
-    try:
-        demand_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
-        folder = chosen_checkpoint(Path(settings.run), step=settings.step)
-        with CheckpointReader(folder) as reader:
-            _export(settings, folder, reader)
-    except (ConfigError, DataError, ConversionError) as error:
-        print(f"moetrain.export: {error}", file=sys.stderr)
-        return BAD_CONFIGURATION
-    except (CheckpointError, OSError) as error:
-        print(f"moetrain.export: {error}", file=sys.stderr)
-        return FAILED
-    return DONE
+    return exit_code(lambda: _export(settings), command="moetrain.export")
 
 
-def _export(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
+def _export(settings: ExportSettings) -> None:
+    demand_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
+    folder = chosen_checkpoint(Path(settings.run), step=settings.step)
+    with CheckpointReader(folder) as reader:
+        _write(settings, folder, reader)
+
+
+def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
     run_dir, to, manifest = Path(settings.run), Path(settings.to), reader.manifest
     config = validated(manifest.config, Config)
     placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)

@@ -9,7 +9,6 @@ Owns the command: its order of work and what is said. Leaves names, configuratio
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
 from data_pipeline.shell import text_setting
-from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.command import run_command
 from moetrain.huggingface.configuration import ImportedModel, imported_model
 from moetrain.huggingface.hub import fetch_model, is_hub_name
 from moetrain.huggingface.names import (
@@ -39,7 +36,7 @@ from moetrain.huggingface.names import (
     model_tensors,
     places,
 )
-from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
 from moetrain.model import total_parameters
@@ -73,20 +70,16 @@ class ImportSettings:
 
 def import_folder(settings: ImportSettings) -> int:
     """Imports a folder; returns the exit code."""
+    return exit_code(lambda: _import(settings), command="moetrain.import_hf")
+
+
+def _import(settings: ImportSettings) -> None:
+    to = Path(os.path.abspath(settings.to))
+    demand_new(to, num_bytes=0)  # said before anything is fetched
     try:
-        to = Path(os.path.abspath(settings.to))
-        demand_new(to, num_bytes=0)  # said before anything is fetched
-        _import(_source(settings), to, settings)
-    except (ConfigError, DataError) as error:
-        print(f"moetrain.import_hf: {error}", file=sys.stderr)
-        return BAD_CONFIGURATION
+        _write(_source(settings), to, settings)
     except ConversionError as error:
-        print(f"moetrain.import_hf: from={settings.from_}: {error}", file=sys.stderr)
-        return BAD_CONFIGURATION
-    except (CheckpointError, OSError) as error:
-        print(f"moetrain.import_hf: {error}", file=sys.stderr)
-        return FAILED
-    return DONE
+        raise ConfigError("from", settings.from_, str(error)) from error
 
 
 def _source(settings: ImportSettings) -> Path:
@@ -115,7 +108,7 @@ def _source(settings: ImportSettings) -> Path:
     return Path(name)
 
 
-def _import(source: Path, to: Path, settings: ImportSettings) -> None:
+def _write(source: Path, to: Path, settings: ImportSettings) -> None:
     imported = imported_model(_read_config(source))
     with WeightFiles(source) as files:
         placed = match(files, _places(files, imported))

@@ -1,12 +1,35 @@
-"""A folder that appears with everything in it, or not at all."""
+"""A folder that appears with everything in it, or not at all, and how its command ends.
+
+Exports, imports, branches and upcycled runs are such folders.
+"""
 
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline import DataError
+from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
+from moetrain.command import BAD_CONFIGURATION, DONE, FAILED
+from moetrain.huggingface.names import ConversionError
+from moetrain.redaction import redacted_text
+
+
+def exit_code(work: Callable[[], None], *, command: str) -> int:
+    """Does a command's work; returns its exit code, after one message where it can't be done."""
+    try:
+        work()
+    except (ConfigError, DataError, ConversionError) as error:
+        code, message = BAD_CONFIGURATION, str(error)
+    except (CheckpointError, OSError) as error:
+        code, message = FAILED, str(error)
+    else:
+        return DONE
+    print(f"{command}: {redacted_text(message)}", file=sys.stderr)
+    return code
 
 
 def demand_new(to: Path, *, num_bytes: int) -> None:

@@ -6,7 +6,6 @@ Owns the command: what is refused, its order of work and what is said. Leaves th
 
 import os
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,16 +15,15 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from data_pipeline import DataError
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
 from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, chosen_checkpoint
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.command import run_command
 from moetrain.config import Config, validated
 from moetrain.huggingface.names import model_tensors
-from moetrain.huggingface.new_folder import demand_new, new_folder
+from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.model import ModelSettings, active_parameters, total_parameters
@@ -55,15 +53,8 @@ class UpcycleSettings:
 
 def upcycle(settings: UpcycleSettings) -> int:
     """Upcycles a run; returns the exit code."""
-    try:
-        _upcycle(settings, Path(settings.from_), Path(os.path.abspath(settings.to)))
-    except (ConfigError, DataError) as error:
-        print(f"moetrain.upcycle: {error}", file=sys.stderr)
-        return BAD_CONFIGURATION
-    except (CheckpointError, OSError) as error:
-        print(f"moetrain.upcycle: {error}", file=sys.stderr)
-        return FAILED
-    return DONE
+    source, to = Path(settings.from_), Path(os.path.abspath(settings.to))
+    return exit_code(lambda: _upcycle(settings, source, to), command="moetrain.upcycle")
 
 
 def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run": "nowhere"}, "run=nowhere: has no checkpoints/"),
+        ({"run": "nowhere"}, "run=nowhere: is no folder here"),
         ({"step": 8}, "step=8: "),
         ({"to": "run"}, "to=run: is there already"),
         ({"to": "run/config/x"}, "run/config is no folder"),
