@@ -1,7 +1,10 @@
 """Small corpora, the shard folders built from them, and what is in those."""
 
 import io
+import os
 import tarfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +89,18 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(corpus: Path, tmp_path: Path) -> ShardFolder:
     return build(corpus, tmp_path / "shards")
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Starts work in a forked process: a real one, without the seconds that imports take."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child

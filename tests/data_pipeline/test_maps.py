@@ -2,7 +2,6 @@
 
 import os
 import resource
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline import DataSettings, GlobalBatches, ShardFolder
+from tests.data_pipeline.conftest import in_child
 from tests.data_pipeline.numbered import write_many
 
 
@@ -24,18 +24,8 @@ def allow(soft: int, hard: int) -> None:
 
 
 def demand_in_child(work: Callable[[], None]) -> None:
-    """Runs work in a forked process, whose limits may be lowered for good."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """Runs work in a process of its own, whose limits may be lowered for good."""
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == 0
 
 
 def read_each(folder: ShardFolder) -> NDArray[np.integer]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from data_pipeline import BuildSettings, DataError, build_shards
 from data_pipeline.tokenizers import ByteTokenizer
 from data_pipeline.unfinished import hidden_folder
-from tests.data_pipeline.conftest import build, contents, damaged, write_corpus
+from tests.data_pipeline.conftest import build, contents, damaged, in_child, write_corpus
 
 HIDDEN = ".to.building"
 
@@ -27,19 +28,6 @@ def write_sources(root: Path, *, num_documents: int) -> dict[str, Path]:
     for seed, name in enumerate(("fr", "de")):
         write_corpus(root / name, num_documents=num_documents, seed=seed)
     return {"fr": root / "fr", "de": root / "de"}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Starts work in a forked process: a real one, without the seconds that imports take."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def finished_shards(hidden: Path) -> dict[str, tuple[int, int]]:
@@ -73,31 +61,54 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
+def at_call(number: int, act: Callable[[], None], work: Callable[[], object]) -> int:
+    """Works, acts at one of the calls, of Python's functions and of C's, and counts them all."""
+    num_calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal num_calls
+        if event in ("call", "c_call"):
+            num_calls += 1
+            if num_calls == number:
+                act()
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return num_calls
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "none", "bpe:300"])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
     sources = write_sources(tmp_path, num_documents=100)
     settings = {"tokenizer": tokenizer, "shard_tokens": 2000, "num_processes": 1}
-    undisturbed = contents(build(sources, tmp_path / "undisturbed", **settings).path)
+    folder = tmp_path / "undisturbed"
+    num_calls = at_call(0, lambda: None, lambda: build(sources, folder, **settings))
+    undisturbed = contents(folder)
     assert len(undisturbed) > 40
     random = np.random.default_rng(len(tokenizer))
     hidden = tmp_path / HIDDEN
     num_kills = 0
     while not (tmp_path / "to").exists():
         before = finished_shards(hidden)
-        # Some shards further, and then anywhere in what comes next.
-        awaited, pause = random.integers(0, 4), random.exponential(0.005)
-        child = in_child(lambda: build(sources, tmp_path / "to", **settings))
-        while num_records(hidden) < len(before) // 2 + awaited:
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-        time.sleep(pause)
-        os.kill(child, signal.SIGKILL)
+        # The first five, together at most 15/20 of all calls, can't end it; a later one may.
+        killed_at = int(random.integers((num_kills + 1) * num_calls // 20))
+        child = in_child(
+            lambda moment=killed_at: at_call(
+                moment,
+                lambda: os.kill(os.getpid(), signal.SIGKILL),
+                lambda: build(sources, tmp_path / "to", **settings),
+            )
+        )
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
         num_kills += status == signal.SIGKILL
         if not (tmp_path / "to").exists():
             after = finished_shards(hidden)
             assert before.items() <= after.items(), "a finished shard is never written again"
+    print(num_calls, num_kills)
     build(sources, tmp_path / "to", **settings)
     assert contents(tmp_path / "to") == undisturbed
     assert num_kills >= 5
