@@ -103,7 +103,9 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
         rows.append(
             (trial, rehearsal_of(_named(config, trial.run_dir.name), data=one.settings.data))
         )
-    return f"{preview_table(rows)}\ndry run: these could start; nothing was written"
+    num_open = sum(not rehearsal.is_complete for _, rehearsal in rows)
+    what = f"{num_open} of {len(rows)} could start"
+    return f"{preview_table(rows)}\ndry run: {what}; nothing was written"
 
 
 def _leave_nothing(folder: Path) -> None:

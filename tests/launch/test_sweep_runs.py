@@ -360,6 +360,7 @@ def test_a_dry_sweep_tells_how_far_its_runs_are(sweeps: Sweeps) -> None:
     lines = dry_sweep(sweeps.combinations(optim__lr=[1e-3, 3e-3])).splitlines()
     assert "run is" in lines[0]
     assert [line.split()[2] for line in lines[1:3]] == ["done", "new"]
+    assert lines[3] == "dry run: 1 of 2 could start; nothing was written"
 
 
 def test_a_text_that_is_yet_to_be_built_is_not_that_of_another_folder(sweeps: Sweeps) -> None:
