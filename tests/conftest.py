@@ -4,6 +4,7 @@ In the test process, that is: ranks that a test forks run without the checks.
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ if not torch.cuda.is_available():
     # Without a GPU MegaBlocks' kernels run in Triton's interpreter. Triton reads this when it is
     # first imported, so it stands here; nothing but those kernels looks at it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Whoever started pytest by nohup, or in the background of a script, had these ignored, and the
+# commands that tests start and stop would inherit that.
+for _signal, _python_s_own in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _python_s_own)
 
 install_import_hook(["moetrain.kernels", "moetrain.model"], "beartype.beartype")
 

@@ -112,7 +112,7 @@ def test_a_run_on_a_corpus_that_changed(
     ) as error:
         open_or_build(settings, progress=False)
     # As the message says, the old shards can be trained on as they are.
-    (word,) = (word for word in shlex.split(str(error.value)) if word.startswith("data.dir="))
+    *_, word = (word for word in shlex.split(str(error.value)) if word.startswith("data.dir="))
     old = open_or_build(DataSettings(dir=word.removeprefix("data.dir=")), progress=False)
     new = open_or_build(DataSettings(corpus="corpus", on_changed="rebuild"), progress=False)
     assert "not yet seen" in documents_of(new, "train") + documents_of(new, "validation")

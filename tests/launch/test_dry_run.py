@@ -114,7 +114,9 @@ def test_what_a_start_would_refuse_is_refused(
     assert said.out == ""
 
 
-def test_an_older_run_of_the_name_is_looked_at(dry: Any, begun: Path, capsys: Any) -> None:
+def test_an_older_run_of_the_name_is_looked_at(
+    dry: Any, begun: Path, tmp_path: Path, capsys: Any
+) -> None:
     assert dry(begun) == 0
     assert "runs/tiny, which would go on from step 4\n" in capsys.readouterr().out
     assert dry(begun, train__num_steps=4) == 0
@@ -123,7 +125,8 @@ def test_an_older_run_of_the_name_is_looked_at(dry: Any, begun: Path, capsys: An
     assert said.endswith(
         "dry run: this run is complete: nothing would be trained; nothing was written\n"
     )
-    other = {"data__dir": None, "data__corpus": str(begun.parent)}
+    (tmp_path / "other.txt").write_text("another text")
+    other = {"data__dir": None, "data__corpus": str(tmp_path / "other.txt")}
     assert dry(begun, train__num_steps=4, **other) == 2
     assert "was trained on the shards in " in capsys.readouterr().err
     assert dry(begun, model__ffn_hidden_dim=64) == 2

@@ -344,11 +344,16 @@ def test_a_closed_terminal_stops_the_run_after_saving(tmp_path: Path, shards: Pa
     if process == 0:
         os.chdir(tmp_path)
         os.execv(arguments[0], arguments)
-    wait_for(reached(tmp_path, 13), "step 13")
-    os.close(terminal)
-    _, status = os.waitpid(process, 0)
+    try:
+        wait_for(reached(tmp_path, 13), "step 13")
+        os.close(terminal)
+        wait_for(lambda: kinds(tmp_path)[-1] == "stop", "stop")
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 75
-    assert kinds(tmp_path)[-1] == "stop"
 
 
 def test_a_hung_rank_is_reported_and_replaced(

@@ -108,7 +108,7 @@ class TestAlone:
         assert trials[0]["steps"] == 6
         assert trials[0]["tokens_per_second"] > 0
         table = output[output.index("sweep     2 done, 1 failed") :].splitlines()
-        heads = ["trial", "optim.lr", "end", "steps", "loss", "validation"]
+        heads = ["trial", "optim.lr", "end", "parameters", "active", "steps", "tokens", "loss"]
         assert table[1].split()[: len(heads)] == heads
         assert [row.split()[0] for row in table[2:]] == ["3", "1", "2"]
         assert f"{last['validation/loss']:.3f}" in table[2]
