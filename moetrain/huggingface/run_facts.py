@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline import DataError, OnCorrupt, ShardFolder, without_secrets
-from moetrain.observe import iterate_metrics, read_events
+from moetrain.observe import baselines_by_source, iterate_metrics, read_events
 
 if TYPE_CHECKING:
     from moetrain.checkpoint import Manifest
@@ -102,7 +102,7 @@ def read_facts(run_dir: Path, *, manifest: "Manifest", config: "Config") -> RunF
         validation_step=int(validated.get("step", 0)),
         validation_loss=_number(validated.get("validation/loss")),
         validation=figures,
-        baselines=_baselines(events),
+        baselines=baselines_by_source(events),
         router_step=int(routed.get("step", 0)),
         router={
             name.removeprefix("router/"): value
@@ -167,16 +167,6 @@ def _origins(events: list[dict[str, Any]]) -> Iterator[str]:
         if kind in began and isinstance(source, str):
             name = without_secrets(source).rstrip("/").rpartition("/")[2]
             yield f"{began[kind]} {name}."
-
-
-def _baselines(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What simpler models reach on each source's held-out text, as the newest start said."""
-    found: dict[str, dict[str, float]] = {}
-    for event in events:
-        baselines = event.get("baselines")
-        if event.get("event") == "data" and isinstance(baselines, dict):
-            found[str(event.get("source"))] = dict(_numbers(baselines))
-    return found
 
 
 def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -3,7 +3,7 @@
 Knows no ranks and no model: it is handed records and writes or shows them.
 """
 
-from moetrain.observe.events import EventLog, model_event, read_events
+from moetrain.observe.events import EventLog, baselines_by_source, model_event, read_events
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import (
@@ -32,6 +32,7 @@ __all__ = [
     "WandbSink",
     "account",
     "append_line",
+    "baselines_by_source",
     "duration",
     "final_loss",
     "iterate_metrics",

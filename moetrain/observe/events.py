@@ -49,6 +49,23 @@ def model_event(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return next((e for e in reversed(events) if e.get("event") == "model"), {})
 
 
+def baselines_by_source(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns what simpler models reach on each source's held-out text, as the newest start said.
+
+    By the names of `data_pipeline.Baselines`; one that isn't known is left out.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for event in events:
+        baselines = event.get("baselines")
+        if event.get("event") == "data" and isinstance(baselines, dict):
+            found[str(event.get("source"))] = {
+                str(name): float(value)
+                for name, value in baselines.items()
+                if isinstance(value, (int, float))
+            }
+    return found
+
+
 def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
     """Returns when each event was, in seconds since the first, never before the one before it.
 

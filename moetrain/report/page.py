@@ -16,6 +16,10 @@ from moetrain.report import figures, time_line
 from moetrain.report.run_record import RunRecord, read_run
 
 MAX_EVENTS = 200
+_BASELINES = {
+    "byte_bigram_bits_per_byte": "byte bigrams",
+    "zlib_bits_per_byte": "zlib, level 9,",
+}
 _NOT_FOR_PEOPLE = ("time", "event", "reason", "step", "clock", "last_sign", "spent", "changes")
 
 
@@ -114,9 +118,15 @@ def _bits_per_byte(run: RunRecord) -> str:
     ours = {s: series.last for s, series in run.by_source("bits_per_byte").items() if series}
     if not ours:
         return ""
-    rows = [(source, bits, "model") for source, bits in sorted(ours.items())]
-    names = {"bigram": "byte bigrams", "zlib": "zlib, level 9"}
-    rows += [(names.get(n, n), bits, "baseline") for n, bits in run.baselines.items()]
+    rows = []
+    for source, bits in sorted(ours.items()):
+        rows.append((source, bits, "model"))
+        known = run.baselines.get(source, {})
+        rows += [
+            (f"{label} on {source}", known[name], "baseline")
+            for name, label in _BASELINES.items()
+            if name in known
+        ]
     widest = max(bits for _, bits, _ in rows) or 1.0
     bars = "".join(
         f'<tr class="{kind}"><th scope="row">{escape(label)}</th>'

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moetrain.observe import (
     Account,
     account,
+    baselines_by_source,
     final_loss,
     iterate_metrics,
     model_event,
@@ -91,7 +92,7 @@ class RunRecord:
     expert_loads: ExpertLoads | None
     events: list[dict[str, Any]]
     account: Account | None  # where its time went; None where that isn't known
-    baselines: Mapping[str, float]  # bits per byte, by "bigram" and "zlib"
+    baselines: Mapping[str, Mapping[str, float]]  # of simpler models, by source and name
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -134,7 +135,7 @@ def read_run(run_dir: Path) -> RunRecord:
         expert_loads=_expert_loads(metrics),
         events=events,
         account=account(events, sign=read_sign(run_dir)),
-        baselines=_baselines(events),
+        baselines=baselines_by_source(events),
     )
 
 
@@ -187,17 +188,6 @@ def _state(events: list[dict[str, Any]]) -> tuple[str, str | None]:
                 reason = event.get("reason")
                 return state, None if reason is None else str(reason)
     return "unknown", None
-
-
-def _baselines(events: list[dict[str, Any]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for event in events:
-        baselines = event.get("baselines")
-        if event.get("event") == "data" and isinstance(baselines, dict):
-            for name, value in baselines.items():
-                if name.endswith("_bits_per_byte") and isinstance(value, (int, float)):
-                    found[name.removesuffix("_bits_per_byte")] = float(value)
-    return found
 
 
 def _parsed(text: str) -> Any:

@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import Baselines
+
 CONFIG = """\
 run:
   name: {name}
@@ -85,10 +87,10 @@ def _record(
 
 def _events(num_steps: int) -> list[dict[str, Any]]:
     clock = datetime(2026, 11, 21, 5, 0, tzinfo=UTC)
-    baselines = {"bigram_bits_per_byte": 3.54, "zlib_bits_per_byte": 1.83}
+    baselines = vars(Baselines(byte_bigram_bits_per_byte=3.54, zlib_bits_per_byte=1.83))
     kinds: list[dict[str, Any]] = [
         {"event": "start", "reason": None, "num_ranks": 2},
-        {"event": "data", "reason": None, "baselines": baselines},
+        {"event": "data", "reason": None, "source": "stdlib", "baselines": baselines},
         {"event": "training", "reason": None, "step": 0, "attempt": 1},
         {"event": "save", "reason": "every 100 steps", "step": num_steps // 2},
         {"event": "failure", "reason": "rank 1 was killed by SIGKILL", "step": num_steps // 2 + 7},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import Baselines
 from moetrain.observe import Span
 from moetrain.report import figure_for_readme, render_report
 from moetrain.report.__main__ import ReportSettings, main
@@ -38,6 +39,28 @@ def test_a_report_of_names_that_are_not_utf8_escapes_them(tmp_path: Path) -> Non
     assert r"caf\udce9" in html
 
 
+def test_each_source_stands_beside_what_simpler_models_make_of_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_records=3)
+    for source, bits in (("code", 2.5), ("fr", 2.25)):
+        with (run / "metrics.jsonl").open("a") as file:
+            record = {"step": 40, f"validation/{source}/bits_per_byte": bits}
+            file.write(json.dumps(record) + "\n")
+        with (run / "events.jsonl").open("a") as file:
+            zlib = None if source == "fr" else bits - 1
+            of = Baselines(byte_bigram_bits_per_byte=bits + 1, zlib_bits_per_byte=zlib)
+            event = {"event": "data", "source": source, "baselines": vars(of)}
+            file.write(json.dumps(event) + "\n")
+    html = render_report(run).read_text()
+    rows = re.findall(r'<th scope="row">([^<]*)</th>.*?<td>([\d.]+)</td></tr>', html)
+    assert rows[:5] == [
+        ("code", "2.500"), ("byte bigrams on code", "3.500"), ("zlib, level 9, on code", "1.500"),
+        ("fr", "2.250"), ("byte bigrams on fr", "3.250"),
+    ]  # fmt: skip
+    assert [label for label, _ in rows[5:8]] == [
+        "stdlib", "byte bigrams on stdlib", "zlib, level 9, on stdlib",
+    ]  # fmt: skip
+
+
 def test_a_report_is_one_file_that_asks_the_network_for_nothing(tmp_path: Path) -> None:
     for num_layers, num_experts in ((2, 4), (3, 20)):
         run = write_run(
@@ -60,8 +83,8 @@ def test_nothing_of_the_run_becomes_markup(tmp_path: Path) -> None:
     with (run / "events.jsonl").open("a") as file:
         event = {"time": bad, "event": f"stop{bad}", "reason": bad, "step": bad, bad: bad}
         file.write(json.dumps(event) + "\n")
-        baselines = {f"{bad}_bits_per_byte": 1.0}
-        file.write(json.dumps({"event": "data", "baselines": baselines}) + "\n")
+        data = {"event": "data", "source": bad, "baselines": {"zlib_bits_per_byte": 1.0}}
+        file.write(json.dumps(data) + "\n")
     html = render_report(run).read_text()
     assert "<script" not in html
     assert html.count("&lt;script&gt;") > 8
