@@ -122,12 +122,17 @@ def test_every_command_of_a_message_has_an_example_here(tmp_path: Path) -> None:
     assert tried == set(proposed()) - NO_PROPOSAL
 
 
+@pytest.fixture(autouse=True)
+def no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes away the handlers that a command in another test has left, whose stream is closed."""
+    for name in (None, "hydra"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+
+
 def test_each_proposed_command_is_taken_as_it_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in (None, "hydra"):  # what a command writes to is gone after the test
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     commands = {(module, command) for _, module, command in examples(tmp_path)}
     for module, command in sorted(commands):
         python, dash_m, name, *words = shlex.split(command)
