@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """The variables by which a user decides this: for GNU's OpenMP, any, Intel's and LLVM's."""
 
-_SPINS = "1000"
+_SPINS = "10000"
 
 
 def sleep_when_waiting(environ: MutableMapping[str, str] = os.environ) -> None:

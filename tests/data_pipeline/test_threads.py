@@ -52,7 +52,7 @@ def test_commands_ranks_and_tests_say_how_threads_wait_before_torch_is_loaded(
 ) -> None:
     source = "import data_pipeline\nimport webdataset"  # as its commands do, later
     (tmp_path / "webdataset_after_data_pipeline.py").write_text(source)
-    assert environment_at_torch(module, PYTHONPATH=str(tmp_path))[0] == "1000"
+    assert environment_at_torch(module, PYTHONPATH=str(tmp_path))[0] == "10000"
 
 
 def test_what_the_user_says_of_it_stays() -> None:
