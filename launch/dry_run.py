@@ -71,8 +71,7 @@ class Rehearsal:
         """Where the run stands, in a word or two."""
         if self.newest is None:
             return "new"
-        done = self.newest.step >= self.config.train.num_steps
-        return "done" if done else f"at step {self.newest.step}"
+        return "done" if self.is_complete else f"at step {self.newest.step}"
 
     def _beginning(self) -> str:
         steps = self.config.train.num_steps
@@ -94,8 +93,9 @@ def dry_run(config: "Config", plan: Plan, *, data: DataSettings) -> int:
     rehearsal = rehearsal_of(config, data=data)
     for line in rehearsal.lines():
         print(line)
-    what = "this run is complete: nothing would be trained" if rehearsal.is_complete else None
-    print(f"dry run: {what or 'this could start'}; nothing was written")
+    is_complete = rehearsal.is_complete
+    what = "this run is complete: nothing would be trained" if is_complete else "this could start"
+    print(f"dry run: {what}; nothing was written")
     return 0
 
 

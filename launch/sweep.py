@@ -36,6 +36,7 @@ from moetrain.observe import read_events
 DONE, STOPPED = 0, 75
 POLL_SECONDS = 0.2
 THREADS = "run.threads_per_rank="
+_OF_A_TRIAL = {"PYTHONUNBUFFERED": "1", TRIAL_VARIABLE: "1"}  # added to the environment
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
@@ -172,7 +173,7 @@ class Sweep:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._side_by_side else None,
             stderr=subprocess.STDOUT if self._side_by_side else None,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", TRIAL_VARIABLE: "1"},
+            env=os.environ | _OF_A_TRIAL,
             # Of a group of its own, so that a terminal's Ctrl-C reaches it through the sweep only.
             process_group=0 if self._side_by_side else None,
             preexec_fn=_stop_with_parent,
@@ -245,7 +246,7 @@ def run_trial(command: Sequence[str], *, log: str | None) -> int:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", TRIAL_VARIABLE: "1"},
+            env=os.environ | _OF_A_TRIAL,
             preexec_fn=_begin_in_job,
         )
         try:

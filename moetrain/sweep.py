@@ -104,8 +104,8 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
             (trial, rehearsal_of(_named(config, trial.run_dir.name), data=one.settings.data))
         )
     num_open = sum(not rehearsal.is_complete for _, rehearsal in rows)
-    what = f"{num_open} of {len(rows)} could start"
-    return f"{preview_table(rows)}\ndry run: {what}; nothing was written"
+    end = f"dry run: {num_open} of {len(rows)} could start; nothing was written"
+    return f"{preview_table(rows)}\n{end}"
 
 
 def _leave_nothing(folder: Path) -> None:
