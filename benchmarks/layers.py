@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.model import ExpertsSettings, ModelSettings, MoELayer
+from moetrain.model import MoELayer
+from moetrain.settings import ExpertsSettings, ModelSettings
 
 TORCHTITAN = "0.3.0"
 # With these beside it, its MoE imports; its other requirements (data sets, logging) are not used.

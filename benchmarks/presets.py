@@ -4,7 +4,8 @@ import yaml
 
 from data_pipeline.standard_streams import outlive_readers
 from moetrain.command import config_dir
-from moetrain.model import ModelSettings, active_parameters, total_parameters
+from moetrain.model import active_parameters, total_parameters
+from moetrain.settings import ModelSettings
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from benchmarks.layers import Shape, Weights, balanced_choice, model_settings
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline.standard_streams import outlive_readers
 from moetrain.model import MoELayer
-from moetrain.parallel import AllToAllExchange, ExchangeSettings
+from moetrain.parallel import AllToAllExchange
+from moetrain.settings import ExchangeSettings
 from moetrain.train import keep_freed_memory
 from moetrain.verify.ranks import run_ranks
 

@@ -25,9 +25,10 @@ from benchmarks.timing import machine, print_record, print_table, spread, time_i
 from data_pipeline import BuildSettings, build_shards
 from data_pipeline.standard_streams import outlive_readers
 from moetrain.command import config_dir
-from moetrain.config import Config, resolve, validated
-from moetrain.model import ModelSettings, Transformer
+from moetrain.config import resolve, validated
+from moetrain.model import Transformer
 from moetrain.parallel import join_ranks
+from moetrain.settings import Config, ModelSettings
 from moetrain.train import Control, Place, keep_freed_memory
 from moetrain.train.build import Trainer, build_trainer
 from moetrain.train.step import MicroBatch, train_step

@@ -4,7 +4,6 @@ import moetrain  # noqa: F401 - before torch, which the modules below load
 from launch.dry_run import dry_run, rehearsal_of
 from launch.plan import Plan, choose_plan, cluster_address, is_ray_copy, lasting
 from launch.ray_cluster import ClusterError, RayCluster
-from launch.settings import ClusterSettings, LaunchSettings
 from launch.start import start
 from launch.sweep import Elsewhere, Sweep, run_sweep, run_trial
 from launch.sweep_runs import Trained, Wanted, assign, held, nearest_other, runs_in
@@ -12,9 +11,7 @@ from launch.sweep_table import Result, Trial, preview_table, varied_settings
 
 __all__ = [
     "ClusterError",
-    "ClusterSettings",
     "Elsewhere",
-    "LaunchSettings",
     "Plan",
     "RayCluster",
     "Result",

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from launch.failure import Failure
-from launch.settings import LaunchSettings
+from moetrain.settings import LaunchSettings
 
 REPEATS = 3  # alike failures at the same step that no chance brings together
 NODES_OWN = ("died", "lost", "hung")  # failures that may be a node's

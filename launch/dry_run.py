@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline import Corpus, DataSettings
 from launch.folders import demand_folder
@@ -16,6 +15,7 @@ from launch.plan import Plan
 from moetrain.checkpoint import Manifest
 from moetrain.checkpoint.remote import demand_mounted, newest_manifest_there
 from moetrain.checks import ConfigError
+from moetrain.settings import Resolved
 from moetrain.train import (
     Prepared,
     Preview,
@@ -26,15 +26,12 @@ from moetrain.train import (
     short,
 )
 
-if TYPE_CHECKING:
-    from moetrain.config import Config
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """What a run would be, known to be right as far as a start would know it."""
 
-    config: "Config"
+    config: Resolved
     newest: Manifest | None
     """Of the checkpoint that it would go on from."""
     is_elsewhere: bool
@@ -83,7 +80,7 @@ class Rehearsal:
         return f"which would go on from step {self.newest.step}{fetched}"
 
 
-def dry_run(config: "Config", plan: Plan, *, data: DataSettings) -> int:
+def dry_run(config: Resolved, plan: Plan, *, data: DataSettings) -> int:
     """Says what a resolved configuration would train; returns the exit code.
 
     Raises what a start would: ConfigError or DataError for bad input.
@@ -99,14 +96,14 @@ def dry_run(config: "Config", plan: Plan, *, data: DataSettings) -> int:
     return 0
 
 
-def rehearsal_of(config: "Config", *, data: DataSettings) -> Rehearsal:
+def rehearsal_of(config: Resolved, *, data: DataSettings) -> Rehearsal:
     """Returns what a run would be; raises ConfigError or DataError where it could not start."""
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     _demand_free(run_dir)
     demand_folder(run_dir)
     demand_mounted(config.checkpoint)
     newest, is_elsewhere = newest_manifest(run_dir), False
-    there = newest_manifest_there(config.checkpoint, run=config.run.name or "")
+    there = newest_manifest_there(config.checkpoint, run=config.run.name)
     if there and (newest is None or there.step > newest.step):
         newest, is_elsewhere = there, True
     found = rehearse(config, data, newest=newest)

@@ -11,8 +11,8 @@ from data_pipeline.settings import home_folder
 from launch.environment import for_ranks
 from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
 from launch.folders import demand_ray_folder, settle_temporary_folder
-from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
+from moetrain.settings import LaunchSettings
 
 
 @dataclass(frozen=True, kw_only=True)

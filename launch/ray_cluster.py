@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from moetrain.settings import Resolved
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # ranks are the main job, not a background one
@@ -42,9 +44,6 @@ from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.own_packages import are_shadowed
 from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
 
 RESERVE_TIMEOUT_SECONDS = 10.0
 UNREADY_SECONDS = 60.0
@@ -478,7 +477,7 @@ class _RankActor:
             port: int = probe.getsockname()[1]
             return port
 
-    def run(self, config: "Config", place: Place) -> Outcome | Failure:
+    def run(self, config: Resolved, place: Place) -> Outcome | Failure:
         over = threading.Event()
         lease = threading.Thread(
             target=_end_without_lease,

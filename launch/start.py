@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,7 @@ from moetrain.observe import (
 )
 from moetrain.parallel import join_ranks
 from moetrain.redaction import RedactingFormatter, redacted_arguments, redacted_text
+from moetrain.settings import Resolved
 from moetrain.train import (
     Control,
     Outcome,
@@ -82,9 +83,6 @@ from moetrain.train import (
     training_on,
 )
 
-if TYPE_CHECKING:
-    from moetrain.config import Config
-
 DONE, FAILED, STOPPED = 0, 1, 75
 LIFE = ("start", "finish", "stop", "fail")  # how a life of a run begins, and how it ends
 SAME_STOP_SECONDS = 1.0
@@ -94,11 +92,11 @@ WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be
 
 
 def start(
-    config: "Config",
+    config: Resolved,
     plan: Plan,
     *,
     data: DataSettings,
-    refit: Callable[[int], "Config | None"],
+    refit: Callable[[int], Resolved | None],
     report: Callable[[Path], object],
 ) -> int:
     """Runs a resolved configuration to its end; returns the exit code.
@@ -110,7 +108,7 @@ def start(
     """
     if plan.external:
         _run_external(config, plan.external, data=data, report=report)
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     if is_ray_copy(Path.cwd()):
         print(f"the run is kept in {run_dir}, not in Ray's copy of the job's folder", flush=True)
     stop = StopRequest()
@@ -142,12 +140,12 @@ def _stops_at_once() -> Iterator[None]:
 
 
 def _run(
-    config: "Config",
+    config: Resolved,
     plan: Plan,
     prepared: Prepared,
     *,
     stop: "StopRequest",
-    refit: Callable[[int], "Config | None"],
+    refit: Callable[[int], Resolved | None],
     report: Callable[[Path], object],
 ) -> int:
     if good := _complete(config):
@@ -157,7 +155,7 @@ def _run(
     display = ProgressDisplay(
         mode=config.observe.progress,
         total_steps=config.train.num_steps,
-        run_name=config.run.name or "",
+        run_name=config.run.name,
     )
     try:
         with display:
@@ -174,22 +172,22 @@ def _run(
     return _close_run(config, outcome, prepared.shards, report)
 
 
-def _prepared(config: "Config", data: DataSettings) -> Prepared:
+def _prepared(config: Resolved, data: DataSettings) -> Prepared:
     """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
-    demand_folder(Path(config.run.dir, config.run.name or ""))
+    demand_folder(config.run_dir)
     demand_mounted(config.checkpoint)
     _fetch(config)
     prepared = prepare(config, data, progress=True)
-    if newest := newest_manifest(Path(config.run.dir, config.run.name or "")):
+    if newest := newest_manifest(config.run_dir):
         demand_done_alike(config, newest)
     return prepared
 
 
-def _fetch(config: "Config") -> None:
+def _fetch(config: Resolved) -> None:
     """Brings a newer checkpoint than the run's folder has from where it is uploaded to, if any."""
     if config.checkpoint.upload_to is None:
         return
-    run_dir, name = Path(config.run.dir, config.run.name or ""), config.run.name or ""
+    run_dir, name = config.run_dir, config.run.name
     directory = run_dir / "checkpoints"
     good = good_save(directory)
     if not is_newer_there(config.checkpoint, run=name, good=good):
@@ -218,14 +216,14 @@ def _fetch(config: "Config") -> None:
         )
 
 
-def _take_over(config: "Config") -> int:
-    directory = Path(config.run.dir, config.run.name or "", "checkpoints")
-    return take_over(config.checkpoint, run=config.run.name or "", directory=directory)
+def _take_over(config: Resolved) -> int:
+    directory = config.run_dir / "checkpoints"
+    return take_over(config.checkpoint, run=config.run.name, directory=directory)
 
 
-def _complete(config: "Config") -> Save | None:
+def _complete(config: Resolved) -> Save | None:
     """Returns a run's good checkpoint of its last step; None where it has none, or isn't there."""
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     newest = newest_manifest(run_dir)
     if newest is None or newest.step < config.train.num_steps:
         return None  # without reading a checkpoint for it
@@ -234,13 +232,13 @@ def _complete(config: "Config") -> Save | None:
 
 
 def _tell_complete(
-    config: "Config", prepared: Prepared, good: Save, *, report: Callable[[Path], object]
+    config: Resolved, prepared: Prepared, good: Save, *, report: Callable[[Path], object]
 ) -> int:
     """Says that a run has all its steps, and leaves its record alone unless it has no end yet."""
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
     outcome = Outcome(finished=True, step=good.step, last={})
-    run_name, directory = config.run.name or "", run_dir / "checkpoints"
+    run_name, directory = config.run.name, run_dir / "checkpoints"
     if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
         print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
     ends = [e["event"] for e in read_events(run_dir / "events.jsonl") if e.get("event") in LIFE]
@@ -291,7 +289,7 @@ class StopRequest:
                 signal.signal(signum, handler)
 
 
-def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -> Outcome:
+def _run_inline(config: Resolved, display: ProgressDisplay, stop: StopRequest) -> Outcome:
     """Trains as the only rank, in this process."""
     control, ended = Control(), threading.Event()
 
@@ -306,7 +304,7 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
             if over:
                 return
 
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     attempt = _take_over(config)
     watcher = threading.Thread(target=watch, name="display", daemon=True)
     watcher.start()
@@ -326,18 +324,18 @@ def _run_inline(config: "Config", display: ProgressDisplay, stop: StopRequest) -
 
 
 def _run_on_ray(
-    config: "Config",
+    config: Resolved,
     display: ProgressDisplay,
     stop: StopRequest,
     *,
-    refit: Callable[[int], "Config | None"],
+    refit: Callable[[int], Resolved | None],
 ) -> Outcome:
     """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
     address = cluster_address(config.launch)
     display.phase(f"joining the Ray cluster at {address}" if address else "starting Ray, here only")
     cluster = RayCluster.connect(
         address,
-        num_workers=config.launch.num_workers or 1,
+        num_workers=config.launch.num_workers,
         allow_unauthenticated=config.launch.allow_unauthenticated,
         environment=for_ranks(
             os.environ, cluster_env=config.cluster.env, pass_env=config.launch.pass_env
@@ -351,7 +349,7 @@ def _run_on_ray(
 
 
 def _run_external(
-    config: "Config",
+    config: Resolved,
     external: ExternalRank,
     *,
     data: DataSettings,
@@ -367,7 +365,7 @@ def _run_external(
             prepared = _prepared(config, data)
     held = ExitStack()  # until this process ends
     if leads:
-        held.enter_context(_held(Path(config.run.dir, config.run.name or "")))
+        held.enter_context(_held(config.run_dir))
     try:
         device_index = _meet(config, external)
     except (RuntimeError, OSError) as error:
@@ -433,7 +431,7 @@ def _saying(control: Control) -> Iterator[None]:
         watcher.join()
 
 
-def _meet(config: "Config", external: ExternalRank) -> int:
+def _meet(config: Resolved, external: ExternalRank) -> int:
     """Joins the ranks of another launcher; returns the index of this one's device."""
     for name, value in config.cluster.env.items():
         os.environ.setdefault(name, value)  # gloo looks for its interface as it joins
@@ -473,17 +471,17 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _open_run(config: "Config", prepared: Prepared) -> Path:
+def _open_run(config: Resolved, prepared: Prepared) -> Path:
     """Writes what a run will be into its folder; returns the folder."""
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     replace_text(run_dir / "config.yaml", text)
     _tell_start(config, prepared)
     return run_dir
 
 
-def _tell_start(config: "Config", prepared: Prepared) -> None:
-    run_dir = Path(config.run.dir, config.run.name or "")
+def _tell_start(config: Resolved, prepared: Prepared) -> None:
+    run_dir = config.run_dir
     event = EventLog(run_dir / "events.jsonl").write
     event(
         "start",
@@ -530,10 +528,10 @@ def _held(run_dir: Path) -> Iterator[None]:
 
 
 def _close_run(
-    config: "Config", outcome: Outcome, shards: ShardFolder, report: Callable[[Path], object]
+    config: Resolved, outcome: Outcome, shards: ShardFolder, report: Callable[[Path], object]
 ) -> int:
     """Writes how the run ended, prints the closing lines and returns the exit code."""
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     event = EventLog(run_dir / "events.jsonl").write
     event("finish" if outcome.finished else "stop", step=outcome.step)
     try:
@@ -546,7 +544,7 @@ def _close_run(
 
 
 def _closing_lines(
-    config: "Config", outcome: Outcome, shards: ShardFolder, run_dir: Path
+    config: Resolved, outcome: Outcome, shards: ShardFolder, run_dir: Path
 ) -> Iterator[str]:
     records = read_metrics(run_dir / "metrics.jsonl")
     known = {k: v for record in records for k, v in record.items()} | dict(outcome.last)
@@ -570,7 +568,7 @@ def _closing_lines(
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
     if line := effective_line(run_account(run_dir)):
         yield line
-    name = text_setting("run.name", config.run.name or "")
+    name = text_setting("run.name", config.run.name)
     if run_dir.is_relative_to(Path.cwd()):
         run_dir = run_dir.relative_to(Path.cwd())
     yield f"run       {run_dir}"
@@ -585,13 +583,13 @@ def _closing_lines(
         yield f"next      the same command with {name} goes on from here"
 
 
-def _may_be_swept(config: "Config") -> bool:
+def _may_be_swept(config: Resolved) -> bool:
     """Returns whether a run's command can become a sweep: of new runs, by what is no rank."""
     begins_anew = config.schedule.restart_from or config.optim.restart_from
     return not begins_anew and external_rank(os.environ) is None
 
 
-def sweep_to_try(config: "Config") -> str:
+def sweep_to_try(config: Resolved) -> str:
     """Returns what makes a sweep of a run's command, by values that its other settings allow."""
     model, router = config.model, config.model.router
     half = model.num_experts // 2
@@ -599,13 +597,13 @@ def sweep_to_try(config: "Config") -> str:
     halves = (
         model.num_experts % (2 * router.num_groups) == 0
         and half // router.num_groups * router.top_groups >= model.top_k
-        and half % (config.parallel.expert_degree or 1) == 0
+        and half % config.parallel.expert_degree == 0
     )
     experts = (half if halves else 4 * model.num_experts, 2 * model.num_experts)
     rates = (config.optim.lr / 2, config.optim.lr * 2)
     key, values = ("model.num_experts", experts) if model.is_moe else ("optim.lr", rates)
     words = f"-m {key}={','.join(f'{value:g}' for value in sorted(values))}"
-    name = config.run.name or ""
+    name = config.run.name
     is_one = as_typed(name, swept=True) == as_typed(name)
     return words if is_one else f"{words} {text_setting('run.name', name, swept=True)}"
 

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launch.attempt import Attempt, Moved
 from launch.budget import NODES_OWN, Budget
@@ -20,10 +18,8 @@ from launch.ray_cluster import ClusterError, RayCluster, Worker, WorkersLost
 from moetrain.checkpoint import is_passing
 from moetrain.checkpoint.remote import take_over
 from moetrain.observe import EventLog, ProgressDisplay
+from moetrain.settings import Resolved
 from moetrain.train import Outcome, Place, newest_manifest
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
 
 POLL_SECONDS = 0.5
 FEW_NODES = 4  # so many are named in a line
@@ -52,10 +48,10 @@ class Supervisor:
 
     def __init__(
         self,
-        config: "Config",
+        config: Resolved,
         cluster: RayCluster,
         *,
-        refit: Callable[[int], "Config | None"],
+        refit: Callable[[int], Resolved | None],
         display: ProgressDisplay,
         stop_requested: Callable[[], bool],
     ) -> None:
@@ -65,12 +61,12 @@ class Supervisor:
         self._refit = cache(refit)
         self._display = display
         self._stop_requested = stop_requested
-        self._run_dir = Path(config.run.dir, config.run.name or "")
+        self._run_dir = config.run_dir
         self._event = EventLog(self._run_dir / "events.jsonl").write
         self._nodes = NodeWatch(cluster, warnings=config.cluster.spot_warnings)
         self._budget = Budget(config.launch, saved_step=self._saved_step())
         self._survivors: list[Worker] = []
-        self._survivors_layout: Config | None = None
+        self._survivors_layout: Resolved | None = None
         self._told_left_out: set[str] = set()
 
     def run(self) -> Outcome:
@@ -137,7 +133,7 @@ class Supervisor:
         self._display.say(reason)
         return Outcome(finished=False, step=self._saved_step(), last={})
 
-    def _find_place(self, *, patient: bool) -> "tuple[Config, list[Share]] | None":
+    def _find_place(self, *, patient: bool) -> "tuple[Resolved, list[Share]] | None":
         """Returns the layout to run in and where; None where a stop was asked for meanwhile.
 
         Waits for the full layout as long as it may. An elastic run takes the largest smaller one
@@ -160,28 +156,28 @@ class Supervisor:
                 return place
             if not waits:
                 raise ClusterError(self._what_is_missing())
-            self._cluster.request(settings.num_workers or 1, on_gpu=self._on_gpu)
+            self._cluster.request(settings.num_workers, on_gpu=self._on_gpu)
             if not said:
                 said = True
-                ranks = _counted(settings.num_workers or 1, "rank")
+                ranks = _counted(settings.num_workers, "rank")
                 self._display.phase(f"waiting for a place for {ranks}")
             time.sleep(POLL_SECONDS)
         return None
 
-    def _place(self, *, may_shrink: bool) -> "tuple[Config, list[Share]] | None":
+    def _place(self, *, may_shrink: bool) -> "tuple[Resolved, list[Share]] | None":
         """Returns the full layout with its place, or if allowed the largest smaller one that has
         one; on nodes that failed too often only where there are no others."""
         nodes = self._usable_nodes()
         left_out = self._budget.left_out
         for usable in ([n for n in nodes if n.address not in left_out], nodes):
-            room, full = sum(n.room for n in usable), self._config.launch.num_workers or 1
+            room, full = sum(n.room for n in usable), self._config.launch.num_workers
             sizes = range(min(room, full), 0, -1) if may_shrink else [full]
             for num_ranks in sizes:
                 config = self._config if num_ranks == full else self._refit(num_ranks)
                 shares = config and choose_nodes(
                     usable,
                     num_ranks=num_ranks,
-                    group_size=config.parallel.expert_degree or 1,
+                    group_size=config.parallel.expert_degree,
                     troubles=self._budget.troubles,
                 )
                 if config and shares:
@@ -193,7 +189,7 @@ class Supervisor:
         return [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in unfit]
 
     def _what_is_missing(self) -> str:
-        wanted = self._config.launch.num_workers or 1
+        wanted = self._config.launch.num_workers
         kind = "GPU" if self._on_gpu else "CPU"
         nodes = self._usable_nodes()
         room = sum(node.room for node in nodes)
@@ -205,14 +201,14 @@ class Supervisor:
         )
 
     def _attempt(
-        self, config: "Config", shares: list[Share], *, again: bool
+        self, config: Resolved, shares: list[Share], *, again: bool
     ) -> "Outcome | Failure | Moved":
         """Runs all ranks once; returns the outcome, or what ended it."""
         attempt = self._take_over(may_be_alone=again)
         # Decided here: a rank that was given no GPU may still see one, which is another's.
         device = "cuda" if self._on_gpu else "cpu"
         config = replace(config, run=replace(config.run, device=device))
-        world_size = config.launch.num_workers or 1
+        world_size = config.launch.num_workers
         self._display.phase(f"starting {_counted(world_size, 'rank')} on {_listed(shares)}")
         self._tell_left_out(shares)
         workers: list[Worker] = []
@@ -278,7 +274,7 @@ class Supervisor:
             try:
                 return take_over(
                     self._config.checkpoint,
-                    run=self._config.run.name or "",
+                    run=self._config.run.name,
                     directory=self._run_dir / "checkpoints",
                     may_be_alone=may_be_alone,
                 )
@@ -289,7 +285,7 @@ class Supervisor:
                 self._display.phase(f"waiting for {self._run_dir} ({error})")
                 time.sleep(POLL_SECONDS)
 
-    def _usable_survivors(self, config: "Config") -> list[Worker]:
+    def _usable_survivors(self, config: Resolved) -> list[Worker]:
         """Returns the processes that may be used again: of the same layout, in places still held.
 
         Ends the others. Torch keeps what it worked out for distributed tensors of a layout and a
@@ -316,12 +312,12 @@ class Supervisor:
 
     def _may_grow(self, num_ranks: int) -> bool:
         """Returns whether a layout larger than the present one has a place."""
-        full = self._config.launch.num_workers or 1
+        full = self._config.launch.num_workers
         if num_ranks >= full:
             return False
         self._cluster.request(full, on_gpu=self._on_gpu)
         place = self._place(may_shrink=True)
-        return place is not None and (place[0].launch.num_workers or 1) > num_ranks
+        return place is not None and (place[0].launch.num_workers) > num_ranks
 
     def _tell_left_out(self, shares: list[Share]) -> None:
         self._told_left_out &= self._budget.left_out

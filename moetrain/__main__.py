@@ -9,9 +9,10 @@ from launch import ClusterError, choose_plan, dry_run, start
 from moetrain.checkpoint import CheckpointError, with_way_out
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
-from moetrain.config import Config, check, refit, resolve
+from moetrain.config import check, refit, resolve
 from moetrain.redaction import redacted_text
 from moetrain.report import render_report
+from moetrain.settings import Config
 from moetrain.sweep import SweepInBatches, sweep
 
 

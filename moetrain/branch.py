@@ -28,11 +28,12 @@ from moetrain.checkpoint import (
 )
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import training_command, write_choices
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
+from moetrain.settings import Resolved
 from moetrain.train import as_plain
 from moetrain.train.changes import history
 
@@ -64,7 +65,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
     demand_new(to, num_bytes=0)  # said before a large checkpoint is read
     checkpoint = chosen_checkpoint(run_dir, step=settings.step)
     manifest = read_manifest(checkpoint)
-    config = validated(_own(manifest.config, run_dir, to), Config)
+    config = validated(_own(manifest.config, run_dir, to), Resolved)
     origin: dict[str, Any] = {
         "run": run_dir.resolve().name,
         "step": manifest.step,
@@ -131,7 +132,7 @@ def _link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _write_settings(folder: Path, config: Config, *, to: Path, note: str) -> None:
+def _write_settings(folder: Path, config: Resolved, *, to: Path, note: str) -> None:
     """Writes config.yaml, and the choices by which Hydra knows the settings of the old run."""
     plain = as_plain(config)
     text = yaml.safe_dump(plain, sort_keys=False)

@@ -1,4 +1,4 @@
-"""One frozen tree made of each package's own settings, and the checks across them.
+"""The rules across settings, and how a configuration becomes a resolved one.
 
 A configuration comes in as a plain dictionary (Hydra composes it, in the command entries) and
 is validated twice: against the typed tree with unknown keys refused, then by the rules that
@@ -13,47 +13,33 @@ from itertools import product
 from typing import Any, TypeVar
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline import DataSettings, resolved_dir, resolved_tokenizer
+from data_pipeline import resolved_dir, resolved_tokenizer
 from data_pipeline.settings_tree import plain_reason, spelt
 from launch.plan import cluster_address, lasting
-from launch.settings import ClusterSettings, LaunchSettings
-from moetrain.checkpoint import CheckpointSettings
 from moetrain.checkpoint.remote import check_url
 from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
-from moetrain.model import ModelSettings
-from moetrain.observe import ObserveSettings
-from moetrain.optim import OptimSettings, ScheduleSettings, decay_steps
-from moetrain.parallel import ParallelSettings, divisors, resolve_topology
-from moetrain.train import RunSettings, TrainSettings, function_settings
+from moetrain.optim import decay_steps
+from moetrain.parallel import divisors, resolve_topology
+from moetrain.settings import (
+    Config,
+    ModelSettings,
+    ParallelSettings,
+    Resolved,
+    ResolvedData,
+    ResolvedLaunch,
+    ResolvedParallel,
+    ResolvedRun,
+    ResolvedTrain,
+)
+from moetrain.train import function_settings
 
 Tree = TypeVar("Tree")
 
 SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
 MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Config:
-    """Everything that `python -m moetrain` can be told."""
-
-    model: ModelSettings
-    train: TrainSettings
-    seed: NonNegativeInt = 0
-    dry_run: bool = False
-    """Whether the command checks all and says what it would train, and ends without a write."""
-    run: RunSettings = RunSettings()
-    optim: OptimSettings = OptimSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
-    parallel: ParallelSettings = ParallelSettings()
-    data: DataSettings = DataSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    observe: ObserveSettings = ObserveSettings()
-    launch: LaunchSettings = LaunchSettings()
-    cluster: ClusterSettings = ClusterSettings()
 
 
 def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
@@ -268,7 +254,7 @@ def _check_groups(model: ModelSettings) -> None:
         )
 
 
-def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
+def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
     """Returns the configuration with everything that was left open filled in.
 
     Degrees, micro-batch size, run name, and absolute paths (ranks may run elsewhere). Raises
@@ -300,29 +286,34 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Config:
             f"{train.global_batch_size} over {num_workers} workers): use one of "
             f"{divisors(share)}",
         )
-    return replace(
-        config,
-        train=replace(train, micro_batch_size=micro),
-        parallel=replace(
-            config.parallel,
-            expert_degree=topology.expert,
-            data_shard_degree=topology.data_shard,
-        ),
-        run=replace(
-            config.run,
-            dir=str(lasting(config.run.dir)),
-            name=config.run.name or _new_name(config, now),
-        ),
-        data=replace(
-            config.data,
-            dir=resolved_dir(config.data),
-            tokenizer=resolved_tokenizer(config.data.tokenizer),
-        ),
-        launch=replace(config.launch, num_workers=num_workers),
+    return Resolved(
+        **vars(config)
+        | {
+            "train": ResolvedTrain(**vars(train) | {"micro_batch_size": micro}),
+            "parallel": ResolvedParallel(
+                **vars(config.parallel)
+                | {"expert_degree": topology.expert, "data_shard_degree": topology.data_shard}
+            ),
+            "run": ResolvedRun(
+                **vars(config.run)
+                | {
+                    "dir": str(lasting(config.run.dir)),
+                    "name": config.run.name or _new_name(config, now),
+                }
+            ),
+            "data": ResolvedData(
+                **vars(config.data)
+                | {
+                    "dir": resolved_dir(config.data),
+                    "tokenizer": resolved_tokenizer(config.data.tokenizer),
+                }
+            ),
+            "launch": ResolvedLaunch(**vars(config.launch) | {"num_workers": num_workers}),
+        }
     )
 
 
-def refit(resolved: Config, num_workers: int) -> Config | None:
+def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
     """Returns a resolved configuration for fewer workers, None where so many can't run it.
 
     The global batch stays. A worker has no more of the weights than before where that is possible:
@@ -332,29 +323,24 @@ def refit(resolved: Config, num_workers: int) -> Config | None:
     before, batch = resolved.parallel, resolved.train.global_batch_size
     if batch % num_workers:
         return None
-    share, micro = batch // num_workers, resolved.train.micro_batch_size or 1
-    shards, experts = before.data_shard_degree or 1, before.expert_degree or 1
+    share, micro = batch // num_workers, resolved.train.micro_batch_size
 
     def memory(replicate: int) -> tuple[bool, int]:
         shard = num_workers // replicate
-        return shard < shards, abs(shard - shards)
+        return shard < before.data_shard_degree, abs(shard - before.data_shard_degree)
 
     replicas = sorted(divisors(num_workers), key=memory)
-    for replicate, expert in product(replicas, range(experts, 0, -1)):
-        fitting = replace(
-            resolved,
-            parallel=replace(
-                before,
-                expert_degree=expert,
-                data_shard_degree=None,
-                data_replicate_degree=replicate,
-            ),
-            train=replace(
-                resolved.train,
-                micro_batch_size=max(d for d in divisors(share) if d <= micro),
-            ),
-            launch=replace(resolved.launch, num_workers=None),
+    for replicate, expert in product(replicas, range(before.expert_degree, 0, -1)):
+        degrees = {
+            "expert_degree": expert,
+            "data_shard_degree": None,
+            "data_replicate_degree": replicate,
+        }
+        train = replace(
+            resolved.train, micro_batch_size=max(d for d in divisors(share) if d <= micro)
         )
+        parallel = ParallelSettings(**vars(before) | degrees)
+        fitting = Config(**vars(resolved) | {"train": train, "parallel": parallel})
         try:
             return resolve(fitting, num_workers=num_workers, now=datetime.now())
         except ConfigError:

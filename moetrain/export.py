@@ -15,12 +15,13 @@ from data_pipeline.settings import PathText
 from moetrain.checkpoint import CheckpointReader, chosen_checkpoint
 from moetrain.checks import one_of
 from moetrain.command import run_command
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.shards import num_bytes
 from moetrain.huggingface.tokenizer import NONE, write_tokenizer
+from moetrain.settings import Resolved
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -58,7 +59,7 @@ def _export(settings: ExportSettings) -> None:
 
 def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
     run_dir, to, manifest = Path(settings.run), Path(settings.to), reader.manifest
-    config = validated(manifest.config, Config)
+    config = validated(manifest.config, Resolved)
     placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)
     dtype = export_dtype(settings.dtype, manifest)
     size = num_bytes(placed, DTYPES[dtype])

@@ -43,11 +43,12 @@ from launch import (
     runs_in,
     varied_settings,
 )
-from moetrain.checkpoint import CheckpointError, CheckpointSettings
+from moetrain.checkpoint import CheckpointError
 from moetrain.checkpoint.remote import newest_manifest_there
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, STOPPED, Combination
-from moetrain.config import Config, check, resolve
+from moetrain.config import check, resolve
+from moetrain.settings import CheckpointSettings, Config, Resolved
 from moetrain.sweep_plugins import SweepEnded
 from moetrain.train import as_plain
 from moetrain.train.changes import changes
@@ -88,7 +89,7 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
     texts = {}
     for config, one in zip(resolved, combinations, strict=True):
         found = shards_or_corpus(one.settings.data)
-        texts[str(config.data.dir)] = getattr(found, "fingerprint", None)
+        texts[config.data.dir] = getattr(found, "fingerprint", None)
     wanted = _wanted(
         combinations,
         resolved,
@@ -269,7 +270,7 @@ class _Plan:
 
 def _wanted(
     combinations: Sequence[Combination[Config]],
-    resolved: Sequence[Config],
+    resolved: Sequence[Resolved],
     texts: Mapping[str, str | None],
     *,
     base: str,
@@ -285,7 +286,7 @@ def _wanted(
         Wanted(
             name=name,
             settings=as_plain(config),
-            text=texts[str(config.data.dir)],
+            text=texts[config.data.dir],
             varied=frozenset(differing),
             may_be_bare=holds_values or not (name == base or in_batches),
             is_named=not in_batches and (several or holds_values),
@@ -306,7 +307,7 @@ def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[
     return kept
 
 
-def _resolved(config: Config, elsewhere: Elsewhere | None = None) -> Config:
+def _resolved(config: Config, elsewhere: Elsewhere | None = None) -> Resolved:
     if elsewhere is not None and not elsewhere.num_at_once:
         return _resolved_there(config, elsewhere.num_workers)
     check(config)
@@ -322,7 +323,7 @@ def _resolved(config: Config, elsewhere: Elsewhere | None = None) -> Config:
     return resolve(config, num_workers=plan.num_workers, now=datetime.now())
 
 
-def _resolved_there(config: Config, num_workers: int | None) -> Config:
+def _resolved_there(config: Config, num_workers: int | None) -> Resolved:
     """Returns a trial's settings on another machine, of which this one knows no devices."""
     model, run = config.model, config.run
     unknown = replace(
@@ -335,12 +336,12 @@ def _resolved_there(config: Config, num_workers: int | None) -> Config:
     return replace(found, model=model, run=replace(found.run, device=run.device))
 
 
-def _threads(resolved: Sequence[Config], elsewhere: Elsewhere | None) -> int | None:
+def _threads(resolved: Sequence[Resolved], elsewhere: Elsewhere | None) -> int | None:
     """Returns the threads of each rank where trials share this machine's cores unasked."""
     at_once = min(elsewhere.num_at_once, len(resolved)) if elsewhere else 0
     if at_once < 2 or any(config.run.threads_per_rank for config in resolved):
         return None
-    ranks = at_once * max(config.launch.num_workers or 1 for config in resolved)
+    ranks = at_once * max(config.launch.num_workers for config in resolved)
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
@@ -401,7 +402,7 @@ def _new_base(folders: Collection[Path]) -> Iterator[str]:
 
 def _trials(
     combinations: Sequence[Combination[Config]],
-    resolved: Sequence[Config],
+    resolved: Sequence[Resolved],
     wanted: Sequence[Wanted],
     *,
     varied: Sequence[dict[str, str]],
@@ -424,7 +425,7 @@ def _trials(
                 *([f"run.threads_per_rank={threads}"] if threads else []),
             ),
             run_dir=Path(config.run.dir, name),
-            num_workers=config.launch.num_workers or 1,
+            num_workers=config.launch.num_workers,
             wanted=one,
         )
         for number, (combination, config, one, name) in enumerate(
@@ -433,12 +434,12 @@ def _trials(
     ]
 
 
-def _named(config: Config, name: str) -> Config:
+def _named(config: Resolved, name: str) -> Resolved:
     return replace(config, run=replace(config.run, name=name))
 
 
 def _assigned(
-    resolved: Sequence[Config], wanted: Sequence[Wanted], *, taken: Collection[str]
+    resolved: Sequence[Resolved], wanted: Sequence[Wanted], *, taken: Collection[str]
 ) -> list[str]:
     """Returns the name of each trial's run; tells where one begins that a user may not expect."""
     names: dict[int, str] = {}

@@ -13,8 +13,9 @@ import yaml
 from moetrain import branch as command
 from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint import read_manifest, verify_all
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.run_facts import read_facts
+from moetrain.settings import Config
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 

@@ -16,12 +16,13 @@ from data_pipeline.settings_tree import is_text, kind_at, paths
 from launch.simulate.__main__ import SimulateSettings
 from launch.submit.__main__ import SubmitConfig
 from moetrain.command import Combination, config_dir, run_command
-from moetrain.config import Config, check
+from moetrain.config import check
 from moetrain.doctor import DoctorCommand
 from moetrain.export import ExportSettings
 from moetrain.import_hf import ImportSettings
 from moetrain.model import active_parameters
 from moetrain.report.__main__ import ReportSettings
+from moetrain.settings import Config
 from moetrain.upcycle.__main__ import UpcycleSettings
 from moetrain.verify.__main__ import VerifyConfig
 

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from moetrain.checks import ConfigError
 from moetrain.command import register
-from moetrain.config import Config, check, refit, resolve, validated
+from moetrain.config import check, refit, resolve, validated
+from moetrain.settings import Config
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5)

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import data_pipeline.command
 from moetrain.command import config_dir, run_command
-from moetrain.config import Config
+from moetrain.settings import Config
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, list[Config]]:

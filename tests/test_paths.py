@@ -23,11 +23,11 @@ from launch.submit.job import entrypoint
 from moetrain.checkpoint.__main__ import VerifySettings
 from moetrain.checks import ConfigError
 from moetrain.command import config_dir, run_command
-from moetrain.config import Config
 from moetrain.export import ExportSettings
 from moetrain.import_hf import ImportSettings
 from moetrain.kernels.autotune import default_cache, fastest
 from moetrain.report.__main__ import ReportSettings
+from moetrain.settings import Config
 from moetrain.upcycle.__main__ import UpcycleSettings
 from tests.data_pipeline.conftest import build, write_corpus
 

@@ -29,9 +29,10 @@ from launch.submit.__main__ import waiting_command
 from moetrain.checkpoint import write_checkpoint
 from moetrain.checkpoint.chosen import _no_run
 from moetrain.checks import ConfigError
-from moetrain.config import Config, check, resolve
+from moetrain.config import check, resolve
 from moetrain.huggingface.run_folder import training_command
 from moetrain.import_hf import shards_command
+from moetrain.settings import Config
 from moetrain.train import Outcome
 from moetrain.train.prepare import demand_vocabulary
 from moetrain.train.resume import _demand_restart, _ways_to_another_model

@@ -21,8 +21,9 @@ from launch.submit.job import Gone, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
 from moetrain.command import FAILED, Combination, config_dir, run_command
-from moetrain.config import Config, check
+from moetrain.config import check
 from moetrain.redaction import REDACTED, redacted_arguments
+from moetrain.settings import Config
 
 # Ray's own default of 3 s ends a job while it saves.
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"

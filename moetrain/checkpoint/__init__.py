@@ -26,14 +26,12 @@ from moetrain.checkpoint.manifest import (
     verify_files,
 )
 from moetrain.checkpoint.offline import write_checkpoint
-from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter, cut_into_files
 
 __all__ = [
     "CheckpointError",
     "CheckpointReader",
-    "CheckpointSettings",
     "CheckpointStore",
     "Manifest",
     "Save",

@@ -54,8 +54,8 @@ from moetrain.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
+from moetrain.settings import CheckpointSettings
 
 log = logging.getLogger(__name__)
 

@@ -7,17 +7,15 @@ unknown. Leaves the tokenizer and the weights to others.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from moetrain.checkpoint import Manifest
 from moetrain.huggingface.markdown import fenced, line, table
 from moetrain.huggingface.run_facts import RunFacts, Source, read_facts
 from moetrain.model import active_parameters, total_parameters
-
-if TYPE_CHECKING:
-    from moetrain.checkpoint import Manifest
-    from moetrain.config import Config
+from moetrain.settings import Resolved
 
 UNKNOWN = "unknown"
 # The Hub's names of licences that shards name by SPDX; any other is `other` there.
@@ -45,7 +43,7 @@ def write_model_card(
     *,
     run_dir: Path,
     manifest: "Manifest",
-    config: "Config",
+    config: Resolved,
     dtype: str,
     has_tokenizer: bool = True,
 ) -> None:
@@ -76,7 +74,7 @@ def write_model_card(
     (to / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _front_matter(facts: RunFacts, config: "Config") -> str:
+def _front_matter(facts: RunFacts, config: Resolved) -> str:
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     languages = sorted({s.language for s in facts.sources if s.language})
     if known := [code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)]:
@@ -97,7 +95,7 @@ def _one_licence(sources: Iterable[Source]) -> str | None:
     return licences.pop() if len(licences) == 1 else None
 
 
-def _introduction(facts: RunFacts, config: "Config", *, dtype: str) -> str:
+def _introduction(facts: RunFacts, config: Resolved, *, dtype: str) -> str:
     model = config.model
     total, active = total_parameters(model), active_parameters(model)
     if model.is_moe:
@@ -142,7 +140,7 @@ def _how_to_load(facts: RunFacts, *, dtype: str, has_tokenizer: bool) -> str:
     return text
 
 
-def _architecture(config: "Config") -> str:
+def _architecture(config: Resolved) -> str:
     model = config.model
     rows: dict[str, object] = {
         "parameters": f"{total_parameters(model):,}",
@@ -204,7 +202,7 @@ def _training_text(facts: RunFacts) -> Iterator[str]:
         yield " ".join(notes)
 
 
-def _training(facts: RunFacts, config: "Config") -> Iterator[str]:
+def _training(facts: RunFacts, config: Resolved) -> Iterator[str]:
     train, optim, schedule = config.train, config.optim, config.schedule
     rows: dict[str, object] = {
         "steps": f"{facts.step:,} of {train.num_steps:,}",
@@ -277,7 +275,7 @@ def _router(facts: RunFacts) -> Iterator[str]:
     yield table(["", ""], rows)
 
 
-def _limits(facts: RunFacts, config: "Config") -> Iterator[str]:
+def _limits(facts: RunFacts, config: Resolved) -> Iterator[str]:
     model, train = config.model, config.train
     yield (
         "It was trained to predict the next token, and neither to follow instructions nor to be "

@@ -24,7 +24,7 @@ from moetrain.huggingface.names import (
     places,
 )
 from moetrain.huggingface.shards import write_shards
-from moetrain.model import ModelSettings
+from moetrain.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

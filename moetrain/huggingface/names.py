@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.model import ModelSettings, Transformer
+from moetrain.model import Transformer
+from moetrain.settings import ModelSettings
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]

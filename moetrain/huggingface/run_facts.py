@@ -8,14 +8,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline import DataError, OnCorrupt, ShardFolder, without_secrets
+from moetrain.checkpoint import Manifest
 from moetrain.observe import baselines_by_source, iterate_metrics, read_events
-
-if TYPE_CHECKING:
-    from moetrain.checkpoint import Manifest
-    from moetrain.config import Config
+from moetrain.settings import Resolved
 
 _LOAD = re.compile(r"router/layer_(\d+)/expert_\d+/load")
 _VALIDATION = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
@@ -59,7 +57,7 @@ class RunFacts:
     """The share of a layer's tokens of each expert, by layer."""
 
 
-def read_facts(run_dir: Path, *, manifest: "Manifest", config: "Config") -> RunFacts:
+def read_facts(run_dir: Path, *, manifest: "Manifest", config: Resolved) -> RunFacts:
     """Reads what there is of a run up to a checkpoint; files that are not there say nothing."""
     state = manifest.state
     trained: dict[str, int] = state.get("source_tokens") or {}
@@ -130,7 +128,7 @@ def _newest_records(
 
 
 def _shards(
-    config: "Config", fingerprint: str | None, *, wanted: bool
+    config: Resolved, fingerprint: str | None, *, wanted: bool
 ) -> tuple[ShardFolder | None, str | None]:
     """The shards that a run was trained on, or why there are none to read."""
     location = config.data.dir

@@ -17,9 +17,9 @@ from torch import Tensor
 from data_pipeline.shell import as_typed, shell_command
 from moetrain.checkpoint import TensorEntry, write_checkpoint
 from moetrain.command import config_dir
-from moetrain.config import Config, resolve, validated
+from moetrain.config import resolve, validated
 from moetrain.huggingface.names import model_tensors
-from moetrain.model import ModelSettings
+from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.train import as_plain
 
 # For going on with a model that has learnt: a tenth of a learning rate to begin with.
@@ -33,7 +33,7 @@ _RECIPE: dict[str, dict[str, Any]] = {
 }
 
 
-def starting_config(model: ModelSettings, *, to: Path, has_tokenizer: bool) -> Config:
+def starting_config(model: ModelSettings, *, to: Path, has_tokenizer: bool) -> Resolved:
     """Returns the resolved configuration of a run in the folder `to` that is yet to train.
 
     Raises ConfigError for a model that can't be trained, and for a folder whose name can't be a
@@ -47,7 +47,7 @@ def starting_config(model: ModelSettings, *, to: Path, has_tokenizer: bool) -> C
 
 def write_run(
     folder: Path,
-    config: Config,
+    config: Resolved,
     *,
     to: Path,
     has_tokenizer: bool,

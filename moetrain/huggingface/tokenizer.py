@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline import (
     DataError,
@@ -21,9 +21,7 @@ from data_pipeline import (
     tokenizer_named,
 )
 from moetrain.checks import ConfigError
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
+from moetrain.settings import Resolved
 
 IMPORTED = "tokenizer"
 """The folder in a run that holds the files of the tokenizer it was imported with."""
@@ -44,7 +42,7 @@ class TokenIds:
 def write_tokenizer(
     to: Path,
     *,
-    config: "Config",
+    config: Resolved,
     tokenizer: str | None,
     fingerprint: str | None,
     token_ids: Mapping[str, Any] | None = None,
@@ -60,7 +58,7 @@ def write_tokenizer(
     Raises ConfigError where the tokenizer isn't found, or is another than the run's, and DataError
     where the one that `tokenizer` names can't be read.
     """
-    run_dir = run_dir or Path(config.run.dir, config.run.name or "")
+    run_dir = run_dir or config.run_dir
     if tokenizer == NONE:
         known = token_ids or {}
         return TokenIds(
@@ -100,7 +98,7 @@ def write_tokenizer(
     )
 
 
-def _places(config: "Config", imported: Path) -> Iterator[tuple[str, Callable[[], Tokenizer]]]:
+def _places(config: Resolved, imported: Path) -> Iterator[tuple[str, Callable[[], Tokenizer]]]:
     """Yields where a run's tokenizer may be, and what reads it."""
     data = config.data
     if (imported / "tokenizer.json").is_file():
@@ -116,7 +114,7 @@ def _places(config: "Config", imported: Path) -> Iterator[tuple[str, Callable[[]
     yield f"data.tokenizer={data.tokenizer}", lambda: tokenizer_named(data.tokenizer)
 
 
-def _demanded(spec: str, config: "Config", fingerprint: str | None) -> Tokenizer:
+def _demanded(spec: str, config: Resolved, fingerprint: str | None) -> Tokenizer:
     found = tokenizer_named(spec)
     if fingerprint and found.fingerprint != fingerprint:
         raise ConfigError(
@@ -136,7 +134,7 @@ def _demanded(spec: str, config: "Config", fingerprint: str | None) -> Tokenizer
     return found
 
 
-def _write(to: Path, tokenizer: Tokenizer, *, config: "Config") -> TokenIds:
+def _write(to: Path, tokenizer: Tokenizer, *, config: Resolved) -> TokenIds:
     spelled = tokenizer_json(tokenizer)
     special = _special_tokens(spelled)
     settings = {
@@ -170,7 +168,7 @@ def _special_tokens(spelled: TokenizerJson) -> dict[str, str]:
     return {name: token for name, token in tokens.items() if token is not None}
 
 
-def _copy(imported: Path, to: Path, *, config: "Config") -> TokenIds:
+def _copy(imported: Path, to: Path, *, config: Resolved) -> TokenIds:
     """Copies the files of an imported run's tokenizer; what they say of special tokens holds."""
     for path in sorted(imported.iterdir()):
         if path.is_file():

@@ -17,8 +17,7 @@ from moetrain.kernels.autotune import Backend, choose_backend
 from moetrain.kernels.copies import Copies, gather_copies, sum_copies
 from moetrain.kernels.cpu_swiglu import cpu_swiglu
 from moetrain.kernels.megablocks_ops import megablocks_refuses, megablocks_swiglu
-
-BACKENDS = ("auto", "megablocks", "grouped_mm", "cpu")
+from moetrain.settings.model import BACKENDS
 
 
 def expert_swiglu(

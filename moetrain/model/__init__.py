@@ -13,7 +13,6 @@ from moetrain.model.init import initial_values, random_stream
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.router import Routing, RoutingStatistics
-from moetrain.model.settings import ExpertsSettings, ModelSettings, RouterSettings
 from moetrain.model.token_exchange import Compute, LocalExchange, TokenExchange
 from moetrain.model.transformer import LossSums, Transformer
 
@@ -21,12 +20,9 @@ __all__ = [
     "Attention",
     "Compute",
     "Documents",
-    "ExpertsSettings",
     "LocalExchange",
     "LossSums",
     "MoELayer",
-    "ModelSettings",
-    "RouterSettings",
     "Routing",
     "RoutingStatistics",
     "TokenExchange",

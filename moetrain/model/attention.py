@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moetrain.model.documents import Documents, attend_documents
 from moetrain.model.rotary import rotate
-from moetrain.model.settings import ModelSettings
+from moetrain.settings.model import ModelSettings
 
 
 class Attention(nn.Module):

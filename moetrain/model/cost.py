@@ -1,6 +1,6 @@
 """What a model costs, from its settings alone: parameters and FLOPs."""
 
-from moetrain.model.settings import ModelSettings
+from moetrain.settings.model import ModelSettings
 
 
 def _parameters(settings: ModelSettings, *, routed_experts: int) -> int:

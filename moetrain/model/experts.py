@@ -8,8 +8,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from moetrain.kernels import Copies, expert_swiglu
-from moetrain.model.settings import ModelSettings
 from moetrain.model.token_exchange import TokenExchange
+from moetrain.settings.model import ModelSettings
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moetrain.model.settings import ModelSettings
+from moetrain.settings.model import ModelSettings
 
 
 def initial_values(

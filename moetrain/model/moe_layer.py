@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from moetrain.model.experts import Experts, FeedForward
 from moetrain.model.router import Router, RoutingStatistics
-from moetrain.model.settings import ModelSettings
 from moetrain.model.token_exchange import LocalExchange, TokenExchange
+from moetrain.settings.model import ModelSettings
 
 
 class MoELayer(nn.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from moetrain.model.losses import load_balance_loss
-from moetrain.model.settings import ModelSettings
+from moetrain.settings.model import ModelSettings
 
 
 class RoutingStatistics(NamedTuple):

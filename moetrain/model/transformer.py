@@ -15,7 +15,7 @@ from moetrain.model.losses import chunked_cross_entropy
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.rotary import rotary_table
 from moetrain.model.router import RoutingStatistics
-from moetrain.model.settings import ModelSettings
+from moetrain.settings.model import ModelSettings
 
 
 class LossSums(NamedTuple):

@@ -15,7 +15,6 @@ from moetrain.observe.metrics import (
     read_metrics,
 )
 from moetrain.observe.progress import ProgressDisplay
-from moetrain.observe.settings import ObserveSettings, WandbSettings
 from moetrain.observe.tally import Tally, read_sign
 from moetrain.observe.wandb_sink import WandbSink
 
@@ -23,12 +22,10 @@ __all__ = [
     "Account",
     "EventLog",
     "MetricsFile",
-    "ObserveSettings",
     "ProgressDisplay",
     "Record",
     "Span",
     "Tally",
-    "WandbSettings",
     "WandbSink",
     "account",
     "append_line",

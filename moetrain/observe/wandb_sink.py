@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.observe.metrics import numbers_of
-from moetrain.observe.settings import WandbSettings
 from moetrain.observe.wandb_identity import wandb_run_id
 from moetrain.redaction import redacted_arguments
+from moetrain.settings import WandbSettings
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,8 @@
 
 from moetrain.optim.optimizer import allocate_state, build_optimizer, state_names
 from moetrain.optim.schedule import decay_steps, learning_rate
-from moetrain.optim.settings import OptimSettings, ScheduleSettings
 
 __all__ = [
-    "OptimSettings",
-    "ScheduleSettings",
     "allocate_state",
     "build_optimizer",
     "decay_steps",

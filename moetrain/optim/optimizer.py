@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from moetrain.optim.settings import OptimSettings
+from moetrain.settings import OptimSettings
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> Optimizer:

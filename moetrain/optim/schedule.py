@@ -2,7 +2,7 @@
 
 import math
 
-from moetrain.optim.settings import ScheduleSettings
+from moetrain.settings import ScheduleSettings
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, settings: ScheduleSettings) -> float:

@@ -7,13 +7,7 @@ from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize, reshard
 from moetrain.parallel.recompute import plain_name
 from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks, sum_over_ranks
-from moetrain.parallel.topology import (
-    ExchangeSettings,
-    ParallelSettings,
-    Topology,
-    divisors,
-    resolve_topology,
-)
+from moetrain.parallel.topology import Topology, divisors, resolve_topology
 
 __all__ = [
     "BETWEEN_STEPS",
@@ -22,10 +16,8 @@ __all__ = [
     "Activity",
     "AllToAllExchange",
     "Doing",
-    "ExchangeSettings",
     "Gradients",
     "Meshes",
-    "ParallelSettings",
     "Topology",
     "any_rank",
     "build_meshes",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.kernels import Copies, gather_copies, group_copies, sum_copies
 from moetrain.model import Compute, TokenExchange
 from moetrain.parallel.activity import Activity
-from moetrain.parallel.topology import ExchangeSettings
+from moetrain.settings import ExchangeSettings
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from moetrain.parallel.activity import Activity
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.recompute import plain_name, recompute
-from moetrain.parallel.topology import ExchangeSettings, ParallelSettings
+from moetrain.settings import ExchangeSettings, ParallelSettings
 
 EXPERT_DIM, HIDDEN_DIM = 0, 1  # of an expert weight, [experts, hidden, dim]
 

@@ -7,7 +7,6 @@ from moetrain.train.prepare import Prepared, newest_manifest, prepare, rehearse
 from moetrain.train.preview import Preview, preview_of, short
 from moetrain.train.rank import keep_freed_memory, leave_ranks, rank_device, run_rank
 from moetrain.train.resume import demand_done_alike, demand_same_model, training_on
-from moetrain.train.settings import RunSettings, TrainSettings
 
 __all__ = [
     "Change",
@@ -17,8 +16,6 @@ __all__ = [
     "Place",
     "Prepared",
     "Preview",
-    "RunSettings",
-    "TrainSettings",
     "TrainingError",
     "as_plain",
     "changes",

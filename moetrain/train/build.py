@@ -4,8 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of, read_events
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
+from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain, history
 from moetrain.train.control import Control, Place, collective_timeout
 from moetrain.train.prepare import global_batches
@@ -31,9 +31,6 @@ from moetrain.train.resume import (
 from moetrain.train.state import TrainState, checkpoint_tensors
 from moetrain.train.stragglers import Stragglers
 
-if TYPE_CHECKING:
-    from moetrain.config import Config
-
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +38,7 @@ log = logging.getLogger(__name__)
 class Trainer:
     """All that the loop works with; `state` alone changes."""
 
-    config: "Config"
+    config: Resolved
     place: Place
     control: Control
     device: torch.device
@@ -70,10 +67,10 @@ class Trainer:
 
 
 def build_trainer(
-    config: "Config", place: Place, control: Control, *, device: torch.device
+    config: Resolved, place: Place, control: Control, *, device: torch.device
 ) -> Trainer:
     """Returns a rank's trainer, restored from the newest good checkpoint; all ranks call it."""
-    run_dir = Path(config.run.dir, config.run.name or "")
+    run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     patience = collective_timeout(config.launch.hang_timeout_seconds)
     model, optimizer, gradients = build_model(
@@ -152,7 +149,7 @@ def build_trainer(
         metrics.rewind(state.step)
         wandb = WandbSink(
             config.observe.wandb,
-            run_name=config.run.name or "",
+            run_name=config.run.name,
             run_dir=run_dir,
             config=as_plain(config) | preview_of(config).counts(),
             resume_step=state.step if restored else None,
@@ -179,7 +176,7 @@ def build_trainer(
             shards,
             source=source,
             seq_len=config.train.seq_len,
-            batch_size=(config.train.micro_batch_size or 1) * place.world_size,
+            batch_size=config.train.micro_batch_size * place.world_size,
             max_sequences=config.train.validation_sequences,
             seed=config.seed,
             on_corrupt=config.data.on_corrupt,
@@ -228,7 +225,7 @@ def build_trainer(
 
 
 def build_model(
-    config: "Config",
+    config: Resolved,
     *,
     world_size: int,
     device: torch.device,
@@ -284,7 +281,7 @@ def _shares(units: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {share / total:.4g}" for name, share in units.items())
 
 
-def _mesh(config: "Config", place: Place, device: torch.device) -> dict[str, Any]:
+def _mesh(config: Resolved, place: Place, device: torch.device) -> dict[str, Any]:
     """Returns what a manifest says of the layout that wrote it."""
     return {
         "world_size": place.world_size,
@@ -300,7 +297,7 @@ def _mesh(config: "Config", place: Place, device: torch.device) -> dict[str, Any
 
 
 def _uploader(
-    config: "Config", place: Place, control: Control, *, event: Callable[..., None]
+    config: Resolved, place: Place, control: Control, *, event: Callable[..., None]
 ) -> Uploader | None:
     """Returns what uploads this attempt's checkpoints, if anything; failures are told to people."""
 
@@ -309,7 +306,7 @@ def _uploader(
         if kind == "upload_failed":
             control.publish("say", f"warning: training goes on, not uploaded: {fields['reason']}")
 
-    name = config.run.name or ""
+    name = config.run.name
     return start_uploads(config.checkpoint, run=name, attempt=place.attempt, event=tell)
 
 

@@ -8,17 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline import DataSettings
 from data_pipeline.shell import as_typed
-from moetrain.model import ModelSettings
-from moetrain.optim import OptimSettings, ScheduleSettings
 from moetrain.redaction import redacted
-from moetrain.train.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
+from moetrain.settings import Config, ModelSettings, OptimSettings, ScheduleSettings, TrainSettings
 
 
 class Kind(StrEnum):
@@ -104,7 +99,7 @@ class Change:
         return f"{self.name} {shown(self.before)} → {shown(self.now)}"
 
 
-def as_plain(config: "Config") -> dict[str, Any]:
+def as_plain(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values, without its secrets.
 
     Nothing goes on from what is saved of a secret: the same command gives it again. Whether a

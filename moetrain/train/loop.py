@@ -4,7 +4,6 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,7 +144,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
         trainer.model,
         trainer.held_out,
         weights=_validation_weights(trainer),
-        micro_batch_size=settings.micro_batch_size or 1,
+        micro_batch_size=settings.micro_batch_size,
         mask_documents=trainer.config.data.mask_documents,
         rank=trainer.place.rank,
         num_ranks=trainer.place.world_size,
@@ -315,7 +314,7 @@ def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
     trainer.event("step_skipped", step=state.step, reason=reason)
     trainer.control.publish("say", f"step {state.step} was skipped: {reason}")
     if state.skipped_in_a_row >= trainer.config.train.max_skipped_steps:
-        newest = Path(trainer.config.run.dir, trainer.config.run.name or "", "checkpoints")
+        newest = trainer.config.run_dir / "checkpoints"
         raise TrainingError(
             f"{state.skipped_in_a_row} steps in a row up to step {state.step} had no finite loss "
             f"or gradient ({reason}). The last good checkpoint is in {newest}. Try a lower "

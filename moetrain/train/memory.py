@@ -9,12 +9,9 @@ holds back (`memory/peak_gib` of a CPU run counts that), and on a CPU the proces
 """
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from moetrain.model import head_activations, kept_activations, total_parameters
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
+from moetrain.settings import Resolved
 
 PROCESS_GIB = 0.5
 """What a rank's process has resident before it holds a model, with torch on a CPU."""
@@ -38,11 +35,11 @@ class RankMemory:
         return float(sum(asdict(self).values()))
 
 
-def expected_memory(config: "Config", *, on_cpu: bool) -> RankMemory:
+def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
     """Returns what a rank of a resolved configuration is expected to hold."""
     model, train, parallel = config.model, config.train, config.parallel
-    shards, experts = parallel.data_shard_degree or 1, parallel.expert_degree or 1
-    tokens = (train.micro_batch_size or 1) * train.seq_len
+    shards, experts = parallel.data_shard_degree, parallel.expert_degree
+    tokens = train.micro_batch_size * train.seq_len
     width = 4 if train.dtype == "float32" or (train.dtype == "auto" and on_cpu) else 2
     local = MASTER * total_parameters(model) / shards
     kept = kept_activations(
@@ -69,6 +66,6 @@ def expected_memory(config: "Config", *, on_cpu: bool) -> RankMemory:
     )
 
 
-def _moments(config: "Config") -> int:
+def _moments(config: Resolved) -> int:
     """Returns how many numbers the optimizer keeps of each weight."""
     return 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)

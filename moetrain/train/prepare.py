@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline import (
     Corpus,
@@ -20,11 +20,9 @@ from data_pipeline.corpus_files import is_shard_folder
 from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
+from moetrain.settings import Config, Resolved
 from moetrain.train.preview import Preview, preview_of, short
 from moetrain.train.resume import demand_no_restart, demand_same_model
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +68,14 @@ class Prepared:
             yield text
 
 
-def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared:
+def prepare(config: Resolved, data: DataSettings, *, progress: bool) -> Prepared:
     """Returns the shards of a resolved configuration, built where `data` leaves that open.
 
     Raises ConfigError or DataError for shards that the model can't train on, for sources that
     can't be mixed as wanted, and for a run folder that holds another model or stands in another
     order of samples; nothing but the shards is written.
     """
-    newest = newest_manifest(Path(config.run.dir, config.run.name or ""))
+    newest = newest_manifest(config.run_dir)
     _demand_run(config, newest)
     if data.dir is None:  # shards may have to be built: not for a model that can't use them
         demand_vocabulary(config, tokenizer_named(data.tokenizer))
@@ -86,7 +84,7 @@ def prepare(config: "Config", data: DataSettings, *, progress: bool) -> Prepared
     return _prepared(config, open_or_build(data, progress=progress), newest)
 
 
-def rehearse(config: "Config", data: DataSettings, *, newest: Manifest | None) -> Prepared | Corpus:
+def rehearse(config: Resolved, data: DataSettings, *, newest: Manifest | None) -> Prepared | Corpus:
     """Does what `prepare` does without a write: returns the corpus of shards that aren't built.
 
     `newest` is the manifest of the checkpoint that the run would go on from.
@@ -100,7 +98,7 @@ def rehearse(config: "Config", data: DataSettings, *, newest: Manifest | None) -
     return _prepared(config, found, newest) if isinstance(found, ShardFolder) else found
 
 
-def _demand_run(config: "Config", newest: Manifest | None) -> None:
+def _demand_run(config: Resolved, newest: Manifest | None) -> None:
     """Raises ConfigError where a run's newest checkpoint isn't one to go on from as wanted."""
     if newest is None:
         return demand_no_restart(config)
@@ -114,7 +112,7 @@ def _demand_run(config: "Config", newest: Manifest | None) -> None:
     return demand_same_model(config, newest)
 
 
-def _prepared(config: "Config", shards: ShardFolder, newest: Manifest | None) -> Prepared:
+def _prepared(config: Resolved, shards: ShardFolder, newest: Manifest | None) -> Prepared:
     demand_vocabulary(config, shards.tokenizer)
     if newest:
         _demand_same_data(config, newest, shards)
@@ -133,7 +131,7 @@ def _prepared(config: "Config", shards: ShardFolder, newest: Manifest | None) ->
 
 
 def global_batches(
-    config: "Config", shards: ShardFolder, *, position: Mapping[str, Any] | None
+    config: Config, shards: ShardFolder, *, position: Mapping[str, Any] | None
 ) -> GlobalBatches:
     """Returns the global batches of training, from a position if there is one.
 
@@ -162,7 +160,7 @@ def _plan(batches: GlobalBatches, *, num_samples: int, seq_len: int) -> dict[str
     }
 
 
-def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -> None:
+def _demand_same_data(config: Resolved, newest: Manifest, shards: ShardFolder) -> None:
     """Raises ConfigError where a run was trained on other tokens than those of the shards."""
     tokenizer = shards.tokenizer
     # A model that was imported has seen neither tokenizer nor shards of ours.
@@ -185,14 +183,14 @@ def _demand_same_data(config: "Config", newest: Manifest, shards: ShardFolder) -
         )
 
 
-def _were_elsewhere(config: "Config", newest: Manifest) -> bool:
+def _were_elsewhere(config: Resolved, newest: Manifest) -> bool:
     """Returns whether a run was trained on shards of another folder, which are still there."""
     before = newest.config.get("data", {}).get("dir")
     has_seen = newest.state.get("data") is not None
     return has_seen and before not in (None, config.data.dir) and is_shard_folder(before)
 
 
-def _demand_built(config: "Config", newest: Manifest, found: ShardFolder | Corpus) -> None:
+def _demand_built(config: Resolved, newest: Manifest, found: ShardFolder | Corpus) -> None:
     """Raises ConfigError where shards would be built for a run that was trained on others."""
     if isinstance(found, ShardFolder):
         return
@@ -206,7 +204,7 @@ def _demand_built(config: "Config", newest: Manifest, found: ShardFolder | Corpu
     )
 
 
-def demand_vocabulary(config: "Config", tokenizer: Tokenizer | TokenizerEntry) -> None:
+def demand_vocabulary(config: Config, tokenizer: Tokenizer | TokenizerEntry) -> None:
     """Raises ConfigError where the text has ids that the model has no rows for."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moetrain.model import active_parameters, total_parameters, training_flops_per_token
+from moetrain.settings import Resolved
 from moetrain.train.memory import PROCESS_GIB, RankMemory, expected_memory
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
 
 GIB = 2**30
 
@@ -54,11 +52,11 @@ class Preview:
         }
 
 
-def preview_of(config: "Config") -> Preview:
+def preview_of(config: Resolved) -> Preview:
     """Returns what a resolved configuration trains."""
     train, parallel = config.train, config.parallel
-    shards, replicas = parallel.data_shard_degree or 1, parallel.data_replicate_degree
-    ranks, micro = shards * replicas, train.micro_batch_size or 1
+    shards, replicas = parallel.data_shard_degree, parallel.data_replicate_degree
+    ranks, micro = shards * replicas, train.micro_batch_size
     num_micro = train.global_batch_size // (ranks * micro)
     degrees = f"expert {parallel.expert_degree}, shard {shards}, replicate {replicas}"
     on_cpu = _on_cpu(config)
@@ -90,7 +88,7 @@ def _many(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else plural}"
 
 
-def _on_cpu(config: "Config") -> bool:
+def _on_cpu(config: Resolved) -> bool:
     """Returns whether ranks compute on CPUs, as far as this machine can tell of a cluster's."""
     if config.run.device != "auto":
         return config.run.device == "cpu"

@@ -4,24 +4,21 @@ import ctypes
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from moetrain.checkpoint.remote import Uploader
 from moetrain.parallel import join_ranks
+from moetrain.settings import Resolved
 from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, Outcome, Place, collective_timeout
 from moetrain.train.loop import train
 
-if TYPE_CHECKING:
-    from moetrain.config import Config
-
 LAST_UPLOAD_SECONDS = 30.0  # that an upload may still take where the run has failed
 
 
-def run_rank(config: "Config", place: Place, control: Control) -> Outcome:
+def run_rank(config: Resolved, place: Place, control: Control) -> Outcome:
     """Trains as one rank of a resolved configuration, to the end or until asked to stop."""
     for name, value in config.cluster.env.items():
         os.environ.setdefault(name, value)

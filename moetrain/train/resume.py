@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,16 +14,14 @@ from data_pipeline.shell import shell_command, shell_word
 from moetrain.checkpoint import Manifest, candidates, step_of
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer
-from moetrain.optim import OptimSettings, ScheduleSettings, learning_rate, state_names
+from moetrain.optim import learning_rate, state_names
+from moetrain.settings import OptimSettings, Resolved, ScheduleSettings
 from moetrain.train.changes import Change, Kind, as_plain, changes, shown
-
-if TYPE_CHECKING:
-    from moetrain.config import Config
 
 _OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
 
 
-def demand_same_model(config: "Config", manifest: Manifest) -> None:
+def demand_same_model(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run can't go on from a checkpoint with these settings.
 
     Its weights would be another model, unless that is accepted, its samples come in another order,
@@ -52,7 +49,7 @@ def demand_same_model(config: "Config", manifest: Manifest) -> None:
     )
 
 
-def demand_done_alike(config: "Config", manifest: Manifest) -> None:
+def demand_done_alike(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run has all its steps already, and was trained otherwise."""
     if manifest.step < config.train.num_steps:
         return
@@ -68,7 +65,7 @@ def demand_done_alike(config: "Config", manifest: Manifest) -> None:
         )
 
 
-def training_on(config: "Config", *, step: int) -> str:
+def training_on(config: Resolved, *, step: int) -> str:
     """Returns the settings with which a run that has come to its end trains as many steps again.
 
     A rate that has fallen would jump back up in the middle of a longer schedule: it gets a new one.
@@ -77,14 +74,14 @@ def training_on(config: "Config", *, step: int) -> str:
     return more if config.schedule.name == "constant" else f"schedule.restart_from={step} {more}"
 
 
-def told_changes(config: "Config", manifest: Manifest) -> list[Change]:
+def told_changes(config: Resolved, manifest: Manifest) -> list[Change]:
     """Returns what a person is told of a run that goes on with other settings than it had."""
     if not manifest.state.get("samples", 0):  # nothing was trained with the settings before
         return []
     return _of_kind(changes(manifest.config, as_plain(config)), Kind.function, Kind.recipe)
 
 
-def in_one_line(config: "Config", manifest: Manifest, found: Iterable[Change]) -> str:
+def in_one_line(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> str:
     """Returns what of its settings a run goes on with otherwise, and what becomes of its rate."""
     line = f"from step {manifest.step} on: {', '.join(map(str, found))}"
     if any(c.name.startswith(_OF_THE_RATE) for c in found):
@@ -110,12 +107,12 @@ def _last_rate(manifest: Manifest) -> float:
     )
 
 
-def begins_optimizer(config: "Config", manifest: Manifest) -> bool:
+def begins_optimizer(config: Resolved, manifest: Manifest) -> bool:
     """Returns whether a run goes on from a checkpoint with a fresh optimizer state."""
     return config.optim.restart_from == manifest.step
 
 
-def demand_no_restart(config: "Config") -> None:
+def demand_no_restart(config: Resolved) -> None:
     """Raises ConfigError where a run without a checkpoint is to begin anew from one."""
     for name, step in _restarts(config):
         raise ConfigError(
@@ -126,13 +123,13 @@ def demand_no_restart(config: "Config") -> None:
         )
 
 
-def _restarts(config: "Config") -> Iterator[tuple[str, int]]:
+def _restarts(config: Resolved) -> Iterator[tuple[str, int]]:
     for group, settings in (("schedule", config.schedule), ("optim", config.optim)):
         if settings.restart_from is not None:
             yield f"{group}.restart_from", settings.restart_from
 
 
-def _demand_restart(config: "Config", manifest: Manifest) -> None:
+def _demand_restart(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError for a restart from another step than the checkpoint's.
 
     One that the run had already, when the checkpoint was saved, holds.
@@ -154,9 +151,9 @@ def _demand_restart(config: "Config", manifest: Manifest) -> None:
         raise ConfigError(name, step, reason)
 
 
-def _way_from(config: "Config", step: int) -> str:
+def _way_from(config: Resolved, step: int) -> str:
     """Returns how another run begins at an earlier step, or at which steps one could."""
-    run = Path(config.run.dir, config.run.name or "")
+    run = config.run_dir
     saved = sorted({step_of(path.name) or 0 for path in candidates(run / "checkpoints")})
     if step in saved:
         return f"or begin another run at that step: {_branch(run, step)}"
@@ -171,7 +168,7 @@ def _branch(run: Path, step: int) -> str:
     return shell_command(branch)
 
 
-def _demand_optimizer(config: "Config", manifest: Manifest) -> None:
+def _demand_optimizer(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a checkpoint has the optimizer state of another optimizer."""
     if not manifest.state.get("step", 0) or begins_optimizer(config, manifest):
         return
@@ -197,7 +194,7 @@ def _demand_optimizer(config: "Config", manifest: Manifest) -> None:
     )
 
 
-def _demand_order(config: "Config", manifest: Manifest, found: Iterable[Change]) -> None:
+def _demand_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:
     samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
     for change in found:
         if change.kind is Kind.order and samples:  # where none has come, none can come twice
@@ -218,7 +215,7 @@ def _demand_order(config: "Config", manifest: Manifest, found: Iterable[Change])
         )
 
 
-def _tensors_fit(config: "Config", manifest: Manifest) -> bool:
+def _tensors_fit(config: Resolved, manifest: Manifest) -> bool:
     """Returns whether a checkpoint's weights are those of the model, by name and shape."""
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -228,8 +225,8 @@ def _tensors_fit(config: "Config", manifest: Manifest) -> bool:
     return ours == saved
 
 
-def _ways_to_another_model(config: "Config", manifest: Manifest, names: list[str]) -> str:
-    run = Path(config.run.dir, config.run.name or "")
+def _ways_to_another_model(config: Resolved, manifest: Manifest, names: list[str]) -> str:
+    run = config.run_dir
     accept = shell_word(f"checkpoint.accept_changes=[{','.join(names)}]")
     return (
         f". If the change is meant, add {accept}; {_branch(run, manifest.step)} makes another run "

@@ -21,13 +21,14 @@ from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, chosen_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.names import model_tensors
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.tokenizer import IMPORTED
-from moetrain.model import ModelSettings, active_parameters, total_parameters
+from moetrain.model import active_parameters, total_parameters
 from moetrain.observe import EventLog
+from moetrain.settings import ModelSettings, Resolved
 from moetrain.upcycle.experts import Changes, Index, Upcycled, dense_name
 
 
@@ -60,7 +61,7 @@ def upcycle(settings: UpcycleSettings) -> int:
 def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
     with CheckpointReader(chosen_checkpoint(source, key="from")) as reader:
         manifest = reader.manifest
-        dense = validated(manifest.config, Config)
+        dense = validated(manifest.config, Resolved)
         model = _model(settings, dense.model, source)
         tokenizer = source / IMPORTED
         has_tokenizer = (tokenizer / "tokenizer.json").is_file()

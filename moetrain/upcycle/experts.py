@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.model import ModelSettings, initial_values, random_stream
+from moetrain.model import initial_values, random_stream
+from moetrain.settings import ModelSettings
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]

@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass
 from data_pipeline import DataError
 from moetrain.checks import ConfigError
 from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, config_dir, run_command
-from moetrain.config import Config, check
-from moetrain.optim import OptimSettings
+from moetrain.config import check
+from moetrain.settings import Config, OptimSettings
 from moetrain.verify.batches import global_batches
 from moetrain.verify.layouts import REFERENCE, Layout, layouts_for
 from moetrain.verify.memory import demand_memory

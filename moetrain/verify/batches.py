@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline import Batch, DataError, open_folder, resolved_dir
 from moetrain.checks import ConfigError
-from moetrain.config import Config
+from moetrain.settings import Config
 from moetrain.train.prepare import demand_vocabulary
 from moetrain.train.prepare import global_batches as training_batches
 

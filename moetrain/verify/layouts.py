@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from moetrain.checks import ConfigError
-from moetrain.config import Config, resolve
+from moetrain.config import resolve
+from moetrain.settings import Config, Resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Layout:
             parts.append("recomputation")
         return f"{ranks}: {', '.join(parts)}"
 
-    def of(self, config: Config) -> Config:
+    def of(self, config: Config) -> Resolved:
         """Returns the configuration resolved in this layout; ConfigError where there is none."""
         if config.train.global_batch_size % (self.num_ranks * self.num_micro_batches):
             raise ConfigError(

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moetrain.checks import ConfigError
-from moetrain.config import Config
-from moetrain.model import ModelSettings, total_parameters
-from moetrain.train import TrainSettings
+from moetrain.model import total_parameters
+from moetrain.settings import Config, ModelSettings, TrainSettings
 
 GIB = 2**30
 _CUT = (

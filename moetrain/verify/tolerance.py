@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.model import ModelSettings
+from moetrain.settings import ModelSettings
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data_pipeline import Batch
-from moetrain.config import Config
 from moetrain.model import Transformer
 from moetrain.model.router import Router
 from moetrain.parallel import plain_name
+from moetrain.settings import Resolved
 from moetrain.train.build import build_model
 from moetrain.train.step import MicroBatch, StepReport, train_step
 from moetrain.verify.comparison import KINDS, Difference, difference, kind_of, norm, parts, worst
@@ -39,7 +39,7 @@ GRADIENTS, WEIGHTS, MOVED, REPORTS = "gradients.pt", "weights.pt", "moved.pt", "
 class Trial:
     """One layout to try, and the folder of the verification with its batches."""
 
-    config: Config
+    config: Resolved
     """Resolved in the layout."""
     folder: Path
     num_steps: int

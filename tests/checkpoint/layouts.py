@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moetrain.model import ModelSettings, RouterSettings
+from moetrain.settings import ModelSettings, RouterSettings
 
 # 257 tokens and 20 dimensions: no world but one divides the first, and 3 and 6 not the second.
 MIXTRAL = ModelSettings(

@@ -31,8 +31,9 @@ from moetrain.checkpoint.blocks import as_block, held, parts_at, places_to_write
 from moetrain.checkpoint.manifest import MANIFEST, Block, describe_file, manifest_text
 from moetrain.checkpoint.tensor_files import overlap
 from moetrain.model import Transformer
-from moetrain.optim import OptimSettings, allocate_state, build_optimizer
-from moetrain.parallel import ParallelSettings, build_meshes, parallelize, resolve_topology
+from moetrain.optim import allocate_state, build_optimizer
+from moetrain.parallel import build_meshes, parallelize, resolve_topology
+from moetrain.settings import OptimSettings, ParallelSettings
 from moetrain.train.state import checkpoint_tensors
 from tests.checkpoint.layouts import DEEPSEEK, DENSE, MIXTRAL, Layout
 

@@ -17,17 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain.checkpoint import (
-    CheckpointReader,
-    CheckpointSettings,
-    CheckpointStore,
-    read_manifest,
-    verify_files,
-)
+from moetrain.checkpoint import CheckpointReader, CheckpointStore, read_manifest, verify_files
 from moetrain.checkpoint.blocks import held
-from moetrain.model import ModelSettings, Transformer
-from moetrain.optim import OptimSettings, allocate_state, build_optimizer
-from moetrain.parallel import ParallelSettings, build_meshes, parallelize, resolve_topology
+from moetrain.model import Transformer
+from moetrain.optim import allocate_state, build_optimizer
+from moetrain.parallel import build_meshes, parallelize, resolve_topology
+from moetrain.settings import CheckpointSettings, ModelSettings, OptimSettings, ParallelSettings
 from moetrain.train.state import checkpoint_tensors
 from tests.checkpoint.layouts import DEEPSEEK, DENSE, MIXTRAL, Layout
 from tests.support.ranks import run_ranks

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from moetrain.checkpoint import (
     CheckpointError,
     CheckpointReader,
-    CheckpointSettings,
     CheckpointStore,
     StorageError,
     candidates,
@@ -28,6 +27,7 @@ from moetrain.checkpoint import (
 )
 from moetrain.checkpoint import store as module
 from moetrain.checkpoint.folders import Save, to_delete
+from moetrain.settings import CheckpointSettings
 from tests.support.ranks import run_ranks
 
 TIMEOUT = 3.0

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from moetrain.config import Config, validated
+from moetrain.config import validated
+from moetrain.settings import Config
 from moetrain.verify.comparison import difference, norm
 from moetrain.verify.tolerance import tolerances
 from tests.drills.drill import (

@@ -20,7 +20,8 @@ from moetrain.huggingface.configuration import (
     router_aux_loss_coef,
 )
 from moetrain.huggingface.names import ConversionError
-from moetrain.model import ModelSettings, RouterSettings, load_balance_loss
+from moetrain.model import load_balance_loss
+from moetrain.settings import ModelSettings, RouterSettings
 from tests.support.huggingface_folders import TINY
 
 MIXTRAL = {

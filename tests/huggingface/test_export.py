@@ -27,7 +27,8 @@ from moetrain.huggingface.names import (
     places,
 )
 from moetrain.huggingface.new_folder import new_folder
-from moetrain.model import ModelSettings, Transformer
+from moetrain.model import Transformer
+from moetrain.settings import ModelSettings
 from tests.support.huggingface_folders import (
     TINY,
     assert_bitwise_equal,

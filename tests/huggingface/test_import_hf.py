@@ -22,10 +22,11 @@ from moetrain.checkpoint import (
     verify_files,
     write_checkpoint,
 )
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.run_folder import model_name
 from moetrain.import_hf import ImportSettings, import_folder
-from moetrain.model import ModelSettings, total_parameters
+from moetrain.model import total_parameters
+from moetrain.settings import Config, ModelSettings
 from tests.support.huggingface_folders import TINY, imported, loaded, save_oracle, tensors_in
 from tests.support.runs import write_shards
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moetrain.model import ModelSettings, Transformer
+from moetrain.model import Transformer
+from moetrain.settings import ModelSettings
 from tests.model.test_transformer import tolerance
 from tests.support.huggingface_folders import imported, loaded, save_oracle
 

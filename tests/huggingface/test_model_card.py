@@ -13,9 +13,10 @@ import yaml
 from data_pipeline import BuildSettings, ShardFolder, build_shards
 from launch.start import _open_run
 from moetrain.checkpoint import Manifest, read_manifest
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.model import active_parameters, total_parameters
+from moetrain.settings import Config
 from moetrain.train.prepare import prepare
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moetrain.model import ModelSettings, Transformer
+from moetrain.model import Transformer
+from moetrain.settings import ModelSettings
 from tests.support.huggingface_folders import (
     TINY,
     assert_bitwise_equal,

@@ -16,8 +16,8 @@ from data_pipeline import (
 )
 from data_pipeline.json_tokenizer import train_bpe
 from moetrain.checks import ConfigError
-from moetrain.config import Config
 from moetrain.huggingface.tokenizer import TokenIds, write_tokenizer
+from moetrain.settings import Config
 from tests.support.runs import tiny_config
 
 HARD = [

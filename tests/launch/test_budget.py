@@ -2,7 +2,7 @@
 
 from launch.budget import NODE_FAILURES, NODE_MEMORY_SECONDS, Budget
 from launch.failure import Failure
-from launch.settings import LaunchSettings
+from moetrain.settings import LaunchSettings
 
 
 def died(step: int | None, *, kind: str = "died", node: str | None = None) -> Failure:

@@ -15,9 +15,10 @@ from launch.submit.__main__ import passed_on
 from launch.sweep_table import Trial, result_of, write_table
 from moetrain.__main__ import train
 from moetrain.command import config_dir, run_command
-from moetrain.config import Config, check, validated
+from moetrain.config import check, validated
 from moetrain.model import active_parameters, total_parameters
 from moetrain.report import render_report
+from moetrain.settings import Config
 from moetrain.sweep import sweep
 from tests.support.runs import events_of, tiny_values, write_shards
 

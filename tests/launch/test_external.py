@@ -14,8 +14,8 @@ from launch.external import (
     tasks_by_node,
 )
 from launch.plan import choose_plan
-from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
+from moetrain.settings import LaunchSettings
 
 # The fourth of five tasks on two nodes, as Slurm 22.05 has it.
 TASK = {

@@ -13,8 +13,8 @@ from ray._private.utils import validate_socket_filepath
 
 from launch.folders import demand_ray_folder, settle_temporary_folder
 from launch.plan import choose_plan
-from launch.settings import LaunchSettings
 from moetrain.checks import ConfigError
+from moetrain.settings import LaunchSettings
 
 RAY = LaunchSettings(mode="ray", num_workers=2, address="local")
 

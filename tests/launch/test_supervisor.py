@@ -19,12 +19,10 @@ from launch.failure import Failure
 from launch.placement import Node, Share
 from launch.pulse import NodeWatch
 from launch.ray_cluster import ClusterError, RayCluster, Worker
-from launch.settings import LaunchSettings
 from launch.supervisor import Supervisor
-from moetrain.config import Config
-from moetrain.model import ModelSettings
 from moetrain.observe import ProgressDisplay
-from moetrain.train import Control, Outcome, RunSettings, TrainSettings
+from moetrain.settings import Config, LaunchSettings, ModelSettings, RunSettings, TrainSettings
+from moetrain.train import Control, Outcome
 
 A, B, C = (Node(id=name, address=f"10.0.0.{n}", room=1) for n, name in enumerate("abc", 1))
 

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launch import Elsewhere, Result, Trial
 from moetrain.command import config_dir, run_command
-from moetrain.config import Config
+from moetrain.settings import Config
 from moetrain.sweep_plugins import SweepEnded
 from tests.launch.test_sweeps import BARE, ROOT, trials_of
 from tests.support.runs import metrics_of, write_shards

@@ -20,7 +20,8 @@ from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint import write_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
-from moetrain.config import Config, resolve, validated
+from moetrain.config import resolve, validated
+from moetrain.settings import Config
 from moetrain.sweep import dry_sweep, planned
 from moetrain.train import as_plain
 from tests.support.runs import tiny_values, write_shards

@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from moetrain.model import (
-    ModelSettings,
     Transformer,
     active_parameters,
     total_parameters,
     training_flops_per_token,
 )
+from moetrain.settings import ModelSettings
 from tests.support.transformers_oracle import oracle_for
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.model import Documents, ModelSettings, Transformer
+from moetrain.model import Documents, Transformer
+from moetrain.settings import ModelSettings
 from tests.model.test_transformer import SHAPES, SMALL, _initialised, tolerance
 from tests.support.ranks import run_ranks
 from tests.support.transformers_oracle import copy_weights, oracle_for

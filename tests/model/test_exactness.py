@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moetrain.checks import ConfigError
-from moetrain.config import Config, check, validated
-from moetrain.model import ExpertsSettings, MoELayer, RouterSettings, load_balance_loss
+from moetrain.config import check, validated
+from moetrain.model import MoELayer, load_balance_loss
+from moetrain.settings import Config, ExpertsSettings, RouterSettings
 from tests.model.test_transformer import SMALL, _initialised
 from tests.test_config import toy
 

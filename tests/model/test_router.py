@@ -10,8 +10,9 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from moetrain.model import ModelSettings, RouterSettings, Transformer
+from moetrain.model import Transformer
 from moetrain.model.router import Router
+from moetrain.settings import ModelSettings, RouterSettings
 
 DIM, EXPERTS, TOP_K, TOKENS = 24, 16, 4, 300
 EPS = torch.finfo(torch.float32).eps

@@ -6,14 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moetrain.model import (
-    ModelSettings,
-    RouterSettings,
-    Transformer,
-    chunked_cross_entropy,
-    load_balance_loss,
-    total_parameters,
-)
+from moetrain.model import Transformer, chunked_cross_entropy, load_balance_loss, total_parameters
+from moetrain.settings import ModelSettings, RouterSettings
 from tests.support.transformers_oracle import copy_weights, oracle_for
 
 SMALL = ModelSettings(

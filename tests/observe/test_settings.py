@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from moetrain.observe import ObserveSettings, WandbSettings
+from moetrain.settings import ObserveSettings, WandbSettings
 
 
 def _composed(given: dict[str, Any]) -> ObserveSettings:

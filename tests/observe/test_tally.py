@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moetrain.config import Config
 from moetrain.observe import EventLog, Tally, events, read_sign, run_account, tally
+from moetrain.settings import Config
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, tiny_config, train_as_rank, write_shards
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 import wandb
 
-from moetrain.observe import MetricsFile, WandbSettings, WandbSink, read_metrics, wandb_sink
+from moetrain.observe import MetricsFile, WandbSink, read_metrics, wandb_sink
 from moetrain.observe.wandb_identity import wandb_run_id
+from moetrain.settings import WandbSettings
 
 
 def _sink(

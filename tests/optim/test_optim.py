@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moetrain.optim import (
-    OptimSettings,
-    ScheduleSettings,
-    allocate_state,
-    build_optimizer,
-    learning_rate,
-    state_names,
-)
+from moetrain.optim import allocate_state, build_optimizer, learning_rate, state_names
+from moetrain.settings import OptimSettings, ScheduleSettings
 
 
 def curve(num_steps: int = 1000, **settings: object) -> list[float]:

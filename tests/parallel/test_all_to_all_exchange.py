@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.timing import held_memory
 from moetrain.kernels import Copies, expert_swiglu, gather_copies, sum_copies
-from moetrain.parallel import AllToAllExchange, ExchangeSettings, any_rank
+from moetrain.parallel import AllToAllExchange, any_rank
+from moetrain.settings import ExchangeSettings
 from tests.support.ranks import run_ranks
 
 NUM_EXPERTS, DIM, TOP_K = 8, 10, 3

@@ -11,22 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.model import (
-    Documents,
-    ModelSettings,
-    RouterSettings,
-    Transformer,
-    initial_values,
-)
-from moetrain.optim import OptimSettings, build_optimizer
-from moetrain.parallel import (
+from moetrain.model import Documents, Transformer, initial_values
+from moetrain.optim import build_optimizer
+from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
+from moetrain.settings import (
     ExchangeSettings,
-    Gradients,
+    ModelSettings,
+    OptimSettings,
     ParallelSettings,
-    build_meshes,
-    parallelize,
-    plain_name,
-    resolve_topology,
+    RouterSettings,
 )
 from moetrain.train.step import MicroBatch, train_step
 from tests.support.ranks import run_ranks

@@ -9,15 +9,9 @@ from torch import Tensor
 
 from moetrain.model import LossSums, Transformer
 from moetrain.model.router import Router
-from moetrain.optim import OptimSettings, build_optimizer
-from moetrain.parallel import (
-    Gradients,
-    ParallelSettings,
-    build_meshes,
-    parallelize,
-    plain_name,
-    resolve_topology,
-)
+from moetrain.optim import build_optimizer
+from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
+from moetrain.settings import OptimSettings, ParallelSettings
 from moetrain.train.step import MicroBatch, train_step
 from tests.parallel.test_layouts import CPU, MODEL
 from tests.support.ranks import run_ranks

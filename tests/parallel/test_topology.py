@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from moetrain.checks import ConfigError
-from moetrain.parallel import ParallelSettings, Topology, resolve_topology
+from moetrain.parallel import Topology, resolve_topology
+from moetrain.settings import ParallelSettings
 
 
 def resolve(world_size: int, num_experts: int = 8, hidden: int = 256, **degrees: Any) -> Topology:

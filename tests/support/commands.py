@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import Config, validated
+from moetrain.config import validated
+from moetrain.settings import Config
 from tests.support.ranks import CONTEXT
 from tests.support.runs import tiny_values
 

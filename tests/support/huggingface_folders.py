@@ -12,7 +12,8 @@ from moetrain.checkpoint import CheckpointReader, TensorEntry, write_checkpoint
 from moetrain.huggingface.model_files import export_dtype, exportable_places, write_model
 from moetrain.huggingface.run_folder import starting_config
 from moetrain.import_hf import ImportSettings, import_folder
-from moetrain.model import ModelSettings, Transformer
+from moetrain.model import Transformer
+from moetrain.settings import ModelSettings
 from moetrain.train import as_plain
 from tests.support.transformers_oracle import oracle_for
 

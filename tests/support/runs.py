@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import BuildSettings, build_shards
-from moetrain.config import Config, resolve, validated
+from moetrain.config import resolve, validated
+from moetrain.settings import Config
 from moetrain.train import Control, Outcome, Place, run_rank
 
 TIMING = ("perf/", "memory/", "checkpoint/")

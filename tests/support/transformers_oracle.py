@@ -17,7 +17,8 @@ from transformers import (
     OlmoeForCausalLM,
 )
 
-from moetrain.model import ModelSettings, Transformer
+from moetrain.model import Transformer
+from moetrain.settings import ModelSettings
 
 NAMES = {
     "model.embed_tokens.weight": "embedding.weight",

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from moetrain.config import Config
+from moetrain.settings import Config
 from moetrain.train import Control, Outcome, Place, run_rank
 
 WORLD_SIZE = 2

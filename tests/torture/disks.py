@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import (
     CheckpointError,
-    CheckpointSettings,
     CheckpointStore,
     Manifest,
     newest_good,
     next_attempt,
 )
+from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Attempt, on_each_operation
 from tests.torture.content import drawn, equal, read_plainly
 from tests.torture.harms import flip

@@ -13,12 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.checkpoint import (
-    CheckpointError,
-    CheckpointSettings,
-    CheckpointStore,
-    next_attempt,
-)
+from moetrain.checkpoint import CheckpointError, CheckpointStore, next_attempt
+from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Attempt
 from tests.torture.content import as_bytes, equal, read_plainly
 from tests.torture.harms import FLIPS, STRUCTURE, Kind

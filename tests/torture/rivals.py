@@ -15,7 +15,6 @@ from typing import Any
 import torch.distributed as dist
 
 from moetrain.checkpoint import (
-    CheckpointSettings,
     CheckpointStore,
     candidates,
     next_attempt,
@@ -24,6 +23,7 @@ from moetrain.checkpoint import (
     verify_files,
 )
 from moetrain.observe import EventLog, read_events
+from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Ambush, Attempt
 from tests.torture.content import drawn, equal
 from tests.torture.tally import Tally

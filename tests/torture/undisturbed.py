@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import Config
 from moetrain.observe import read_metrics
+from moetrain.settings import Config
 from tests.support.runs import metrics_of, tiny_config, write_shards
 from tests.torture.attempts import WORLD_SIZE, Attempt, train
 from tests.torture.content import digest

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moetrain.config import Config
-from moetrain.model import ModelSettings
+from moetrain.settings import Config, ModelSettings
 from moetrain.train import as_plain
 from moetrain.train.changes import _KINDS, Kind, changes, kind_of, shown
 from tests.support.runs import tiny_config

@@ -10,7 +10,8 @@ import pytest
 from moetrain.checkpoint import Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.config import check, refit
-from moetrain.optim import ScheduleSettings, learning_rate
+from moetrain.optim import learning_rate
+from moetrain.settings import ScheduleSettings
 from moetrain.train import as_plain, demand_done_alike, demand_same_model, prepare
 from moetrain.train.resume import told_changes
 from tests.support.ranks import run_ranks

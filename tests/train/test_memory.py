@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moetrain.config import Config
 from moetrain.model import head_activations
+from moetrain.settings import Config
 from moetrain.train.memory import expected_memory
 from tests.support.ranks import run_ranks
 from tests.support.runs import tiny_config

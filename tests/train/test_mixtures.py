@@ -14,7 +14,8 @@ from data_pipeline import BuildSettings, DataError, ShardFolder, build_shards
 from data_pipeline.settings import SourceSettings
 from moetrain.checkpoint import candidates, read_manifest
 from moetrain.checks import ConfigError
-from moetrain.config import Config, resolve, validated
+from moetrain.config import resolve, validated
+from moetrain.settings import Config
 from moetrain.train import Outcome, prepare
 from moetrain.train.prepare import global_batches
 from tests.support.ranks import run_ranks

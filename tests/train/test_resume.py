@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from moetrain.checkpoint import CheckpointError, candidates, read_manifest
-from moetrain.config import Config
+from moetrain.settings import Config
 from moetrain.train import loop, rank
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards

@@ -13,10 +13,11 @@ import torch
 
 from moetrain.checkpoint import candidates, read_manifest
 from moetrain.checks import ConfigError
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.export import ExportSettings, export
 from moetrain.model import active_parameters
 from moetrain.report import render_report
+from moetrain.settings import Config
 from moetrain.train import Outcome, demand_same_model, loop, prepare
 from tests.support.huggingface_folders import (
     assert_bitwise_equal,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetrain.config import Config
+from moetrain.settings import Config
 from moetrain.train import stragglers
 from moetrain.train.stragglers import (
     MARGIN,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.model import ModelSettings
+from moetrain.settings import ModelSettings
 from moetrain.upcycle.experts import Changes, Index, Upcycled, fresh_units
 
 HIDDEN, DIM, EXPERTS = 320, 96, 4

@@ -19,10 +19,11 @@ from moetrain.checkpoint import (
     verify_files,
     write_checkpoint,
 )
-from moetrain.config import Config, validated
+from moetrain.config import validated
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.tokenizer import write_tokenizer
-from moetrain.model import ModelSettings, initial_values
+from moetrain.model import initial_values
+from moetrain.settings import Config, ModelSettings
 from moetrain.upcycle.__main__ import UpcycleSettings, upcycle
 from tests.support.huggingface_folders import loaded
 from tests.support.ranks import run_ranks

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.config import Config, resolve, validated
+from moetrain.config import resolve, validated
 from moetrain.model import Transformer
+from moetrain.settings import Config
 from moetrain.train.step import MicroBatch
 from moetrain.verify import __main__ as command
 from moetrain.verify.__main__ import VerifyConfig

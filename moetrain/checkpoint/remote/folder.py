@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checks import ConfigError, nearest
+from moetrain.settings import CheckpointSettings
 
 PROTOCOLS = ("s3", "gs", "file")
 SETTING = "checkpoint.upload_to"

@@ -24,8 +24,8 @@ from moetrain.checkpoint.remote.checkpoints import open_remote
 from moetrain.checkpoint.remote.download import fetch_newest, newer_saves
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
 from moetrain.checkpoint.remote.uploader import Uploader
-from moetrain.checkpoint.settings import CheckpointSettings
 from moetrain.checks import ConfigError
+from moetrain.settings import CheckpointSettings
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
-from moetrain.config import Config, resolve, validated
+from moetrain.config import resolve, validated
+from moetrain.settings import Config
 from tests.test_config import NOW, compose_preset
 
 ROOT = Path(__file__).parents[3]

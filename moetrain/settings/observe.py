@@ -1,9 +1,4 @@
-"""The settings of observation: how often to log, what to show, whether to tell W&B.
-
-Owns the names, types and allowed values of `observe.*`. Plain strings and numbers only, because
-OmegaConf builds its schema from these classes; choices are held by validators instead. Leaves
-the yaml to conf/ and every rule that involves another package's settings to moetrain.config.
-"""
+"""The settings of observation: how often to log, what to show, whether to tell W&B."""
 
 from dataclasses import field
 from typing import Annotated

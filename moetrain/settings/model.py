@@ -14,8 +14,8 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
-from moetrain.kernels import BACKENDS
 
+BACKENDS = ("auto", "megablocks", "grouped_mm", "cpu")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 

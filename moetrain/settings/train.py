@@ -15,6 +15,9 @@ def _one_folder(name: str) -> str:
     return name
 
 
+FolderName = Annotated[str, AfterValidator(_one_folder)]
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainSettings:
     """How long, on how much at once, and in which dtype. Batch sizes count sequences."""
@@ -42,7 +45,7 @@ class TrainSettings:
 class RunSettings:
     """What the run is called, where it is kept and what it runs on."""
 
-    name: Annotated[str, AfterValidator(_one_folder)] | None = None
+    name: FolderName | None = None
     """A run that has the name already goes on from its newest checkpoint; None: a new name."""
     dir: PathText = "runs"
     """The folder that holds the runs."""

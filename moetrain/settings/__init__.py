@@ -1,0 +1,48 @@
+"""The tree of settings: typed, frozen dataclasses that know no rule across them.
+
+At the bottom of the package: everything may import it. What settings mean for each other stands in
+`moetrain.config`. Plain words, numbers and lists only, because OmegaConf builds its schema from
+these classes; choices are validators. `data.*` is the data pipeline's own.
+"""
+
+from moetrain.settings.checkpoint import CheckpointSettings
+from moetrain.settings.launch import ClusterSettings, LaunchSettings
+from moetrain.settings.model import BACKENDS, ExpertsSettings, ModelSettings, RouterSettings
+from moetrain.settings.observe import ObserveSettings, WandbSettings
+from moetrain.settings.optim import OptimSettings, ScheduleSettings
+from moetrain.settings.parallel import ExchangeSettings, ParallelSettings
+from moetrain.settings.resolved import (
+    Resolved,
+    ResolvedData,
+    ResolvedLaunch,
+    ResolvedParallel,
+    ResolvedRun,
+    ResolvedTrain,
+)
+from moetrain.settings.train import RunSettings, TrainSettings
+from moetrain.settings.tree import Config
+
+__all__ = [
+    "BACKENDS",
+    "CheckpointSettings",
+    "ClusterSettings",
+    "Config",
+    "ExchangeSettings",
+    "ExpertsSettings",
+    "LaunchSettings",
+    "ModelSettings",
+    "ObserveSettings",
+    "OptimSettings",
+    "ParallelSettings",
+    "Resolved",
+    "ResolvedData",
+    "ResolvedLaunch",
+    "ResolvedParallel",
+    "ResolvedRun",
+    "ResolvedTrain",
+    "RouterSettings",
+    "RunSettings",
+    "ScheduleSettings",
+    "TrainSettings",
+    "WandbSettings",
+]

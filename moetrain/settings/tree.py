@@ -1,0 +1,33 @@
+"""The whole tree of what `python -m moetrain` can be told."""
+
+from pydantic import ConfigDict, NonNegativeInt
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.settings import DataSettings
+from moetrain.settings.checkpoint import CheckpointSettings
+from moetrain.settings.launch import ClusterSettings, LaunchSettings
+from moetrain.settings.model import ModelSettings
+from moetrain.settings.observe import ObserveSettings
+from moetrain.settings.optim import OptimSettings, ScheduleSettings
+from moetrain.settings.parallel import ParallelSettings
+from moetrain.settings.train import RunSettings, TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Config:
+    """A configuration as it was given: what is None is still open."""
+
+    model: ModelSettings
+    train: TrainSettings
+    seed: NonNegativeInt = 0
+    dry_run: bool = False
+    """Whether the command checks all and says what it would train, and ends without a write."""
+    run: RunSettings = RunSettings()
+    optim: OptimSettings = OptimSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings = DataSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    observe: ObserveSettings = ObserveSettings()
+    launch: LaunchSettings = LaunchSettings()
+    cluster: ClusterSettings = ClusterSettings()
