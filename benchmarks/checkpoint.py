@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.checkpoint import CheckpointStore
 from moetrain.config import resolve, validated
 from moetrain.optim import allocate_state

@@ -32,7 +32,7 @@ from benchmarks.timing import (
     spread,
     time_in_turn,
 )
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.train import keep_freed_memory
 
 PRESETS = {

@@ -2,7 +2,7 @@
 
 import yaml
 
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.command import config_dir
 from moetrain.model import active_parameters, total_parameters
 from moetrain.settings import ModelSettings

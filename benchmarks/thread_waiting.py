@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from benchmarks.train_step import Case, configured, our_step
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from data_pipeline.threads import WAITING
 from moetrain.parallel import join_ranks
 from moetrain.train import Control, Place, keep_freed_memory

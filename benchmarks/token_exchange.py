@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers import Shape, Weights, balanced_choice, model_settings
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.model import MoELayer
 from moetrain.parallel import AllToAllExchange
 from moetrain.settings import ExchangeSettings

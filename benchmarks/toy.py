@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.observe import read_events, read_metrics
 
 MAX_BITS_PER_BYTE = 2.4

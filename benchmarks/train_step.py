@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline import BuildSettings, build_shards
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.command import config_dir
 from moetrain.config import resolve, validated
 from moetrain.model import Transformer

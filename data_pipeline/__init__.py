@@ -3,15 +3,18 @@
 Knows no model and no process group: ranks are two integers, batches are numpy arrays.
 """
 
-from data_pipeline.batches import Batch, GlobalBatches
-from data_pipeline.builder import build_shards, open_folder, open_or_build, shards_or_corpus
-from data_pipeline.corpora import Corpus
-from data_pipeline.held_out import ValidationBatches
-from data_pipeline.index import Baselines, TokenizerEntry
-from data_pipeline.mixture import Stage
-from data_pipeline.packing import PackingReport
-from data_pipeline.prefetch import Prefetcher
-from data_pipeline.reader import ShardFolder
+from data_pipeline.building.builder import (
+    build_shards,
+    open_folder,
+    open_or_build,
+    shards_or_corpus,
+)
+from data_pipeline.corpora.corpus import Corpus
+from data_pipeline.reading.batches import Batch, GlobalBatches
+from data_pipeline.reading.held_out import ValidationBatches
+from data_pipeline.reading.mixture import Stage
+from data_pipeline.reading.packing import PackingReport
+from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.settings import (
     BuildSettings,
     DataError,
@@ -21,10 +24,13 @@ from data_pipeline.settings import (
     UnavailableError,
     resolved_dir,
 )
+from data_pipeline.shards.index import Baselines
+from data_pipeline.shards.reader import ShardFolder
 from data_pipeline.storage import without_secrets
 from data_pipeline.threads import sleep_when_waiting
-from data_pipeline.tokenizer_json import TokenizerJson, tokenizer_json
-from data_pipeline.tokenizers import Tokenizer, resolved_tokenizer, tokenizer_named
+from data_pipeline.tokenizers.named import resolved_tokenizer, tokenizer_named
+from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry
+from data_pipeline.tokenizers.tokenizer_json import TokenizerJson, tokenizer_json
 
 sleep_when_waiting()  # webdataset loads torch, as a user's script may after this
 

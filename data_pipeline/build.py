@@ -3,12 +3,12 @@
 import time
 from dataclasses import asdict
 
-from data_pipeline.builder import build_shards, existing_shards
-from data_pipeline.command import run_command
-from data_pipeline.index import SourceEntry
-from data_pipeline.raw_documents import reading_report
+from data_pipeline.building.builder import build_shards, existing_shards
+from data_pipeline.commands.command import run_command
+from data_pipeline.corpora.raw_documents import reading_report
 from data_pipeline.settings import BuildSettings
-from data_pipeline.unfinished import hidden_folder
+from data_pipeline.shards.index import SourceEntry
+from data_pipeline.shards.unfinished import hidden_folder
 
 
 def build(settings: BuildSettings) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.command import run_command
-from data_pipeline.index import Index, SourceEntry, read_index, shards_of
+from data_pipeline.commands.command import run_command
+from data_pipeline.corpora.raw_documents import reading_report
 from data_pipeline.progress import byte_progress
-from data_pipeline.raw_documents import reading_report
-from data_pipeline.reader import ShardFolder
 from data_pipeline.settings import CacheSettings, Count, DataError, Natural, PathText
+from data_pipeline.shards.index import Index, SourceEntry, read_index, shards_of
+from data_pipeline.shards.reader import ShardFolder
+from data_pipeline.shards.verification import damaged_files, open_table, tokenizer_of
 from data_pipeline.storage import ShardFiles, open_files
-from data_pipeline.verification import damaged_files, open_table, tokenizer_of
 
 # No character of UTF-8 is longer.
 _BYTES_PER_CHARACTER = 4

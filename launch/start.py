@@ -27,8 +27,8 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline import DataError, DataSettings, ShardFolder
-from data_pipeline.shell import as_typed, text_setting
-from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
+from data_pipeline.commands.shell import as_typed, text_setting
+from data_pipeline.commands.stops import INSISTENT, leave_terminal, stop_signals
 from launch.dry_run import in_use
 from launch.environment import for_ranks
 from launch.external import ExternalRank, external_rank, meeting_point

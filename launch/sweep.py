@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
+from data_pipeline.commands.stops import INSISTENT, leave_terminal, stop_signals
 from launch.start import TRIAL_VARIABLE
 from launch.sweep_table import (
     BAD_SETTINGS,

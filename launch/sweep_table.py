@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from data_pipeline.shell import unquoted
+from data_pipeline.commands.shell import unquoted
 from launch.dry_run import Rehearsal
 from launch.sweep_runs import Wanted, differences, listed, trained
 from moetrain.observe import final_loss, model_event, read_events, read_metrics

@@ -22,13 +22,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.command_line import CommandLine, as_one_run, read_command_line, values_of
-from data_pipeline.composition import only_compose
-from data_pipeline.composition_errors import Complaint, no_group
-from data_pipeline.settings_files import SettingsFiles
-from data_pipeline.settings_tree import kind_at, spelt
-from data_pipeline.shell import escape_output
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.command_line import (
+    CommandLine,
+    as_one_run,
+    read_command_line,
+    values_of,
+)
+from data_pipeline.commands.composition import only_compose
+from data_pipeline.commands.composition_errors import Complaint, no_group
+from data_pipeline.commands.settings_files import SettingsFiles
+from data_pipeline.commands.settings_tree import kind_at, spelt
+from data_pipeline.commands.shell import escape_output
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.config import validated
 from moetrain.redaction import redacted_text

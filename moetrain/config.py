@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline import resolved_dir, resolved_tokenizer
-from data_pipeline.settings_tree import plain_reason, spelt
+from data_pipeline.commands.settings_tree import plain_reason, spelt
 from launch.plan import cluster_address, lasting
 from moetrain.checkpoint.remote import check_url
 from moetrain.checks import ConfigError, demand_no_secret_values, nearest

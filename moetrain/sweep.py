@@ -21,7 +21,7 @@ from data_pipeline import (
     resolved_dir,
     shards_or_corpus,
 )
-from data_pipeline.shell import as_typed, shell_command, unquoted
+from data_pipeline.commands.shell import as_typed, shell_command, unquoted
 from launch import (
     ClusterError,
     Elsewhere,

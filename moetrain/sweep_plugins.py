@@ -27,9 +27,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from data_pipeline.command_line import as_one_run
-from data_pipeline.composition import PLUGINS
-from data_pipeline.shell import unquoted
+from data_pipeline.commands.command_line import as_one_run
+from data_pipeline.commands.composition import PLUGINS
+from data_pipeline.commands.shell import unquoted
 from launch import Elsewhere, Result, Trial, run_trial
 from moetrain.checks import ConfigError
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-import data_pipeline.command
+import data_pipeline.commands.command
+from data_pipeline.commands.settings_tree import is_text, kind_at, paths
 from data_pipeline.settings import BuildSettings
-from data_pipeline.settings_tree import is_text, kind_at, paths
 from launch.simulate.__main__ import SimulateSettings
 from launch.submit.__main__ import SubmitConfig
 from moetrain.command import Combination, config_dir, run_command
@@ -59,7 +59,7 @@ def front(
 
 def test_every_text_setting_of_every_command_takes_the_text_as_typed() -> None:
     """Also those that are added later: the types decide."""
-    from data_pipeline.command_line import read_command_line
+    from data_pipeline.commands.command_line import read_command_line
 
     trees = [
         Config, SubmitConfig, VerifyConfig, UpcycleSettings, ReportSettings, ExportSettings,
@@ -297,7 +297,7 @@ def test_commands_of_the_data_pipeline_read_files_alike(
         found: list[BuildSettings] = []
         code = 0
         try:
-            data_pipeline.command.run_command(
+            data_pipeline.commands.command.run_command(
                 found.append, settings_type=BuildSettings, module=module, about=""
             )
         except SystemExit as ended:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-import data_pipeline.command
+import data_pipeline.commands.command
 from moetrain.command import config_dir, run_command
 from moetrain.settings import Config
 
@@ -137,7 +137,7 @@ def test_commands_of_the_data_pipeline_look_as_well(
     monkeypatch.setattr(sys, "argv", ["build", word])
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as ended:
-        data_pipeline.command.run_command(
+        data_pipeline.commands.command.run_command(
             lambda _: None, settings_type=Settings, module="data_pipeline.build", about=""
         )
     assert ended.value.code == 2

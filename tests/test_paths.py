@@ -12,7 +12,6 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from pydantic import TypeAdapter, ValidationError
 
-import data_pipeline.command
 from data_pipeline import BuildSettings, DataError
 from data_pipeline.inspect import InspectSettings
 from data_pipeline.settings import CacheSettings, PathText
@@ -85,7 +84,9 @@ def outcome(module: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
     if module.startswith("data_pipeline."):
         try:
-            data_pipeline.command.run_command(work, settings_type=tree, module=module, about="")
+            data_pipeline.commands.command.run_command(
+                work, settings_type=tree, module=module, about=""
+            )
         except SystemExit as ended:
             return int(str(ended.code)), got
         return 0, got

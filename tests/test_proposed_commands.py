@@ -20,8 +20,8 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from data_pipeline import DataError
-from data_pipeline.index import read_index
 from data_pipeline.settings import CacheSettings
+from data_pipeline.shards.index import read_index
 from data_pipeline.storage import open_files
 from launch.ray_access import real_address
 from launch.start import TRIAL_VARIABLE, _closing_lines
@@ -46,7 +46,7 @@ ODD = "essai été, lr=1e-3"
 NO_PROPOSAL = {
     ("moetrain/report/page.py", "moetrain.report"),  # says which command has written a page
     ("launch/external.py", "moetrain"),  # the beginning of a line of another launcher's
-    ("data_pipeline/corpora.py", "data_pipeline.build"),  # of which settings it speaks
+    ("data_pipeline/corpora/corpus.py", "data_pipeline.build"),  # of which settings it speaks
     ("moetrain/sweep_plugins.py", "moetrain"),  # which command takes plugins
 }
 
@@ -70,7 +70,7 @@ def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     tokenizer = cast(Any, Namespace(vocab_size=10**6, name="large"))
     shards = open_files(str(folder), cache=CacheSettings())
     messages = {
-        ("data_pipeline/missing_shards.py", "data_pipeline.build"): said(read_index, shards),
+        ("data_pipeline/shards/missing_shards.py", "data_pipeline.build"): said(read_index, shards),
         ("launch/ray_access.py", "launch.submit"): said(real_address, "http://a:1", named="x"),
         ("launch/submit/__main__.py", "launch.submit"): waiting_command("raysubmit_1", "http://a:1"),
         ("moetrain/checkpoint/chosen.py", "moetrain.import_hf"): _no_run(folder / ODD),

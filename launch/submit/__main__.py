@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.commands.shell import as_typed, shell_command
 from data_pipeline.settings import PathText
-from data_pipeline.shell import as_typed, shell_command
 from launch import cluster_address
 from launch.ray_access import START_WITH_TOKEN, real_address
 from launch.submit.job import Gone, JobWatch, entrypoint

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-from data_pipeline.stops import INSISTENT, leave_terminal, stop_signals
+from data_pipeline.commands.stops import INSISTENT, leave_terminal, stop_signals
 from launch.submit.ray_jobs import JobRefused, JobState, JobsUnavailable, RayJobs
 
 FAILED = 1

@@ -6,7 +6,7 @@ Owns what is said where there is none. Leaves the order of checkpoints to `folde
 import sys
 from pathlib import Path
 
-from data_pipeline.shell import as_typed, shell_command
+from data_pipeline.commands.shell import as_typed, shell_command
 from moetrain.checkpoint.folders import candidates, newest_good
 from moetrain.checkpoint.manifest import folder_name, read_manifest, step_of, verify_all
 from moetrain.checks import ConfigError

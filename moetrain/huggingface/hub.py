@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.shell import shell_command
+from data_pipeline.commands.shell import shell_command
 from moetrain.huggingface.names import ConversionError
 from moetrain.huggingface.weights import INDEX, SINGLE
 

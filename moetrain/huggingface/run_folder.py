@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from data_pipeline.shell import as_typed, shell_command
+from data_pipeline.commands.shell import as_typed, shell_command
 from moetrain.checkpoint import TensorEntry, write_checkpoint
 from moetrain.command import config_dir
 from moetrain.config import resolve, validated

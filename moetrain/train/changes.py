@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from data_pipeline import DataSettings
-from data_pipeline.shell import as_typed
+from data_pipeline.commands.shell import as_typed
 from moetrain.redaction import redacted
 from moetrain.settings import Config, ModelSettings, OptimSettings, ScheduleSettings, TrainSettings
 

@@ -16,8 +16,8 @@ from data_pipeline import (
     shards_or_corpus,
     tokenizer_named,
 )
-from data_pipeline.corpus_files import is_shard_folder
-from data_pipeline.shell import text_setting
+from data_pipeline.commands.shell import text_setting
+from data_pipeline.corpora.corpus_files import is_shard_folder
 from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.shell import shell_command, shell_word
+from data_pipeline.commands.shell import shell_command, shell_word
 from moetrain.checkpoint import Manifest, candidates, step_of
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer

@@ -15,9 +15,9 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from data_pipeline.commands.shell import text_setting
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from data_pipeline.shell import text_setting
 from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, chosen_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import run_command

@@ -13,8 +13,8 @@ import pytest
 from data_pipeline import BuildSettings, ShardFolder, build_shards
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import CacheSettings
+from data_pipeline.shards.verification import damaged_files, tokenizer_of
 from data_pipeline.storage import ShardFiles, open_files
-from data_pipeline.verification import damaged_files, tokenizer_of
 
 
 def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import OnCorrupt, ShardFolder, TokenizerEntry
-from data_pipeline.index import (
+from data_pipeline.shards.index import (
     FORMAT_VERSION,
     Baselines,
     BuildEntry,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from data_pipeline import DataError
-from data_pipeline.arrow_tables import table_texts
-from data_pipeline.raw_documents import Reason, Text, Unread
-from data_pipeline.text_files import read_documents
+from data_pipeline.corpora.arrow_tables import table_texts
+from data_pipeline.corpora.raw_documents import Reason, Text, Unread
+from data_pipeline.corpora.text_files import read_documents
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -10,11 +10,11 @@ import pytest
 
 from data_pipeline import ShardFolder
 from data_pipeline.build import build
-from data_pipeline.builder import build_shards, existing_shards
+from data_pipeline.building.builder import build_shards, existing_shards
+from data_pipeline.commands.shell import escape_output
 from data_pipeline.inspect import InspectSettings, inspect
-from data_pipeline.json_tokenizer import train_bpe
 from data_pipeline.settings import BuildSettings, SourceSettings
-from data_pipeline.shell import escape_output
+from data_pipeline.tokenizers.json_tokenizer import train_bpe
 
 
 def test_what_is_left_out_is_counted_by_reason_and_the_first_few_are_named(

@@ -24,11 +24,11 @@ from data_pipeline import (
     open_or_build,
     resolved_dir,
 )
-from data_pipeline.raw_documents import reading_report
+from data_pipeline.building.splits import split_of
+from data_pipeline.corpora.raw_documents import reading_report
 from data_pipeline.settings import SourceSettings
-from data_pipeline.shards import SplitWriter
-from data_pipeline.splits import split_of
-from data_pipeline.unfinished import FinishedShard
+from data_pipeline.shards.unfinished import FinishedShard
+from data_pipeline.shards.writer import SplitWriter
 from tests.data_pipeline.conftest import build, contents, damaged, documents_of, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,14 +10,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from data_pipeline.command_line import (
+from data_pipeline.commands.command_line import (
     CommandLineError,
     as_one_run,
     explained,
     read_command_line,
     values_of,
 )
-from data_pipeline.shell import as_typed, quoted
+from data_pipeline.commands.shell import as_typed, quoted
 from tests.data_pipeline.test_shell import ODD_TEXTS
 
 URLS = ["file:///tmp/x", "s3://lab/runs (new)", "lr=1e-3", "a\\b:c", "[a:b]"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import DataError
-from data_pipeline.corpora import kept_documents, open_corpus
-from data_pipeline.corpus_files import found_files
-from data_pipeline.raw_documents import LeftOut
+from data_pipeline.corpora.corpus import kept_documents, open_corpus
+from data_pipeline.corpora.corpus_files import found_files
+from data_pipeline.corpora.raw_documents import LeftOut
 from data_pipeline.settings import OnCorrupt
 from tests.data_pipeline.conftest import build, contents
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataError, tokenizer_named
-from data_pipeline.encoding import Encoder
-from data_pipeline.json_tokenizer import JsonTokenizer, train_bpe
-from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.building.encoding import Encoder
+from data_pipeline.tokenizers.json_tokenizer import JsonTokenizer, train_bpe
+from data_pipeline.tokenizers.tokenizer import Tokenizer
 
 Item = tuple[int, bytes | None]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import OnCorrupt, ShardFolder, Tokenizer, ValidationBatches, tokenizer_named
-from data_pipeline.held_out import text_bytes
+from data_pipeline.reading.held_out import text_bytes
 from tests.data_pipeline.conftest import build, write_corpus
 from tests.data_pipeline.numbered import write_numbered
 

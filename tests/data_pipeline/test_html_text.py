@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.html_text import html_text
+from data_pipeline.corpora.html_text import html_text
 
 HELP_PAGE = """<!DOCTYPE html>
 <html lang="fr"><head><base href="../"><noscript><meta http-equiv="refresh" content="0"></noscript>

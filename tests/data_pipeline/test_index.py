@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from data_pipeline import DataError, ShardFolder
-from data_pipeline.index import parsed_index, read_index
 from data_pipeline.settings import CacheSettings
+from data_pipeline.shards.index import parsed_index, read_index
 from data_pipeline.storage import open_files
 from tests.data_pipeline.conftest import build, files_of, write_corpus
 

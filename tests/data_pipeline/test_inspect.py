@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataError, ShardFolder
-from data_pipeline.index import sha256_of
 from data_pipeline.inspect import Format, InspectSettings, inspect
+from data_pipeline.shards.index import sha256_of
 from tests.data_pipeline.conftest import build, documents_of, write_corpus
 
 

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import data_pipeline.build
 from data_pipeline import BuildSettings, DataError, ShardFolder
-from data_pipeline.command import run_command
+from data_pipeline.commands.command import run_command
 from tests.data_pipeline.conftest import build, write_corpus
 
 

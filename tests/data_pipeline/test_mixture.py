@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataError, DataSettings
-from data_pipeline.mixture import (
+from data_pipeline.reading.mixture import (
     MAX_DENOMINATOR,
     Mixture,
     MixturePosition,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.order import Order
+from data_pipeline.reading.order import Order
 
 SIZES = (1, 2, 3, 4, 5, 16, 17, 255, 1000, 45_167)
 

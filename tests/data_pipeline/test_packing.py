@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import Packing
-from data_pipeline.packing import PackedDocuments, best_fit, packed
+from data_pipeline.reading.packing import PackedDocuments, best_fit, packed
 
 
 def starts_of(lengths: list[int] | np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import Batch, DataError, DataSettings, GlobalBatches, OnCorrupt, ShardFolder
-from data_pipeline.index import sha256_of
+from data_pipeline.shards.index import sha256_of
 from data_pipeline.storage import LocalFiles
 from tests.data_pipeline.conftest import damaged
 from tests.data_pipeline.numbered import END, write_numbered

@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from data_pipeline.shell import quoted, quoted_as_is, shell_command, text_setting, unquoted
+from data_pipeline.commands.shell import quoted, quoted_as_is, shell_command, text_setting, unquoted
 
 ODD_TEXTS = [
     "plain", "essai été", "lr=1e-3,wd=[0.1]", "83e2010", "1.10", "true", "a b  c ", "it's", '"a"',

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.standard_streams import lasting
+from data_pipeline.commands.standard_streams import lasting
 
 REPOSITORY = Path(__file__).parents[2]
 

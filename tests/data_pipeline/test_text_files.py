@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import DataError, json_documents
-from data_pipeline.corpora import kept_documents, open_corpus
-from data_pipeline.raw_documents import LeftOut, Reason, Text, Unread
+from data_pipeline.corpora.corpus import kept_documents, open_corpus
+from data_pipeline.corpora.raw_documents import LeftOut, Reason, Text, Unread
+from data_pipeline.corpora.text_files import read_documents
 from data_pipeline.settings import OnCorrupt
-from data_pipeline.text_files import read_documents
 
 zstandard = pytest.importorskip("zstandard")
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from data_pipeline import DataError, TokenizerEntry, tokenizer_named
-from data_pipeline.json_tokenizer import JsonTokenizer, train_bpe
-from data_pipeline.mixtral_tokenizer import spanning_pieces, words_of
-from data_pipeline.tokenizers import Tokenizer, tokenizer_again, tokenizer_from
+from data_pipeline.tokenizers.json_tokenizer import JsonTokenizer, train_bpe
+from data_pipeline.tokenizers.mixtral_tokenizer import spanning_pieces, words_of
+from data_pipeline.tokenizers.named import tokenizer_again, tokenizer_from
+from data_pipeline.tokenizers.tokenizer import Tokenizer
 
 TEXTS = [
     "hello",
@@ -217,7 +218,7 @@ def test_a_trained_bpe_gives_back_any_text() -> None:
 
 def test_a_trained_bpe_is_the_same_with_any_number_of_threads() -> None:
     program = (
-        "import sys; from data_pipeline.json_tokenizer import train_bpe\n"
+        "import sys; from data_pipeline.tokenizers.json_tokenizer import train_bpe\n"
         "texts = [f'{i * 7919 % 1000} und {i ** 3} oder {i % 13}' for i in range(3000)]\n"
         "sys.stdout.write(train_bpe(texts, vocab_size=500))"
     )

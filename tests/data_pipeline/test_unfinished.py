@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import BuildSettings, DataError, build_shards
-from data_pipeline.tokenizers import ByteTokenizer
-from data_pipeline.unfinished import hidden_folder
+from data_pipeline.shards.unfinished import hidden_folder
+from data_pipeline.tokenizers.tokenizer import ByteTokenizer
 from tests.data_pipeline.conftest import build, contents, damaged, in_child, write_corpus
 
 HIDDEN = ".to.building"

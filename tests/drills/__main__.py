@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from tests.drills import cluster, single_host
 from tests.drills.drill import Result, Site, table
 from tests.drills.hosts import no_hosts_because

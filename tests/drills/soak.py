@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.observe import run_account
 from tests.drills.drill import Run, alive, time_of
 from tests.drills.faults import disarm

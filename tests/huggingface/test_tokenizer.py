@@ -14,7 +14,7 @@ from data_pipeline import (
     build_shards,
     tokenizer_named,
 )
-from data_pipeline.json_tokenizer import train_bpe
+from data_pipeline.tokenizers.json_tokenizer import train_bpe
 from moetrain.checks import ConfigError
 from moetrain.huggingface.tokenizer import TokenIds, write_tokenizer
 from moetrain.settings import Config

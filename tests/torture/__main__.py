@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import outlive_readers
 from tests.torture.disks import torture_by_disks
 from tests.torture.kills import torture_by_kills
 from tests.torture.loads import torture_by_harm

@@ -1,0 +1,202 @@
+"""Encoding: documents to token ids, by as many processes as are asked for, in the order they came.
+
+Owns the processes and what travels between them. Leaves what a document is to `corpora`, and what
+becomes of its tokens to `builder`.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.settings import DataError
+from data_pipeline.tokenizers.named import tokenizer_again
+from data_pipeline.tokenizers.tokenizer import Tokenizer, token_dtype
+
+# Large enough that sending costs little beside encoding, small enough to share out a small corpus.
+_BATCH_BYTES = 256 * 1024
+_BATCH_DOCUMENTS = 4096
+_BATCHES_AHEAD = 4  # for each process, so that none waits for the writer
+
+_UNGUARDED = (
+    "A script that builds shards, or trains on text, must do so below `if __name__ == "
+    '"__main__":`, since each process that tokenises imports it; or give num_processes=1 '
+    "(data.num_workers=0 in training), and there are none"
+)
+
+_Tag = TypeVar("_Tag")
+_Tokens = NDArray[np.integer]
+
+# In a process of the pool, the tokenizer it was started with; empty elsewhere. The pool has no
+# other place for it, and a definition of megabytes can't be sent with each batch.
+_of_process: list[Tokenizer] = []
+
+
+def demand_guarded_script() -> None:
+    """Raises DataError in a process that `multiprocessing` started and that has yet to begin.
+
+    It imports its parent's script first. One that does its work when it is imported would do all
+    of it again there, and each would wait for the other.
+    """
+    # As `multiprocessing` itself tells.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(_UNGUARDED)
+
+
+class Encoder:
+    """Encodes documents with one tokenizer, in processes that serve any number of sources.
+
+    The processes start at once, so that what the caller does meanwhile costs no time. Use as a
+    context manager, or end with `close()`. With no processes the caller encodes; with any, a
+    script that does must guard its own start with `if __name__ == "__main__"`, as
+    `multiprocessing` asks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, num_processes: int) -> None:
+        self._tokenizer = tokenizer
+        self._num_ahead = num_processes * _BATCHES_AHEAD
+        self._pool: ProcessPoolExecutor | None = None
+        if num_processes:
+            demand_guarded_script()
+            self._pool = ProcessPoolExecutor(
+                num_processes,
+                # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_process,
+                initargs=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
+            )
+            self._started = self._pool.submit(int)  # whatever it is, it starts them all
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encoded(
+        self, documents: Iterable[tuple[_Tag, bytes | None]]
+    ) -> Iterator[tuple[_Tag, _Tokens | None]]:
+        """Each tag with its document's token ids [num_tokens], the end of the document included.
+
+        Documents are UTF-8. One that is None, as what was written before, comes back as None in
+        its place. Raises ChildProcessError where a process of the pool was killed, or none began.
+        """
+        try:
+            yield from self._encoded(documents)
+        except BrokenProcessPool as error:
+            if self._started.exception() is not None:
+                raise ChildProcessError(
+                    "no process that tokenises could begin; what ended it stands above. "
+                    + _UNGUARDED
+                ) from error
+            raise ChildProcessError(
+                "a process that tokenises was killed, as for want of memory; give fewer with "
+                "num_processes=… (data.num_workers=… in training)"
+            ) from error
+
+    def _encoded(
+        self, documents: Iterable[tuple[_Tag, bytes | None]]
+    ) -> Iterator[tuple[_Tag, _Tokens | None]]:
+        ahead: deque[tuple[list[tuple[_Tag, bool]], Future[tuple[_Tokens, list[int]]]]] = deque()
+        for batch in _batches(documents):
+            contents = [content for _, content in batch if content is not None]
+            tags = [(tag, content is not None) for tag, content in batch]
+            if self._pool is None:
+                yield from _in_order(tags, *_encoded(contents, tokenizer=self._tokenizer))
+                continue
+            ahead.append((tags, self._pool.submit(_encoded_in_process, contents)))
+            if len(ahead) >= self._num_ahead:
+                tags, future = ahead.popleft()
+                yield from _in_order(tags, *future.result())
+        for tags, future in ahead:
+            yield from _in_order(tags, *future.result())
+
+
+def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
+    """How many processes beside the caller's tokenise: as asked for, else what is needed."""
+    if asked is not None:
+        return asked if asked > 1 else 0
+    if not tokenizer.needs_processes:
+        return 0
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that a container or a job left us
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _batches(
+    documents: Iterable[tuple[_Tag, bytes | None]],
+) -> Iterator[list[tuple[_Tag, bytes | None]]]:
+    batch: list[tuple[_Tag, bytes | None]] = []
+    num_bytes = 0
+    for tag, content in documents:
+        batch.append((tag, content))
+        num_bytes += len(content or b"")
+        if num_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _in_order(
+    tags: list[tuple[_Tag, bool]], tokens: _Tokens, ends: list[int]
+) -> Iterator[tuple[_Tag, _Tokens | None]]:
+    spans = zip([0, *ends], ends, strict=False)
+    for tag, is_there in tags:
+        yield tag, tokens[slice(*next(spans))] if is_there else None
+
+
+def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, list[int]]:
+    """The tokens [num_tokens] of documents, each with its end, and where in them each ends."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    end_of_document = np.array([tokenizer.end_of_document], dtype)
+    parts, ends, num_tokens = [np.array([], dtype)], [], 0
+    for content in contents:
+        ids = tokenizer.encode(content.decode("utf-8"))
+        parts += [ids, end_of_document]
+        num_tokens += len(ids) + 1
+        ends.append(num_tokens)
+    return np.concatenate(parts), ends  # one array: one by one they cost more to send than to make
+
+
+def _start_process(name: str, definition: str | None, end_of_document: int) -> None:
+    """Leaves stops to the parent, and ends this process when the parent is gone, killed or not."""
+    os.setpgrp()  # a Ctrl-C, and a scheduler's SIGTERM, go to the whole group of processes
+    for signum in (signal.SIGUSR1, signal.SIGHUP):  # and Slurm's warning to each of a job
+        signal.signal(signum, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in processes of the pool only"
+
+    def end_after_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_after_parent, daemon=True).start()
+    # One process a core is enough; the package `tokenizers` would start as many threads in each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _of_process.append(
+        tokenizer_again(name, definition=definition, end_of_document=end_of_document)
+    )
+
+
+def _encoded_in_process(contents: list[bytes]) -> tuple[_Tokens, list[int]]:
+    return _encoded(contents, tokenizer=_of_process[0])

@@ -1,0 +1,199 @@
+"""Commands: a Hydra command line to typed settings, and errors to exit codes.
+
+Owns the run of Hydra here, and what a user sees of a mistake: one message on standard
+error, exit code 2 for bad input, 1 for what failed, 75 for what was stopped and can go on. Leaves
+the work to the command's function.
+"""
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.commands.command_line import CommandLine, read_command_line
+from data_pipeline.commands.composition import only_compose
+from data_pipeline.commands.composition_errors import Complaint
+from data_pipeline.commands.settings_files import SettingsFiles
+from data_pipeline.commands.settings_tree import plain_reason
+from data_pipeline.commands.shell import escape_output
+from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.stops import leave_terminal, stop_signals
+from data_pipeline.settings import DataError
+
+Settings = TypeVar("Settings")
+
+_FAILED = 1
+_BAD_INPUT = 2
+_STOPPED = 75
+
+_GOES_ON = "; the same command goes on from what is finished"
+
+
+def run_command(
+    work: Callable[[Settings], None],
+    *,
+    settings_type: type[Settings],
+    module: str,
+    about: str,
+    goes_on: bool = False,
+) -> None:
+    """Runs `work` with the settings that the command line gives, and exits.
+
+    `about` is what `--help` says the command does; `goes_on` says that the same command, given
+    again, goes on from where it was stopped. Hydra makes no folders and no log files.
+    """
+    # Hydra reports and exits by itself unless asked for the error: what it prints is long, and
+    # its exit code is 1 for a typo.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    outlive_readers()
+    files = SettingsFiles(settings_type)
+    line = CommandLine(flags=(), overrides=())
+
+    # The work is done after Hydra has returned: what is raised inside it, it announces by itself.
+    configs: list[DictConfig] = []
+
+    def job(config: DictConfig) -> None:
+        configs.append(config)
+
+    job.__module__ = module
+    _register(settings_type, module=module, about=about)
+    only_compose()
+    escape_output()
+    try:
+        line = read_command_line(sys.argv[1:], settings_type, name=module)
+        if line.asks_version:
+            print(f"moetrain {version('moetrain')}")
+            raise SystemExit(0)
+        sys.argv[1:] = line.words
+        entry = hydra.main(version_base="1.3", config_path=None, config_name=module)(job)
+        files.compose(entry)
+        if line.shown_run is not None:  # Hydra has printed it, right or not
+            sys.argv[1:] = line.shown_run
+            files.compose(entry)
+            _settings(configs.pop(), settings_type)
+        if goes_on:  # a request to stop, which Ctrl-C is too
+            _interrupt_on_stops()
+        for config in configs:
+            work(_settings(config, settings_type))
+    except DataError as error:
+        _end(_BAD_INPUT, module, str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        unknown = partial(_unknown, settings_type=settings_type)
+        complaint = Complaint(tree=settings_type, line=line, files=files, unknown=unknown)
+        _end(_BAD_INPUT, module, complaint.about(error))
+    except OSError as error:
+        _end(_FAILED, module, str(error) + (_GOES_ON if goes_on else ""))
+    except KeyboardInterrupt:
+        if goes_on:
+            _end(_STOPPED, module, f"stopped{_GOES_ON}")
+        _end(_FAILED, module, "interrupted")
+
+
+def _interrupt_on_stops() -> None:
+    def interrupt(signum: int, _: object) -> NoReturn:
+        leave_terminal(signum)
+        raise KeyboardInterrupt
+
+    for signum in stop_signals():
+        signal.signal(signum, interrupt)
+
+
+def _register(settings_type: type[Any], *, module: str, about: str) -> None:
+    schema = _schema(settings_type)
+    store = ConfigStore.instance()
+    store.store(name=f"{module}.schema", node=schema)
+    usage = " ".join(f"{field.name}=…" for field in fields(settings_type))
+    store.store(
+        name=module,
+        node={
+            "defaults": [
+                f"{module}.schema",
+                "_self_",
+                {"override hydra/job_logging": "none"},
+                {"override hydra/hydra_logging": "none"},
+            ],
+            "hydra": {
+                "job": {"name": module},
+                "run": {"dir": "."},
+                "sweep": {"dir": ".", "subdir": "."},
+                "output_subdir": None,
+                "help": {
+                    "app_name": f"python -m {module}",
+                    "header": f"{about}\n\nUsage: python -m {module} {usage}",
+                    "template": "${hydra.help.header}\n\nSettings (??? must be given):\n\n$CONFIG",
+                },
+            },
+        },
+    )
+
+
+def _schema(settings_type: type[Any]) -> DictConfig:
+    """What Hydra checks keys against: a dictionary of settings takes any, without a `+`.
+
+    What stands in one is left to the settings' own checks: OmegaConf can't add to a dictionary of
+    dataclasses key by key.
+    """
+    dictionaries = [known.name for known in fields(settings_type) if get_origin(known.type) is dict]
+    given: list[Any] = [
+        (
+            known.name,
+            Any if known.name in dictionaries else known.type,
+            field(default=known.default, default_factory=known.default_factory),
+        )
+        for known in fields(settings_type)
+    ]
+    made: DictConfig = OmegaConf.structured(
+        make_dataclass(settings_type.__name__, given, kw_only=True)
+    )
+    for name in dictionaries:
+        OmegaConf.set_struct(made[name], False)
+    for known in fields(settings_type):
+        if is_dataclass(known.type):  # a frozen one would be read-only to overrides as well
+            OmegaConf.set_readonly(made[known.name], False)
+    return made
+
+
+def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise DataError(f"{missing[0]} must be given: add {missing[0]}=…")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+        settings: Settings = TypeAdapter(settings_type).validate_python(plain)
+        return settings
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "unexpected_keyword_argument":
+            raise DataError(_unknown(key, settings_type)) from error
+        if first["type"] == "missing":
+            raise DataError(f"{key} must be given: add {key}=…") from error
+        reason = plain_reason(first["msg"])
+        raise DataError(f"{key}={first['input']!r} can't be: {reason}") from error
+
+
+def _unknown(key: str, settings_type: type[Any]) -> str:
+    names = [known.name for known in fields(settings_type)]
+    for known in fields(settings_type):
+        if get_origin(known.type) is dict and key.startswith(f"{known.name}."):
+            inside = key.rpartition(".")[0]
+            names = [f"{inside}.{entry.name}" for entry in fields(get_args(known.type)[1])]
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+    return f"{key} is not a setting; did you mean {nearest}? There are {', '.join(names)}"
+
+
+def _end(code: int, module: str, message: str) -> None:
+    print(f"{module}: {message}", file=sys.stderr)
+    raise SystemExit(code)

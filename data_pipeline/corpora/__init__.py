@@ -1,0 +1,1 @@
+"""Texts: folders, tars, JSON, tables and web pages, read as documents."""

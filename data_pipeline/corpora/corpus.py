@@ -1,0 +1,264 @@
+"""Corpora: the documents of a text source, in an order that no machine path decides.
+
+Owns the rules by which a document is left out: not to be read, not UTF-8, empty, or the exact copy
+of an earlier one. Leaves which files there are to `corpus_files`, what is in a file to
+`text_files`, and tokens, splits and shards to others.
+"""
+
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from data_pipeline.commands.shell import text_setting
+from data_pipeline.corpora.corpus_files import (
+    CorpusFile,
+    FoundFiles,
+    corpus_file,
+    found_files,
+    is_shard_folder,
+)
+from data_pipeline.corpora.raw_documents import (
+    FAILURES,
+    LeftOut,
+    RawDocument,
+    Reason,
+    Unread,
+    counts_text,
+    shown,
+)
+from data_pipeline.corpora.text_files import read_documents, refused, text_size
+from data_pipeline.settings import DataError, OnCorrupt, plain_source_name
+from data_pipeline.storage import without_secrets
+
+# Tests repeat the library's text, and what is installed beside it differs between machines.
+_STDLIB_LEFT_OUT = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text of a corpus: its UTF-8 bytes, the same decoded, and the SHA-256 of the bytes."""
+
+    content: bytes
+    text: str
+    digest: bytes
+
+
+class Corpus(Protocol):
+    """Something that yields documents as they are read, always in the same order."""
+
+    @property
+    def description(self) -> str:
+        """What it is, in words that hold on any machine."""
+        ...
+
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        """The files that its documents stand in, in the order in which they are read."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """About how many bytes of text it holds, as an estimate of the work."""
+        ...
+
+    def raw_documents(self) -> Iterator[RawDocument]:
+        """Each document's text, or why it is left out.
+
+        Raises DataError for a corrupt one where the corpus was opened to fail on it, and where a
+        library to read it with is missing.
+        """
+        ...
+
+
+def open_corpus(
+    spec: str,
+    *,
+    on_corrupt: OnCorrupt,
+    text_field: str = "text",
+    outputs: Iterable[Path] = (),
+    setting: str = "corpus",
+    sources: Collection[str] = (),
+) -> Corpus:
+    """The corpus that `spec` names: `stdlib`, a folder, a data set saved to disk, or a file.
+
+    `on_corrupt` says whether a corrupt document or file ends the reading or is passed over.
+    `text_field` names the text in JSON and tables. Folders that are being written, `outputs`, are
+    no part of it. Messages call it by the `setting` that named it, and propose no name that
+    another of the `sources` has.
+
+    Raises DataError where there is none, or no file in it, or something that can't be read.
+    """
+    if spec == "stdlib":
+        return _standard_library(on_corrupt)
+    if spec.startswith("pipe:"):
+        raise DataError(
+            f"{setting}={spec!r} is refused: it would run a shell command, whatever it is; run it "
+            "yourself, and give the file or folder that it makes"
+        )
+    path = Path(spec)
+    if path.is_dir():
+        root, found = path, _in_folder(spec, path, outputs, setting=setting)
+    elif path.is_file():
+        root, found = path.parent, FoundFiles(files=(corpus_file(path.parent, path.name),))
+    else:
+        raise DataError(_no_such_corpus(spec, path, setting=setting, sources=sources))
+    name = shown(path.absolute().name)
+    corpus = _Files(name, root, found, on_corrupt, text_field)
+    corpus.check_names()
+    return corpus
+
+
+def kept_documents(
+    raw: Iterable[RawDocument], *, left_out: LeftOut, seen: set[bytes] | None = None
+) -> Iterator[Document]:
+    """The documents that are text and new, in order; counts the others in `left_out`.
+
+    `seen` holds the digests of those kept so far and is added to: sources that share one have no
+    document in common. None: a set of its own.
+    """
+    seen = set() if seen is None else seen
+    for document in raw:
+        if isinstance(document, Unread):
+            left_out.add(document.reason, document.where, f"{document.why}; {document.way_out}")
+        elif (content := _utf8(document.text)) is None:
+            left_out.add(Reason.not_utf8, document.where)
+        elif not content or document.text.isspace():
+            left_out.add(Reason.empty, document.where)
+        elif (digest := hashlib.sha256(content).digest()) in seen:
+            left_out.add(Reason.duplicate, document.where)
+        else:
+            seen.add(digest)
+            if document.unknown_ending:
+                left_out.add_unknown_ending(document.unknown_ending, document.where)
+            yield Document(content=content, text=document.text, digest=digest)
+
+
+def _utf8(text: str) -> bytes | None:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate is legal in JSON, and not in UTF-8
+        return None
+
+
+@dataclass(frozen=True)
+class _Files:
+    description: str
+    root: Path
+    found: FoundFiles
+    on_corrupt: OnCorrupt
+    text_field: str
+
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        return self.found.files
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(text_size(file.name, file.size) for file in self.files)
+
+    def check_names(self) -> None:
+        """Raises DataError for what is known not to be readable before anything is read."""
+        for unread in self.found.passed_over:
+            self._check(unread)
+        for file in self.files:
+            known = refused(file.name, where=file.name)
+            if known is not None:
+                self._check(known)
+
+    def raw_documents(self) -> Iterator[RawDocument]:
+        yield from self.found.passed_over
+        for file in self.files:
+            path = self.root / file.name
+            for document in read_documents(path, where=file.name, field=self.text_field):
+                if isinstance(document, Unread):
+                    self._check(document)
+                yield document
+
+    def _check(self, unread: Unread) -> None:
+        """Raises DataError for what can't be read, where that isn't to be passed over."""
+        if self.on_corrupt is OnCorrupt.fail and unread.reason in FAILURES:
+            raise DataError(
+                f"{self.root / unread.where} {unread.why}; {unread.way_out}, or give "
+                "on_corrupt=skip to leave it out and count"
+            )
+
+
+def _in_folder(spec: str, path: Path, outputs: Iterable[Path], *, setting: str) -> FoundFiles:
+    if is_shard_folder(path):
+        raise DataError(
+            f"{setting}={spec!r} holds shards that were built, not text: "
+            f"{text_setting('data.dir', spec)} trains on them; give the folder of the text"
+        )
+    found = found_files(path, outputs=outputs)
+    if not found.files:
+        left_out = LeftOut()
+        for unread in found.passed_over:
+            left_out.add(unread.reason, unread.where, f"{unread.why}; {unread.way_out}")
+        failed = [left_out.why[reason] for reason in FAILURES if reason in left_out.why]
+        way_out = failed or ["give a folder or file with text"]
+        raise DataError(
+            f"{setting}={spec!r} has no document to train on: no file is in it, and left out are "
+            f"{counts_text(left_out.num, left_out.examples)}; {'; '.join(way_out)}"
+        )
+    return found
+
+
+def _no_such_corpus(spec: str, path: Path, *, setting: str, sources: Collection[str]) -> str:
+    if "://" in spec:
+        return (
+            f"{setting}={without_secrets(spec)!r} is on a server, and text is read from a disk: "
+            "fetch it and give its folder (shards that were built may be on a server: data.dir)"
+        )
+    if path.is_symlink():
+        return (
+            f"{setting}={spec!r} is a link to {os.readlink(path)}, which isn't there; fetch what "
+            "it stands for, or give a folder or file that is there"
+        )
+    several = [part.strip() for part in spec.split(",") if part.strip()]
+    if len(several) > 1:
+        names = _names_for(several, sources)
+        named = zip(names, several, strict=True)
+        given = (text_setting(f"sources.{name}.corpus", part) for name, part in named)
+        return (
+            f"{setting}={spec!r} doesn't exist: it is no file or folder here. Several texts are "
+            f"several sources of python -m data_pipeline.build: give it {' '.join(given)} in "
+            f"place of {setting} (and a run the folder that it makes, by data.dir)"
+        )
+    return (
+        f"{setting}={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "
+        f"({path.absolute()}); give 'stdlib', a folder of text files, a data set saved to disk, "
+        "or a file of text, HTML, JSON, Parquet, or a tar of such"
+    )
+
+
+def _names_for(corpora: Iterable[str], taken: Collection[str]) -> list[str]:
+    """A name for each corpus that no other has: `a/data` and `b/data` are data and data-2."""
+    names = list(taken)
+    for corpus in corpora:
+        name = nearest = plain_source_name(corpus) or "text"
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{nearest[:35]}-{number}"
+        names.append(name)
+    return names[len(taken) :]
+
+
+def _standard_library(on_corrupt: OnCorrupt) -> Corpus:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = found_files(root, not_walked=_STDLIB_LEFT_OUT)
+    sources = FoundFiles(files=tuple(file for file in found.files if file.name.endswith(".py")))
+    if not sources.files:
+        raise DataError(
+            f"corpus='stdlib': this Python has no library sources in {root}; "
+            "give a folder of text files instead"
+        )
+    description = f"standard library of Python {platform.python_version()}"
+    return _Files(description, root, sources, on_corrupt, text_field="text")

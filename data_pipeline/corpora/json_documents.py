@@ -1,0 +1,295 @@
+"""Documents in JSON: one a line, one an element of an array, or one value after the other.
+
+Owns what tells these apart, reading them piece by piece, whatever their size, and finding a
+document's text in an object. Leaves which files are JSON to `text_files`.
+"""
+
+import codecs
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BufferedReader
+from itertools import chain, islice
+from typing import Any, BinaryIO, TypeGuard
+
+from data_pipeline.corpora.compression import DamagedError
+from data_pipeline.corpora.raw_documents import RawDocument, Reason, Text, Unread
+
+# What to do where a text isn't in the field that was named.
+FIELD_WAY_OUT = (
+    "name the field by text_field=… (of one source by sources.NAME.text_field=…, in training by "
+    "data.text_field=…)"
+)
+
+_BOM = codecs.BOM_UTF8
+_CHARACTERS_AT_ONCE = 2**20
+# Of one value: a quote that is missing must not have all of a file set aside.
+_LONGEST_VALUE = 2**30
+_NUM_FIELDS_NAMED = 12
+
+_ARRAY_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
+_ARRAY_OF_NAMED_VALUES = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"[^"\\]*"\s*:')
+_SPACE = re.compile(r"[ \t\n\r]*+")
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_BRACKETS = re.compile(rf'{_STRING}|[\[\]{{}}"]', re.DOTALL)
+_ENDS = re.compile(rf'{_STRING}|[,\]"]', re.DOTALL)
+
+_TYPES = {type(None): "null", bool: "true or false", list: "a list", int: "a number"}
+
+
+def json_lines(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of JSON lines: the text in `field` of the object on each.
+
+    An array of objects, which isn't what the name says, is read as one too.
+    """
+    is_array = _ARRAY_OF_OBJECTS.match(file.peek(1))
+    return map(_demanded, (_elements if is_array else _lines)(file, where, field))
+
+
+def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of a `.json` file, which its content shows to be lines, an array or values.
+
+    An object that is alone and has no text is no damage: it says something of other files.
+    """
+    if file.peek(1).removeprefix(_BOM).lstrip().startswith(b"["):
+        yield from map(_demanded, _elements(file, where, field))
+        return
+    beginning = _first_lines(file, 1)  # which may be longer than what can be peeked at
+    line = beginning.removeprefix(_BOM).strip()
+    is_spread = line.startswith(b"{") and beginning.endswith(b"\n") and not line.endswith(b"}")
+    documents = (_spread_values if is_spread else _lines)(_rejoined(beginning, file), where, field)
+    first = next(documents, None)
+    if first is None:
+        yield Unread(where, Reason.empty, "is empty")
+    elif not _has_no_text(first):
+        yield from map(_demanded, chain([first], documents))
+    elif (second := next(documents, None)) is None:
+        yield first
+    else:
+        yield from map(_demanded, chain([first, second], documents))
+
+
+def json_by_content(
+    file: BufferedReader, where: str, field: str
+) -> tuple[BufferedReader, Iterator[RawDocument] | None]:
+    """A file again, and its documents in JSON where it holds such, whatever its name.
+
+    That is where its first two lines are objects, or its only one with a text in `field`, and
+    where it begins like an array of objects.
+    """
+    beginning = file.peek(1)
+    if _ARRAY_OF_NAMED_VALUES.match(beginning):
+        return file, json_lines(file, where, field)
+    if not _OBJECT.match(beginning):
+        return file, None
+    lines = _first_lines(file, 2)
+    again = _rejoined(lines, file)
+    try:
+        records = [json.loads(line) for line in lines.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        return again, None
+    is_json = all(isinstance(record, dict) for record in records) and (
+        len(records) > 1 or text_in(records[0], field) is not None
+    )
+    return again, json_lines(again, where, field) if is_json else None
+
+
+def text_in(record: Any, field: str) -> str | None:
+    """The string in a field of an object, `a.b` for one in an inner object; None where none is."""
+    if isinstance(record, dict) and isinstance(found := record.get(field), str):
+        return found
+    for part in field.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(part)
+    return record if isinstance(record, str) else None
+
+
+def missing_text(what: str, fields: Iterator[str]) -> str:
+    """The end of a sentence about something without a text, which has `fields`."""
+    named = list(islice(fields, _NUM_FIELDS_NAMED + 1))
+    if len(named) > _NUM_FIELDS_NAMED:
+        named[-1] = "…"
+    return f"has no {what}, but {', '.join(named) or 'nothing'}"
+
+
+def _first_lines(file: BinaryIO, number: int) -> bytes:
+    """The first lines that aren't blank, with those that are before them."""
+    lines = b""
+    try:
+        while number and (line := file.readline(_LONGEST_VALUE)):
+            lines += line
+            number -= bool(line.strip())
+    except DamagedError:  # it is met again by who reads on
+        if not lines:
+            raise
+    return lines
+
+
+class _Rejoined(io.RawIOBase):
+    """A file from its beginning on, which was read before."""
+
+    def __init__(self, beginning: bytes, rest: BufferedReader) -> None:
+        self._beginning, self._rest = io.BytesIO(beginning), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        return self._beginning.readinto(buffer) or self._rest.readinto(buffer)
+
+
+def _rejoined(beginning: bytes, rest: BufferedReader) -> BufferedReader:
+    return BufferedReader(_Rejoined(beginning, rest))
+
+
+def _lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    for number, line in enumerate(file, start=1):
+        if not line.isspace():
+            place = f"{where}, line {number}"
+            try:
+                yield _document(json.loads(line), place, field)
+            except UnicodeDecodeError as error:
+                yield Unread(place, Reason.not_utf8, f"is not UTF-8: {error}")
+            except (ValueError, RecursionError) as error:
+                yield _not_json(place, error)
+
+
+def _elements(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of an array, one an element."""
+    values, number = _Values(file), 0
+    values.take()  # the bracket that opens it
+    sign = "," if values.next_sign() != "]" else "]"
+    while sign == ",":
+        number += 1
+        yield values.document(f"{where}, element {number}", field)
+        sign = values.next_sign()
+        if sign not in (",", "]"):
+            what = "is followed by no comma" if sign else "is the last, and the array doesn't end"
+            raise DamagedError(f"element {number} {what}")
+        values.take()
+    if number == 0:
+        yield Unread(where, Reason.empty, "is empty")
+        values.take()
+    if values.next_sign():
+        raise DamagedError("something follows the end of the array")
+
+
+def _spread_values(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
+    """The documents of values that follow each other, over as many lines as they like."""
+    values, number = _Values(file), 0
+    while values.next_sign():
+        number += 1
+        document = values.document(f"{where}, value {number}", field)
+        yield document
+        if isinstance(document, Unread) and document.reason is Reason.corrupt:
+            return  # nothing says where the next one begins
+
+
+class _Values:
+    """JSON values in a file, of which no more than one is in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        # A byte that isn't UTF-8 spoils the text that it is in, and no other.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self._decode = json.JSONDecoder().raw_decode
+        self._text, self._at, self._ended = "", 0, False
+
+    def next_sign(self) -> str:
+        """The next character that isn't a space; nothing at the end of the file."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None, "nothing is space enough"
+            self._at = space.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read_on():
+                return ""
+
+    def take(self) -> None:
+        """Goes past the next sign."""
+        if self.next_sign():
+            self._at += 1
+
+    def document(self, where: str, field: str) -> RawDocument:
+        """The document in the next value; goes past it, whatever is wrong with it."""
+        self.next_sign()
+        while True:
+            try:
+                record, end = self._decode(self._text, self._at)
+                # A number may go on in what isn't read yet.
+                if end < len(self._text) or self._ended:
+                    self._at = end
+                    return _document(record, where, field)
+            except (ValueError, RecursionError) as error:
+                found = _end_of_value(self._text, self._at)
+                if found is not None or self._ended:
+                    self._at = len(self._text) if found is None else found
+                    return _not_json(where, error)
+            if len(self._text) - self._at > _LONGEST_VALUE:
+                raise DamagedError(f"{where} has no end in {_LONGEST_VALUE} characters")
+            self._read_on()
+
+    def _read_on(self) -> bool:
+        """Reads as much again as is waiting, so that a long value isn't tried too often."""
+        if self._ended:
+            return False
+        waiting = self._text[self._at :]
+        content = self._file.read(max(_CHARACTERS_AT_ONCE, len(waiting)))
+        self._ended = not content
+        self._text = waiting + self._decoder.decode(content, final=self._ended)
+        self._at = 0
+        return True
+
+
+def _end_of_value(text: str, start: int) -> int | None:
+    """Where a value that may not be JSON ends by its brackets and quotes; None: not in `text`."""
+    depth = 0
+    for found in (_BRACKETS if text.startswith(("[", "{"), start) else _ENDS).finditer(text, start):
+        sign = found[0]
+        if sign == '"':  # of a string that doesn't end here
+            return None
+        if sign == "," or (sign == "]" and depth == 0):
+            return found.start()
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(sign, 0)
+        if depth == 0 and sign in "]}":
+            return found.end()
+    return None
+
+
+def _document(record: Any, where: str, field: str) -> RawDocument:
+    text = text_in(record, field)
+    if text is not None:
+        return Text(where, text)
+    if not isinstance(record, dict):
+        why = f"has no {field!r} field that holds a string: it is no object"
+        return Unread(where, Reason.corrupt, why)
+    why = missing_text(f"{field!r} field that holds a string", _fields(record))
+    return Unread(where, Reason.no_text, why, FIELD_WAY_OUT)
+
+
+def _fields(record: dict[str, Any], inside: str = "") -> Iterator[str]:
+    """The names of an object's fields, with the type of those that hold no string."""
+    for name, value in record.items():
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{inside}{name}.")
+        else:
+            kind = "" if isinstance(value, str) else f" ({_TYPES.get(type(value), 'a number')})"
+            yield f"{inside}{name}{kind}"
+
+
+def _demanded(document: RawDocument) -> RawDocument:
+    """The same, where each object should have a text."""
+    return replace(document, reason=Reason.corrupt) if _has_no_text(document) else document
+
+
+def _has_no_text(document: RawDocument) -> TypeGuard[Unread]:
+    return isinstance(document, Unread) and document.reason is Reason.no_text
+
+
+def _not_json(where: str, error: Exception) -> Unread:
+    return Unread(where, Reason.corrupt, f"is not JSON: {error}")

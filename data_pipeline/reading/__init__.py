@@ -1,0 +1,1 @@
+"""From folders of shards to global batches."""

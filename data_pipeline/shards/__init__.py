@@ -1,0 +1,1 @@
+"""A folder of shards: its index, how it is written, and how it is read."""

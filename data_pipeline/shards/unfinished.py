@@ -1,0 +1,298 @@
+"""Unfinished builds: what a build has finished so far, kept where the next start finds it.
+
+Owns the hidden folder beside the place of a shard folder, its lock, the records of finished
+shards, and the rule that a folder appears under its name whole and on disk, or not at all. Leaves
+what a shard holds to `shards`, and which documents are in it to `builder`.
+
+    .NAME.building/
+      lock              held while a process builds here
+      settings.json     what the build was asked for
+      trained.json      the tokenizer, where the build trains one
+      records/          one FinishedShard for each shard that is whole and on disk
+      shards/           what becomes NAME
+      replaced/         what was NAME, for a moment
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.shards.index import ShardEntry
+
+
+class TextChanged(Exception):
+    """The corpus no longer holds the documents that finished shards were made of."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FinishedShard:
+    """A shard that is whole and on disk.
+
+    `documents_hash` is the `DocumentHash` of its documents and of the one that it was closed for,
+    if any: on that one it depends where a shard ends.
+    """
+
+    entry: ShardEntry
+    documents_hash: str
+
+
+class DocumentHash:
+    """A running SHA-256 over documents: their numbers and their digests."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, number: int, digest: bytes) -> None:
+        """Adds the document of a number in its source, by the SHA-256 of its content."""
+        self._hash.update(number.to_bytes(8, "big") + digest)
+
+    def hexdigest(self) -> str:
+        """The hash of all that was added."""
+        return self._hash.hexdigest()
+
+
+class FinishedDocuments:
+    """Tells which documents of a split are in finished shards, and checks that they are the same.
+
+    Both methods raise TextChanged where they aren't.
+    """
+
+    def __init__(self, shards: tuple[FinishedShard, ...]) -> None:
+        self._shards = iter(shards)
+        self._next_shard()
+
+    def take(self, number: int, digest: bytes) -> bool:
+        """Whether the next document of the split, of that number in its source, is finished."""
+        if self._shard is None:
+            return False
+        self._hash.add(number, digest)
+        if self._num_left == 0:  # the document that the shard was closed for
+            self._check()
+            self._next_shard()
+            return self.take(number, digest)
+        self._num_left -= 1
+        return True
+
+    def end(self) -> None:
+        """To be called after the last document of the split."""
+        if self._shard is not None:
+            self._check()
+            self._next_shard()
+        if self._shard is not None:
+            raise TextChanged
+
+    def _next_shard(self) -> None:
+        self._shard = next(self._shards, None)
+        self._hash = DocumentHash()
+        self._num_left = self._shard.entry.num_documents if self._shard else 0
+
+    def _check(self) -> None:
+        assert self._shard is not None
+        if self._num_left or self._hash.hexdigest() != self._shard.documents_hash:
+            raise TextChanged
+
+
+class UnfinishedBuild:
+    """The hidden folder of one build, opened and locked by `unfinished_build`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards = path / "shards"
+        self._records = path / "records"
+        self._settings = path / "settings.json"
+        self._trained = path / "trained.json"
+        self._replaced = path / "replaced"
+
+    def claim(self, settings: dict[str, Any]) -> str | None:
+        """Makes the folder one of a build with these settings; returns how they had differed.
+
+        Where they had, and where the folder is new, nothing is left of what it held. Else what
+        was half written is removed.
+        """
+        wanted = json.loads(json.dumps(settings))
+        try:
+            found = json.loads(self._settings.read_bytes())
+            differing = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+            # `sources` has an order, which the comparison of dictionaries doesn't see.
+            if not differing and json.dumps(wanted) != json.dumps(found):
+                differing = ["sources"]
+        except (OSError, ValueError):  # a new folder, or one that was killed in its first moment
+            found, differing = {}, [""]
+        if differing:
+            self.discard()
+            write_to_disk(self._settings, json.dumps(wanted, indent=1).encode())
+            return ", ".join(f"{key}={found.get(key)!r}" for key in differing) if found else None
+        self._remove_half_written()
+        return None
+
+    def finished(self, prefix: str) -> tuple[FinishedShard, ...]:
+        """The finished shards `PREFIX-00000.tar` and on, as far as none is missing."""
+        found: list[FinishedShard] = []
+        while True:
+            shard = self._finished(f"{prefix}-{len(found):05d}")
+            if shard is None:
+                return tuple(found)
+            found.append(shard)
+
+    def keep(self, shard: FinishedShard) -> None:
+        """Records a shard whose files have been written, once they are on disk."""
+        _fsync(self.shards / shard.entry.file)
+        _fsync(self.shards / shard.entry.documents)
+        _fsync(self.shards)
+        record = TypeAdapter(FinishedShard).dump_json(shard)
+        write_to_disk(self._record(Path(shard.entry.file).stem), record)
+
+    def trained(self) -> str | None:
+        """The `tokenizer.json` that was trained before; `check_trained` says whether it fits."""
+        try:
+            definition: str = json.loads(self._trained.read_bytes())["definition"]
+        except FileNotFoundError:
+            return None
+        return definition
+
+    def keep_trained(self, definition: str, *, texts_hash: str) -> None:
+        """Keeps a `tokenizer.json` and the hash of the texts that it was trained on."""
+        record = {"texts_hash": texts_hash, "definition": definition}
+        write_to_disk(self._trained, json.dumps(record).encode())
+
+    def check_trained(self, *, texts_hash: str) -> None:
+        """Raises TextChanged where the kept tokenizer was trained on texts of another hash."""
+        if json.loads(self._trained.read_bytes())["texts_hash"] != texts_hash:
+            raise TextChanged
+
+    def num_finished(self) -> int:
+        """How many shards are finished, of all sources and splits."""
+        return len(list(self._records.glob("*.json")))
+
+    def discard(self) -> None:
+        """Forgets all that was done; the build begins anew, with the same settings."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._trained.unlink(missing_ok=True)
+        # The records go first: a record must never stand without its shard.
+        for folder in (self._records, self.shards):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _fsync(self.path)
+
+    def complete(self, folder: Path) -> None:
+        """Gives the shards their place: all of it is on disk, then one rename.
+
+        What stands there is put aside, and removed with the hidden folder: what is killed between
+        the two goes on from the finished shards.
+        """
+        for path in (*self.shards.iterdir(), self.shards):
+            _fsync(path)
+        if folder.exists() and any(folder.iterdir()):
+            folder.rename(self._replaced)
+        self.shards.rename(folder)
+        _fsync(folder.parent)
+
+    def close(self) -> None:
+        """Removes the folder, unless a later start can go on from it."""
+        if self.shards.exists() and (self.num_finished() or self._trained.exists()):
+            self._remove_half_written()
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _record(self, stem: str) -> Path:
+        return self._records / f"{stem}.json"
+
+    def _finished(self, stem: str) -> FinishedShard | None:
+        try:
+            record = self._record(stem).read_bytes()
+            shard: FinishedShard = TypeAdapter(FinishedShard).validate_json(record)
+            size = (self.shards / shard.entry.file).stat().st_size
+        except (OSError, ValueError):
+            return None
+        return shard if size == shard.entry.size else None
+
+    def _remove_half_written(self) -> None:
+        for folder in (self._records, self.shards):
+            folder.mkdir(exist_ok=True)
+        finished = {path.stem for path in self._records.glob("*.json")}
+        for path in self.shards.iterdir():
+            if path.name.removesuffix(".tar").removesuffix(".documents.npy") not in finished:
+                path.unlink()
+
+
+def hidden_folder(folder: str | Path) -> Path:
+    """Where a shard folder is built; it is there while a build runs or can be gone on with."""
+    path = Path(folder).absolute()
+    return path.with_name(f".{path.name}.building")
+
+
+@contextmanager
+def unfinished_build(folder: Path, *, tell: Callable[[str], None]) -> Iterator[UnfinishedBuild]:
+    """The unfinished build of a shard folder, for one process at a time; others wait.
+
+    At the end the finished shards are kept, where there are any, and all else is removed.
+    """
+    path = hidden_folder(folder)
+    with _locked(path, tell=tell):
+        unfinished = UnfinishedBuild(path)
+        try:
+            yield unfinished
+        finally:
+            unfinished.close()
+
+
+@contextmanager
+def _locked(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (path / "lock").open("w")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        with file:
+            _wait_for(file, tell=lambda: tell(f"waiting for the process that builds in {path}"))
+            if _is_at(file, path / "lock"):
+                yield
+                return
+
+
+def _wait_for(file: IO[str], *, tell: Callable[[], None]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tell()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        # A file system without locks, as some of clusters are: then one builder is up to the user.
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at its path: who held its lock may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def write_to_disk(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, also after a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    _fsync(partial)
+    partial.rename(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
