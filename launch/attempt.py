@@ -13,6 +13,7 @@ from launch.failure import Failure
 from launch.hang import culprits
 from launch.pulse import MUTE, NodeWatch, Pulse
 from launch.ray_cluster import Worker, answer, answered
+from moetrain.kinds import FailureKind
 from moetrain.observe import ProgressDisplay
 from moetrain.train import Outcome
 
@@ -149,20 +150,22 @@ class Attempt:
         found = [(worker, first)]
         began = time.monotonic()
         while self._pending:
-            known = any(failure.kind != "peer" for _, failure in found)
+            known = any(failure.kind != FailureKind.peer for _, failure in found)
             if time.monotonic() > began + (IDLE_SECONDS if known else CAUSE_SECONDS):
                 break
             for reference in answered(list(self._pending), timeout=0.1):
                 other, result = self._pending.pop(reference), answer(reference)
                 if isinstance(result, Failure):
                     found.append((other, result))
-        self.idle = [other for other, failure in found if failure.kind == "peer"]
-        source, failure = min(found, key=lambda pair: pair[1].kind == "peer")
+        self.idle = [other for other, failure in found if failure.kind == FailureKind.peer]
+        source, failure = min(found, key=lambda pair: pair[1].kind == FailureKind.peer)
         return Failure(
             kind=failure.kind,
             reason=f"{_named(source)}: {failure.reason}",
             step=self._pulse.step,
-            node=None if failure.kind in ("peer", "error") else source.node.address,
+            node=None
+            if failure.kind in (FailureKind.peer, FailureKind.error)
+            else source.node.address,
         )
 
     def _lost_node(self) -> Failure | None:
@@ -173,7 +176,7 @@ class Attempt:
         node = lost[0].node
         ranks = ", ".join(str(w.rank) for w in lost if w.node.id == node.id)
         return Failure(
-            kind="lost",
+            kind=FailureKind.lost,
             reason=f"node {node.address} does not answer (ranks {ranks})",
             step=self._pulse.step,
             node=node.address,
@@ -205,7 +208,7 @@ class Attempt:
         path.write_text("\n".join(lines))
         nodes = {working[rank].node.address for rank in guilty}
         return Failure(
-            kind="hung",
+            kind=FailureKind.hung,
             reason=f"hang: {what}{waiting}; stacks are in {path}",
             step=self._pulse.step,
             node=nodes.pop() if len(nodes) == 1 else None,

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 
 from launch.failure import Failure
+from moetrain.kinds import FailureKind
 from moetrain.settings import LaunchSettings
 
 REPEATS = 3  # alike failures at the same step that no chance brings together
-NODES_OWN = ("died", "lost", "hung")  # failures that may be a node's
+NODES_OWN = (FailureKind.died, FailureKind.lost, FailureKind.hung)  # failures that may be a node's
 # After so many within so long a node is left out: before REPEATS, so that the next attempt, on
 # other nodes, tells whether it was the node or the code.
 NODE_FAILURES, NODE_MEMORY_SECONDS = 2, 86_400.0
@@ -56,14 +57,14 @@ class Budget:
             self._saved, self._failures = saved_step, []
         if failure.is_final:
             return failure.reason
-        if failure.kind == "preempted":
+        if failure.kind == FailureKind.preempted:
             reason = self.count_preemption()
             return reason and f"{reason}: {failure.reason}"
         self._failures.append(failure)
         if failure.node and failure.kind in NODES_OWN:
             self._on_node.setdefault(failure.node, []).append(self._clock())
         alike = [f for f in self._failures if (f.kind, f.step) == (failure.kind, failure.step)]
-        if len(alike) >= REPEATS and failure.kind != "lost":
+        if len(alike) >= REPEATS and failure.kind != FailureKind.lost:
             where = "before the first step" if failure.step is None else f"at step {failure.step}"
             return (
                 f"failed {len(alike)} times in the same way {where}, with nothing gained since "

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from data_pipeline import DataError, UnavailableError
 from moetrain.checkpoint import CheckpointError, StorageError, is_passing, with_way_out
 from moetrain.checks import ConfigError
+from moetrain.kinds import FailureKind
 from moetrain.train import TrainingError
 
 _NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
@@ -18,15 +19,9 @@ _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket"
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a rank, and with it an attempt, ended.
+    """Why a rank, and with it an attempt, ended."""
 
-    `died`: its process is gone. `lost`: its node doesn't answer. `preempted`: its node was taken
-    away. `hung`: it gave no sign of life. `memory`: it found none left. `peer`: it lost another
-    rank in a collective. `service`: a server or a file system failed it. Those are worth another
-    attempt. `error`: an exception of its own, which another attempt would meet again.
-    """
-
-    kind: str
+    kind: FailureKind
     reason: str
     step: int | None = None
     """The step that the run was in; None: not known, or before the first."""
@@ -38,7 +33,7 @@ class Failure:
     @property
     def is_final(self) -> bool:
         """Whether another attempt would fail alike."""
-        return self.kind == "error"
+        return self.kind == FailureKind.error
 
 
 def classify(error: BaseException) -> Failure:
@@ -46,19 +41,19 @@ def classify(error: BaseException) -> Failure:
     reason = with_way_out(f"{type(error).__name__}: {error}", error)
     # Nothing that another attempt must meet again.
     if isinstance(error, UnavailableError | StorageError):
-        return Failure(kind="service", reason=str(error))
+        return Failure(kind=FailureKind.service, reason=str(error))
     if isinstance(error, ChildProcessError):
-        return Failure(kind="died", reason=str(error))
+        return Failure(kind=FailureKind.died, reason=str(error))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
-        return Failure(kind="memory", reason=reason)
+        return Failure(kind=FailureKind.memory, reason=reason)
     if isinstance(error, DataError | CheckpointError | ConfigError | TrainingError):
-        return Failure(kind="error", reason=str(error))
+        return Failure(kind=FailureKind.error, reason=str(error))
     if isinstance(error, dist.DistError):
-        return Failure(kind="peer", reason=reason)
+        return Failure(kind=FailureKind.peer, reason=reason)
     if isinstance(error, torch.AcceleratorError) or any(s in str(error) for s in _DEVICE_SIGNS):
-        return Failure(kind="died", reason=reason)
+        return Failure(kind=FailureKind.died, reason=reason)
     if isinstance(error, ConnectionError | TimeoutError) or is_passing(error):
-        return Failure(kind="service", reason=reason)
+        return Failure(kind=FailureKind.service, reason=reason)
     if isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _COLLECTIVE_SIGNS):
-        return Failure(kind="peer", reason=reason)
-    return Failure(kind="error", reason=reason)
+        return Failure(kind=FailureKind.peer, reason=reason)
+    return Failure(kind=FailureKind.error, reason=reason)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moetrain.kinds import FailureKind
 from moetrain.settings import Resolved
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -410,7 +411,7 @@ def _ask(
             late = sorted({where[r] for r in references if r not in answers})
             seconds = f"{START_TIMEOUT_SECONDS:.0f} s"
             reason = f"no process of a rank within {seconds} on {', '.join(late)}"
-            raise WorkersLost(Failure(kind="died", reason=reason, node=late[0]))
+            raise WorkersLost(Failure(kind=FailureKind.died, reason=reason, node=late[0]))
     return [answers[reference] for reference in references]
 
 
@@ -433,19 +434,23 @@ def answer(reference: Any) -> Any:
         preempted = bool(getattr(error, "preempted", False))
         if SUDDENLY in str(error) and not preempted:
             reason = "its process ended suddenly: it was killed, or it crashed"
-            return Failure(kind="died", reason=reason)
+            return Failure(kind=FailureKind.died, reason=reason)
         if "ModuleNotFoundError" in str(error):
             reason = str(error).strip().splitlines()[-1]
-            return Failure(kind="error", reason=f"a node has another Python than this: {reason}")
-        return Failure(kind="preempted" if preempted else "died", reason=_first_line(error))
+            return Failure(
+                kind=FailureKind.error, reason=f"a node has another Python than this: {reason}"
+            )
+        return Failure(
+            kind=FailureKind.preempted if preempted else FailureKind.died, reason=_first_line(error)
+        )
     except ray.exceptions.OutOfMemoryError as error:
-        return Failure(kind="memory", reason=_first_line(error))
+        return Failure(kind=FailureKind.memory, reason=_first_line(error))
     except ray.exceptions.RuntimeEnvSetupError as error:
-        return Failure(kind="error", reason=_first_line(error))
+        return Failure(kind=FailureKind.error, reason=_first_line(error))
     except ray.exceptions.RayTaskError as error:  # an exception of ours, on the other side
         return classify(error.cause if isinstance(error.cause, Exception) else error)
     except ray.exceptions.RayError as error:
-        return Failure(kind="died", reason=_first_line(error))
+        return Failure(kind=FailureKind.died, reason=_first_line(error))
 
 
 def _first_line(error: Exception) -> str:

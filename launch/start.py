@@ -53,7 +53,9 @@ from moetrain.checkpoint.remote import (
     upload_missing,
 )
 from moetrain.checks import ConfigError
+from moetrain.kinds import EventKind
 from moetrain.observe import (
+    LIFE,
     Account,
     EventLog,
     ProgressDisplay,
@@ -84,7 +86,6 @@ from moetrain.train import (
 )
 
 DONE, FAILED, STOPPED = 0, 1, 75
-LIFE = ("start", "finish", "stop", "fail")  # how a life of a run begins, and how it ends
 SAME_STOP_SECONDS = 1.0
 TRIAL_VARIABLE = "MOETRAIN_TRIAL"  # set for the command of a sweep's trial
 
@@ -166,7 +167,7 @@ def _run(
             else:
                 outcome = _run_on_ray(config, display, stop, refit=refit)
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
-        event("fail", reason=str(error))
+        event(EventKind.fail, reason=str(error))
         print(f"moetrain: {redacted_text(with_way_out(str(error), error))}", file=sys.stderr)
         return FAILED
     return _close_run(config, outcome, prepared.shards, report)
@@ -242,7 +243,7 @@ def _tell_complete(
     if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
         print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
     ends = [e["event"] for e in read_events(run_dir / "events.jsonl") if e.get("event") in LIFE]
-    if ends[-1:] != ["finish"]:  # killed between its last checkpoint and its end
+    if ends[-1:] != [EventKind.finish]:  # killed between its last checkpoint and its end
         _tell_start(config, prepared)
         return _close_run(config, outcome, prepared.shards, report)
     for line in _closing_lines(config, outcome, prepared.shards, run_dir):
@@ -484,18 +485,18 @@ def _tell_start(config: Resolved, prepared: Prepared) -> None:
     run_dir = config.run_dir
     event = EventLog(run_dir / "events.jsonl").write
     event(
-        "start",
+        EventKind.start,
         command=" ".join(redacted_arguments(sys.argv)),
         workers=config.launch.num_workers,
         pid=os.getpid(),
         last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
     )
-    event("model", **prepared.preview.counts())
+    event(EventKind.model, **prepared.preview.counts())
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)
         event(
-            "data",
+            EventKind.data,
             source=source,
             path=shards.location,
             baselines=vars(baselines),
@@ -533,7 +534,7 @@ def _close_run(
     """Writes how the run ended, prints the closing lines and returns the exit code."""
     run_dir = config.run_dir
     event = EventLog(run_dir / "events.jsonl").write
-    event("finish" if outcome.finished else "stop", step=outcome.step)
+    event(EventKind.finish if outcome.finished else EventKind.stop, step=outcome.step)
     try:
         report(run_dir)
     except Exception as error:  # a page that can't be drawn is no reason to fail a run

@@ -17,6 +17,7 @@ from launch.pulse import NodeWatch
 from launch.ray_cluster import ClusterError, RayCluster, Worker, WorkersLost
 from moetrain.checkpoint import is_passing
 from moetrain.checkpoint.remote import take_over
+from moetrain.kinds import EventKind, FailureKind
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.settings import Resolved
 from moetrain.train import Outcome, Place, newest_manifest
@@ -88,7 +89,7 @@ class Supervisor:
                 return ended
             if isinstance(ended, Moved):
                 moved = ended.reason
-                self._event("move", step=ended.step, reason=ended.reason)
+                self._event(EventKind.move, step=ended.step, reason=ended.reason)
                 if ended.ends:
                     return self._stopped(f"{ended.reason}; saved at step {ended.step}")
                 if ended.forced and (reason := self._budget.count_preemption()):
@@ -98,7 +99,7 @@ class Supervisor:
             failure = self._recover(ended)
             if self._stop_requested():
                 return self._stopped(f"stopped; {failure.reason}")
-            moved = failure.reason if failure.kind == "preempted" else None
+            moved = failure.reason if failure.kind == FailureKind.preempted else None
 
     def _recover(self, failure: Failure) -> Failure:
         """Tells of a failure and returns what it turned out to be.
@@ -107,13 +108,13 @@ class Supervisor:
         """
         announced = self._nodes.is_among(self._leaving(), failure.node)
         if failure.kind in NODES_OWN and announced:
-            failure = replace(failure, kind="preempted")
-        if failure.kind == "died" and self._nodes.is_gone(failure.node):
+            failure = replace(failure, kind=FailureKind.preempted)
+        if failure.kind == FailureKind.died and self._nodes.is_gone(failure.node):
             lost = f"node {failure.node} is gone; {failure.reason}"
-            failure = replace(failure, kind="lost", reason=lost)
+            failure = replace(failure, kind=FailureKind.lost, reason=lost)
         saved = self._saved_step()
         self._event(
-            "failure",
+            EventKind.failure,
             reason=failure.reason,
             failure=failure.kind,
             step=failure.step,
@@ -125,7 +126,7 @@ class Supervisor:
         if reason:
             raise RunFailed(reason)
         if not self._stop_requested():
-            self._event("restart", step=saved)
+            self._event(EventKind.restart, step=saved)
             self._display.say(f"{failure.reason}; starting again from step {saved}")
         return failure
 
@@ -223,7 +224,7 @@ class Supervisor:
             )
             rendezvous = self._cluster.rendezvous(workers, lambda: self._interruption(shares))
             self._event(
-                "attempt",
+                EventKind.attempt,
                 attempt=attempt,
                 world_size=world_size,
                 ranks=[{"rank": w.rank, "node": w.node.address, "pid": w.pid} for w in workers],
@@ -299,12 +300,14 @@ class Supervisor:
     def _interruption(self, shares: list[Share]) -> Failure | None:
         """Returns why ranks that start needn't be waited for."""
         if self._stop_requested():
-            return Failure(kind="died", reason="a stop was asked for")
+            return Failure(kind=FailureKind.died, reason="a stop was asked for")
         silent = self._nodes.silent()
         lost = sorted({s.node.address for s in shares if s.node.id in silent})
         if not lost:
             return None
-        return Failure(kind="lost", reason=f"node {lost[0]} does not answer", node=lost[0])
+        return Failure(
+            kind=FailureKind.lost, reason=f"node {lost[0]} does not answer", node=lost[0]
+        )
 
     def _leaving(self) -> dict[str, str]:
         """Returns the ids of nodes that will be taken away, and why."""
@@ -325,7 +328,7 @@ class Supervisor:
         for node in sorted(self._budget.left_out - used - self._told_left_out):
             self._told_left_out.add(node)
             reason = f"node {node} failed {self._budget.troubles[node]} times and is left out"
-            self._event("node_left_out", node=node, reason=reason)
+            self._event(EventKind.node_left_out, node=node, reason=reason)
             self._display.say(reason)
 
     def _saved_step(self) -> int:

@@ -31,7 +31,8 @@ from launch.sweep_table import (
     write_table,
 )
 from moetrain.checkpoint.remote import good_save
-from moetrain.observe import read_events
+from moetrain.kinds import EventKind
+from moetrain.observe import LIFE, read_events
 
 DONE, STOPPED = 0, 75
 POLL_SECONDS = 0.2
@@ -223,8 +224,8 @@ def _is_done(trial: Trial) -> bool:
     if trial.wanted is None or trial.wanted.settings["checkpoint"]["upload_to"] is not None:
         return False  # it may have to be uploaded, or fetched
     events = read_events(trial.run_dir / "events.jsonl")
-    ends = [e["event"] for e in events if e.get("event") in ("start", "finish", "stop", "fail")]
-    if ends[-1:] != ["finish"]:
+    ends = [e["event"] for e in events if e.get("event") in LIFE]
+    if ends[-1:] != [EventKind.finish]:
         return False
     good = good_save(trial.run_dir / "checkpoints")
     return good is not None and good.step >= trial.wanted.settings["train"]["num_steps"]

@@ -9,11 +9,10 @@ from statistics import median
 from data_pipeline.commands.shell import unquoted
 from launch.dry_run import Rehearsal
 from launch.sweep_runs import Wanted, differences, listed, trained
-from moetrain.observe import final_loss, model_event, read_events, read_metrics
+from moetrain.observe import by_source, final_loss, model_event, read_events, read_metrics
 from moetrain.train import short
 
 _NOTHING = "–"
-_BITS = ("validation/", "/bits_per_byte")
 FAILED, BAD_SETTINGS = 1, 2
 _ENDS = {
     None: "not begun",
@@ -113,7 +112,6 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
     records = read_metrics(path) if path.is_file() else []
     model = model_event(read_events(trial.run_dir / "events.jsonl"))
     known = {k: v for record in records for k, v in record.items() if v is not None}
-    first, last = _BITS
     speeds = [s for record in records if (s := record.get("perf/tokens_per_second"))]
     return Result(
         trial=trial,
@@ -124,11 +122,7 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
         tokens=known.get("train/tokens"),
         training_loss=final_loss(records),
         validation_loss=known.get("validation/loss"),
-        bits_per_byte={
-            key.removeprefix(first).removesuffix(last): value
-            for key, value in known.items()
-            if key.startswith(first) and key.endswith(last)
-        },
+        bits_per_byte=by_source(known, "bits_per_byte"),
         tokens_per_second=median(speeds) if speeds else None,
     )
 

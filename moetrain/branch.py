@@ -32,12 +32,13 @@ from moetrain.config import validated
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import training_command, write_choices
 from moetrain.huggingface.tokenizer import IMPORTED
+from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
 from moetrain.settings import Resolved
 from moetrain.train import as_plain
 from moetrain.train.changes import history
 
-_ORIGINS = ("import", "upcycle", "branch")
+_ORIGINS = (EventKind.import_, EventKind.upcycle, EventKind.branch)
 """Events that say what a run began with; a branch began with it too."""
 
 
@@ -88,7 +89,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
         _write_settings(staged, config, to=to, note=f"Branched from {run_dir} at {manifest.step}.")
         _copy_history(run_dir, staged, step=manifest.step)
         source = str(run_dir.resolve())
-        EventLog(staged / "events.jsonl").write("branch", source=source, **origin)
+        EventLog(staged / "events.jsonl").write(EventKind.branch, source=source, **origin)
     size = sum(entry.size for entry in manifest.files.values())
     how = "hard links: no room of its own" if linked else "a copy"
     print(

@@ -39,6 +39,7 @@ from moetrain.huggingface.names import (
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
+from moetrain.kinds import EventKind
 from moetrain.model import total_parameters
 from moetrain.observe import EventLog
 
@@ -152,7 +153,7 @@ def _write(source: Path, to: Path, settings: ImportSettings) -> None:
                 read=read,
             )
             event = EventLog(staged / "events.jsonl").write
-            event("import", **_origin(source, settings), tensors=len(files.tensors))
+            event(EventKind.import_, **_origin(source, settings), tensors=len(files.tensors))
     for text in imported.carried:
         print(f"carried   {text}")
     for note in notes:

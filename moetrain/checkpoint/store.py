@@ -55,6 +55,7 @@ from moetrain.checkpoint.manifest import (
     verify_files,
 )
 from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
+from moetrain.kinds import EventKind
 from moetrain.settings import CheckpointSettings
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class CheckpointStore:
             rejected.append(reason)
             log.warning("passing over %s: %s", name, reason)
             if self._leads:
-                self._event("checkpoint_rejected", reason=reason, checkpoint=name)
+                self._event(EventKind.checkpoint_rejected, reason=reason, checkpoint=name)
 
         # The first rank's view decides for all.
         bad, names = self._gather(self._to_load() if self._leads else None)[0]
@@ -264,7 +265,7 @@ class CheckpointStore:
                 manifest = _complete(manifest, [written for written, _ in gathered])
                 folder = commit(self._directory, staged, manifest)
                 size = sum(entry.size for entry in manifest.files.values())
-                self._event("save", step=manifest.step, checkpoint=folder.name, bytes=size)
+                self._event(EventKind.save, step=manifest.step, checkpoint=folder.name, bytes=size)
                 self._good(folder, manifest)
             except Exception as error:
                 failure = error
@@ -297,7 +298,9 @@ class CheckpointStore:
         troubles = self._troubles(failure)
         if self._leads and troubles:  # the older ones stay for this
             self._damaged.add(Save(manifest.step, manifest.attempt))
-            self._event("checkpoint_rejected", reason=troubles[0].reason, checkpoint=newest.name)
+            self._event(
+                EventKind.checkpoint_rejected, reason=troubles[0].reason, checkpoint=newest.name
+            )
         elif self._leads:
             try:
                 busy = self._in_use()

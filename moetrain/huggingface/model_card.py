@@ -42,7 +42,7 @@ def write_model_card(
     to: Path,
     *,
     run_dir: Path,
-    manifest: "Manifest",
+    manifest: Manifest,
     config: Resolved,
     dtype: str,
     has_tokenizer: bool = True,

@@ -4,7 +4,6 @@ Owns reading and joining the checkpoint's counters, metrics.jsonl, events.jsonl 
 the shards. Leaves words to `model_card`.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,15 @@ from typing import Any
 
 from data_pipeline import DataError, OnCorrupt, ShardFolder, without_secrets
 from moetrain.checkpoint import Manifest
-from moetrain.observe import baselines_by_source, iterate_metrics, read_events
+from moetrain.kinds import EventKind
+from moetrain.observe import (
+    baselines_by_source,
+    by_source,
+    expert_load,
+    iterate_metrics,
+    read_events,
+)
 from moetrain.settings import Resolved
-
-_LOAD = re.compile(r"router/layer_(\d+)/expert_\d+/load")
-_VALIDATION = re.compile(r"validation/(.+)/(loss|bits_per_byte)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class RunFacts:
     """The share of a layer's tokens of each expert, by layer."""
 
 
-def read_facts(run_dir: Path, *, manifest: "Manifest", config: Resolved) -> RunFacts:
+def read_facts(run_dir: Path, *, manifest: Manifest, config: Resolved) -> RunFacts:
     """Reads what there is of a run up to a checkpoint; files that are not there say nothing."""
     state = manifest.state
     trained: dict[str, int] = state.get("source_tokens") or {}
@@ -81,13 +84,11 @@ def read_facts(run_dir: Path, *, manifest: "Manifest", config: Resolved) -> RunF
         if tokens
     )
     figures: dict[str, dict[str, float]] = {}
-    for name, value in _numbers(validated):
-        if match := _VALIDATION.fullmatch(name):
-            figures.setdefault(match[1], {})[match[2]] = value
-    loads: dict[int, list[float]] = {}
-    for name, value in _numbers(routed):
-        if match := _LOAD.fullmatch(name):
-            loads.setdefault(int(match[1]), []).append(value)
+    for measure in ("loss", "bits_per_byte"):
+        for source, value in by_source(dict(_numbers(validated)), measure).items():
+            figures.setdefault(source, {})[measure] = value
+    loads = expert_load(routed)
+    layers = [] if loads is None else loads.tolist()
     return RunFacts(
         step=manifest.step,
         tokens=int(state.get("tokens", 0)),
@@ -105,9 +106,9 @@ def read_facts(run_dir: Path, *, manifest: "Manifest", config: Resolved) -> RunF
         router={
             name.removeprefix("router/"): value
             for name, value in _numbers(routed)
-            if name.count("/") == 1 and name.startswith("router/")
+            if name.startswith("router/")
         },
-        loads=loads,
+        loads=dict(enumerate(layers, start=config.model.num_dense_layers)),
     )
 
 
@@ -155,10 +156,10 @@ def _text(description: str, corpus: str) -> str:
 
 
 def _origins(events: list[dict[str, Any]]) -> Iterator[str]:
-    began = {
-        "import": "It was imported from",
-        "upcycle": "It was upcycled from",
-        "branch": "It was branched from",
+    began: dict[str, str] = {
+        EventKind.import_: "It was imported from",
+        EventKind.upcycle: "It was upcycled from",
+        EventKind.branch: "It was branched from",
     }
     for event in events:
         kind, source = str(event.get("event")), event.get("source")

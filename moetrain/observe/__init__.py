@@ -3,12 +3,16 @@
 Knows no ranks and no model: it is handed records and writes or shows them.
 """
 
-from moetrain.observe.events import EventLog, baselines_by_source, model_event, read_events
+from moetrain.observe.events import LIFE, EventLog, baselines_by_source, model_event, read_events
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import (
+    EXPERT_LOAD,
     MetricsFile,
     Record,
+    Sink,
+    by_source,
+    expert_load,
     final_loss,
     iterate_metrics,
     numbers_of,
@@ -19,18 +23,23 @@ from moetrain.observe.tally import Tally, read_sign
 from moetrain.observe.wandb_sink import WandbSink
 
 __all__ = [
+    "EXPERT_LOAD",
+    "LIFE",
     "Account",
     "EventLog",
     "MetricsFile",
     "ProgressDisplay",
     "Record",
+    "Sink",
     "Span",
     "Tally",
     "WandbSink",
     "account",
     "append_line",
     "baselines_by_source",
+    "by_source",
     "duration",
+    "expert_load",
     "final_loss",
     "iterate_metrics",
     "model_event",

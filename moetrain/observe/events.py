@@ -13,10 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moetrain.kinds import EventKind
 from moetrain.observe.json_lines import append_line, read_lines
 from moetrain.redaction import redacted
 
 logger = logging.getLogger(__name__)
+
+LIFE = (EventKind.start, EventKind.finish, EventKind.stop, EventKind.fail)
+"""How a command's part of a run begins, and how it ends."""
 
 
 class EventLog:
@@ -25,7 +29,7 @@ class EventLog:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
-    def write(self, kind: str, *, reason: str | None = None, **fields: Any) -> None:
+    def write(self, kind: EventKind, *, reason: str | None = None, **fields: Any) -> None:
         """Append `{"time", "event", "reason", **fields, "clock"}`, without the secrets in them.
 
         Never raises for the disk's sake: an event is often written while something worse is being
@@ -46,7 +50,7 @@ def read_events(path: Path | str) -> list[dict[str, Any]]:
 
 def model_event(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Returns what the newest start says of the model's size; empty for a run of before."""
-    return next((e for e in reversed(events) if e.get("event") == "model"), {})
+    return next((e for e in reversed(events) if e.get("event") == EventKind.model), {})
 
 
 def baselines_by_source(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -57,7 +61,7 @@ def baselines_by_source(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[s
     found: dict[str, dict[str, float]] = {}
     for event in events:
         baselines = event.get("baselines")
-        if event.get("event") == "data" and isinstance(baselines, dict):
+        if event.get("event") == EventKind.data and isinstance(baselines, dict):
             found[str(event.get("source"))] = {
                 str(name): float(value)
                 for name, value in baselines.items()
@@ -90,7 +94,11 @@ def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
                 for other in {_clock(e)[0] for e in events[fast + 1 : number]} - {None, driver}:
                     begins[str(other)] -= late
                 last = found[-1]
-            elif moment < last and boot not in (driver, newest) and event.get("event") != "sign":
+            elif (
+                moment < last
+                and boot not in (driver, newest)
+                and event.get("event") != EventKind.sign
+            ):
                 begins[boot] += last - moment  # its date was behind
             moment = max(moment, last)
         else:
@@ -98,9 +106,9 @@ def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
             if boot is not None:
                 begins[boot] = moment - seconds
         found.append(moment)
-        if date is not None and event.get("event") != "sign":
+        if date is not None and event.get("event") != EventKind.sign:
             dated = (moment, date)
-        if number == 0 or event.get("event") == "start":
+        if number == 0 or event.get("event") == EventKind.start:
             driver = boot
         if boot == driver:
             fast = number

@@ -14,6 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from moetrain.kinds import EventKind
 from moetrain.observe.events import moments, read_events
 
 KINDS = {
@@ -34,10 +35,22 @@ _SPENT = ("training", "saving", "validation")
 
 # What only a life in progress writes: the last of them was lived to see.
 _ALIVE = {
-    "attempt", "data_order", "failure", "move", "restart", "resume", "save", "sign",
-    "settings_changed", "step_skipped", "straggler", "straggler_over", "training", "warning",
-    "wandb",
-}  # fmt: skip
+    EventKind.attempt,
+    EventKind.data_order,
+    EventKind.failure,
+    EventKind.move,
+    EventKind.restart,
+    EventKind.resume,
+    EventKind.save,
+    EventKind.sign,
+    EventKind.settings_changed,
+    EventKind.step_skipped,
+    EventKind.straggler,
+    EventKind.straggler_over,
+    EventKind.training,
+    EventKind.warning,
+    EventKind.wandb,
+}
 
 Event = Mapping[str, Any]
 
@@ -125,35 +138,35 @@ class _Story:
     def take(self, event: Event, moment: float) -> None:
         """Goes on with the next event."""
         kind = str(event.get("event"))
-        if kind == "start":
+        if kind == EventKind.start:
             self._start(moment)
             return
         if self._doing is None:
-            if kind != "training":
+            if kind != EventKind.training:
                 return  # a download before a start, or somebody's last words
             self._begin("starting", moment)
         before = self._alive
         if kind in _ALIVE:
             self._alive = moment
-        if kind == "training":
+        if kind == EventKind.training:
             self._train(event, moment, before)
-        elif kind == "save":
+        elif kind == EventKind.save:
             self._save(event, moment)
-        elif kind == "sign":
+        elif kind == EventKind.sign:
             self._sign(event)
-        elif kind == "failure":
+        elif kind == EventKind.failure:
             self._broken = True
             silent = event.get("silent_seconds")
             seen = moment if silent is None else max(before, self._since, moment - silent)
             self._end(seen, step=event.get("step"))
             self._tell("detecting", seen, moment)
             self._begin("restarting", moment)
-        elif kind == "move":
+        elif kind == EventKind.move:
             self._end(moment, step=event.get("step"), wanted=True)
             self._begin("restarting", moment)
-        elif kind in ("finish", "stop"):
+        elif kind in (EventKind.finish, EventKind.stop):
             self._end(moment, step=event.get("step"), wanted=True)
-        elif kind == "fail":
+        elif kind == EventKind.fail:
             self._broken = True
             self._end(moment)
             self._down_since = moment
@@ -306,13 +319,13 @@ def _with_signs(events: Iterable[Event], newest: Event | None) -> Iterator[Event
     """Yields the events, with each sign of life as one, after the last event of a life at work."""
     waiting = list[Event]()  # what a command writes before its `start` can't come before the sign
     for event in events:
-        left = event.get("last_sign") if event.get("event") == "start" else None
+        left = event.get("last_sign") if event.get("event") == EventKind.start else None
         if isinstance(left, Mapping):
-            yield {**left, "event": "sign"}
+            yield {**left, "event": EventKind.sign}
         waiting.append(event)
-        if event.get("event") == "start" or event.get("event") in _ALIVE:
+        if event.get("event") == EventKind.start or event.get("event") in _ALIVE:
             yield from waiting
             waiting = []
     if newest is not None:
-        yield {**newest, "event": "sign"}
+        yield {**newest, "event": EventKind.sign}
     yield from waiting

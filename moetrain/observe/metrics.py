@@ -1,26 +1,45 @@
 """metrics.jsonl: the record of a run that everything else is drawn from.
 
 Owns writing it, taking it back to a step, reading it, and the loss that a run is judged by. It has
-one writer. The names of the
-metrics are in the public interface and are chosen where they are measured; this file only asks
-that every record tells its `step`.
+one writer. The names of the metrics are in the public interface and are chosen where they are
+measured; this file asks that every record tells its `step`, and reads the names that have parts.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moetrain.observe.json_lines import append_line, read_lines
 
-Record = Mapping[str, float | int | None]
+Value = TypeVar("Value")
+
+Record = Mapping[str, Any]
+"""Metrics by name: numbers, None for what isn't finite, and `router/expert_load`, a matrix."""
+
+EXPERT_LOAD = "router/expert_load"
 
 LAST_PART = 0.1
 """The share of a run's steps, at its end, whose training loss the run is judged by."""
 
 
-class MetricsFile:
+class Sink(ABC):
+    """Where the metric records of a run go, in the order of their steps; on one rank only."""
+
+    @abstractmethod
+    def write(self, record: Record) -> None:
+        """Takes one record. What it raises stops the run."""
+
+    def close(self, exit_code: int) -> None:  # noqa: B027 - most have nothing to close
+        """Ends the sink with the run, which ends with an exit code."""
+
+
+class MetricsFile(Sink):
     """One JSON object for each logged step, on disk for other processes as soon as it is written.
 
     Unlike the other sinks a failure here does stop the run: a metrics file with a hole in it
@@ -79,6 +98,28 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float | int | None]:
     return found
 
 
+def expert_load(record: Record) -> NDArray[np.float64] | None:
+    """Returns the share of a layer's tokens that each expert got, [MoE layers, experts].
+
+    NaN where a value is missing; None where the record has no such matrix.
+    """
+    try:
+        loads = np.array(record.get(EXPERT_LOAD), dtype=np.float64)
+    except (TypeError, ValueError):  # rows of unlike lengths, or no numbers
+        return None
+    return loads if loads.ndim == 2 and loads.size else None
+
+
+def by_source(values: Mapping[str, Value], measure: str) -> dict[str, Value]:
+    """Returns what there is under `validation/<source>/<measure>`, by source."""
+    head, tail = "validation/", f"/{measure}"
+    return {
+        name[len(head) : -len(tail)]: value
+        for name, value in values.items()
+        if name.startswith(head) and name.endswith(tail) and len(name) > len(head + tail)
+    }
+
+
 def iterate_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
     """The records one by one: a long run's file needn't fit in memory."""
     return (record for _, record in read_lines(Path(path)))
@@ -95,7 +136,8 @@ def final_loss(records: Iterable[Record]) -> float | None:
     A record has the mean since the one before it, and counts by the tokens since then. None where
     no record has a loss.
     """
-    weighted, tokens = [], 0.0
+    weighted: list[tuple[float, float, float]] = []
+    tokens = 0.0
     for record in records:
         before, tokens = tokens, record.get("train/tokens") or tokens
         step, loss = record.get("step"), record.get("train/cross_entropy")

@@ -7,16 +7,16 @@ run: a terminal that went away only ends the display. Leaves it to the driver to
 
 import logging
 import math
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -24,7 +24,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from moetrain.observe.metrics import Record
+from moetrain.observe.metrics import Record, by_source, expert_load
 from moetrain.redaction import redacted_text
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,6 @@ SECONDS_BETWEEN_LINES = 10.0
 # Long enough to even out a save or a validation, short enough to notice a slower cluster.
 RATE_WINDOW_SECONDS = 60.0
 MAX_LOAD_BARS = 32
-
-_LOAD = re.compile(r"router/layer_(\d+)/expert_(\d+)/load")
-_BITS = re.compile(r"validation/(.+)/bits_per_byte")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,18 +259,11 @@ def load_profile(record: Record) -> tuple[float, ...]:
     Sorted first because expert 3 of one layer has nothing to do with expert 3 of the next:
     averaged by number, four collapsed layers would look balanced.
     """
-    layers: dict[str, list[float]] = {}
-    for name, load in record.items():
-        if load is not None and (match := _LOAD.fullmatch(name)):
-            layers.setdefault(match[1], []).append(load)
-    profiles = [sorted(loads, reverse=True) for loads in layers.values()]
-    if not profiles:
+    loads = expert_load(record)
+    if loads is None or not np.isfinite(loads).all():
         return ()
-    num_experts = min(map(len, profiles))
-    return tuple(
-        sum(profile[rank] for profile in profiles) / len(profiles) * num_experts
-        for rank in range(num_experts)
-    )
+    profile = -np.sort(-loads, axis=1).mean(0) * loads.shape[1]
+    return tuple(profile.tolist())
 
 
 def _read(record: Record, before: _View) -> _View:
@@ -294,16 +284,13 @@ def _read(record: Record, before: _View) -> _View:
     )
 
 
-def _validation(record: Mapping[str, float | int | None]) -> str | None:
+def _validation(record: Record) -> str | None:
     parts = []
     loss = record.get("validation/loss")
     if loss is not None:
         parts.append(f"{loss:.3f}")
-    sources = [
-        (match[1], value)
-        for name, value in record.items()
-        if value is not None and (match := _BITS.fullmatch(name))
-    ]
+    known = by_source(record, "bits_per_byte")
+    sources = [(source, value) for source, value in known.items() if value is not None]
     for source, value in sources[:3]:
         parts.append(f"{source} {value:.3f} bits/byte")
     if len(sources) > 3:

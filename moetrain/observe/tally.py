@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moetrain.kinds import EventKind
 from moetrain.observe.events import times
 from moetrain.observe.ledger import Account, run_account
 
@@ -81,8 +82,8 @@ class Tally:
     def on_save(self, event: Callable[..., None]) -> Callable[..., None]:
         """Returns the same way to write events, which adds to a `save` what went before it."""
 
-        def write(kind: str, **fields: Any) -> None:
-            if kind == "save" and (spent := self.at(fields["step"])):
+        def write(kind: EventKind, **fields: Any) -> None:
+            if kind == EventKind.save and (spent := self.at(fields["step"])):
                 fields["spent"] = spent
             event(kind, **fields)
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moetrain.observe.metrics import numbers_of
+import numpy as np
+
+from moetrain.observe.metrics import EXPERT_LOAD, Record, Sink, expert_load, numbers_of
 from moetrain.observe.wandb_identity import wandb_run_id
 from moetrain.redaction import redacted_arguments
 from moetrain.settings import WandbSettings
@@ -42,7 +44,7 @@ _OURS = {
 """What is decided here, whatever the environment says."""
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Sends metric records to one W&B run that lives as long as the run folder does.
 
     The id of that run is kept in `<run_dir>/wandb/run_id`, so that a resumed run goes on in the
@@ -65,6 +67,7 @@ class WandbSink:
         self._broken = False
         self._last_step = -1 if resume_step is None else resume_step
         self._tell_person = tell
+        self._first_moe_layer = config.get("model", {}).get("num_dense_layers", 0)
         mode = wandb_mode(settings, os.environ, tell=self._tell)
         if mode == "disabled":
             return
@@ -81,14 +84,35 @@ class WandbSink:
 
         self._guarded("start", start)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Log the finite numbers of a record at its step; a step gone by is not told twice."""
+    def write(self, record: Record) -> None:
+        """Log the finite numbers of a record at its step, and the loads as histograms.
+
+        A step gone by is not told twice.
+        """
         values = {k: v for k, v in numbers_of(record).items() if v is not None and math.isfinite(v)}
         step = values.get("step")
         if self._run is None or step is None or step < self._last_step:
             return
         self._last_step = int(step)
-        self._guarded("log", lambda: self._run.log(values, step=int(step)))
+        self._guarded("log", lambda: self._run.log(values | self._loads(record), step=int(step)))
+
+    def _loads(self, record: Record) -> dict[str, Any]:
+        """Returns histograms of the loads in fair shares: of all MoE layers, and of each."""
+        loads = expert_load(record)
+        if loads is None:
+            return {}
+        import wandb
+
+        shares = loads * loads.shape[1]
+        named = {EXPERT_LOAD: shares.ravel()} | {
+            f"{EXPERT_LOAD}/layer_{layer:02d}": row
+            for layer, row in enumerate(shares, start=self._first_moe_layer)
+        }
+        return {
+            name: wandb.Histogram(known.tolist())
+            for name, values in named.items()
+            if len(known := values[np.isfinite(values)])
+        }
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run, waiting a bounded time for what is still to be uploaded."""
@@ -209,8 +233,8 @@ def _define_axes(run: Any) -> None:
     run.define_metric("train/tokens")
     for family in ("train", "router", "optim", "perf", "memory", "data", "validation"):
         run.define_metric(f"{family}/*", step_metric="train/tokens")
-    # Kept, but without a chart each: 32 layers of 64 experts are 2048 of them.
-    run.define_metric("router/layer_*", step_metric="train/tokens", hidden=True)
+    # Kept, but without a chart each.
+    run.define_metric(f"{EXPERT_LOAD}/*", step_metric="train/tokens", hidden=True)
 
 
 def _brief(error: BaseException) -> str:

@@ -4,7 +4,6 @@ Owns merging the metrics into one series for each name, thinning what is too lon
 telling a run's state from its events. Leaves drawing to figures.py and words to page.py.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moetrain.kinds import EventKind
 from moetrain.observe import (
     Account,
     account,
     baselines_by_source,
+    by_source,
+    expert_load,
     final_loss,
     iterate_metrics,
     model_event,
@@ -31,21 +33,16 @@ Floats = NDArray[np.float64]
 # More columns than this can't be told apart in a figure; fewer keep a 32 × 64-expert file small.
 MAX_LOAD_RECORDS = 160
 
-_LOAD = re.compile(r"router/layer_(\d+)/expert_(\d+)/load")
-
-# What the last telling event of a run says about it, by the beginning of its kind.
-_STATES = (
-    ("done", "finished"),
-    ("finish", "finished"),
-    ("complete", "finished"),
-    ("stop", "stopped"),
-    ("preempt", "stopped"),
-    ("fail", "failed"),
-    ("abort", "failed"),
-    ("start", "running"),
-    ("resum", "running"),
-    ("restart", "running"),
-)
+# What the last telling event of a run says about it.
+_STATES: dict[str, str] = {
+    EventKind.start: "running",
+    EventKind.restart: "running",
+    EventKind.resume: "running",
+    EventKind.failure: "failed",
+    EventKind.fail: "failed",
+    EventKind.stop: "stopped",
+    EventKind.finish: "finished",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +103,7 @@ class RunRecord:
 
     def by_source(self, measure: str) -> dict[str, Series]:
         """The series of `validation/<source>/<measure>` by source."""
-        pattern = re.compile(rf"validation/(.+)/{re.escape(measure)}")
-        return {m[1]: s for name, s in self.series.items() if (m := pattern.fullmatch(name))}
+        return by_source(self.series, measure)
 
 
 def is_run_dir(path: Path) -> bool:
@@ -124,6 +120,7 @@ def read_run(run_dir: Path) -> RunRecord:
     events = read_events(run_dir / "events.jsonl")
     state, reason = _state(events)
     metrics = run_dir / "metrics.jsonl"
+    first_layer = _whole(_at(config, "model", "num_dense_layers")) or 0
     return RunRecord(
         name=str(_at(config, "run", "name") or run_dir.resolve().name),
         state=state,
@@ -132,7 +129,7 @@ def read_run(run_dir: Path) -> RunRecord:
         num_steps=_whole(_at(config, "train", "num_steps")),
         series=_series(metrics),
         final_loss=final_loss(iterate_metrics(metrics)),
-        expert_loads=_expert_loads(metrics),
+        expert_loads=_expert_loads(metrics, first_layer=first_layer),
         events=events,
         account=account(events, sign=read_sign(run_dir)),
         baselines=baselines_by_source(events),
@@ -143,7 +140,7 @@ def _series(metrics: Path) -> dict[str, Series]:
     points: dict[str, dict[float, float]] = {}
     for step, record in _steps(metrics):
         for name, value in record.items():
-            if isinstance(value, (int, float)) and not _LOAD.fullmatch(name):
+            if isinstance(value, (int, float)):
                 points.setdefault(name, {})[step] = float(value)
     return {name: _sorted(values) for name, values in points.items()}
 
@@ -153,25 +150,27 @@ def _sorted(points: Mapping[float, float]) -> Series:
     return Series(steps=steps, values=np.array([points[step] for step in steps]))
 
 
-def _expert_loads(metrics: Path) -> ExpertLoads | None:
+def _expert_loads(metrics: Path, *, first_layer: int) -> ExpertLoads | None:
     """A second pass over the file, since only after a first is it known which records to keep."""
-    logged = sorted({step for step, record in _steps(metrics) if any(map(_LOAD.fullmatch, record))})
-    if not logged:
+    shapes = {step: loads.shape for step, loads in _loads(metrics)}
+    if not shapes:
         return None
+    shape = shapes[max(shapes)]
+    logged = sorted(step for step, found in shapes.items() if found == shape)
     chosen = np.unique(np.linspace(0, len(logged) - 1, MAX_LOAD_RECORDS).round().astype(int))
-    rows: dict[float, dict[tuple[int, int], float]] = {logged[i]: {} for i in chosen}
+    kept = {logged[i] for i in chosen}
+    rows = {step: loads for step, loads in _loads(metrics) if step in kept and loads.shape == shape}
+    return ExpertLoads(
+        steps=np.array(sorted(rows)),
+        loads=np.stack([rows[step] for step in sorted(rows)]).astype(np.float32),
+        layers=tuple(range(first_layer, first_layer + shape[0])),
+    )
+
+
+def _loads(metrics: Path) -> Iterator[tuple[float, Floats]]:
     for step, record in _steps(metrics):
-        if step in rows:
-            for name, load in record.items():
-                if load is not None and (match := _LOAD.fullmatch(name)):
-                    rows[step][int(match[1]), int(match[2])] = load
-    layers = sorted({layer for row in rows.values() for layer, _ in row})
-    num_experts = 1 + max((expert for row in rows.values() for _, expert in row), default=0)
-    loads = np.full((len(rows), len(layers), num_experts), np.nan, dtype=np.float32)
-    for index, row in enumerate(rows.values()):
-        for (layer, expert), load in row.items():
-            loads[index, layers.index(layer), expert] = load
-    return ExpertLoads(steps=np.array(list(rows)), loads=loads, layers=tuple(layers))
+        if (loads := expert_load(record)) is not None:
+            yield step, loads
 
 
 def _steps(metrics: Path) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -183,10 +182,9 @@ def _steps(metrics: Path) -> Iterator[tuple[float, dict[str, Any]]]:
 
 def _state(events: list[dict[str, Any]]) -> tuple[str, str | None]:
     for event in reversed(events):
-        for beginning, state in _STATES:
-            if str(event.get("event", "")).startswith(beginning):
-                reason = event.get("reason")
-                return state, None if reason is None else str(reason)
+        if state := _STATES.get(str(event.get("event"))):
+            reason = event.get("reason")
+            return state, None if reason is None else str(reason)
     return "unknown", None
 
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches, open_folder
-from moetrain.checkpoint import CheckpointStore, Manifest, demand_newest
+from moetrain.checkpoint import CheckpointStore, Manifest
 from moetrain.checkpoint.remote import Uploader, start_uploads
+from moetrain.kinds import EventKind
 from moetrain.model import Transformer
-from moetrain.observe import EventLog, MetricsFile, Tally, WandbSink, numbers_of, read_events
+from moetrain.observe import EventLog, MetricsFile, Sink, Tally, WandbSink, read_events
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain, history
-from moetrain.train.control import Control, Place, collective_timeout
+from moetrain.train.control import Control, DisplaySink, Place, collective_timeout
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
@@ -55,7 +56,7 @@ class Trainer:
     uploader: Uploader | None
     """Brings checkpoints elsewhere; on one rank, if they are to go anywhere."""
     state: TrainState
-    sinks: list[Callable[[dict[str, Any]], None]]
+    sinks: list[Sink]
     """Where metric records go; empty on every rank but one."""
     event: Callable[..., None]
     stragglers: Stragglers | None
@@ -92,7 +93,7 @@ def build_trainer(
             control.publish("say", text)
 
     def tell_of_wandb(text: str) -> None:
-        event("wandb", step=state.step, reason=text)
+        event(EventKind.wandb, step=state.step, reason=text)
         say(text)
 
     uploader = _uploader(config, place, control, event=event) if leads else None
@@ -130,20 +131,19 @@ def build_trainer(
     batches = global_batches(config, shards, position=state.position)
     if restored:
         state.changes = history(restored, read_events(run_dir / "events.jsonl"))
-        event("resume", step=state.step, attempt=place.attempt)
+        event(EventKind.resume, step=state.step, attempt=place.attempt)
         say(f"goes on from step {state.step}")
         if changed := told_changes(config, going_on_from[0]):
             told = in_one_line(config, going_on_from[0], changed)
             values = {c.name: [c.before, c.now] for c in changed}
             state.changes.append({"step": state.step, "changes": values})
-            event("settings_changed", step=state.step, reason=told, changes=values)
+            event(EventKind.settings_changed, step=state.step, reason=told, changes=values)
             say(told)
         if change := order_change(state, batches):
-            event("data_order", step=state.step, reason=change)
+            event(EventKind.data_order, step=state.step, reason=change)
             say(change)
 
-    sinks: list[Callable[[dict[str, Any]], None]] = []
-    close: Callable[[int], None] = _tell_nobody
+    sinks: list[Sink] = []
     if leads:
         metrics = MetricsFile(run_dir / "metrics.jsonl")
         metrics.rewind(state.step)
@@ -155,13 +155,7 @@ def build_trainer(
             resume_step=state.step if restored else None,
             tell=tell_of_wandb,
         )
-        sinks = [
-            lambda _: demand_newest(run_dir / "checkpoints", place.attempt),
-            metrics.write,
-            wandb.write,
-            lambda record: control.publish("record", numbers_of(record)),
-        ]
-        close = wandb.close
+        sinks = [metrics, wandb, DisplaySink(control)]
     prefetcher = Prefetcher(
         batches,
         first_sample=state.samples,
@@ -199,7 +193,8 @@ def build_trainer(
         checkpoints.close(timeout_seconds=patience)
         prefetcher.close()
         batches.close()
-        close(exit_code)
+        for sink in sinks:
+            sink.close(exit_code)
 
     return Trainer(
         config=config,
@@ -301,9 +296,9 @@ def _uploader(
 ) -> Uploader | None:
     """Returns what uploads this attempt's checkpoints, if anything; failures are told to people."""
 
-    def tell(kind: str, **fields: Any) -> None:
+    def tell(kind: EventKind, **fields: Any) -> None:
         event(kind, **fields)
-        if kind == "upload_failed":
+        if kind == EventKind.upload_failed:
             control.publish("say", f"warning: training goes on, not uploaded: {fields['reason']}")
 
     name = config.run.name

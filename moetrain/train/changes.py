@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipeline import DataSettings
 from data_pipeline.commands.shell import as_typed
+from moetrain.kinds import EventKind
 from moetrain.redaction import redacted
 from moetrain.settings import Config, ModelSettings, OptimSettings, ScheduleSettings, TrainSettings
 
@@ -149,9 +150,9 @@ def history(state: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> li
     told: list[dict[str, Any]] = []
     for event in events:
         step = event.get("step") or 0
-        if event.get("event") == "resume":
+        if event.get("event") == EventKind.resume:
             told = [entry for entry in told if entry["step"] < step]
-        elif event.get("event") == "settings_changed" and step < state.get("step", 0):
+        elif event.get("event") == EventKind.settings_changed and step < state.get("step", 0):
             told.append({"step": step, "changes": event.get("changes") or {}})
     return told
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetrain.observe import EXPERT_LOAD, Record, Sink, numbers_of
 from moetrain.parallel import Activity
 
 
@@ -105,6 +106,18 @@ class Control:
     def unasked_seconds(self) -> float:
         """Returns for how long nobody has asked: a lease that wasn't renewed."""
         return time.monotonic() - self._asked
+
+
+class DisplaySink(Sink):
+    """Hands the records to the launcher, which shows them."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def write(self, record: Record) -> None:
+        """Publishes a record's numbers and its loads."""
+        shown = numbers_of(record) | {k: v for k, v in record.items() if k == EXPERT_LOAD}
+        self._control.publish("record", shown)
 
 
 def collective_timeout(hang_timeout_seconds: float) -> float:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from data_pipeline import Batch
+from moetrain.checkpoint import demand_newest
+from moetrain.kinds import EventKind
 from moetrain.model import random_stream, training_flops_per_token
-from moetrain.observe import numbers_of
+from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
 from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
@@ -43,7 +45,7 @@ def train(trainer: Trainer) -> Outcome:
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
-    trainer.event("training", step=state.step, attempt=trainer.place.attempt)
+    trainer.event(EventKind.training, step=state.step, attempt=trainer.place.attempt)
     tally.begin(trainer.place.attempt)
     while state.step < settings.num_steps:
         control.beat(BETWEEN_STEPS, state.step)
@@ -59,8 +61,7 @@ def train(trainer: Trainer) -> Outcome:
                 control.beat("validation", state.step)
                 with tally.validating():
                     record |= run_validation(trainer)
-            for write in trainer.sinks:
-                write(record)
+            write_record(trainer, record)
             last = numbers_of(record)
             state.since_record = RunningMeans()
             stopwatch.restart()
@@ -193,8 +194,16 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
     record |= data_metrics(trainer)
     if config.model.is_moe:
-        record |= router_metrics(report, means, first_layer=config.model.num_dense_layers)
+        record |= router_metrics(report, means)
     return record
+
+
+def write_record(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Writes a record to every sink; CheckpointError where a newer attempt trains the run."""
+    if trainer.sinks:
+        demand_newest(trainer.config.run_dir / "checkpoints", trainer.place.attempt)
+    for sink in trainer.sinks:
+        sink.write(record)
 
 
 def data_metrics(trainer: Trainer) -> dict[str, float]:
@@ -216,21 +225,14 @@ def data_metrics(trainer: Trainer) -> dict[str, float]:
     return metrics
 
 
-def router_metrics(
-    report: StepReport, means: Mapping[str, float], *, first_layer: int = 0
-) -> dict[str, float]:
-    """Returns how tokens were spread over the experts: means, and the last batch layer by layer.
-
-    Layers have the model's numbers: `first_layer` is the first one with a router.
-    """
+def router_metrics(report: StepReport, means: Mapping[str, float]) -> dict[str, Any]:
+    """Returns how tokens were spread over the experts: means, and the last batch layer by layer."""
     counts = report.expert_counts  # [layers, experts]
     loads = counts / counts.sum(1, keepdim=True).clamp_min(1)  # none where no token counted
     names = ("load_balance_loss", "z_loss", "max_violation", "entropy")
-    metrics = {name: means[name] for name in (f"router/{name}" for name in names)}
+    metrics: dict[str, Any] = {f"router/{name}": means[f"router/{name}"] for name in names}
     metrics["router/dead_experts"] = int((counts == 0).sum().item())
-    for layer, shares in enumerate(loads.tolist(), start=first_layer):
-        for expert, share in enumerate(shares):
-            metrics[f"router/layer_{layer:02d}/expert_{expert:02d}/load"] = share
+    metrics[EXPERT_LOAD] = loads.tolist()
     return metrics
 
 
@@ -302,7 +304,7 @@ def _learning_rate(trainer: Trainer, *, step: int | None = None) -> float:
 
 
 def _warn(trainer: Trainer, reason: str) -> None:
-    trainer.event("warning", step=trainer.state.step, reason=reason)
+    trainer.event(EventKind.warning, step=trainer.state.step, reason=reason)
     trainer.control.publish("say", f"warning: {reason}")
 
 
@@ -311,7 +313,7 @@ def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
     reason = f"loss {report.loss}, gradient norm {report.grad_norm}"
     if not report.num_tokens:
         reason = "none of its tokens counts: all of its documents are damaged"
-    trainer.event("step_skipped", step=state.step, reason=reason)
+    trainer.event(EventKind.step_skipped, step=state.step, reason=reason)
     trainer.control.publish("say", f"step {state.step} was skipped: {reason}")
     if state.skipped_in_a_row >= trainer.config.train.max_skipped_steps:
         newest = trainer.config.run_dir / "checkpoints"

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moetrain.kinds import EventKind
 from moetrain.model import Attention
 from moetrain.parallel import Activity, gather_objects, gather_over_ranks
 
@@ -89,7 +90,7 @@ class Stragglers:
     def _tell(self, findings: Sequence[Finding]) -> None:
         for found in findings:
             self._event(
-                "straggler_over" if found.kind == "over" else "straggler",
+                EventKind.straggler_over if found.kind == "over" else EventKind.straggler,
                 step=self._step,
                 rank=found.rank,
                 node=self._nodes[found.rank],

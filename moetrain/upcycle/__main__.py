@@ -26,6 +26,7 @@ from moetrain.huggingface.names import model_tensors
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.tokenizer import IMPORTED
+from moetrain.kinds import EventKind
 from moetrain.model import active_parameters, total_parameters
 from moetrain.observe import EventLog
 from moetrain.settings import ModelSettings, Resolved
@@ -94,7 +95,7 @@ def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
                 shutil.copytree(tokenizer, staged / IMPORTED)
             write_run(staged, config, to=to, has_tokenizer=has_tokenizer, state=state, read=read)
             EventLog(staged / "events.jsonl").write(
-                "upcycle",
+                EventKind.upcycle,
                 source=str(source.absolute()),
                 source_step=manifest.step,
                 **{

@@ -3,6 +3,7 @@ import sys
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -46,8 +47,7 @@ def _record(step: int, **more: Any) -> dict[str, Any]:
         "perf/tokens_per_second": 14321.0,
         "router/max_violation": 0.31,
         "router/dead_experts": 0,
-        "router/layer_00/expert_00/load": 0.75,
-        "router/layer_00/expert_01/load": 0.25,
+        "router/expert_load": [[0.75, 0.25]],
         **more,
     }
 
@@ -104,7 +104,7 @@ def test_missing_and_null_values_are_no_trouble(mode: str) -> None:
     with display:
         display.update({})
         display.update({"step": None, "train/loss": None})
-        display.update({"step": 5, "router/layer_00/expert_00/load": None})
+        display.update({"step": 5, "router/expert_load": [[None, 1.0]]})
     assert (file.getvalue() == "") == (mode == "off")
 
 
@@ -137,11 +137,7 @@ def test_a_terminal_that_went_away_only_ends_the_display(
 
 
 def test_collapsed_layers_don_t_average_into_balanced_ones() -> None:
-    record = {
-        f"router/layer_{layer:02}/expert_{expert:02}/load": float(layer == expert)
-        for layer in range(4)
-        for expert in range(4)
-    }
+    record = {"router/expert_load": np.eye(4).tolist()}
     assert load_profile(record) == (4.0, 0.0, 0.0, 0.0)
     assert load_bars(load_profile(record)) == "█▁▁▁"
     assert load_bars([1.0] * 128) == "▄" * 32

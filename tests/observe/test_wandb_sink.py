@@ -97,6 +97,31 @@ def test_offline_writes_files_and_a_second_start_goes_on_with_the_same_run(
     assert output.out == output.err == ""
 
 
+def test_loads_become_a_histogram_of_fair_shares_for_all_layers_and_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, Any]] = []
+    _fake(monkeypatch, log=lambda values, step: logged.append(values))
+    sys.modules["wandb"].Histogram = wandb.Histogram  # type: ignore[attr-defined]
+    sink = WandbSink(
+        WandbSettings(mode="offline"),
+        run_name="toy",
+        run_dir=tmp_path,
+        config={"model": {"num_dense_layers": 3}},
+    )
+    sink.write({"step": 1, "router/expert_load": [[0.5, 0.25, 0.25, 0.0], [0.75, 0.25, 0.0, None]]})
+    sink.write({"step": 2, "router/expert_load": [[None] * 4]})
+    first, second = logged
+    counted = {name: sum(of.histogram) for name, of in first.items() if name != "step"}
+    assert counted == {
+        "router/expert_load": 7,
+        "router/expert_load/layer_03": 4,
+        "router/expert_load/layer_04": 3,
+    }
+    assert first["router/expert_load"].bins[-1] == 3.0, "of the fair share of a quarter"
+    assert second == {"step": 2}
+
+
 @pytest.mark.parametrize("key", [None, "0" * 40])
 def test_online_without_key_or_network_falls_back_to_offline_in_bounded_time(
     tmp_path: Path, key: str | None, monkeypatch: pytest.MonkeyPatch, caplog: Any

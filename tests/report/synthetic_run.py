@@ -52,7 +52,7 @@ def write_run(
 
 def _record(
     index: int, num_records: int, every: int, taste: list[list[float]], chance: random.Random
-) -> dict[str, float | int | None]:
+) -> dict[str, Any]:
     step, done = (index + 1) * every, (index + 1) / num_records
     loss = 1.45 + 4.1 * math.exp(-step / 60) + 0.5 * math.exp(-step / 400)
     loss += chance.gauss(0, 0.03)
@@ -61,7 +61,7 @@ def _record(
         weights = [math.exp(x * 1.2 * math.exp(-3 * done) + chance.gauss(0, 0.05)) for x in liking]
         loads.append([weight / sum(weights) for weight in weights])
     violation = max(max(layer) * len(layer) - 1 for layer in loads)
-    record: dict[str, float | int | None] = {
+    record: dict[str, Any] = {
         "step": step,
         "train/tokens": step * 4096,
         "train/loss": loss + 0.01,
@@ -76,9 +76,7 @@ def _record(
         "perf/tokens_per_second": 14300 + chance.gauss(0, 400),
         "perf/data_wait_seconds": 0.001 + abs(chance.gauss(0, 0.0004)),
     }
-    for layer, shares in enumerate(loads):
-        for expert, share in enumerate(shares):
-            record[f"router/layer_{layer:02}/expert_{expert:02}/load"] = round(share, 6)
+    record["router/expert_load"] = [[round(share, 6) for share in shares] for shares in loads]
     if (index + 1) % max(1, num_records // 6) == 0:
         record["validation/loss"] = loss + 0.06
         record["validation/stdlib/bits_per_byte"] = (loss + 0.06) / math.log(2)
@@ -97,7 +95,7 @@ def _events(num_steps: int) -> list[dict[str, Any]]:
         {"event": "restart", "reason": "attempt 2 of 4", "step": num_steps // 2},
         {"event": "training", "reason": None, "step": num_steps // 2, "attempt": 2},
         {"event": "save", "reason": None, "step": num_steps},
-        {"event": "done", "reason": f"all {num_steps} steps made", "step": num_steps},
+        {"event": "finish", "reason": f"all {num_steps} steps made", "step": num_steps},
     ]
     return [
         {"time": (clock + timedelta(seconds=30 * i)).isoformat(timespec="milliseconds")} | event

@@ -4,6 +4,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline import Baselines
@@ -81,7 +82,7 @@ def test_nothing_of_the_run_becomes_markup(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
     with (run / "events.jsonl").open("a") as file:
-        event = {"time": bad, "event": f"stop{bad}", "reason": bad, "step": bad, bad: bad}
+        event = {"time": bad, "event": bad, "reason": bad, "step": bad, bad: bad}
         file.write(json.dumps(event) + "\n")
         data = {"event": "data", "source": bad, "baselines": {"zlib_bits_per_byte": 1.0}}
         file.write(json.dumps(data) + "\n")
@@ -102,16 +103,16 @@ def test_a_large_model_s_report_stays_small(tmp_path: Path) -> None:
 def test_a_report_says_what_the_time_went_to(tmp_path: Path) -> None:
     """Half a minute lies between two events, of which two begin the steps and one saves them."""
     html = render_report(write_run(tmp_path / "run", num_records=3)).read_text()
-    assert "<b>28.6%</b><span>effective time</span><small>of 3 min 30 s</small>" in html
-    assert "Steps that count took 28.6% of 3 min 30 s. 1 interruption cost 1 min 30 s." in html
+    assert "<b>25.0%</b><span>effective time</span><small>of 4 min 0 s</small>" in html
+    assert "Steps that count took 25.0% of 4 min 0 s. 1 interruption cost 1 min 30 s." in html
     assert "7 steps were lost." in html
     (line,) = re.findall(r'<div class="line">(.*?)</div>', html)
     pieces = re.findall(r'<i class="(\w+)" style="left:([\d.]+)%;width:([\d.]+)%"', line)
-    assert [kind for kind, _, _ in pieces] == ["other", "kept", "lost", "lost", "kept"]
+    assert [kind for kind, _, _ in pieces] == ["other", "kept", "lost", "lost", "kept", "other"]
     assert sum(float(width) for _, _, width in pieces) == pytest.approx(100, abs=0.01)
     (table,) = re.findall(r'<table class="time">(.*?)</table>', html)
     assert re.findall(r"</i>(\w+)</th><td>([^<]*)</td>", table) == [
-        ("training", "1 min 0 s"), ("starting", "1 min 0 s"), ("redone", "30.0 s"),
+        ("training", "1 min 0 s"), ("starting", "1 min 0 s"), ("ending", "30.0 s"), ("redone", "30.0 s"),
         ("restarting", "1 min 0 s"),
     ]  # fmt: skip
 
@@ -153,8 +154,9 @@ def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
 
 def test_a_gap_in_the_records_is_no_trouble(tmp_path: Path) -> None:
     lines = [
-        {"step": 1, "train/cross_entropy": None, "router/layer_02/expert_01/load": 0.5},
-        {"step": 2, "train/cross_entropy": 2.0, "router/layer_02/expert_00/load": None},
+        {"step": 1, "train/cross_entropy": None, "router/expert_load": [[0.25, None]]},
+        {"step": 2, "train/cross_entropy": 2.0, "router/expert_load": [[0.5, 0.5], [1.0]]},
+        {"step": 2, "train/cross_entropy": 2.0, "router/expert_load": None},
         {"step": 2, "validation/loss": 2.1},
         {"no step": 3},
     ]
@@ -162,13 +164,14 @@ def test_a_gap_in_the_records_is_no_trouble(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.get("train/cross_entropy").steps.tolist() == [2]
     assert run.expert_loads is not None
-    assert run.expert_loads.layers == (2,)
+    assert run.expert_loads.loads.shape == (1, 1, 2)
+    assert np.isnan(run.expert_loads.loads).tolist() == [[[False, True]]]
     assert "<svg" in render_report(tmp_path).read_text()
 
 
 def test_the_state_is_that_of_the_last_telling_event(tmp_path: Path) -> None:
     states = []
-    for kind in ("start", "save", "failure", "restart", "stop", "done", "data"):
+    for kind in ("start", "save", "failure", "restart", "stop", "finish", "data"):
         with (tmp_path / "events.jsonl").open("a") as file:
             file.write(json.dumps({"event": kind, "reason": f"for {kind}"}) + "\n")
         run = read_run(tmp_path)
@@ -176,7 +179,7 @@ def test_the_state_is_that_of_the_last_telling_event(tmp_path: Path) -> None:
     assert [state for state, _ in states] == [
         *("running", "running", "failed", "running", "stopped", "finished", "finished")
     ]
-    assert states[-1][1] == "for done"
+    assert states[-1][1] == "for finish"
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

@@ -25,6 +25,7 @@ from moetrain.checkpoint.remote.download import fetch_newest, newer_saves
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checks import ConfigError
+from moetrain.kinds import EventKind
 from moetrain.settings import CheckpointSettings
 
 log = logging.getLogger(__name__)
@@ -120,12 +121,14 @@ def fetch_newer(
         directory,
         newer_than=good,
         demand=demand,
-        rejected=lambda name, reason: event("checkpoint_rejected", checkpoint=name, reason=reason),
+        rejected=lambda name, reason: event(
+            EventKind.checkpoint_rejected, checkpoint=name, reason=reason
+        ),
         progress=progress,
     )
     if fetched is not None:
         replace_text(directory / LATEST, fetched.name)
-        event("download", checkpoint=fetched.name, reason=f"newest in {settings.upload_to}")
+        event(EventKind.download, checkpoint=fetched.name, reason=f"newest in {settings.upload_to}")
 
 
 def upload_missing(settings: CheckpointSettings, *, run: str, directory: Path, good: Save) -> bool:

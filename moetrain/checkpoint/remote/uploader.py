@@ -15,6 +15,7 @@ from moetrain.checkpoint.folders import Save
 from moetrain.checkpoint.manifest import CheckpointError, Manifest
 from moetrain.checkpoint.remote.checkpoints import RemoteCheckpoints
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
+from moetrain.kinds import EventKind
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Uploader:
             self._changed.notify_all()
         if skipped is not None and skipped.folder != folder:
             self._tell(
-                "upload_skipped",
+                EventKind.upload_skipped,
                 step=skipped.manifest.step,
                 reason=f"step {manifest.step} is newer",
             )
@@ -126,10 +127,10 @@ class Uploader:
         except Exception as error:
             what = str(error) if isinstance(error, CheckpointError) else repr(error)
             log.warning("the checkpoint of step %d isn't uploaded: %s", task.manifest.step, what)
-            self._tell("upload_failed", step=task.manifest.step, reason=what)
+            self._tell(EventKind.upload_failed, step=task.manifest.step, reason=what)
             return error
         self._tell(
-            "upload",
+            EventKind.upload,
             step=task.manifest.step,
             checkpoint=task.folder.name,
             bytes=num_bytes,
@@ -137,13 +138,13 @@ class Uploader:
         )
         try:
             if deleted := self._remote.delete_old(self._old, owner=self._owner):
-                self._tell("remote_deleted", checkpoints=deleted)
+                self._tell(EventKind.remote_deleted, checkpoints=deleted)
         except Exception as error:  # the next upload tries again
             log.warning("old checkpoints in %s stay: %s", self._remote.location, error)
-            self._tell("remote_delete_failed", reason=str(error))
+            self._tell(EventKind.remote_delete_failed, reason=str(error))
         return None
 
-    def _tell(self, kind: str, **fields: object) -> None:
+    def _tell(self, kind: EventKind, **fields: object) -> None:
         try:
             self._event(kind, **fields)
         except Exception:  # a full disk under events.jsonl must not end the uploads
