@@ -2,12 +2,12 @@
 
 import moetrain  # noqa: F401 - before torch, which the modules below load
 from launch.dry_run import dry_run, rehearsal_of
+from launch.on_ray.cluster import ClusterError, RayCluster
 from launch.plan import Plan, choose_plan, cluster_address, is_ray_copy, lasting
-from launch.ray_cluster import ClusterError, RayCluster
 from launch.start import start
-from launch.sweep import Elsewhere, Sweep, run_sweep, run_trial
-from launch.sweep_runs import Trained, Wanted, assign, held, nearest_other, runs_in
-from launch.sweep_table import Result, Trial, preview_table, varied_settings
+from launch.sweeps.runs import Trained, Wanted, assign, held, nearest_other, runs_in
+from launch.sweeps.sweep import Elsewhere, Sweep, run_sweep, run_trial
+from launch.sweeps.table import Result, Trial, preview_table, varied_settings
 
 __all__ = [
     "ClusterError",

@@ -3,18 +3,15 @@
 Of a run nothing is begun: no folder, no lock, no shards, no rank, no Ray of its own.
 """
 
-import fcntl
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_pipeline import Corpus, DataSettings
 from launch.folders import demand_folder
 from launch.plan import Plan
+from launch.run_lock import demand_free
 from moetrain.checkpoint import Manifest
 from moetrain.checkpoint.remote import demand_mounted, newest_manifest_there
-from moetrain.checks import ConfigError
 from moetrain.settings import Resolved
 from moetrain.train import (
     Prepared,
@@ -60,8 +57,7 @@ class Rehearsal:
                 f"would be built first, in {self.config.data.dir}, of about "
                 f"{self.found.num_bytes / 1e6:,.1f} MB of text"
             )
-        run = self.config.run
-        yield f"run: {Path(run.dir, run.name or '')}, {self._beginning()}"
+        yield f"run: {self.config.run_dir}, {self._beginning()}"
 
     @property
     def state(self) -> str:
@@ -99,7 +95,7 @@ def dry_run(config: Resolved, plan: Plan, *, data: DataSettings) -> int:
 def rehearsal_of(config: Resolved, *, data: DataSettings) -> Rehearsal:
     """Returns what a run would be; raises ConfigError or DataError where it could not start."""
     run_dir = config.run_dir
-    _demand_free(run_dir)
+    demand_free(run_dir)
     demand_folder(run_dir)
     demand_mounted(config.checkpoint)
     newest, is_elsewhere = newest_manifest(run_dir), False
@@ -110,26 +106,3 @@ def rehearsal_of(config: Resolved, *, data: DataSettings) -> Rehearsal:
     if newest:
         demand_done_alike(config, newest)
     return Rehearsal(config=config, newest=newest, is_elsewhere=is_elsewhere, found=found)
-
-
-def _demand_free(run_dir: Path) -> None:
-    """Raises ConfigError where another command on this machine trains a run."""
-    try:
-        lock = os.open(run_dir / "lock", os.O_RDONLY)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise in_use(run_dir, holder=os.read(lock, 20).decode() or "unknown") from None
-    finally:
-        os.close(lock)
-
-
-def in_use(run_dir: Path, *, holder: str) -> ConfigError:
-    """Returns what is said of a run that another process is training."""
-    return ConfigError(
-        "run.name",
-        run_dir.name,
-        f"process {holder} is training this run: stop it first, or use another run.name",
-    )

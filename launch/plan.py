@@ -46,7 +46,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
             )
         return Plan(mode="inline", num_workers=1)
     if address := cluster_address(settings):
-        from launch.ray_cluster import RayCluster
+        from launch.on_ray.cluster import RayCluster
 
         # Also with a number given: a cluster that mustn't be used is refused before anything is
         # written, and before shards are built for it.
@@ -103,7 +103,7 @@ def cluster_address(settings: LaunchSettings) -> str | None:
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address == "auto":
-        from launch.ray_access import running_cluster
+        from launch.on_ray.access import running_cluster
 
         return running_cluster()
     return None if address == "local" else address

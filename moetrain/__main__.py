@@ -8,8 +8,9 @@ from data_pipeline import DataError
 from launch import ClusterError, choose_plan, dry_run, start
 from moetrain.checkpoint import CheckpointError, with_way_out
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, FAILED, config_dir, run_command
+from moetrain.command import config_dir, run_command
 from moetrain.config import check, refit, resolve
+from moetrain.exit_codes import BAD_CONFIGURATION, FAILED
 from moetrain.redaction import redacted_text
 from moetrain.report import render_report
 from moetrain.settings import Config

@@ -36,12 +36,11 @@ from data_pipeline.commands.shell import escape_output
 from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.config import validated
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.redaction import redacted_text
 from moetrain.sweep_plugins import USABLE, Batches, SweepEnded, SweepPlugins, demand_usable
 
 Tree = TypeVar("Tree")
-
-DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.checks import one_of
-from moetrain.command import DONE, FAILED, run_command
+from moetrain.command import run_command
+from moetrain.exit_codes import DONE, FAILED
 from moetrain.kernels import expert_swiglu, group_copies, unavailable_because
 
 STRICT = ConfigDict(extra="forbid")

@@ -46,8 +46,9 @@ from launch import (
 from moetrain.checkpoint import CheckpointError
 from moetrain.checkpoint.remote import newest_manifest_there
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, STOPPED, Combination
+from moetrain.command import Combination
 from moetrain.config import check, resolve
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.settings import CheckpointSettings, Config, Resolved
 from moetrain.sweep_plugins import SweepEnded
 from moetrain.train import as_plain

@@ -32,10 +32,10 @@ from data_pipeline.commands.composition import PLUGINS
 from data_pipeline.commands.shell import unquoted
 from launch import Elsewhere, Result, Trial, run_trial
 from moetrain.checks import ConfigError
+from moetrain.exit_codes import FAILED
 
 _SAMPLERS = ("TPE", "Random", "CmaEs", "NSGAII", "MOTPE", "Grid")
 _SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
-FAILED = 1
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 

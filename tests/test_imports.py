@@ -80,9 +80,9 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         # where no Ray runs.
         (
             "ray",
-            {"launch/ray_cluster.py", "launch/ray_access.py", "launch/submit/ray_jobs.py"},
+            {"launch/on_ray/cluster.py", "launch/on_ray/access.py", "launch/submit/ray_jobs.py"},
         ),
-        ("grpc", {"launch/ray_access.py"}),
+        ("grpc", {"launch/on_ray/access.py"}),
         # Ours are written and read in one place; another reads Hugging Face's.
         (
             "safetensors",

@@ -23,8 +23,8 @@ from data_pipeline import DataError
 from data_pipeline.settings import CacheSettings
 from data_pipeline.shards.index import read_index
 from data_pipeline.storage import open_files
-from launch.ray_access import real_address
-from launch.start import TRIAL_VARIABLE, _closing_lines
+from launch.closing import TRIAL_VARIABLE, closing_lines
+from launch.on_ray.access import real_address
 from launch.submit.__main__ import waiting_command
 from moetrain.checkpoint import write_checkpoint
 from moetrain.checkpoint.chosen import _no_run
@@ -71,7 +71,7 @@ def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     shards = open_files(str(folder), cache=CacheSettings())
     messages = {
         ("data_pipeline/shards/missing_shards.py", "data_pipeline.build"): said(read_index, shards),
-        ("launch/ray_access.py", "launch.submit"): said(real_address, "http://a:1", named="x"),
+        ("launch/on_ray/access.py", "launch.submit"): said(real_address, "http://a:1", named="x"),
         ("launch/submit/__main__.py", "launch.submit"): waiting_command("raysubmit_1", "http://a:1"),
         ("moetrain/checkpoint/chosen.py", "moetrain.import_hf"): _no_run(folder / ODD),
         ("moetrain/huggingface/run_folder.py", "moetrain"): training_command(folder / ODD),
@@ -178,7 +178,7 @@ def test_what_a_run_ends_with_goes_onto_the_command_just_given(
     (run_dir / "metrics.jsonl").touch()
     shards = cast(Any, Namespace(baselines={}))
     outcome = Outcome(finished=True, step=config.train.num_steps, last={})
-    *_, line = _closing_lines(config, outcome, shards, run_dir)
+    *_, line = closing_lines(config, outcome, shards, run_dir)
     opened, train_on, sweep = (part.strip() for part in line.removeprefix("next").split(";"))
     assert shlex.split(opened) == ["open", f"runs/{name}/report.html"]
     for text, count in ((train_on.removeprefix("train on with "), 1), (sweep[len("or try ") :], 2)):
@@ -189,7 +189,7 @@ def test_what_a_run_ends_with_goes_onto_the_command_just_given(
             check(combination.settings)
             resolve(combination.settings, num_workers=1, now=datetime.now())
     stopped = Outcome(finished=False, step=1, last={})
-    *_, line = _closing_lines(config, stopped, shards, run_dir)
+    *_, line = closing_lines(config, stopped, shards, run_dir)
     word = re.fullmatch(r"next +the same command with (.*) goes on from here", line)
     assert word
     code, (one,), message = front(*given, *shlex.split(word[1]))
@@ -203,11 +203,11 @@ def test_a_rank_is_not_told_to_start_a_sweep(
     (tmp_path / "metrics.jsonl").touch()
     outcome = Outcome(finished=True, step=8, last={})
     shards = cast(Any, Namespace(baselines={}))
-    *_, line = _closing_lines(config, outcome, shards, tmp_path)
+    *_, line = closing_lines(config, outcome, shards, tmp_path)
     assert "or try -m" in line
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    *_, line = _closing_lines(config, outcome, shards, tmp_path)
+    *_, line = closing_lines(config, outcome, shards, tmp_path)
     assert "-m" not in line
 
 
@@ -220,7 +220,7 @@ def test_what_can_t_be_swept_or_is_a_trial_is_not_told_to_be(
     def last(finished: bool = True, **changes: Any) -> str:
         config: Config = tiny_config(tmp_path, shards=tmp_path, **changes)
         outcome = Outcome(finished=finished, step=6, last={})
-        return list(_closing_lines(config, outcome, shards, tmp_path))[-1]
+        return list(closing_lines(config, outcome, shards, tmp_path))[-1]
 
     for group in ("schedule", "optim"):
         line = last(**{f"{group}__restart_from": 4})

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import GrammarParseError
 from omegaconf.grammar_parser import parse
 
+from data_pipeline.commands.hydra_private import get_args_parser
 from data_pipeline.commands.settings_files import groups_in_defaults
 from data_pipeline.commands.settings_tree import (
     bare,

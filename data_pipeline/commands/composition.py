@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline.commands.hydra_private import BASIC_LAUNCHER, BASIC_SWEEPER, ConfigLoaderImpl
+
 PLUGINS: Mapping[str, tuple[str, ...]] = {
-    "hydra.launcher._target_": ("hydra._internal.core_plugins.basic_launcher.BasicLauncher",),
-    "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.launcher._target_": (BASIC_LAUNCHER,),
+    "hydra.sweeper._target_": (BASIC_SWEEPER,),
 }
 _LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")

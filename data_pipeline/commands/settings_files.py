@@ -14,8 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args, get_origin
 
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.default_element import ResultDefault
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
@@ -24,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline.commands.hydra_private import ConfigLoaderImpl, SourcesRegistry
 from data_pipeline.commands.settings_tree import (
     bare,
     did_you_mean,

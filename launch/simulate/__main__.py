@@ -17,7 +17,8 @@ from launch.simulate.expected import (
     shares,
 )
 from launch.simulate.settings import SimulateSettings, check
-from moetrain.command import DONE, FAILED, run_command
+from moetrain.command import run_command
+from moetrain.exit_codes import DONE, FAILED
 
 STANDARD_ERRORS = 4  # a correct row is further off once in 16,000
 

@@ -16,12 +16,13 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.commands.shell import as_typed, shell_command
 from data_pipeline.settings import PathText
 from launch import cluster_address
-from launch.ray_access import START_WITH_TOKEN, real_address
+from launch.on_ray.access import START_WITH_TOKEN, real_address
 from launch.submit.job import Gone, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
-from moetrain.command import FAILED, Combination, config_dir, run_command
+from moetrain.command import Combination, config_dir, run_command
 from moetrain.config import check
+from moetrain.exit_codes import FAILED
 from moetrain.redaction import REDACTED, redacted_arguments
 from moetrain.settings import Config
 

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from data_pipeline.commands.stops import INSISTENT, leave_terminal, stop_signals
 from launch.submit.ray_jobs import JobRefused, JobState, JobsUnavailable, RayJobs
+from moetrain.exit_codes import FAILED
 
-FAILED = 1
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 1.0
 LOG_END_SECONDS = 10.0

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from launch.ray_access import is_loopback, send_tokens
+from launch.on_ray.access import is_loopback, send_tokens
+from launch.on_ray.private import MOST_WORKING_DIR_BYTES
 
 REQUEST_TIMEOUT_SECONDS = (10.0, 120.0)  # to connect, and between two parts of an answer
 
@@ -147,10 +147,10 @@ class _Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
         size = len(kwargs.get("data") or b"")
-        if size > DASHBOARD_CLIENT_MAX_SIZE:
+        if size > MOST_WORKING_DIR_BYTES:
             raise JobRefused(
                 f"the folder to be copied has {size / 2**20:,.0f} MiB, and Ray's job server takes "
-                f"{DASHBOARD_CLIENT_MAX_SIZE / 2**20:,.0f} MiB: move large files out of it, or "
+                f"{MOST_WORKING_DIR_BYTES / 2**20:,.0f} MiB: move large files out of it, or "
                 "name them in its .gitignore or .rayignore"
             )
         return super()._do_request(method, endpoint, timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)

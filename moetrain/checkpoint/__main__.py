@@ -19,7 +19,8 @@ from moetrain.checkpoint.manifest import (
     step_of,
     verify_all,
 )
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.command import run_command
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_pipeline import DataError
 from moetrain.checkpoint import CheckpointError
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
 from moetrain.huggingface.names import ConversionError
 from moetrain.redaction import redacted_text
 

@@ -11,7 +11,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import PathText
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, run_command
+from moetrain.command import run_command
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
 from moetrain.report.page import render_report
 from moetrain.report.run_record import is_run_dir
 

@@ -63,8 +63,16 @@ class Trainer:
     """Compares the ranks; None where there is but one."""
     tally: Tally
     """What this attempt's time goes to."""
-    close: Callable[[int], None]
-    """Ends what must be ended, told the exit code."""
+
+    def close(self, exit_code: int) -> None:
+        """Ends what must be ended, with the exit code of the run."""
+        self.checkpoints.close(
+            timeout_seconds=collective_timeout(self.config.launch.hang_timeout_seconds)
+        )
+        self.prefetcher.close()
+        self.batches.close()
+        for sink in self.sinks:
+            sink.close(exit_code)
 
 
 def build_trainer(
@@ -81,9 +89,7 @@ def build_trainer(
         timeout_seconds=patience,
         activity=control.activity,
     )
-
     shards = open_folder(config.data)
-
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
     tally = Tally(run_dir if leads else None)
@@ -91,10 +97,6 @@ def build_trainer(
     def say(text: str) -> None:
         if leads:
             control.publish("say", text)
-
-    def tell_of_wandb(text: str) -> None:
-        event(EventKind.wandb, step=state.step, reason=text)
-        say(text)
 
     uploader = _uploader(config, place, control, event=event) if leads else None
     checkpoints = CheckpointStore(
@@ -109,53 +111,10 @@ def build_trainer(
         in_use=set if uploader is None else uploader.busy,
         alive=control.still_there,
     )
-
-    def unread(manifest: Manifest, name: str) -> bool:
-        return name.startswith("optimizer.") and begins_optimizer(config, manifest)
-
-    def loading(manifest: Manifest) -> dict[str, Tensor]:
-        saved = (name for name in manifest.tensors if not unread(manifest, name))
-        if any(name.startswith("optimizer.") for name in saved):
-            allocate_state(optimizer)
-        return checkpoint_tensors(model, optimizer)
-
-    going_on_from: list[Manifest] = []
-
-    def same_model(manifest: Manifest) -> None:
-        demand_same_model(config, manifest)
-        going_on_from[:] = [manifest]
-
-    restored = checkpoints.load_newest(loading, same_model=same_model, unread=unread)
-    state = TrainState.restored(restored or {}, sources=shards.sources)
-    state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
+    state, resumed_from = _restored(config, checkpoints, model, optimizer, shards)
     batches = global_batches(config, shards, position=state.position)
-    if restored:
-        state.changes = history(restored, read_events(run_dir / "events.jsonl"))
-        event(EventKind.resume, step=state.step, attempt=place.attempt)
-        say(f"goes on from step {state.step}")
-        if changed := told_changes(config, going_on_from[0]):
-            told = in_one_line(config, going_on_from[0], changed)
-            values = {c.name: [c.before, c.now] for c in changed}
-            state.changes.append({"step": state.step, "changes": values})
-            event(EventKind.settings_changed, step=state.step, reason=told, changes=values)
-            say(told)
-        if change := order_change(state, batches):
-            event(EventKind.data_order, step=state.step, reason=change)
-            say(change)
-
-    sinks: list[Sink] = []
-    if leads:
-        metrics = MetricsFile(run_dir / "metrics.jsonl")
-        metrics.rewind(state.step)
-        wandb = WandbSink(
-            config.observe.wandb,
-            run_name=config.run.name,
-            run_dir=run_dir,
-            config=as_plain(config) | preview_of(config).counts(),
-            resume_step=state.step if restored else None,
-            tell=tell_of_wandb,
-        )
-        sinks = [metrics, wandb, DisplaySink(control)]
+    if resumed_from:
+        _tell_of_resume(config, place, state, resumed_from, batches, event=event, say=say)
     prefetcher = Prefetcher(
         batches,
         first_sample=state.samples,
@@ -164,38 +123,6 @@ def build_trainer(
         num_workers=config.data.num_workers,
         prefetch_batches=config.data.prefetch_batches,
     )
-
-    held_out = {
-        source: ValidationBatches(
-            shards,
-            source=source,
-            seq_len=config.train.seq_len,
-            batch_size=config.train.micro_batch_size * place.world_size,
-            max_sequences=config.train.validation_sequences,
-            seed=config.seed,
-            on_corrupt=config.data.on_corrupt,
-        )
-        for source in shards.sources
-    }
-
-    stragglers = None
-    if place.world_size > 1:
-        stragglers = Stragglers(
-            model,
-            device=device,
-            step=state.step,
-            activity=control.activity,
-            event=event,
-            say=say,
-        )
-
-    def close_all(exit_code: int) -> None:
-        checkpoints.close(timeout_seconds=patience)
-        prefetcher.close()
-        batches.close()
-        for sink in sinks:
-            sink.close(exit_code)
-
     return Trainer(
         config=config,
         place=place,
@@ -207,16 +134,125 @@ def build_trainer(
         shards=shards,
         batches=batches,
         prefetcher=prefetcher,
-        held_out=held_out,
+        held_out=_held_out(config, shards, num_ranks=place.world_size),
         checkpoints=checkpoints,
         uploader=uploader,
         state=state,
-        sinks=sinks,
+        sinks=_sinks(config, control, state, resumes=resumed_from is not None, event=event)
+        if leads
+        else [],
         event=event,
-        stragglers=stragglers,
+        stragglers=None
+        if place.world_size == 1
+        else Stragglers(
+            model,
+            device=device,
+            step=state.step,
+            activity=control.activity,
+            event=event,
+            say=say,
+        ),
         tally=tally,
-        close=close_all,
     )
+
+
+def _restored(
+    config: Resolved,
+    checkpoints: CheckpointStore,
+    model: Transformer,
+    optimizer: Optimizer,
+    shards: ShardFolder,
+) -> tuple[TrainState, Manifest | None]:
+    """Loads the newest good checkpoint, if any; returns the state, and the manifest of that."""
+
+    def unread(manifest: Manifest, name: str) -> bool:
+        return name.startswith("optimizer.") and begins_optimizer(config, manifest)
+
+    def loading(manifest: Manifest) -> dict[str, Tensor]:
+        saved = (name for name in manifest.tensors if not unread(manifest, name))
+        if any(name.startswith("optimizer.") for name in saved):
+            allocate_state(optimizer)
+        return checkpoint_tensors(model, optimizer)
+
+    chosen: list[Manifest] = []
+
+    def same_model(manifest: Manifest) -> None:
+        demand_same_model(config, manifest)
+        chosen[:] = [manifest]
+
+    restored = checkpoints.load_newest(loading, same_model=same_model, unread=unread)
+    state = TrainState.restored(restored or {}, sources=shards.sources)
+    state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
+    return state, chosen[0] if restored else None
+
+
+def _tell_of_resume(
+    config: Resolved,
+    place: Place,
+    state: TrainState,
+    resumed_from: Manifest,
+    batches: GlobalBatches,
+    *,
+    event: Callable[..., None],
+    say: Callable[[str], None],
+) -> None:
+    """Tells where a run resumes, and what has changed since; changed settings are kept as state."""
+    state.changes = history(resumed_from.state, read_events(config.run_dir / "events.jsonl"))
+    event(EventKind.resume, step=state.step, attempt=place.attempt)
+    say(f"goes on from step {state.step}")
+    if changed := told_changes(config, resumed_from):
+        told = in_one_line(config, resumed_from, changed)
+        values = {c.name: [c.before, c.now] for c in changed}
+        state.changes.append({"step": state.step, "changes": values})
+        event(EventKind.settings_changed, step=state.step, reason=told, changes=values)
+        say(told)
+    if change := order_change(state, batches):
+        event(EventKind.data_order, step=state.step, reason=change)
+        say(change)
+
+
+def _sinks(
+    config: Resolved,
+    control: Control,
+    state: TrainState,
+    *,
+    resumes: bool,
+    event: Callable[..., None],
+) -> list[Sink]:
+    """Returns where metric records go, the file first: what it can't take nobody shall see."""
+
+    def tell(text: str) -> None:
+        event(EventKind.wandb, step=state.step, reason=text)
+        control.publish("say", text)
+
+    metrics = MetricsFile(config.run_dir / "metrics.jsonl")
+    metrics.rewind(state.step)
+    wandb = WandbSink(
+        config.observe.wandb,
+        run_name=config.run.name,
+        run_dir=config.run_dir,
+        config=as_plain(config) | preview_of(config).counts(),
+        resume_step=state.step if resumes else None,
+        tell=tell,
+    )
+    return [metrics, wandb, DisplaySink(control)]
+
+
+def _held_out(
+    config: Resolved, shards: ShardFolder, *, num_ranks: int
+) -> dict[str, ValidationBatches]:
+    return {
+        source: ValidationBatches(
+            shards,
+            source=source,
+            seq_len=config.train.seq_len,
+            batch_size=config.train.micro_batch_size * num_ranks,
+            max_sequences=config.train.validation_sequences,
+            seed=config.seed,
+            on_corrupt=config.data.on_corrupt,
+        )
+        for source in shards.sources
+    }
 
 
 def build_model(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.checkpoint.remote import Uploader
+from moetrain.exit_codes import DONE, STOPPED
 from moetrain.parallel import join_ranks
 from moetrain.settings import Resolved
 from moetrain.train.build import build_trainer
@@ -46,7 +47,7 @@ def run_rank(config: Resolved, place: Place, control: Control) -> Outcome:
         if trainer.uploader is not None:
             trainer.uploader.close(LAST_UPLOAD_SECONDS)
         raise
-    trainer.close(0 if outcome.finished else 75)
+    trainer.close(DONE if outcome.finished else STOPPED)
     dist.barrier()
     if trainer.uploader is not None:
         finish_upload(trainer.uploader, control, step=outcome.step)

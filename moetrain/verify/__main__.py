@@ -19,8 +19,9 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline import DataError
 from moetrain.checks import ConfigError
-from moetrain.command import BAD_CONFIGURATION, DONE, FAILED, config_dir, run_command
+from moetrain.command import config_dir, run_command
 from moetrain.config import check
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
 from moetrain.settings import Config, OptimSettings
 from moetrain.verify.batches import global_batches
 from moetrain.verify.layouts import REFERENCE, Layout, layouts_for

@@ -39,7 +39,7 @@ def environment_at_torch(module: str, **environ: str) -> list[str]:
     [
         "moetrain.__main__",
         "moetrain.train.rank",  # of whatever launcher
-        "launch.ray_cluster",  # what a Ray worker loads for a rank
+        "launch.on_ray.cluster",  # what a Ray worker loads for a rank
         "launch.submit.__main__",
         "webdataset_after_data_pipeline",
         "benchmarks.train_step",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_pipeline import BuildSettings, ShardFolder, build_shards
-from launch.start import _open_run
+from launch.run_folder import open_run
 from moetrain.checkpoint import Manifest, read_manifest
 from moetrain.config import validated
 from moetrain.huggingface.model_card import write_model_card
@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data__weights={"code": 0.25, "prose": 0.75},
     )
     (folder / "runs/tiny").mkdir(parents=True)
-    _open_run(config, prepare(config, config.data, progress=False))
+    open_run(config, prepare(config, config.data, progress=False))
     assert run_ranks(train_as_rank, 1, config, None, 1)[0].finished
     return folder
 

@@ -1,7 +1,7 @@
 """What a run may suffer before it is given up."""
 
-from launch.budget import NODE_FAILURES, NODE_MEMORY_SECONDS, Budget
 from launch.failure import Failure
+from launch.supervision.budget import NODE_FAILURES, NODE_MEMORY_SECONDS, Budget
 from moetrain.settings import LaunchSettings
 
 

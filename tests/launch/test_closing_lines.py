@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.start import effective_line
+from launch.closing import effective_line
 from moetrain.observe import Account
 from moetrain.observe.ledger import KINDS
 from moetrain.train import training_on

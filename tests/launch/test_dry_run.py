@@ -12,7 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from launch.submit.__main__ import passed_on
-from launch.sweep_table import Trial, result_of, write_table
+from launch.sweeps.table import Trial, result_of, write_table
 from moetrain.__main__ import train
 from moetrain.command import config_dir, run_command
 from moetrain.config import check, validated

@@ -82,7 +82,7 @@ from pathlib import Path
 import ray
 from launch.environment import for_ranks
 from launch.placement import Share
-from launch.ray_cluster import RayCluster
+from launch.on_ray.cluster import RayCluster
 
 environment = for_ranks(os.environ, cluster_env={"FI_PROVIDER": "efa"}, pass_env=["MY_FLAG"])
 cluster = RayCluster.connect(sys.argv[1] or None, num_workers=2, environment=environment)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.hang import culprits, innermost, waits
-from launch.node_agent import NodeAgent
+from launch.on_ray.node_agent import NodeAgent
+from launch.supervision.hang import culprits, innermost, waits
 from moetrain.parallel import Doing
 
 HERE = Doing(phase="forward", step=3)
@@ -99,5 +99,5 @@ def test_torch_is_not_needed_to_look_at_a_node() -> None:
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
         "sys.exit('torch' in sys.modules or 'launch' in sys.modules)"
     )
-    source = Path(__file__).parents[2] / "launch/node_agent.py"
+    source = Path(__file__).parents[2] / "launch/on_ray/node_agent.py"
     assert subprocess.run([sys.executable, "-c", code, str(source)], check=False).returncode == 0

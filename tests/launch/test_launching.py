@@ -297,7 +297,7 @@ def test_a_rank_lost_while_stopping_is_no_failure_of_the_run(
 def test_a_stop_that_comes_twice_within_a_second_is_one_stop() -> None:
     script = """
 import os, signal, time
-from launch.start import StopRequest
+from launch.signals import StopRequest
 stop = StopRequest()
 with stop.on_signals():
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -318,10 +318,10 @@ def test_a_warning_stops_once_and_a_request_after_it_is_the_first() -> None:
     """SIGTERM comes after SIGUSR1 where the time is up before the run has saved."""
     script = """
 import importlib, os, signal
-start = importlib.import_module("launch.start")
-start.SAME_STOP_SECONDS = 0.0
+signals = importlib.import_module("launch.signals")
+signals.SAME_STOP_SECONDS = 0.0
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
-stop = start.StopRequest()
+stop = signals.StopRequest()
 with stop.on_signals():
     os.kill(os.getpid(), signal.SIGHUP)
     print("asked" if stop() else "not asked", flush=True)
@@ -520,7 +520,7 @@ def actor_of(driver: int) -> int | None:
     """Returns a process of a rank of the driver's own Ray, as soon as there is one."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            is_rank = b"ray::_RankActor" in (entry / "cmdline").read_bytes()
+            is_rank = b"ray::RankActor" in (entry / "cmdline").read_bytes()
             if is_rank and descends_from(int(entry.name), driver):
                 return int(entry.name)
     return None

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import launch.node_agent
-from launch.node_agent import NodeAgent, aws_warning, gcp_warning
+import launch.on_ray.node_agent
+from launch.on_ray.node_agent import NodeAgent, aws_warning, gcp_warning
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -66,7 +66,7 @@ def test_a_spot_instance_is_warned(server: type[Metadata]) -> None:
 def test_an_agent_passes_the_warning_on(
     server: type[Metadata], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.node_agent, "WARNING_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(launch.on_ray.node_agent, "WARNING_LOOK_SECONDS", 0.05)
     agent = NodeAgent("aws")
     time.sleep(0.3)
     assert agent.ping() is None
@@ -80,7 +80,7 @@ def test_an_agent_passes_the_warning_on(
 def test_where_there_is_no_metadata_service_there_is_no_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch.node_agent, "WARNING_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(launch.on_ray.node_agent, "WARNING_LOOK_SECONDS", 0.01)
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
     agent = NodeAgent("gcp")
     time.sleep(0.2)

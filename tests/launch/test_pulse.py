@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import ray
 
-from launch import pulse
+from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node
-from launch.pulse import MUTE, NodeWatch, Pulse
-from launch.ray_cluster import RayCluster, Worker
+from launch.supervision import pulse
+from launch.supervision.pulse import MUTE, NodeWatch, Pulse
 from moetrain.train import Control
 
 HANG_SECONDS = 4.0

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.ray_access import demand_access
-from launch.ray_cluster import RayCluster
+from launch.on_ray.access import demand_access
+from launch.on_ray.cluster import RayCluster
 from moetrain.checks import ConfigError
 from tests.launch.test_launching import RAY, reached, started, wait_for
 from tests.support.processes import environment_of, family_of, listening, title_of
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 ASK = """
 import json, os, sys, time
-from launch.ray_access import demand_access
+from launch.on_ray.access import demand_access
 from moetrain.checks import ConfigError
 clean, said = dict(os.environ), []
 for environ, address, insist in json.loads(sys.argv[1]):
@@ -157,7 +157,7 @@ def test_a_cluster_with_a_token_is_used_with_that_token_alone(tmp_path: Path) ->
             assert taken == [f"at {where}"] * 2
         # And Ray itself then gets through, though nothing in the environment told it to.
         connect = (
-            "from launch.ray_cluster import RayCluster; import sys\n"
+            "from launch.on_ray.cluster import RayCluster; import sys\n"
             "print(RayCluster.connect(sys.argv[1]).fitting_workers())"
         )
         environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import ray
 
-from launch import attempt, supervisor
-from launch.attempt import Attempt, Moved
 from launch.failure import Failure
+from launch.on_ray.cluster import ClusterError, RayCluster, Worker
 from launch.placement import Node, Share
-from launch.pulse import NodeWatch
-from launch.ray_cluster import ClusterError, RayCluster, Worker
-from launch.supervisor import Supervisor
+from launch.supervision import attempt, supervisor
+from launch.supervision.attempt import Attempt, Moved
+from launch.supervision.pulse import NodeWatch
+from launch.supervision.supervisor import Supervisor
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import Config, LaunchSettings, ModelSettings, RunSettings, TrainSettings
 from moetrain.train import Control, Outcome

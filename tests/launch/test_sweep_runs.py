@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from data_pipeline import ShardFolder
-from launch.sweep import run_sweep
-from launch.sweep_runs import differences, trained
-from launch.sweep_table import Trial
+from launch.sweeps.runs import differences, trained
+from launch.sweeps.sweep import run_sweep
+from launch.sweeps.table import Trial
 from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint import write_checkpoint
 from moetrain.checks import ConfigError

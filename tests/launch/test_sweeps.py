@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch.sweep_table import Result, Trial, varied_settings, write_table
+from launch.sweeps.table import Result, Trial, varied_settings, write_table
 from tests.launch.test_launching import TINY, kinds, reached, wait_for
 from tests.support.ray_head import RayHead, ray_head
 from tests.support.runs import events_of, metrics_of, write_shards

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.failure import Failure
-from launch.hang import culprits
-from launch.pulse import MUTE, NodeWatch, Pulse
-from launch.ray_cluster import Worker, answer, answered
+from launch.on_ray.answers import answer, answered
+from launch.on_ray.cluster import Worker
+from launch.supervision.hang import culprits
+from launch.supervision.pulse import MUTE, NodeWatch, Pulse
 from moetrain.kinds import FailureKind
 from moetrain.observe import ProgressDisplay
 from moetrain.train import Outcome

@@ -1,33 +1,17 @@
 """Ray, and only what the supervisor needs of it: nodes, reserved places, ranks, their answers."""
 
-import ctypes
-import faulthandler
-import fcntl
-import gc
 import logging
 import os
-import signal
-import socket
-import struct
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.kinds import FailureKind
-from moetrain.settings import Resolved
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # ranks are the main job, not a background one
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave a CPU rank's CUDA alone
-
 import ray
-import ray._private.ray_constants as ray_constants
 from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
@@ -35,35 +19,25 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-import launch.node_agent
+import launch.on_ray.node_agent
 from launch.environment import Environment, reduced
-from launch.failure import Failure, classify
-from launch.node_agent import NodeAgent
+from launch.failure import Failure
+from launch.on_ray.access import demand_access, only_this_user
+from launch.on_ray.answers import WorkersLost, answer, answered, ask
+from launch.on_ray.node_agent import NodeAgent
+from launch.on_ray.private import SETUP_HOOK, draining_nodes, free_resources, own_signals
+from launch.on_ray.rank_actor import RankActor
 from launch.placement import Node, Share
-from launch.ray_access import demand_access, only_this_user
 from moetrain.checks import ConfigError, demand_no_secrets
 from moetrain.own_packages import are_shadowed
-from moetrain.redaction import RedactingFormatter, redacted_text
-from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
+from moetrain.redaction import redacted_text
 
 RESERVE_TIMEOUT_SECONDS = 10.0
 UNREADY_SECONDS = 60.0
 LOOK_SECONDS = 2.0
-START_TIMEOUT_SECONDS = 120.0
 CLEAR_SECONDS = 5.0
-LEASE_LOOKS = 4  # a lease
-_SETUP = ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-SUDDENLY = "died unexpectedly before finishing this task"  # Ray's word for a process that is gone
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
-
-
-class WorkersLost(Exception):
-    """Ranks that ended, or didn't answer, before they began to train."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.reason)
-        self.failure = failure
 
 
 class ClusterError(Exception):
@@ -132,10 +106,10 @@ class RayCluster:
         }
         environment = environment or Environment(shown={}, secret={})
         if are_shadowed():  # Ray has its workers look into this folder first
-            shown = {_SETUP: "moetrain.own_packages.find_own_packages", **environment.shown}
+            shown = {SETUP_HOOK: "moetrain.own_packages.find_own_packages", **environment.shown}
             environment = replace(environment, shown=shown)
         local = address in (None, "", "local")
-        with ExitStack() as closing, _own_signals():
+        with ExitStack() as closing, own_signals():
             try:
                 if not local:
                     assert address is not None
@@ -205,12 +179,11 @@ class RayCluster:
         From the first time on a thread does that again and again.
         Ranks would end themselves if their supervisor waited for a head node that doesn't answer.
         """
-        client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
         draining = self._view.draining  # Ray forgets it of those that are gone
         with suppress(Exception):  # not public, and not worth a run
-            draining = draining | set(client.get_draining_nodes())
+            draining = draining | draining_nodes()
         held = {node: share.num_ranks for node, (_, share) in list(self._reserved.items())}
-        free = ray._private.state.available_resources_per_node()
+        free = free_resources()
         self._view = _View(nodes=ray.nodes(), free=free, held=held, draining=draining)
         self._tell_wanted()
         if self._over is None:
@@ -298,7 +271,7 @@ class RayCluster:
                 if known is not None:
                     started.append((known.actor, share.node))
                     continue
-                actor = _RankActor.options(  # type: ignore[attr-defined]
+                actor = RankActor.options(  # type: ignore[attr-defined]
                     num_cpus=1,
                     num_gpus=1 if on_gpu else 0,
                     max_concurrency=4,  # training, and questions to it at the same time
@@ -317,7 +290,7 @@ class RayCluster:
             for rank, (actor, node) in enumerate(started)
         ]
         try:
-            pids = _ask(asked, [node.address for _, node in started], interrupted)
+            pids = ask(asked, [node.address for _, node in started], interrupted)
         except WorkersLost:
             for actor, _ in started:
                 ray.kill(actor)
@@ -330,7 +303,7 @@ class RayCluster:
     def rendezvous(self, workers: list[Worker], interrupted: Callable[[], Failure | None]) -> str:
         """Returns a fresh address on the first rank's node at which the ranks can meet."""
         first = workers[0]
-        (port,) = _ask([first.actor.free_port.remote()], [first.node.address], interrupted)
+        (port,) = ask([first.actor.free_port.remote()], [first.node.address], interrupted)
         return f"tcp://{first.node.address}:{port}"
 
     def start_agent(self, node: Node, *, warnings: str) -> Any:
@@ -364,209 +337,10 @@ class RayCluster:
         self._closing.close()
 
 
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keeps this process's own handlers of signals while Ray is started.
-
-    Ray first sets one for SIGTERM that ends the process at once, and then one below Python's, which
-    aborts it three seconds after it was called, by an alarm. What Ray starts meanwhile keeps the
-    mask of signals: a closed terminal and Slurm signal all processes of a run, and it ends with
-    its driver, which saves first.
-    """
-    utils: Any = ray._private.utils
-    rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        utils.set_sigterm_handler = rays
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        signal.alarm(0)
-
-
 def _rank_resources(on_gpu: bool) -> dict[str, float]:
     return {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
 
 
-def _ask(
-    references: Sequence[Any], nodes: Sequence[str], interrupted: Callable[[], Failure | None]
-) -> list[Any]:
-    """Returns the answers of starting ranks; `nodes` are their addresses."""
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    where = dict(zip(references, nodes, strict=True))
-    answers: dict[Any, Any] = {}
-    while len(answers) < len(where):
-        left = [reference for reference in references if reference not in answers]
-        for reference in answered(left, timeout=0.2, wait_for_all=True):
-            what = answers[reference] = answer(reference)
-            if isinstance(what, Failure):
-                reason = f"a rank was lost while it started: {what.reason}"
-                raise WorkersLost(replace(what, reason=reason, node=where[reference]))
-        if failure := interrupted():
-            raise WorkersLost(failure)
-        if len(answers) < len(where) and time.monotonic() > deadline:
-            late = sorted({where[r] for r in references if r not in answers})
-            seconds = f"{START_TIMEOUT_SECONDS:.0f} s"
-            reason = f"no process of a rank within {seconds} on {', '.join(late)}"
-            raise WorkersLost(Failure(kind=FailureKind.died, reason=reason, node=late[0]))
-    return [answers[reference] for reference in references]
-
-
-def answered(references: list[Any], *, timeout: float, wait_for_all: bool = False) -> list[Any]:
-    """Returns those of the references that have an answer or an error.
-
-    Waits for the first of them, or for all, but no longer than `timeout` seconds.
-    """
-    if not references:
-        return []
-    ray.wait(references, num_returns=len(references) if wait_for_all else 1, timeout=timeout)
-    return list(ray.wait(references, num_returns=len(references), timeout=0)[0])
-
-
-def answer(reference: Any) -> Any:
-    """Returns an answer; a Failure where the rank's process is gone."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayActorError as error:
-        preempted = bool(getattr(error, "preempted", False))
-        if SUDDENLY in str(error) and not preempted:
-            reason = "its process ended suddenly: it was killed, or it crashed"
-            return Failure(kind=FailureKind.died, reason=reason)
-        if "ModuleNotFoundError" in str(error):
-            reason = str(error).strip().splitlines()[-1]
-            return Failure(
-                kind=FailureKind.error, reason=f"a node has another Python than this: {reason}"
-            )
-        return Failure(
-            kind=FailureKind.preempted if preempted else FailureKind.died, reason=_first_line(error)
-        )
-    except ray.exceptions.OutOfMemoryError as error:
-        return Failure(kind=FailureKind.memory, reason=_first_line(error))
-    except ray.exceptions.RuntimeEnvSetupError as error:
-        return Failure(kind=FailureKind.error, reason=_first_line(error))
-    except ray.exceptions.RayTaskError as error:  # an exception of ours, on the other side
-        return classify(error.cause if isinstance(error.cause, Exception) else error)
-    except ray.exceptions.RayError as error:
-        return Failure(kind=FailureKind.died, reason=_first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
-
-
-@ray.remote(max_restarts=0, max_task_retries=0)
-class _RankActor:
-    """The process of one rank. Training runs in one of its threads; others answer questions."""
-
-    def __init__(self) -> None:
-        self._control = Control()
-
-    def prepare(self, log: str, *, address: str, is_alone: bool, environ: dict[str, str]) -> int:
-        """Makes the process ready for an attempt; returns its pid."""
-        os.environ.update(environ)
-        self._control = Control()
-        _log_to(log)
-        _allow_stacks()
-        # By itself gloo takes what the host's name resolves to, which is often the loopback.
-        if not is_alone and (interface := _interface_of(address)):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        return os.getpid()
-
-    def free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port: int = probe.getsockname()[1]
-            return port
-
-    def run(self, config: Resolved, place: Place) -> Outcome | Failure:
-        over = threading.Event()
-        lease = threading.Thread(
-            target=_end_without_lease,
-            args=(self._control, config.launch.lease_seconds, over),
-            name="lease",
-            daemon=True,
-        )
-        lease.start()
-        try:
-            return run_rank(config, place, self._control)
-        except BaseException as error:
-            print(redacted_text(traceback.format_exc()), file=sys.stderr, flush=True)
-            return classify(error)
-        finally:
-            over.set()
-
-    def clear(self) -> bool:
-        """Makes the process fit for another attempt, after `run` returned."""
-        leave_ranks()
-        gc.collect()
-        return True
-
-    def collect(self) -> dict[str, Any]:
-        return self._control.collect()
-
-    def stop(self) -> None:
-        self._control.request_stop()
-
-    def move(self, wanted: bool) -> None:
-        self._control.request_move(wanted)
-
-    def stacks(self) -> str:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return "\n".join(
-            f"thread {names.get(ident)}:\n{''.join(traceback.format_stack(frame))}"
-            for ident, frame in sys._current_frames().items()
-        )
-
-
 # Sent to the nodes by its source, so that an agent needn't import what this package imports.
-ray.cloudpickle.register_pickle_by_value(launch.node_agent)
+ray.cloudpickle.register_pickle_by_value(launch.on_ray.node_agent)
 _Agent: Any = ray.remote(NodeAgent)
-
-
-def _log_to(path: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    os.close(log)
-    faulthandler.enable(file=sys.stderr)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-
-
-def _end_without_lease(control: Control, seconds: float, over: threading.Event) -> None:
-    """Ends this process once nobody has asked it for so long: it is cut off, and others train."""
-    while not over.wait(seconds / LEASE_LOOKS):
-        if (unasked := control.unasked_seconds()) > seconds:
-            print(
-                f"no word from the supervisor for {unasked:.0f} s (launch.lease_seconds="
-                f"{seconds:.0f}): this rank ends itself",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(1)
-
-
-def _allow_stacks() -> None:
-    """Lets other processes of this user read this one's stacks, which Yama may forbid."""
-    pr_set_ptracer, anybody = 0x59616D61, -1
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(pr_set_ptracer, ctypes.c_ulong(anybody), 0, 0, 0)
-
-
-def _interface_of(address: str) -> str | None:
-    """Returns the network interface that has an IPv4 address on this machine."""
-    siocgifaddr = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address
-                request = struct.pack("256s", name.encode()[:15])
-                found = fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24]
-                if socket.inet_ntoa(found) == address:
-                    return name
-    return None

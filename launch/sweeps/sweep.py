@@ -20,21 +20,13 @@ from types import FrameType
 from typing import IO, Protocol
 
 from data_pipeline.commands.stops import INSISTENT, leave_terminal, stop_signals
-from launch.start import TRIAL_VARIABLE
-from launch.sweep_table import (
-    BAD_SETTINGS,
-    FAILED,
-    Result,
-    Trial,
-    other_settings,
-    result_of,
-    write_table,
-)
+from launch.closing import TRIAL_VARIABLE
+from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
 from moetrain.checkpoint.remote import good_save
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.kinds import EventKind
 from moetrain.observe import LIFE, read_events
 
-DONE, STOPPED = 0, 75
 POLL_SECONDS = 0.2
 THREADS = "run.threads_per_rank="
 _OF_A_TRIAL = {"PYTHONUNBUFFERED": "1", TRIAL_VARIABLE: "1"}  # added to the environment
@@ -106,7 +98,7 @@ class Sweep:
                     waiting.remove(trial)
                     if other := other_settings(trial):  # somebody began it since
                         self._say(f"{self._title(trial)} is another run by now ({other})")
-                        codes[trial.number] = BAD_SETTINGS
+                        codes[trial.number] = BAD_CONFIGURATION
                         continue
                     self._start(trial)
                     continue

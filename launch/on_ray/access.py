@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import ray._private.ray_constants as ray_constants
-from ray._private.services import (
+
+from launch.on_ray.private import (
+    AuthenticationTokenLoader,
+    Config,
     canonicalize_bootstrap_address,
     find_bootstrap_address,
     get_ray_address_from_environment,
+    on_loopback,
 )
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
 from moetrain.checks import ConfigError
 
 ANSWER_TIMEOUT_SECONDS = 10.0
@@ -111,10 +112,10 @@ def only_this_user() -> Iterator[None]:
     """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     before = {name: os.environ.pop(name, None) for name in names}
-    clusters = ray_constants.ENABLE_RAY_CLUSTER
-    # What Ray does on macOS and Windows: the node's address is 127.0.0.1, and it listens there.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    with tempfile.TemporaryDirectory(prefix="moetrain-", ignore_cleanup_errors=True) as folder:
+    with (
+        on_loopback(),
+        tempfile.TemporaryDirectory(prefix="moetrain-", ignore_cleanup_errors=True) as folder,
+    ):
         path = Path(folder, "auth_token")
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
@@ -123,7 +124,6 @@ def only_this_user() -> Iterator[None]:
         try:
             yield
         finally:
-            ray_constants.ENABLE_RAY_CLUSTER = clusters
             os.environ.pop("RAY_AUTH_MODE", None)
             os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
             os.environ |= {name: value for name, value in before.items() if value is not None}

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.failure import Failure
-from launch.node_agent import STACK_SECONDS, NodeAgent
+from launch.on_ray.answers import answer, answered
+from launch.on_ray.cluster import RayCluster, Worker
+from launch.on_ray.node_agent import STACK_SECONDS, NodeAgent
 from launch.placement import Node
-from launch.ray_cluster import RayCluster, Worker, answer, answered
 from moetrain.parallel import COMPUTING_PHASES, STEP_PHASES, Doing
 
 MUTE = "does not answer"

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from launch.attempt import Attempt, Moved
-from launch.budget import NODES_OWN, Budget
 from launch.failure import Failure
+from launch.on_ray.answers import WorkersLost
+from launch.on_ray.cluster import ClusterError, RayCluster, Worker
 from launch.placement import Node, Share, choose_nodes
-from launch.pulse import NodeWatch
-from launch.ray_cluster import ClusterError, RayCluster, Worker, WorkersLost
+from launch.supervision.attempt import Attempt, Moved
+from launch.supervision.budget import NODES_OWN, Budget
+from launch.supervision.pulse import NodeWatch
 from moetrain.checkpoint import is_passing
 from moetrain.checkpoint.remote import take_over
 from moetrain.kinds import EventKind, FailureKind

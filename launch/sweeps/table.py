@@ -8,18 +8,18 @@ from statistics import median
 
 from data_pipeline.commands.shell import unquoted
 from launch.dry_run import Rehearsal
-from launch.sweep_runs import Wanted, differences, listed, trained
+from launch.sweeps.runs import Wanted, differences, listed, trained
+from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.observe import by_source, final_loss, model_event, read_events, read_metrics
 from moetrain.train import short
 
 _NOTHING = "–"
-FAILED, BAD_SETTINGS = 1, 2
 _ENDS = {
     None: "not begun",
-    0: "done",
+    DONE: "done",
     FAILED: "failed",
-    BAD_SETTINGS: "bad settings",
-    75: "stopped",
+    BAD_CONFIGURATION: "bad settings",
+    STOPPED: "stopped",
 }
 
 
@@ -106,7 +106,7 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
     """Returns what a trial's run folder says of it; nothing where it is not this trial's."""
     if other := other_settings(trial):
         return Result(trial=trial, exit_code=exit_code or FAILED, other_settings=other)
-    if exit_code == BAD_SETTINGS:  # it was refused, and what is there is of before
+    if exit_code == BAD_CONFIGURATION:  # it was refused, and what is there is of before
         return Result(trial=trial, exit_code=exit_code)
     path = trial.run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []

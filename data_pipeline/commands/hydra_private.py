@@ -1,0 +1,16 @@
+"""Parts of Hydra that it doesn't promise to keep: used here alone, and watched by a test."""
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra._internal.utils import get_args_parser
+
+__all__ = [
+    "BASIC_LAUNCHER",
+    "BASIC_SWEEPER",
+    "ConfigLoaderImpl",
+    "SourcesRegistry",
+    "get_args_parser",
+]
+
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"

@@ -1,0 +1,156 @@
+"""Ranks that torchrun, srun or mpirun has started: this process is one of them."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline import DataSettings
+from launch.external import ExternalRank, meeting_point
+from launch.failure import classify
+from launch.run_folder import (
+    close_run,
+    complete_save,
+    logging_to,
+    open_run,
+    prepared_run,
+    taken_over,
+    tell_complete,
+)
+from launch.run_lock import held
+from launch.signals import StopRequest, stops_at_once
+from moetrain.exit_codes import DONE, FAILED, STOPPED
+from moetrain.parallel import join_ranks
+from moetrain.redaction import redacted_text
+from moetrain.settings import Resolved
+from moetrain.train import Control, Place, rank_device, run_rank
+
+
+def run_external(
+    config: Resolved,
+    external: ExternalRank,
+    *,
+    data: DataSettings,
+    report: Callable[[Path], object],
+) -> NoReturn:
+    """Trains as one of the ranks that torchrun or srun has started, and ends the process."""
+    rank, leads = external.rank, external.rank == 0
+    # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
+    # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
+    prepared = None
+    if leads:
+        with stops_at_once():
+            prepared = prepared_run(config, data)
+    kept = ExitStack()  # until this process ends
+    if leads:
+        kept.enter_context(held(config.run_dir))
+    try:
+        device_index = _meet(config, external)
+    except (RuntimeError, OSError) as error:
+        print(f"moetrain: {_no_meeting(external, error)}", file=sys.stderr)
+        _leave(FAILED)
+    agreed: list[object] = [None, None]
+    if prepared and (good := complete_save(config)):
+        tell_complete(config, prepared, good, report=report)
+    elif prepared:
+        for line in prepared.lines():
+            print(line, file=sys.stderr)
+        open_run(config, prepared)
+        agreed = [config.run.name, taken_over(config)]
+    dist.broadcast_object_list(agreed)
+    if agreed[0] is None:  # the run has all its steps
+        dist.barrier()
+        _leave(DONE)
+    name, attempt = str(agreed[0]), int(str(agreed[1]))
+    config = replace(config, run=replace(config.run, name=name))
+    kept.enter_context(logging_to(Path(config.run.dir, name), rank=rank))
+    control = Control()
+    stop = StopRequest(told=control.request_stop)
+    place = Place(
+        rank=rank,
+        world_size=external.world_size,
+        device_index=device_index,
+        local_world_size=external.local_world_size,
+        rendezvous="env://",
+        attempt=attempt,
+    )
+    code = FAILED
+    try:
+        with stop.on_signals(), _saying(control):
+            outcome = run_rank(config, place, control)
+        code = DONE if outcome.finished else STOPPED
+        if prepared:
+            code = close_run(config, outcome, prepared.shards, report)
+        dist.barrier()  # their launcher ends all of them once one has left with another code than 0
+    except Exception as error:
+        print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
+    _leave(code)
+
+
+@contextmanager
+def _saying(control: Control) -> Iterator[None]:
+    """Prints what a rank has to say while it trains; its records are in the run's folder."""
+    ended = threading.Event()
+
+    def relay() -> None:
+        over = False
+        while not over:
+            over = ended.wait(0.2)
+            for kind, content in control.collect()["published"]:
+                if kind == "say":
+                    print(content, file=sys.stderr, flush=True)
+
+    watcher = threading.Thread(target=relay, name="display", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _meet(config: Resolved, external: ExternalRank) -> int:
+    """Joins the ranks of another launcher; returns the index of this one's device."""
+    for name, value in config.cluster.env.items():
+        os.environ.setdefault(name, value)  # gloo looks for its interface as it joins
+    os.environ |= meeting_point(external, os.environ, arguments=sys.argv[1:])
+    # Slurm may show a task its own GPU only.
+    shown = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    index = 0 if shown == 1 else external.local_rank
+    join_ranks(
+        rank=external.rank,
+        world_size=external.world_size,
+        rendezvous="env://",
+        device=rank_device(config.run.device, index=index),
+        timeout_seconds=config.launch.hang_timeout_seconds,
+    )
+    return index
+
+
+def _no_meeting(external: ExternalRank, error: Exception) -> str:
+    """Returns why the ranks of another launcher didn't meet, and what to change."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    reason = " ".join(str(error).split("\nException raised", 1)[0].split())
+    how = (
+        "that port is taken: choose another MASTER_PORT (torchrun: --standalone)"
+        if "address already in use" in reason.lower() or "EADDRINUSE" in reason
+        else "see whether the first rank began, and whether MASTER_ADDR and MASTER_PORT reach it"
+    )
+    return (
+        f"MASTER_ADDR={host} MASTER_PORT={port}: rank {external.rank} of {external.world_size} "
+        f"({external.launcher.name}) can't meet the others there: {how} ({redacted_text(reason)})"
+    )
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a rank's process: tearing a process group down now and then aborts after success."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

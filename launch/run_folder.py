@@ -1,0 +1,180 @@
+"""What the driver does with a run's folder, before its first rank and after its last."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from data_pipeline import DataSettings, ShardFolder
+from launch.closing import closing_lines
+from launch.folders import demand_folder
+from launch.run_lock import held
+from moetrain.checkpoint import Manifest, Save, replace_text
+from moetrain.checkpoint.remote import (
+    demand_mounted,
+    fetch_newer,
+    good_save,
+    is_newer_there,
+    take_over,
+    upload_missing,
+)
+from moetrain.checks import ConfigError
+from moetrain.exit_codes import DONE, STOPPED
+from moetrain.kinds import EventKind
+from moetrain.observe import LIFE, EventLog, read_events, read_sign
+from moetrain.redaction import RedactingFormatter, redacted_arguments
+from moetrain.settings import Resolved
+from moetrain.train import (
+    Outcome,
+    Prepared,
+    as_plain,
+    demand_done_alike,
+    demand_same_model,
+    newest_manifest,
+    prepare,
+)
+
+
+def prepared_run(config: Resolved, data: DataSettings) -> Prepared:
+    """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
+    demand_folder(config.run_dir)
+    demand_mounted(config.checkpoint)
+    _fetch(config)
+    prepared = prepare(config, data, progress=True)
+    if newest := newest_manifest(config.run_dir):
+        demand_done_alike(config, newest)
+    return prepared
+
+
+def _fetch(config: Resolved) -> None:
+    """Brings a newer checkpoint than the run's folder has from where it is uploaded to, if any."""
+    if config.checkpoint.upload_to is None:
+        return
+    run_dir, name = config.run_dir, config.run.name
+    directory = run_dir / "checkpoints"
+    good = good_save(directory)
+    if not is_newer_there(config.checkpoint, run=name, good=good):
+        return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            "checkpoint.resume",
+            "never",
+            f"run {name} has checkpoints in {config.checkpoint.upload_to}: use another run.name, "
+            "or auto to go on from them",
+        )
+
+    def demand(manifest: Manifest) -> None:
+        demand_same_model(config, manifest)
+        demand_done_alike(config, manifest)
+
+    with held(run_dir):
+        fetch_newer(
+            config.checkpoint,
+            run=name,
+            directory=directory,
+            good=good,
+            demand=demand,
+            event=EventLog(run_dir / "events.jsonl").write,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+
+
+def taken_over(config: Resolved) -> int:
+    directory = config.run_dir / "checkpoints"
+    return take_over(config.checkpoint, run=config.run.name, directory=directory)
+
+
+def complete_save(config: Resolved) -> Save | None:
+    """Returns a run's good checkpoint of its last step; None where it has none, or isn't there."""
+    run_dir = config.run_dir
+    newest = newest_manifest(run_dir)
+    if newest is None or newest.step < config.train.num_steps:
+        return None  # without reading a checkpoint for it
+    good = good_save(run_dir / "checkpoints")
+    return good if good is not None and good.step >= config.train.num_steps else None
+
+
+def tell_complete(
+    config: Resolved, prepared: Prepared, good: Save, *, report: Callable[[Path], object]
+) -> int:
+    """Says that a run has all its steps, and leaves its record alone unless it has no end yet."""
+    run_dir = config.run_dir
+    print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
+    outcome = Outcome(finished=True, step=good.step, last={})
+    run_name, directory = config.run.name, run_dir / "checkpoints"
+    if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
+        print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
+    ends = [e["event"] for e in read_events(run_dir / "events.jsonl") if e.get("event") in LIFE]
+    if ends[-1:] != [EventKind.finish]:  # killed between its last checkpoint and its end
+        _tell_start(config, prepared)
+        return close_run(config, outcome, prepared.shards, report)
+    for line in closing_lines(config, outcome, prepared.shards, run_dir):
+        print(line)
+    return DONE
+
+
+def open_run(config: Resolved, prepared: Prepared) -> Path:
+    """Writes what a run will be into its folder; returns the folder."""
+    run_dir = config.run_dir
+    text = yaml.safe_dump(as_plain(config), sort_keys=False)
+    replace_text(run_dir / "config.yaml", text)
+    _tell_start(config, prepared)
+    return run_dir
+
+
+def _tell_start(config: Resolved, prepared: Prepared) -> None:
+    run_dir = config.run_dir
+    event = EventLog(run_dir / "events.jsonl").write
+    event(
+        EventKind.start,
+        command=" ".join(redacted_arguments(sys.argv)),
+        workers=config.launch.num_workers,
+        pid=os.getpid(),
+        last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
+    )
+    event(EventKind.model, **prepared.preview.counts())
+    shards = prepared.shards
+    for source, baselines in shards.baselines.items():
+        plan = prepared.plan.get(source)
+        event(
+            EventKind.data,
+            source=source,
+            path=shards.location,
+            baselines=vars(baselines),
+            **(vars(plan) if plan else {"weights": {}}),
+        )
+
+
+def close_run(
+    config: Resolved, outcome: Outcome, shards: ShardFolder, report: Callable[[Path], object]
+) -> int:
+    """Writes how the run ended, prints the closing lines and returns the exit code."""
+    run_dir = config.run_dir
+    event = EventLog(run_dir / "events.jsonl").write
+    event(EventKind.finish if outcome.finished else EventKind.stop, step=outcome.step)
+    try:
+        report(run_dir)
+    except Exception as error:  # a page that can't be drawn is no reason to fail a run
+        print(f"moetrain: no report: {error}", file=sys.stderr)
+    for line in closing_lines(config, outcome, shards, run_dir):
+        print(line)
+    return DONE if outcome.finished else STOPPED
+
+
+@contextmanager
+def logging_to(run_dir: Path, *, rank: int) -> Iterator[None]:
+    """Sends this process's log records to the rank's own file while the context lasts."""
+    handler = logging.FileHandler(
+        run_dir / "logs" / f"rank_{rank:03d}.log", errors="backslashreplace"
+    )
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,0 +1,1 @@
+"""Seeing a run through failures: attempts, heartbeats, budgets, nodes."""

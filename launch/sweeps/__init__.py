@@ -1,0 +1,1 @@
+"""Many runs by one command: trials, the runs they are, their table."""
