@@ -116,9 +116,7 @@ def _measure_as_rank(job: tuple[Config, str, int], _: Any) -> dict[str, Any]:
     """Returns, as one of the ranks, the seconds of each round of each way to save and to load."""
     config, folder, rounds = job
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, optimizer, _gradients = build_model(
-        config, world_size=ranks, device=CPU, timeout_seconds=600
-    )
+    model, optimizer, *_ = build_model(config, device=CPU, timeout_seconds=600)
     allocate_state(optimizer)
     tensors = checkpoint_tensors(model, optimizer)
     size = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -27,7 +27,7 @@ from data_pipeline.threads import WAITING
 from moetrain.parallel import join_ranks
 from moetrain.train import Control, Place, keep_freed_memory
 from moetrain.train.build import build_trainer
-from moetrain.train.step import MicroBatch
+from moetrain.train.micro_batch import MicroBatch
 
 SETTINGS = ("GOMP_SPINCOUNT=300000", "GOMP_SPINCOUNT=10000", "GOMP_SPINCOUNT=1000",
             "GOMP_SPINCOUNT=0", "OMP_WAIT_POLICY=passive")  # fmt: skip

@@ -31,7 +31,8 @@ from moetrain.parallel import join_ranks
 from moetrain.settings import Config, ModelSettings
 from moetrain.train import Control, Place, keep_freed_memory
 from moetrain.train.build import Trainer, build_trainer
-from moetrain.train.step import MicroBatch, train_step
+from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.step import train_step
 
 TOKENIZERS = {257: "bytes", 32000: "mixtral-v1"}  # by size of the vocabulary
 EXPERTS = ("eager", "grouped_mm")
@@ -158,6 +159,7 @@ def our_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> Callable[
             model=trainer.model,
             optimizer=trainer.optimizer,
             gradients=trainer.gradients,
+            meshes=trainer.meshes,
             learning_rate=trainer.config.optim.lr,
         )
         return report.cross_entropy

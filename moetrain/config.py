@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from moetrain.checkpoint.remote import check_url
 from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.optim import decay_steps
-from moetrain.parallel import divisors, resolve_topology
+from moetrain.parallel import degree_choices, divisors, resolve_topology
 from moetrain.settings import (
     Config,
     ModelSettings,
@@ -269,21 +268,22 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
         ranks_per_node=config.cluster.gpus_per_node,
     )
     train = config.train
-    if train.global_batch_size % num_workers:
-        lower = max(1, train.global_batch_size // num_workers) * num_workers
+    parts = topology.num_batch_ranks
+    if train.global_batch_size % parts:
+        lower = max(1, train.global_batch_size // parts) * parts
         raise ConfigError(
             "train.global_batch_size",
             train.global_batch_size,
-            f"does not divide by the {num_workers} workers: use {lower} or {lower + num_workers}",
+            f"does not divide by the {parts} workers: use {lower} or {lower + parts}",
         )
-    share = train.global_batch_size // num_workers
+    share = train.global_batch_size // parts
     micro = train.micro_batch_size or _fitting_micro_batch(share, seq_len=train.seq_len)
     if share % micro:
         raise ConfigError(
             "train.micro_batch_size",
             micro,
             f"does not divide a worker's {share} sequences (train.global_batch_size="
-            f"{train.global_batch_size} over {num_workers} workers): use one of "
+            f"{train.global_batch_size} over {parts} workers): use one of "
             f"{divisors(share)}",
         )
     return Resolved(
@@ -329,8 +329,13 @@ def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
         shard = num_workers // replicate
         return shard < before.data_shard_degree, abs(shard - before.data_shard_degree)
 
-    replicas = sorted(divisors(num_workers), key=memory)
-    for replicate, expert in product(replicas, range(before.expert_degree, 0, -1)):
+    def order(degrees: tuple[int, int]) -> tuple[bool, int, int, int]:
+        replicate, expert = degrees
+        return *memory(replicate), replicate, -expert
+
+    for replicate, expert in sorted(degree_choices(num_workers), key=order):
+        if expert > before.expert_degree:
+            continue
         degrees = {
             "expert_degree": expert,
             "data_shard_degree": None,

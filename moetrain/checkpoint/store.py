@@ -175,8 +175,8 @@ class CheckpointStore:
         *,
         same_model: Callable[[Manifest], None],
         unread: Callable[[Manifest, str], bool] = lambda manifest, name: False,
-    ) -> dict[str, Any] | None:
-        """Loads the newest good checkpoint into the tensors, in place; returns its state.
+    ) -> Manifest | None:
+        """Loads the newest good checkpoint into the tensors, in place; returns its manifest.
 
         None where the run has none. A checkpoint that doesn't verify is passed over with an
         event that says why. Raises CheckpointError where one verifies but belongs to another
@@ -227,7 +227,7 @@ class CheckpointStore:
             self._agree(failure, f"{folder} can't be read")
             if self._leads:
                 self._good(folder, manifest)
-            return manifest.state
+            return manifest
         if rejected:
             raise CheckpointError(
                 f"no checkpoint in {self._directory} is good: {'; '.join(rejected)}. Start anew "

@@ -1,6 +1,7 @@
 """The decoder's single-device math: it knows no ranks and imports no torch.distributed."""
 
 from moetrain.model.attention import Attention
+from moetrain.model.choice import Choice, Choose
 from moetrain.model.cost import (
     active_parameters,
     head_activations,
@@ -10,6 +11,7 @@ from moetrain.model.cost import (
 )
 from moetrain.model.documents import Documents
 from moetrain.model.init import initial_values, random_stream
+from moetrain.model.key_value_exchange import Attend, KeyValueExchange, LocalKeyValues
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.router import Routing, RoutingStatistics
@@ -17,10 +19,15 @@ from moetrain.model.token_exchange import Compute, LocalExchange, TokenExchange
 from moetrain.model.transformer import LossSums, Transformer
 
 __all__ = [
+    "Attend",
     "Attention",
+    "Choice",
+    "Choose",
     "Compute",
     "Documents",
+    "KeyValueExchange",
     "LocalExchange",
+    "LocalKeyValues",
     "LossSums",
     "MoELayer",
     "Routing",

@@ -1,16 +1,20 @@
 """Causal grouped-query attention with rotary positions, over torch's fused kernel."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moetrain.model.documents import Documents, attend_documents
+from moetrain.model.key_value_exchange import KeyValueExchange, LocalKeyValues
 from moetrain.model.rotary import rotate
 from moetrain.settings.model import ModelSettings
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) without biases.
+    """Grouped-query attention (arXiv 2305.13245) without biases; `exchange` decides where the
+    rest of a sequence is.
 
     With `qk_norm` queries and keys are normalised before they are cut into heads, as OLMoE's are
     (arXiv 2409.02060, section 4.2.5).
@@ -31,6 +35,7 @@ class Attention(nn.Module):
             nn.RMSNorm(dim, eps=settings.norm_eps) if settings.qk_norm else nn.Identity()
             for dim in (query_dim, kv_dim)
         )
+        self.exchange: KeyValueExchange = LocalKeyValues()
 
     def forward(
         self,
@@ -44,15 +49,25 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x)).view(heads).transpose(1, 2), *rotary)
         k = rotate(self.k_norm(self.k_proj(x)).view(heads).transpose(1, 2), *rotary)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # [batch, kv_heads, seq, head_dim]
-        grouped = self.num_kv_heads != self.num_heads
-        if grouped and x.device.type == "cpu":
-            # With enable_gqa the CPU falls back to the unfused kernel and its full score matrix.
-            repeats = self.num_heads // self.num_kv_heads
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-            grouped = False
-        if documents is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:
-            y = attend_documents(q, k, v, documents)
+        y = self.exchange.run(q, k, v, attend=partial(attend, documents=documents))
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
         return out
+
+
+def attend(
+    q: Float[Tensor, "batch heads seq head_dim"],
+    k: Float[Tensor, "batch kv_heads seq head_dim"],
+    v: Float[Tensor, "batch kv_heads seq head_dim"],
+    *,
+    documents: Documents | None,
+) -> Float[Tensor, "batch heads seq head_dim"]:
+    """Returns causal attention, inside documents if they are given."""
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and q.device.type == "cpu":
+        # With enable_gqa the CPU falls back to the unfused kernel and its full score matrix.
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        grouped = False
+    if documents is not None:
+        return attend_documents(q, k, v, documents)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

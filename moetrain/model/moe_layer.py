@@ -5,6 +5,7 @@ from functools import partial
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moetrain.model.choice import Choice
 from moetrain.model.experts import Experts, FeedForward
 from moetrain.model.router import Router, RoutingStatistics
 from moetrain.model.token_exchange import LocalExchange, TokenExchange
@@ -29,13 +30,17 @@ class MoELayer(nn.Module):
         self.exchange: TokenExchange = LocalExchange(num_experts=settings.num_experts)
 
     def forward(
-        self, x: Float[Tensor, "tokens dim"], valid: Bool[Tensor, "*sequences seq"]
+        self,
+        x: Float[Tensor, "tokens dim"],
+        valid: Bool[Tensor, "*sequences seq"],
+        choice: Choice | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], RoutingStatistics]:
         """Returns the layer's output, and what its balance losses are made of.
 
         `valid` has a sequence's tokens in its last dimension; flattened it is one for each of x.
+        `choice` is the router's, and travels with the batch.
         """
-        routing = self.router(x, valid)
+        routing = self.router(x, valid, choice)
         y = self.experts(
             x,
             routing.experts,

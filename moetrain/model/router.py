@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from moetrain.model.choice import Choice
 from moetrain.model.losses import load_balance_loss
 from moetrain.settings.model import ModelSettings
 
@@ -79,46 +80,49 @@ class Router(nn.Module):
         self.top_k = settings.top_k
         self.num_experts = settings.num_experts
         self.settings = settings.router
-        self.select: Callable[[Tensor], Tensor] = self._top_k
-        """Scores to chosen experts; replaced where a choice is replayed instead of made again."""
-        self.noise_seeds: Sequence[int] | None = None
-        """One for each sequence of the batch at hand: what jitter is drawn from; None: no jitter.
-        Set before a forward pass and left alone until its backward one, which may recompute."""
         self.weight = nn.Parameter(torch.empty(settings.num_experts, settings.dim))
         self.register_buffer("bias", torch.zeros(settings.num_experts, dtype=torch.float32))
 
     def forward(
-        self, x: Float[Tensor, "tokens dim"], valid: Bool[Tensor, "*sequences seq"]
+        self,
+        x: Float[Tensor, "tokens dim"],
+        valid: Bool[Tensor, "*sequences seq"],
+        choice: Choice | None = None,
     ) -> Routing:
         """Routes every token; only valid ones count in the statistics.
 
         `valid` has a sequence's tokens in its last dimension; flattened it is one for each of x.
+        `choice` is what travels with the batch: without it there is no jitter.
         """
+        choice = choice or Choice(0)
         sequences = torch.atleast_2d(valid)  # [sequences, seq]
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(self._jittered(x.float(), sequences), self.weight.float())
+            logits = F.linear(
+                self._jittered(x.float(), sequences, choice.noise_seeds), self.weight.float()
+            )
             if self.settings.score_function == "softmax":
                 scores = probabilities = logits.softmax(-1)  # [tokens, experts]
             else:
                 scores = logits.sigmoid()
                 probabilities = scores / (scores.sum(-1, keepdim=True) + TINY)
-            experts = self.select(self._selection_scores(logits, scores, sequences).detach())
+            by = self._selection_scores(logits, scores, sequences).detach()
+            experts = choice.experts(by, self.select)
             gates = self._gates(logits, scores, experts)
             statistics = self._statistics(logits, probabilities, experts, sequences)
             return Routing(experts, gates, statistics)
 
-    def _jittered(self, x: Tensor, sequences: Tensor) -> Tensor:
+    def _jittered(self, x: Tensor, sequences: Tensor, seeds: Sequence[int] | None) -> Tensor:
         """Multiplies the input of a training pass by noise: Switch's, for the router alone.
 
         A sequence's noise is a function of its seed, so that neither the layout nor a resumed
         run nor recomputation changes it.
         """
         noise = self.settings.jitter_noise
-        if not noise or self.noise_seeds is None:
+        if not noise or seeds is None:
             return x
-        assert len(self.noise_seeds) == len(sequences), "one seed for each sequence"
+        assert len(seeds) == len(sequences), "one seed for each sequence"
         factors = torch.empty(*sequences.shape, x.shape[-1], device=x.device)
-        for part, seed in zip(factors, self.noise_seeds, strict=True):
+        for part, seed in zip(factors, seeds, strict=True):
             generator = torch.Generator(device=x.device).manual_seed(seed)
             part.uniform_(1 - noise, 1 + noise, generator=generator)
         return x * factors.flatten(0, 1)
@@ -134,7 +138,8 @@ class Router(nn.Module):
             return torch.where(self.bias.any(), scores + self.bias, logits)
         return scores + self.bias
 
-    def _top_k(self, scores: Float[Tensor, "tokens experts"]) -> Int64[Tensor, "tokens top_k"]:
+    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int64[Tensor, "tokens top_k"]:
+        """Returns the experts that tokens choose by their selection scores."""
         if self.settings.num_groups > 1 and not self.settings.force_balance:
             scores = self._in_best_groups(scores)
         return torch.topk(scores, self.top_k, dim=-1).indices

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from moetrain.model.attention import Attention
+from moetrain.model.choice import Choice, Choose
 from moetrain.model.documents import Documents
 from moetrain.model.experts import FeedForward
 from moetrain.model.init import random_stream
@@ -46,13 +47,14 @@ class Block(nn.Module):
         rotary: tuple[Float[Tensor, "*rows seq head_dim"], Float[Tensor, "*rows seq head_dim"]],
         valid: Bool[Tensor, "batch seq"],
         documents: Documents | None = None,
+        choice: Choice | None = None,
     ) -> tuple[Float[Tensor, "batch seq dim"], RoutingStatistics | None]:
         """Returns the block's output, and its routing statistics if it has a router."""
         x = x + self.attention(self.attention_norm(x), rotary, documents)
         y = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(y), None
-        y, statistics = self.feed_forward(y.flatten(0, 1), valid)
+        y, statistics = self.feed_forward(y.flatten(0, 1), valid, choice)
         return x + y.view_as(x), statistics
 
 
@@ -77,18 +79,15 @@ class Transformer(nn.Module):
         valid: Bool[Tensor, "batch seq"] | None = None,
         noise_seeds: Sequence[int] | None = None,
         documents: Documents | None = None,
+        choose: Choose | None = None,
     ) -> LossSums | Float[Tensor, "batch seq vocab"]:
         """Returns the loss sums over the valid targets, or without targets the logits.
 
         Tokens that are not valid count in no loss and no routing statistic. `noise_seeds`, one for
         each sequence, are what the routers' jitter is drawn from; without them there is none. With
-        `documents`, attention stops and positions begin anew at each.
+        `documents`, attention stops and positions begin anew at each. `choose` chooses the experts
+        in the routers' place.
         """
-        if self.settings.router.jitter_noise:
-            for number, moe in enumerate(self.moe_layers()):
-                moe.router.noise_seeds = noise_seeds and [
-                    random_stream(seed, "jitter", number) for seed in noise_seeds
-                ]
         if valid is None:
             valid = torch.ones_like(tokens, dtype=torch.bool)
         rotary = rotary_table(
@@ -102,8 +101,9 @@ class Transformer(nn.Module):
             rotary = cos, sin  # [batch, 1, seq, head_dim]
         x = self.embedding(tokens)
         statistics = []
-        for layer in self.layers:
-            x, routed = layer(x, rotary, valid, documents)
+        for number, layer in enumerate(self.layers):
+            choice = self._choice(number, noise_seeds, choose)
+            x, routed = layer(x, rotary, valid, documents, choice)
             if routed is not None:
                 statistics.append(routed)
         x = self.norm(x)
@@ -118,6 +118,14 @@ class Transformer(nn.Module):
             chunk_size=self.settings.loss_chunk_size,
         )
         return LossSums(cross_entropy, self._stack(statistics, x.device))
+
+    def _choice(
+        self, layer: int, noise_seeds: Sequence[int] | None, choose: Choose | None
+    ) -> Choice:
+        seeds, moe_layer = None, layer - self.settings.num_dense_layers
+        if noise_seeds is not None and self.settings.router.jitter_noise and moe_layer >= 0:
+            seeds = [random_stream(seed, "jitter", moe_layer) for seed in noise_seeds]
+        return Choice(layer, noise_seeds=seeds, choose=choose)
 
     def moe_layers(self) -> list[MoELayer]:
         """Returns the MoE layers, first to last."""

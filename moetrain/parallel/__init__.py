@@ -6,21 +6,31 @@ from moetrain.parallel.gradients import Gradients
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize, reshard
 from moetrain.parallel.recompute import plain_name
-from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks, sum_over_ranks
-from moetrain.parallel.topology import Topology, divisors, resolve_topology
+from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks
+from moetrain.parallel.topology import (
+    TOKEN_AXES,
+    RankShare,
+    Topology,
+    degree_choices,
+    divisors,
+    resolve_topology,
+)
 
 __all__ = [
     "BETWEEN_STEPS",
     "COMPUTING_PHASES",
     "STEP_PHASES",
+    "TOKEN_AXES",
     "Activity",
     "AllToAllExchange",
     "Doing",
     "Gradients",
     "Meshes",
+    "RankShare",
     "Topology",
     "any_rank",
     "build_meshes",
+    "degree_choices",
     "divisors",
     "gather_objects",
     "gather_over_ranks",
@@ -29,5 +39,4 @@ __all__ = [
     "plain_name",
     "reshard",
     "resolve_topology",
-    "sum_over_ranks",
 ]

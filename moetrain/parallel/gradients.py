@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.parallel.mesh import Meshes
+from moetrain.parallel.topology import WEIGHT_AXES
 
 
 class Gradients:
@@ -18,7 +19,7 @@ class Gradients:
         self, parameters: Iterable[Tensor], meshes: Meshes, *, max_norm: float | None
     ) -> None:
         self._parameters = list(parameters)
-        self._group = meshes.replica_group
+        self._group = meshes.group(WEIGHT_AXES)
         self._max_norm = max_norm
 
     def _local(self) -> list[Tensor]:

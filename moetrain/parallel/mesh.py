@@ -8,30 +8,58 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from moetrain.parallel.topology import Topology
+from moetrain.parallel.topology import DENSE_AXES, RankShare, Topology
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """One set of ranks in a dense and an expert view."""
+    """One set of ranks in a dense and an expert view, as one of them sees it."""
 
+    topology: Topology
+    rank: int
     dense: DeviceMesh
     """Axes (data_replicate, data_shard)."""
     expert: DeviceMesh
     """Axes (data_replicate, expert_shard, expert)."""
 
     @property
+    def share(self) -> RankShare:
+        """What of the work is this rank's."""
+        return self.topology.of(self.rank)
+
+    @property
     def expert_group(self) -> dist.ProcessGroup:
         """The ranks that together hold one copy of all experts, and exchange tokens."""
         return self.expert["expert"].get_group()
 
-    @property
-    def replica_group(self) -> dist.ProcessGroup:
-        """The ranks that together hold one copy of every weight."""
-        return self.dense["data_shard"].get_group()
+    def group(self, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
+        """Returns the ranks that differ from this one along some axes only; None: all ranks.
+
+        ValueError where no group of exactly these was made.
+        """
+        wide = [axis for axis in axes if getattr(self.topology, axis) > 1]
+        if wide == [axis for axis in DENSE_AXES if getattr(self.topology, axis) > 1]:
+            return None
+        made = self.dense.mesh_dim_names or ()
+        axis, *more = wide or [
+            axis for axis in axes if axis in made
+        ]  # of one rank, if none is wide
+        if more and wide:
+            raise ValueError(f"no process group was made along {', '.join(wide)}")
+        return self.dense[axis].get_group()
+
+    def sum(self, values: Tensor, *, over: tuple[str, ...]) -> Tensor:
+        """Returns the sum over the ranks along some axes, the same bits on each of them.
+
+        The input is left alone.
+        """
+        total = values.detach().clone()
+        dist.all_reduce(total, group=self.group(over))
+        return total
 
 
 def join_ranks(
@@ -106,4 +134,4 @@ def build_meshes(
     if timeout_seconds is not None:
         for group in {*dense.get_all_groups(), *expert.get_all_groups()}:
             _set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)  # not inherited
-    return Meshes(dense=dense, expert=expert)
+    return Meshes(topology=topology, rank=dist.get_rank(), dense=dense, expert=expert)

@@ -1,4 +1,4 @@
-"""Sums and lists of small numbers over all ranks."""
+"""What all ranks tell each other, whatever their part of the work."""
 
 from typing import TypeVar
 
@@ -9,16 +9,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Returns the sum over all ranks, the same bits on each of them; the input is left alone."""
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total
-
-
 def any_rank(flag: bool, *, device: torch.device) -> bool:
     """Returns on every rank whether the flag is set on any of them."""
-    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags.item())
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:

@@ -1,41 +1,117 @@
 """Which rank does what: pure arithmetic from degrees to layouts. Knows no process group.
 
-One world of ranks is seen in two views. The dense view is (data_replicate, data_shard); the
-expert view splits data_shard into (expert_shard, expert), so that experts need no ranks of
-their own (arXiv 2504.14960, "folding"). The expert axis varies fastest: the ranks that
-exchange tokens are neighbours, inside one node where they fit.
+One world of ranks is seen in two views. The dense view has the axes (pipeline, data_replicate,
+data_shard, context, tensor). The expert view folds the last three of them into (expert_shard,
+expert), so that experts need no ranks of their own (arXiv 2504.14960, "folding"). The last axis
+varies fastest: the ranks that exchange tokens are neighbours, inside one node where they fit.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moetrain.checks import ConfigError
 from moetrain.settings.parallel import ParallelSettings
 
+DENSE_AXES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
+EXPERT_AXES = ("pipeline", "data_replicate", "expert_shard", "expert")
+BATCH_AXES = ("data_replicate", "data_shard")
+"""Along these every rank reads sequences of its own."""
+TOKEN_AXES = (*BATCH_AXES, "context")
+"""Along these every rank has tokens of its own."""
+WEIGHT_AXES = ("data_shard", "context", "tensor")
+"""Along these, and through the stages of a pipeline, one copy of the weights is spread."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A valid layout of `world_size` ranks."""
+    """A valid layout of ranks, by its degrees."""
 
-    data_replicate: int
-    expert_shard: int
-    expert: int
-
-    @property
-    def data_shard(self) -> int:
-        """Ranks in one replica, each of which has a part of every weight."""
-        return self.expert_shard * self.expert
+    pipeline: int = 1
+    data_replicate: int = 1
+    data_shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
 
     @property
-    def world_size(self) -> int:
+    def expert_shard(self) -> int:
+        """Ranks over which the experts of one rank of the expert axis are sharded."""
+        return self.data_shard * self.context * self.tensor // self.expert
+
+    @property
+    def num_ranks(self) -> int:
         """All ranks."""
-        return self.data_replicate * self.data_shard
+        return math.prod(self.degrees(DENSE_AXES))
 
-    def experts_of(self, rank: int, *, num_experts: int) -> range:
-        """Returns the global ids of the experts that live on a rank."""
-        local = num_experts // self.expert
-        first = rank % self.expert * local
-        return range(first, first + local)
+    @property
+    def num_batch_ranks(self) -> int:
+        """Parts in which a global batch is read."""
+        return math.prod(self.degrees(BATCH_AXES))
+
+    def degrees(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """Returns the degrees of some axes."""
+        return tuple(getattr(self, axis) for axis in axes)
+
+    def of(self, rank: int) -> "RankShare":
+        """Returns what of the work a rank has."""
+        return RankShare(topology=self, rank=rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankShare:
+    """What of the work is one rank's: of a batch, of a sequence, of the model."""
+
+    topology: Topology
+    rank: int
+
+    def at(self, axis: str) -> int:
+        """Returns the rank's place on an axis of either view."""
+        axes = DENSE_AXES if axis in DENSE_AXES else EXPERT_AXES
+        inner = axes[axes.index(axis) + 1 :]
+        step = math.prod(self.topology.degrees(inner))
+        (degree,) = self.topology.degrees((axis,))
+        return self.rank // step % degree
+
+    @property
+    def batch_rank(self) -> int:
+        """Which part of each global batch it reads, of `topology.num_batch_ranks`."""
+        return self.at("data_replicate") * self.topology.data_shard + self.at("data_shard")
+
+    def sequences(self, global_batch_size: int) -> range:
+        """Returns the sequences of a global batch that it reads."""
+        return _part(global_batch_size, self.batch_rank, self.topology.num_batch_ranks)
+
+    def positions(self, seq_len: int) -> range:
+        """Returns the positions of a sequence that stand on it."""
+        return _part(seq_len, self.at("context"), self.topology.context)
+
+    def layers(self, num_layers: int) -> range:
+        """Returns the numbers of the layers that it computes."""
+        return _part(num_layers, self.at("pipeline"), self.topology.pipeline)
+
+    def heads(self, num_heads: int) -> range:
+        """Returns the heads of attention that it computes."""
+        return _part(num_heads, self.at("tensor"), self.topology.tensor)
+
+    def experts(self, num_experts: int) -> range:
+        """Returns the global ids of the experts that live on it, or a shard of each of them."""
+        return _part(num_experts, self.at("expert"), self.topology.expert)
+
+
+def _part(number: int, index: int, parts: int) -> range:
+    size = number // parts
+    return range(index * size, (index + 1) * size)
+
+
+def degree_choices(num_ranks: int) -> Iterator[tuple[int, int]]:
+    """Yields all (data_replicate, expert) degrees of so many ranks, the smaller ones first.
+
+    Whether a model can be laid out so is up to `resolve_topology`.
+    """
+    for replicate in divisors(num_ranks):
+        for expert in divisors(num_ranks // replicate):
+            yield replicate, expert
 
 
 def resolve_topology(
@@ -101,7 +177,7 @@ def resolve_topology(
             f"leaves {shard // expert} ranks to shard each expert over, which do not divide "
             f"model.ffn_hidden_dim={ffn_hidden_dim}: use one of {fitting}",
         )  # fmt: skip
-    return Topology(data_replicate=replicate, expert_shard=shard // expert, expert=expert)
+    return Topology(data_replicate=replicate, data_shard=shard, expert=expert)
 
 
 def divisors(number: int) -> list[int]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,18 @@ from moetrain.kinds import EventKind
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, Sink, Tally, WandbSink, read_events
 from moetrain.optim import allocate_state, build_optimizer
-from moetrain.parallel import Activity, Gradients, build_meshes, parallelize, resolve_topology
+from moetrain.parallel import (
+    Activity,
+    Gradients,
+    Meshes,
+    build_meshes,
+    parallelize,
+    resolve_topology,
+)
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain, history
 from moetrain.train.control import Control, DisplaySink, Place, collective_timeout
+from moetrain.train.objective import Objective, Pretraining
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
@@ -46,6 +55,10 @@ class Trainer:
     model: Transformer
     optimizer: Optimizer
     gradients: Gradients
+    objective: Objective
+    """What is minimised."""
+    meshes: Meshes
+    """The ranks, and what of the work is this one's."""
     shards: ShardFolder
     batches: GlobalBatches
     prefetcher: Prefetcher
@@ -82,9 +95,8 @@ def build_trainer(
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     patience = collective_timeout(config.launch.hang_timeout_seconds)
-    model, optimizer, gradients = build_model(
+    model, optimizer, gradients, meshes = build_model(
         config,
-        world_size=place.world_size,
         device=device,
         timeout_seconds=patience,
         activity=control.activity,
@@ -118,8 +130,8 @@ def build_trainer(
     prefetcher = Prefetcher(
         batches,
         first_sample=state.samples,
-        rank=place.rank,
-        num_ranks=place.world_size,
+        rank=meshes.share.batch_rank,
+        num_ranks=meshes.topology.num_batch_ranks,
         num_workers=config.data.num_workers,
         prefetch_batches=config.data.prefetch_batches,
     )
@@ -131,10 +143,12 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         gradients=gradients,
+        objective=Pretraining(),
+        meshes=meshes,
         shards=shards,
         batches=batches,
         prefetcher=prefetcher,
-        held_out=_held_out(config, shards, num_ranks=place.world_size),
+        held_out=_held_out(config, shards, num_parts=meshes.topology.num_batch_ranks),
         checkpoints=checkpoints,
         uploader=uploader,
         state=state,
@@ -143,7 +157,7 @@ def build_trainer(
         else [],
         event=event,
         stragglers=None
-        if place.world_size == 1
+        if config.num_ranks == 1
         else Stragglers(
             model,
             device=device,
@@ -174,16 +188,12 @@ def _restored(
             allocate_state(optimizer)
         return checkpoint_tensors(model, optimizer)
 
-    chosen: list[Manifest] = []
-
-    def same_model(manifest: Manifest) -> None:
-        demand_same_model(config, manifest)
-        chosen[:] = [manifest]
-
-    restored = checkpoints.load_newest(loading, same_model=same_model, unread=unread)
-    state = TrainState.restored(restored or {}, sources=shards.sources)
+    manifest = checkpoints.load_newest(
+        loading, same_model=partial(demand_same_model, config), unread=unread
+    )
+    state = TrainState.restored(manifest.state if manifest else {}, sources=shards.sources)
     state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
-    return state, chosen[0] if restored else None
+    return state, manifest
 
 
 def _tell_of_resume(
@@ -239,14 +249,14 @@ def _sinks(
 
 
 def _held_out(
-    config: Resolved, shards: ShardFolder, *, num_ranks: int
+    config: Resolved, shards: ShardFolder, *, num_parts: int
 ) -> dict[str, ValidationBatches]:
     return {
         source: ValidationBatches(
             shards,
             source=source,
             seq_len=config.train.seq_len,
-            batch_size=config.train.micro_batch_size * num_ranks,
+            batch_size=config.train.micro_batch_size * num_parts,
             max_sequences=config.train.validation_sequences,
             seed=config.seed,
             on_corrupt=config.data.on_corrupt,
@@ -258,18 +268,17 @@ def _held_out(
 def build_model(
     config: Resolved,
     *,
-    world_size: int,
     device: torch.device,
     timeout_seconds: float,
     activity: Activity | None = None,
-) -> tuple[Transformer, Optimizer, Gradients]:
-    """Returns this rank's part of the freshly initialised model, its optimizer and its gradients.
+) -> tuple[Transformer, Optimizer, Gradients, Meshes]:
+    """Returns this rank's part of the fresh model, its optimizer and gradients, and its meshes.
 
     All ranks of the world call it. Collectives give up after `timeout_seconds`.
     """
     topology = resolve_topology(
         config.parallel,
-        world_size=world_size,
+        world_size=config.num_ranks,
         num_experts=config.model.num_experts,
         ffn_hidden_dim=config.model.ffn_hidden_dim,
         ranks_per_node=config.cluster.gpus_per_node,
@@ -288,7 +297,7 @@ def build_model(
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
-    return model, optimizer, gradients
+    return model, optimizer, gradients, meshes
 
 
 def order_change(state: TrainState, batches: GlobalBatches) -> str | None:

@@ -19,8 +19,9 @@ from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
 from moetrain.train.control import Outcome
 from moetrain.train.means import RunningMeans
+from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.state import checkpoint_tensors
-from moetrain.train.step import MicroBatch, StepReport, train_step
+from moetrain.train.step import StepReport, train_step
 from moetrain.train.validation import validate
 
 FORCED_BALANCE = (
@@ -86,19 +87,20 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
     trainer.control.activity.begin("reading data")
     with stopwatch.waiting_for_data():
         batch = trainer.prefetcher.read(state.samples)
-        size = config.train.micro_batch_size or len(batch.tokens)
         micro_batches = MicroBatch.cut(
             batch,
-            size,
+            config.train.micro_batch_size,
             device=trainer.device,
             mask_documents=config.data.mask_documents,
-            noise_seeds=_noise_seeds(trainer, len(batch.tokens)),
+            noise_seeds=_noise_seeds(trainer),
         )
     report = train_step(
         micro_batches,
         model=trainer.model,
         optimizer=trainer.optimizer,
         gradients=trainer.gradients,
+        objective=trainer.objective,
+        meshes=trainer.meshes,
         learning_rate=_learning_rate(trainer),
         begin=trainer.control.activity.begin,
         data_counts=[*tokens_by_source(batch, num_sources=len(sources)), batch.num_corrupt],
@@ -147,8 +149,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
         weights=_validation_weights(trainer),
         micro_batch_size=settings.micro_batch_size,
         mask_documents=trainer.config.data.mask_documents,
-        rank=trainer.place.rank,
-        num_ranks=trainer.place.world_size,
+        meshes=trainer.meshes,
         device=trainer.device,
     )
 
@@ -164,7 +165,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
     """Returns the metrics of the steps since the last record, under their public names."""
     config, state = trainer.config, trainer.state
     means = state.since_record.values(report)
-    speed, world_size = stopwatch.tokens_per_second(), trainer.place.world_size
+    speed, num_ranks = stopwatch.tokens_per_second(), config.num_ranks
     record: dict[str, Any] = {
         "step": state.step,
         "train/tokens": state.tokens,
@@ -175,7 +176,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         "optim/grad_norm": means["optim/grad_norm"],
         "perf/step_seconds": stopwatch.step_seconds(),
         "perf/tokens_per_second": speed,
-        "perf/tokens_per_second_per_device": speed / world_size,
+        "perf/tokens_per_second_per_device": speed / num_ranks,
         "perf/data_wait_seconds": stopwatch.data_wait_seconds(),
         "memory/peak_gib": _peak_gib(trainer.device),
     }
@@ -191,7 +192,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         record["checkpoint/stall_seconds"] = stalled
     if peak := config.cluster.peak_tflops_per_gpu:
         flops = training_flops_per_token(config.model, seq_len=config.train.seq_len) * speed
-        record["perf/model_flops_utilization"] = flops / (world_size * peak * 1e12)
+        record["perf/model_flops_utilization"] = flops / (num_ranks * peak * 1e12)
     record |= data_metrics(trainer)
     if config.model.is_moe:
         record |= router_metrics(report, means)
@@ -285,13 +286,13 @@ class Stopwatch:
         return self._stalled
 
 
-def _noise_seeds(trainer: Trainer, num_sequences: int) -> list[int] | None:
+def _noise_seeds(trainer: Trainer) -> list[int] | None:
     """Returns a seed for each of this rank's sequences, a function of the global sample index."""
     if not trainer.config.model.router.jitter_noise:
         return None
-    first = trainer.state.samples + trainer.place.rank * num_sequences
-    samples = range(first, first + num_sequences)
-    return [random_stream(trainer.config.seed, "sample", sample) for sample in samples]
+    config, first = trainer.config, trainer.state.samples
+    mine = trainer.meshes.share.sequences(config.train.global_batch_size)
+    return [random_stream(config.seed, "sample", first + sequence) for sequence in mine]
 
 
 def _learning_rate(trainer: Trainer, *, step: int | None = None) -> float:

@@ -8,54 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data_pipeline import Batch
-from moetrain.model import Documents, LossSums, Transformer, load_balance_loss
-from moetrain.parallel import Gradients, sum_over_ranks
+from moetrain.model import LossSums, Transformer, load_balance_loss
+from moetrain.parallel import TOKEN_AXES, Gradients, Meshes
+from moetrain.train.micro_batch import MicroBatch, Schedule, one_after_another
+from moetrain.train.objective import Objective, Pretraining, local_balance_sums
 
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What a rank takes through the model at once; all [sequences, seq_len]."""
-
-    tokens: Tensor
-    targets: Tensor
-    valid: Tensor
-    """Bool: which targets count."""
-    noise_seeds: Sequence[int] | None = None
-    """One for each sequence, for the routers' jitter; None: no jitter."""
-    documents: Documents | None = None
-    """What attention stops at the ends of; None: it crosses them."""
-
-    @staticmethod
-    def cut(
-        batch: Batch,
-        size: int,
-        *,
-        device: torch.device,
-        mask_documents: bool = False,
-        noise_seeds: Sequence[int] | None = None,
-    ) -> "list[MicroBatch]":
-        """Returns a rank's slice of a batch in pieces of `size` sequences, on the device."""
-        starts = torch.from_numpy(batch.document_starts).split(size)
-        arrays = (batch.tokens, batch.targets, batch.loss_mask)
-        pieces = zip(*(torch.from_numpy(a).to(device).split(size) for a in arrays), strict=True)
-        return [
-            MicroBatch(
-                tokens=x,
-                targets=y,
-                valid=mask,
-                noise_seeds=noise_seeds and noise_seeds[number * size : (number + 1) * size],
-                documents=Documents.of(starts[number], device=device) if mask_documents else None,
-            )
-            for number, (x, y, mask) in enumerate(pieces)
-        ]
-
-    def through(self, model: Transformer) -> LossSums:
-        """Returns what one forward pass of the model makes of it."""
-        sums: LossSums = model(
-            self.tokens, self.targets, self.valid, self.noise_seeds, self.documents
-        )
-        return sums
+PRETRAINING = Pretraining()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +45,10 @@ def train_step(
     model: Transformer,
     optimizer: Optimizer,
     gradients: Gradients,
+    meshes: Meshes,
     learning_rate: float,
+    objective: Objective = PRETRAINING,
+    schedule: Schedule = one_after_another,
     data_counts: Sequence[int] = (),
     begin: Callable[[str], None] = lambda phase: None,
 ) -> StepReport:
@@ -96,20 +57,27 @@ def train_step(
     `data_counts` are as many on every rank. `begin` is told of each part of the step.
     """
     begin("counting tokens")
-    counted = sum_over_ranks(torch.stack([b.valid.sum() for b in micro_batches]).sum())
+    valid = torch.stack([batch.valid.sum() for batch in micro_batches]).sum()
+    counted = meshes.sum(valid, over=TOKEN_AXES)
     num_tokens = counted.clamp_min(1)  # none count where all documents of a batch are damaged
-    counts = _expert_counts_ahead(micro_batches, model)
+    loss_of = objective.begin(micro_batches, model=model, meshes=meshes, num_tokens=num_tokens)
     sums = _Sums(model, device=num_tokens.device, data_counts=data_counts)
-    for batch in micro_batches:
+
+    def forward(batch: MicroBatch) -> Tensor:
         begin("forward")
         output = batch.through(model)
-        loss = _objective(output, batch, model=model, num_tokens=num_tokens, counts=counts)
+        loss = loss_of(output, batch)
+        sums.add(loss, output, batch, model=model)
+        return loss
+
+    def backward(loss: Tensor) -> None:
         begin("backward")
         loss.backward()
-        sums.add(loss, output, batch, model=model)
+
+    schedule(micro_batches, forward, backward)
     begin("summing up")
     norm = gradients.clip()
-    report = sums.report(model=model, num_tokens=counted, grad_norm=norm)
+    report = sums.report(model=model, meshes=meshes, num_tokens=counted, grad_norm=norm)
     begin("optimizer")
     if not report.skipped:
         for group in optimizer.param_groups:
@@ -118,68 +86,6 @@ def train_step(
         _update_router_biases(model, report.expert_counts)
     optimizer.zero_grad()
     return report
-
-
-def _expert_counts_ahead(batches: Sequence[MicroBatch], model: Transformer) -> Tensor | None:
-    """Returns the global batch's expert counts where the first backward pass needs them early.
-
-    The balance loss weighs every token's probabilities with the counts of the *whole* batch. With
-    several micro-batches those of the later ones aren't known at the first backward pass, so
-    that the loss would depend on how the batch was cut: a pass without gradients counts first.
-    """
-    router = model.settings.router
-    wanted = model.settings.is_moe and router.load_balance_loss_weight > 0
-    if not wanted or router.load_balance_scope != "global_batch" or len(batches) == 1:
-        return None
-    with torch.no_grad():
-        counts = [batch.through(model).routing.counts for batch in batches]
-    return sum_over_ranks(torch.stack(counts).sum(0))
-
-
-def _objective(
-    output: LossSums,
-    batch: MicroBatch,
-    *,
-    model: Transformer,
-    num_tokens: Tensor,
-    counts: Tensor | None,
-) -> Tensor:
-    """Returns this micro-batch's part of the loss: all parts add up to the global batch's."""
-    router, routing = model.settings.router, output.routing
-    loss = output.cross_entropy / num_tokens
-    if not model.settings.is_moe:
-        return loss
-    if router.load_balance_loss_weight:
-        if router.load_balance_scope == "global_batch":
-            balance = load_balance_loss(
-                sum_over_ranks(routing.counts) if counts is None else counts,
-                routing.probability_sums,
-                top_k=model.settings.top_k,
-                counted_tokens=num_tokens,
-                num_tokens=num_tokens,
-            )
-        else:
-            balance = _local_balance_sums(output, batch, model=model) / num_tokens
-        loss = loss + router.load_balance_loss_weight * balance.sum()
-    return loss + router.z_loss_weight * routing.z_sum.sum() / num_tokens
-
-
-def _local_balance_sums(output: LossSums, batch: MicroBatch, *, model: Transformer) -> Tensor:
-    """Returns each MoE layer's balance loss of the micro-batch, or of its sequences, [layers].
-
-    Each is multiplied by its tokens, so that sums over ranks and micro-batches divided by all
-    tokens are a mean. Zeros where the scope is the global batch, whose loss isn't a sum of such.
-    """
-    routing, scope = output.routing, model.settings.router.load_balance_scope
-    if scope == "micro_batch":
-        return load_balance_loss(
-            routing.counts,
-            routing.probability_sums,
-            top_k=model.settings.top_k,
-            counted_tokens=batch.valid.sum().clamp_min(1),
-            num_tokens=1,
-        )
-    return routing.sequence_balance_sum
 
 
 @torch.no_grad()
@@ -213,7 +119,7 @@ class _Sums:
             output.cross_entropy,
             routing.z_sum.sum(),
             routing.entropy_sum.sum(),
-            _local_balance_sums(output, batch, model=model).sum(),
+            local_balance_sums(output, batch, model=model).sum(),
         )
         self._sums += torch.cat(
             (
@@ -223,9 +129,11 @@ class _Sums:
             )
         )
 
-    def report(self, *, model: Transformer, num_tokens: Tensor, grad_norm: float) -> StepReport:
+    def report(
+        self, *, model: Transformer, meshes: Meshes, num_tokens: Tensor, grad_norm: float
+    ) -> StepReport:
         # Counts are exact: float64 holds integers up to 2**53.
-        sums = sum_over_ranks(torch.cat((self._data_counts, self._sums))).cpu()
+        sums = meshes.sum(torch.cat((self._data_counts, self._sums)), over=TOKEN_AXES).cpu()
         data_counts, sums = sums.tensor_split([len(self._data_counts)])
         num_counted, (layers, experts) = int(num_tokens.item()), self._shape
         tokens = max(1, num_counted)

@@ -7,8 +7,8 @@ import torch
 
 from data_pipeline import ValidationBatches
 from moetrain.model import Transformer
-from moetrain.parallel import reshard, sum_over_ranks
-from moetrain.train.step import MicroBatch
+from moetrain.parallel import TOKEN_AXES, Meshes, reshard
+from moetrain.train.micro_batch import MicroBatch
 
 
 @torch.no_grad()
@@ -19,8 +19,7 @@ def validate(
     weights: Mapping[str, float] | None,
     micro_batch_size: int,
     mask_documents: bool,
-    rank: int,
-    num_ranks: int,
+    meshes: Meshes,
     device: torch.device,
 ) -> dict[str, float]:
     """Returns `validation/loss` and each source's `validation/<source>/loss` and `bits_per_byte`.
@@ -31,18 +30,19 @@ def validate(
     too, against the bytes of the text that they stand for.
     """
     metrics: dict[str, float] = {}
+    share = {"rank": meshes.share.batch_rank, "num_ranks": meshes.topology.num_batch_ranks}
     losses, all_tokens = dict[str, float](), dict[str, float]()
     for source, batches in held_out.items():
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes of text
         counts = batches.bytes_per_token is None
         for number in range(batches.num_batches):
-            batch = batches.read(number, rank=rank, num_ranks=num_ranks)
+            batch = batches.read(number, **share)
             for part in MicroBatch.cut(
                 batch, micro_batch_size, device=device, mask_documents=mask_documents
             ):
                 sums[:2] += _nats_and_tokens(model, part)
-            sums[2] += batches.num_bytes(number, rank=rank, num_ranks=num_ranks) if counts else 0
-        nats, tokens, num_bytes = sum_over_ranks(sums).tolist()
+            sums[2] += batches.num_bytes(number, **share) if counts else 0
+        nats, tokens, num_bytes = meshes.sum(sums, over=TOKEN_AXES).tolist()
         if not tokens:
             continue
         losses[source], all_tokens[source] = nats / tokens, tokens

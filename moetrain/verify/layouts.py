@@ -7,6 +7,7 @@ from datetime import datetime
 
 from moetrain.checks import ConfigError
 from moetrain.config import resolve
+from moetrain.parallel import degree_choices, divisors
 from moetrain.settings import Config, Resolved
 
 
@@ -89,16 +90,13 @@ def _wanted(config: Config, *, num_ranks: int) -> Iterator[Layout]:
     yield Layout(num_micro_batches=_cuts(sequences))
     yield Layout(recompute="full")
     for world in _worlds(num_ranks):
-        for replicate in _divisors(world):
-            for expert in _divisors(world // replicate):
-                if expert == 1 or config.model.is_moe:  # a dense model has nothing to spread
-                    yield Layout(
-                        num_ranks=world, expert_degree=expert, data_replicate_degree=replicate
-                    )
+        for replicate, expert in degree_choices(world):
+            if expert == 1 or config.model.is_moe:  # a dense model has nothing to spread
+                yield Layout(num_ranks=world, expert_degree=expert, data_replicate_degree=replicate)
     if worlds := _worlds(num_ranks):
         # All at once. Half of the ranks an expert axis, so that experts are sharded as well.
         world = worlds[-1]
-        wide = [e for e in _divisors(world) if experts % e == 0 and e < world]
+        wide = [e for e in divisors(world) if experts % e == 0 and e < world]
         yield Layout(
             num_ranks=world,
             expert_degree=wide[-1],
@@ -115,10 +113,6 @@ def _cuts(sequences: int) -> int:
 def _worlds(num_ranks: int) -> list[int]:
     powers = {2**k for k in range(1, num_ranks.bit_length()) if 2**k <= num_ranks}
     return sorted(powers | ({num_ranks} if num_ranks > 1 else set()))
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def as_plain(layout: Layout) -> dict[str, int | str]:

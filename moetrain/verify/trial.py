@@ -10,23 +10,23 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data_pipeline import Batch
 from moetrain.model import Transformer
-from moetrain.model.router import Router
 from moetrain.parallel import plain_name
 from moetrain.settings import Resolved
 from moetrain.train.build import build_model
-from moetrain.train.step import MicroBatch, StepReport, train_step
+from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.step import StepReport, train_step
 from moetrain.verify.comparison import KINDS, Difference, difference, kind_of, norm, parts, worst
 from moetrain.verify.ranks import Tell
 from moetrain.verify.tolerance import Tolerances
@@ -73,10 +73,11 @@ def write_batches(folder: Path, batches: list[Batch]) -> None:
 def run_trial(trial: Trial, tell: Tell) -> Measured:
     """Trains as one rank of an already joined world; all ranks of the layout call it."""
     logging.disable(logging.WARNING)  # an unbalanced first step is no news here
-    config, rank, world = trial.config, dist.get_rank(), dist.get_world_size()
-    model, optimizer, gradients = build_model(
-        config, world_size=world, device=CPU, timeout_seconds=trial.timeout_seconds
+    config = trial.config
+    model, optimizer, gradients, meshes = build_model(
+        config, device=CPU, timeout_seconds=trial.timeout_seconds
     )
+    mine = meshes.share.sequences(config.train.global_batch_size)
     initial = dict(_gathered(model)) if trial.is_reference else {}
     clip = gradients.clip
     found: dict[str, Difference | None] = {}
@@ -89,18 +90,17 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
         return clip()
 
     gradients.clip = look_and_clip  # type: ignore[method-assign]
-    watch = RoutingWatch(model, trial)
+    watch = RoutingWatch(trial)
     reports: list[StepReport] = []
     for step in range(trial.num_steps):
         tell(step)
-        micro_batches = _share(trial, step, rank=rank, world=world)
-        watch.begin(step, micro_batches, first_sequence=_slots(trial, rank, world).start)
         reports.append(
             train_step(
-                micro_batches,
+                watch.begin(step, _read(trial, step, mine), first_sequence=mine.start),
                 model=model,
                 optimizer=optimizer,
                 gradients=gradients,
+                meshes=meshes,
                 learning_rate=config.optim.lr,
             )
         )
@@ -130,73 +130,63 @@ class RoutingWatch:
     otherwise the choice stays and shows.
     """
 
-    def __init__(self, model: Transformer, trial: Trial) -> None:
+    def __init__(self, trial: Trial) -> None:
         self.near_ties = 0
         self._trial = trial
-        self._tokens_before: dict[int, int] = {}  # a micro-batch's first token, by its address
-        self._first_token = 0
-        self._seen: list[tuple[Tensor, Tensor]] = []  # scores and choices of this step, by layer
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # scores and choices, by layer
         self._step = 0
-        model.register_forward_pre_hook(self._enter)
-        for layer, moe in enumerate(model.moe_layers()):
-            router: Router = moe.router
-            router.select = self._watching(router.select, layer)
 
-    def begin(self, step: int, batches: list[MicroBatch], *, first_sequence: int) -> None:
-        """Takes note of which of the global batch's tokens stand in which micro-batch."""
-        self._step, self._seen = step, []
-        token = first_sequence * self._trial.config.train.seq_len
+    def begin(
+        self, step: int, batches: list[MicroBatch], *, first_sequence: int
+    ) -> list[MicroBatch]:
+        """Returns a step's micro-batches with its eye on them; which of the global batch's
+        sequences the first of them begins with is `first_sequence`."""
+        self._step = step
+        self._seen = {} if self._trial.is_reference else _load(self._trial, f"routing_{step}.pt")
+        token, watched = first_sequence * self._trial.config.train.seq_len, []
         for batch in batches:
-            self._tokens_before[batch.tokens.data_ptr()] = token
+            watched.append(replace(batch, choose=partial(self._choose, token)))
             token += batch.tokens.numel()
-        if not self._trial.is_reference:
-            self._seen = _load(self._trial, f"routing_{step}.pt")
+        return watched
 
     def end(self) -> None:
         """Writes the reference's choices down."""
-        self._tokens_before.clear()
         if self._trial.is_reference:
             torch.save(self._seen, self._trial.folder / f"routing_{self._step}.pt")
 
-    def _enter(self, _: Any, arguments: tuple[Tensor, ...]) -> None:
-        self._first_token = self._tokens_before[arguments[0].data_ptr()]
-
-    def _watching(
-        self, select: Callable[[Tensor], Tensor], layer: int
-    ) -> Callable[[Tensor], Tensor]:
-        def watched(scores: Tensor) -> Tensor:  # [tokens, experts] to [tokens, top_k]
-            chosen = select(scores)
-            if self._trial.is_reference:
-                self._seen.append((scores.detach().clone(), chosen.clone()))
-                return chosen
-            rows = slice(self._first_token, self._first_token + len(scores))
-            their_scores, theirs = (t[rows] for t in self._seen[layer])
-            differs = (chosen.sort(-1).values != theirs.sort(-1).values).any(-1)
-            apart = (scores - their_scores).abs().amax(-1)
-            allowed = self._trial.tolerances.forward * (self._step + 1)
-            # The rule must be the same one: given the reference's scores, it makes its choice.
-            again = select(their_scores)
-            alike = (again.sort(-1).values == theirs.sort(-1).values).all(-1)
-            near = differs & alike & (apart <= allowed * their_scores.abs().amax(-1))
-            self.near_ties += int(near.sum())
-            return torch.where(near.unsqueeze(-1), theirs, chosen)
-
-        return watched
+    def _choose(
+        self, first_token: int, layer: int, scores: Tensor, rule: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Returns what tokens choose by scores [tokens, experts]; the first has its place in the
+        global batch."""
+        chosen = rule(scores)
+        if self._trial.is_reference:
+            self._seen[layer] = scores.detach().clone(), chosen.clone()
+            return chosen
+        rows = slice(first_token, first_token + len(scores))
+        their_scores, theirs = (t[rows] for t in self._seen[layer])
+        differs = (chosen.sort(-1).values != theirs.sort(-1).values).any(-1)
+        apart = (scores - their_scores).abs().amax(-1)
+        allowed = self._trial.tolerances.forward * (self._step + 1)
+        # The rule must be the same one: given the reference's scores, it makes its choice.
+        again = rule(their_scores)
+        alike = (again.sort(-1).values == theirs.sort(-1).values).all(-1)
+        near = differs & alike & (apart <= allowed * their_scores.abs().amax(-1))
+        self.near_ties += int(near.sum())
+        return torch.where(near.unsqueeze(-1), theirs, chosen)
 
 
-def _slots(trial: Trial, rank: int, world: int) -> range:
-    """Returns the sequences of a global batch that a rank takes."""
-    share = trial.config.train.global_batch_size // world
-    return range(rank * share, (rank + 1) * share)
-
-
-def _share(trial: Trial, step: int, *, rank: int, world: int) -> list[MicroBatch]:
-    slots = _slots(trial, rank, world)
+def _read(trial: Trial, step: int, sequences: range) -> list[MicroBatch]:
+    """Returns some sequences of a step's global batch, in micro-batches."""
     with np.load(trial.folder / f"batch_{step}.npz") as whole:
-        batch = Batch(**{name: whole[name][slots.start : slots.stop] for name in whole.files})
-    size = trial.config.train.micro_batch_size or len(slots)
-    masked = trial.config.data.mask_documents
-    return MicroBatch.cut(batch, size, device=CPU, mask_documents=masked)
+        part = slice(sequences.start, sequences.stop)
+        batch = Batch(**{name: whole[name][part] for name in whole.files})
+    return MicroBatch.cut(
+        batch,
+        trial.config.train.micro_batch_size,
+        device=CPU,
+        mask_documents=trial.config.data.mask_documents,
+    )
 
 
 def _gathered(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -90,7 +90,7 @@ def build(case: Case, layout: Layout) -> dict[str, Tensor]:
     allocate_state(optimizer)
     tensors = checkpoint_tensors(model, optimizer)
     if case.model.is_moe:  # a rank's experts are those that the exchange sends its tokens for
-        ids = topology.experts_of(dist.get_rank(), num_experts=case.model.num_experts)
+        ids = topology.of(dist.get_rank()).experts(case.model.num_experts)
         last = f"model.layers.{case.model.num_layers - 1}.feed_forward.experts.gate"
         part = held(tensors[last])
         assert range(part.offset[0], part.offset[0] + part.local.shape[0]) == ids
@@ -174,7 +174,8 @@ def load_all(top: Path, world: int) -> tuple[int, list[str]]:
                 for tensor in tensors.values():
                     held(tensor).local.fill_(torch.nan)
                 store = open_store(folder_of(top, name, saved))
-                state = store.load_newest(lambda _, t=tensors: t, same_model=lambda _: None)
+                manifest = store.load_newest(lambda _, t=tensors: t, same_model=lambda _: None)
+                state = manifest and manifest.state
                 told = f"{name}, saved in {saved}, loaded in {layout}: "
                 if state != STATE:
                     wrong.append(f"{told}{state}")

@@ -10,7 +10,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from moetrain.model import Transformer
+from moetrain.model import Choice, Transformer
 from moetrain.model.router import Router
 from moetrain.settings import ModelSettings, RouterSettings
 
@@ -197,8 +197,7 @@ def test_jitter_is_a_function_of_each_sequences_seed_within_its_bounds() -> None
     x, valid = torch.ones(60, DIM), all_valid(2, 30)
 
     def scores(seeds: list[int] | None) -> Tensor:
-        made.noise_seeds = seeds
-        made(x, valid)
+        made(x, valid, Choice(0, noise_seeds=seeds))
         return seen[-1].view(2, 30, EXPERTS)
 
     assert torch.equal(scores(None), torch.ones(2, 30, EXPERTS)), "no seeds, no noise"
@@ -219,12 +218,15 @@ def test_each_layer_draws_its_own_jitter() -> None:
     model = Transformer(settings)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)
+    choices: list[Choice] = []
+    for moe in model.moe_layers():
+        moe.router.register_forward_pre_hook(lambda _, given: choices.append(given[2]))
     batch = torch.zeros(2, 5, dtype=torch.int64)
     model(batch, batch, all_valid(2, 5), [1, 2])
-    seeds = [seed for moe in model.moe_layers() for seed in moe.router.noise_seeds or []]
-    assert len(set(seeds)) == 6
+    assert len({seed for choice in choices for seed in choice.noise_seeds or []}) == 6
+    choices.clear()
     model(batch, batch)
-    assert all(moe.router.noise_seeds is None for moe in model.moe_layers())
+    assert [choice.noise_seeds for choice in choices] == [None] * 3
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4, 16])

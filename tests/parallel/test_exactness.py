@@ -14,7 +14,8 @@ from moetrain.model import Transformer
 from moetrain.optim import build_optimizer
 from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
 from moetrain.settings import OptimSettings, ParallelSettings
-from moetrain.train.step import MicroBatch, train_step
+from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.step import train_step
 from tests.parallel.test_layouts import CPU, MODEL, RTOL, gathered
 from tests.support.ranks import run_ranks
 
@@ -190,7 +191,12 @@ def train_with_mask(
             tokens=share(whole[:, :-1]), targets=share(whole[:, 1:]), valid=share(valid)
         )
         report = train_step(
-            [batch], model=model, optimizer=optimizer, gradients=gradients, learning_rate=0.1
+            [batch],
+            model=model,
+            optimizer=optimizer,
+            gradients=gradients,
+            meshes=meshes,
+            learning_rate=0.1,
         )
         reports.append(dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()})
     biases = np.stack([moe.router.bias.numpy() for moe in model.moe_layers()])

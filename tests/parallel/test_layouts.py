@@ -21,7 +21,8 @@ from moetrain.settings import (
     ParallelSettings,
     RouterSettings,
 )
-from moetrain.train.step import MicroBatch, train_step
+from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.step import train_step
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -165,6 +166,7 @@ def train_steps(
             model=model,
             optimizer=optimizer,
             gradients=gradients,
+            meshes=meshes,
             learning_rate=0.3,
         )
         reports.append(dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()})

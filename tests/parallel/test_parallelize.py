@@ -12,7 +12,8 @@ from moetrain.model.router import Router
 from moetrain.optim import build_optimizer
 from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
 from moetrain.settings import OptimSettings, ParallelSettings
-from moetrain.train.step import MicroBatch, train_step
+from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.step import train_step
 from tests.parallel.test_layouts import CPU, MODEL
 from tests.support.ranks import run_ranks
 
@@ -142,7 +143,12 @@ def train_in(dtype_name: str) -> dict[str, Any]:
             tokens=tokens[:, :-1], targets=tokens[:, 1:], valid=torch.ones(4, 16, dtype=torch.bool)
         )
         report = train_step(
-            [batch], model=model, optimizer=optimizer, gradients=gradients, learning_rate=0.01
+            [batch],
+            model=model,
+            optimizer=optimizer,
+            gradients=gradients,
+            meshes=meshes,
+            learning_rate=0.01,
         )
         losses.append(report.cross_entropy)
     stored = {str(p.dtype) for p in model.parameters()} | {str(b.dtype) for b in model.buffers()}

@@ -28,12 +28,12 @@ def test_an_open_expert_degree_is_the_largest_that_fits_a_node(
 ) -> None:
     topology = resolve(world_size, num_experts, hidden=96 * 64)
     assert topology.expert == expert
-    assert topology.world_size == world_size
+    assert topology.num_ranks == world_size
 
 
 def test_every_expert_lives_on_as_many_ranks_as_there_are_copies() -> None:
     topology = resolve(16, expert_degree=4, data_replicate_degree=2)
-    owners = [list(topology.experts_of(rank, num_experts=8)) for rank in range(16)]
+    owners = [list(topology.of(rank).experts(8)) for rank in range(16)]
     assert owners[:5] == [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1]]
     for expert in range(8):
         assert sum(expert in owned for owned in owners) == 4

@@ -85,7 +85,8 @@ class _Loader:
             as_bytes(target).fill_(0xA5)
         state, error, clean = None, "", True
         try:
-            state = self.store.load_newest(lambda _: self.targets, same_model=_any_model)
+            manifest = self.store.load_newest(lambda _: self.targets, same_model=_any_model)
+            state = manifest and manifest.state
         except Exception as failure:
             error, clean = (
                 f"{type(failure).__name__}: {failure}",

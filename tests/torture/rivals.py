@@ -158,8 +158,8 @@ def save_on(folder: Path, attempt: int, num_saves: int, pause_seconds: float) ->
         event=partial(log.write, by=attempt),
     )
     targets = drawn(attempt=0, step=0)
-    loaded = store.load_newest(lambda _: targets, same_model=lambda _: None)
-    loaded = loaded or {"attempt": 0, "step": 0}
+    manifest = store.load_newest(lambda _: targets, same_model=lambda _: None)
+    loaded = manifest.state if manifest else {"attempt": 0, "step": 0}
     assert equal(targets, drawn(attempt=loaded["attempt"], step=loaded["step"])), loaded
     first = loaded["step"] + 1
     for step in range(first, first + num_saves):

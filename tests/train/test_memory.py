@@ -42,12 +42,12 @@ def measured(configs: dict[str, Config], folder: str) -> dict[str, int]:
 
     from moetrain.optim import allocate_state
     from moetrain.train.build import build_model
-    from moetrain.train.step import MicroBatch, train_step
+    from moetrain.train.micro_batch import MicroBatch
+    from moetrain.train.step import train_step
 
     def train(config: Config) -> None:
-        model, optimizer, gradients = build_model(
+        model, optimizer, gradients, meshes = build_model(
             config,
-            world_size=torch.distributed.get_world_size(),
             device=torch.device("cpu"),
             timeout_seconds=60,
         )
@@ -56,7 +56,12 @@ def measured(configs: dict[str, Config], folder: str) -> dict[str, int]:
         batches = [MicroBatch(tokens=tokens, targets=tokens, valid=valid) for _ in range(2)]
         allocate_state(optimizer)  # which the first step ends with
         train_step(
-            batches, model=model, optimizer=optimizer, gradients=gradients, learning_rate=0.01
+            batches,
+            model=model,
+            optimizer=optimizer,
+            gradients=gradients,
+            meshes=meshes,
+            learning_rate=0.01,
         )
 
     peaks = {}

@@ -349,17 +349,20 @@ def spoil_gradients(config: Any, steps: list[int]) -> Any:
     """Trains as a rank; on rank 1 the loss of the given steps is not a number."""
     import torch.distributed as dist
 
-    from moetrain.train import loop, step
+    from moetrain.train import loop
+    from moetrain.train.objective import Pretraining
 
-    take_step, objective = loop.take_step, step._objective
+    class Spoiled(Pretraining):
+        def begin(self, *arguments: Any, **named: Any) -> Any:
+            loss = super().begin(*arguments, **named)
+            return lambda output, batch: loss(output, batch) * float("nan")
+
+    take_step = loop.take_step
 
     def spoiled(trainer: Any, stopwatch: Any) -> Any:
         if trainer.state.step in steps and dist.get_rank() == 1:
-            step._objective = lambda *a, **k: objective(*a, **k) * float("nan")
-        try:
-            return take_step(trainer, stopwatch)
-        finally:
-            step._objective = objective
+            trainer = dataclasses.replace(trainer, objective=Spoiled())
+        return take_step(trainer, stopwatch)
 
     loop.take_step = spoiled
     return train_as_rank(config, None, 1)

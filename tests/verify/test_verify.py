@@ -16,7 +16,7 @@ import torch
 from moetrain.config import resolve, validated
 from moetrain.model import Transformer
 from moetrain.settings import Config
-from moetrain.train.step import MicroBatch
+from moetrain.train.micro_batch import MicroBatch
 from moetrain.verify import __main__ as command
 from moetrain.verify.__main__ import VerifyConfig
 from moetrain.verify.tolerance import tolerances
@@ -184,9 +184,9 @@ class TestRoutingWatch:
                 with torch.no_grad():
                     moe.router.weight[2] = moe.router.weight[1]
                 moe.router.register_forward_hook(lambda _, __, found: chosen.append(found.experts))
-            watch = RoutingWatch(model, trial)
-            watch.begin(0, [batch], first_sequence=0)
-            model(batch.tokens, batch.targets, batch.valid)
+            watch = RoutingWatch(trial)
+            (watched,) = watch.begin(0, [batch], first_sequence=0)
+            watched.through(model)
             watch.end()
             return chosen, watch.near_ties
 
