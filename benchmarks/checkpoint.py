@@ -24,10 +24,11 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline.commands.standard_streams import outlive_readers
-from moetrain.checkpoint import CheckpointStore
-from moetrain.config import resolve, validated
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.config import resolve
 from moetrain.optim import allocate_state
 from moetrain.settings import CheckpointSettings, Config
+from moetrain.settings.validation import validated
 from moetrain.train.build import build_model
 from moetrain.train.state import checkpoint_tensors
 from moetrain.verify.ranks import run_ranks

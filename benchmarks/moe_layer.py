@@ -33,7 +33,7 @@ from benchmarks.timing import (
     time_in_turn,
 )
 from data_pipeline.commands.standard_streams import outlive_readers
-from moetrain.train import keep_freed_memory
+from moetrain.train.rank import keep_freed_memory
 
 PRESETS = {
     "cpu": (

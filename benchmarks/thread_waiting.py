@@ -25,9 +25,10 @@ from benchmarks.train_step import Case, configured, our_step
 from data_pipeline.commands.standard_streams import outlive_readers
 from data_pipeline.threads import WAITING
 from moetrain.parallel import join_ranks
-from moetrain.train import Control, Place, keep_freed_memory
 from moetrain.train.build import build_trainer
+from moetrain.train.control import Control, Place
 from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.rank import keep_freed_memory
 
 SETTINGS = ("GOMP_SPINCOUNT=300000", "GOMP_SPINCOUNT=10000", "GOMP_SPINCOUNT=1000",
             "GOMP_SPINCOUNT=0", "OMP_WAIT_POLICY=passive")  # fmt: skip

@@ -23,7 +23,7 @@ from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.model import MoELayer
 from moetrain.parallel import AllToAllExchange
 from moetrain.settings import ExchangeSettings
-from moetrain.train import keep_freed_memory
+from moetrain.train.rank import keep_freed_memory
 from moetrain.verify.ranks import run_ranks
 
 SHAPES = ("512,1792,8,2,2048", "512,256,64,8,1024", "1024,3584,8,2,1024")

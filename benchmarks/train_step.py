@@ -25,13 +25,15 @@ from benchmarks.timing import machine, print_record, print_table, spread, time_i
 from data_pipeline import BuildSettings, build_shards
 from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.command import config_dir
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.model import Transformer
 from moetrain.parallel import join_ranks
 from moetrain.settings import Config, ModelSettings
-from moetrain.train import Control, Place, keep_freed_memory
+from moetrain.settings.validation import validated
 from moetrain.train.build import Trainer, build_trainer
+from moetrain.train.control import Control, Place
 from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.rank import keep_freed_memory
 from moetrain.train.step import train_step
 
 TOKENIZERS = {257: "bytes", 32000: "mixtral-v1"}  # by size of the vocabulary

@@ -11,7 +11,8 @@ from data_pipeline.commands.shell import as_typed, text_setting
 from launch.external import external_rank
 from moetrain.observe import Account, duration, final_loss, read_metrics, run_account
 from moetrain.settings import Resolved
-from moetrain.train import Outcome, training_on
+from moetrain.train.control import Outcome
+from moetrain.train.resume import training_on
 
 TRIAL_VARIABLE = "MOETRAIN_TRIAL"  # set for the command of a sweep's trial
 

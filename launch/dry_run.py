@@ -10,18 +10,13 @@ from data_pipeline import Corpus, DataSettings
 from launch.folders import demand_folder
 from launch.plan import Plan
 from launch.run_lock import demand_free
-from moetrain.checkpoint import Manifest
-from moetrain.checkpoint.remote import demand_mounted, newest_manifest_there
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.remote.folder import demand_mounted
+from moetrain.checkpoint.remote.of_run import newest_manifest_there
 from moetrain.settings import Resolved
-from moetrain.train import (
-    Prepared,
-    Preview,
-    demand_done_alike,
-    newest_manifest,
-    preview_of,
-    rehearse,
-    short,
-)
+from moetrain.train.prepare import Prepared, newest_manifest, rehearse
+from moetrain.train.preview import Preview, preview_of, short
+from moetrain.train.resume import demand_done_alike
 
 
 @dataclass(frozen=True, kw_only=True)

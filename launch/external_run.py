@@ -30,7 +30,8 @@ from moetrain.exit_codes import DONE, FAILED, STOPPED
 from moetrain.parallel import join_ranks
 from moetrain.redaction import redacted_text
 from moetrain.settings import Resolved
-from moetrain.train import Control, Place, rank_device, run_rank
+from moetrain.train.control import Control, Place
+from moetrain.train.rank import rank_device, run_rank
 
 
 def run_external(

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import DataError, UnavailableError
-from moetrain.checkpoint import CheckpointError, StorageError, is_passing, with_way_out
+from moetrain.checkpoint.folders import with_way_out
+from moetrain.checkpoint.manifest import CheckpointError, StorageError, is_passing
 from moetrain.checks import ConfigError
 from moetrain.kinds import FailureKind
-from moetrain.train import TrainingError
+from moetrain.train.loop import TrainingError
 
 _NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
 # A device that fails: another attempt may get another one. A bug fails at the same step again.

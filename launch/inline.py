@@ -9,7 +9,8 @@ from launch.run_folder import logging_to, taken_over
 from launch.signals import StopRequest
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import Resolved
-from moetrain.train import Control, Outcome, Place, run_rank
+from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.rank import run_rank
 
 
 def run_inline(config: Resolved, display: ProgressDisplay, stop: StopRequest) -> Outcome:

@@ -13,9 +13,10 @@ from data_pipeline import DataSettings, ShardFolder
 from launch.closing import closing_lines
 from launch.folders import demand_folder
 from launch.run_lock import held
-from moetrain.checkpoint import Manifest, Save, replace_text
-from moetrain.checkpoint.remote import (
-    demand_mounted,
+from moetrain.checkpoint.folders import Save, replace_text
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.remote.folder import demand_mounted
+from moetrain.checkpoint.remote.of_run import (
     fetch_newer,
     good_save,
     is_newer_there,
@@ -28,15 +29,10 @@ from moetrain.kinds import EventKind
 from moetrain.observe import LIFE, EventLog, read_events, read_sign
 from moetrain.redaction import RedactingFormatter, redacted_arguments
 from moetrain.settings import Resolved
-from moetrain.train import (
-    Outcome,
-    Prepared,
-    as_plain,
-    demand_done_alike,
-    demand_same_model,
-    newest_manifest,
-    prepare,
-)
+from moetrain.train.changes import as_plain
+from moetrain.train.control import Outcome
+from moetrain.train.prepare import Prepared, newest_manifest, prepare
+from moetrain.train.resume import demand_done_alike, demand_same_model
 
 
 def prepared_run(config: Resolved, data: DataSettings) -> Prepared:

@@ -17,13 +17,15 @@ from launch.run_lock import held
 from launch.signals import StopRequest, stops_at_once
 from launch.supervision.run import run_on_ray
 from launch.supervision.supervisor import RunFailed
-from moetrain.checkpoint import CheckpointError, with_way_out
+from moetrain.checkpoint.folders import with_way_out
+from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.exit_codes import FAILED
 from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.redaction import redacted_text
 from moetrain.settings import Resolved
-from moetrain.train import Prepared, TrainingError
+from moetrain.train.loop import TrainingError
+from moetrain.train.prepare import Prepared
 
 
 def start(

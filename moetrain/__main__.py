@@ -5,8 +5,12 @@ from datetime import datetime
 from functools import partial
 
 from data_pipeline import DataError
-from launch import ClusterError, choose_plan, dry_run, start
-from moetrain.checkpoint import CheckpointError, with_way_out
+from launch.dry_run import dry_run
+from launch.on_ray.cluster import ClusterError
+from launch.plan import choose_plan
+from launch.start import start
+from moetrain.checkpoint.folders import with_way_out
+from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import config_dir, run_command
 from moetrain.config import check, refit, resolve
@@ -14,7 +18,7 @@ from moetrain.exit_codes import BAD_CONFIGURATION, FAILED
 from moetrain.redaction import redacted_text
 from moetrain.report import render_report
 from moetrain.settings import Config
-from moetrain.sweep import SweepInBatches, sweep
+from moetrain.sweeping.sweep import SweepInBatches, sweep
 
 
 def train(config: Config) -> int:

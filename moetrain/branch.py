@@ -16,27 +16,19 @@ from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import PathText
-from moetrain.checkpoint import (
-    Manifest,
-    Save,
-    chosen_checkpoint,
-    commit,
-    next_attempt,
-    read_manifest,
-    staged_folder,
-    verify_all,
-)
+from moetrain.checkpoint.chosen import chosen_checkpoint
+from moetrain.checkpoint.folders import Save, commit, next_attempt, staged_folder
+from moetrain.checkpoint.manifest import Manifest, read_manifest, verify_all
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
-from moetrain.config import validated
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import training_command, write_choices
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
 from moetrain.settings import Resolved
-from moetrain.train import as_plain
-from moetrain.train.changes import history
+from moetrain.settings.validation import validated
+from moetrain.train.changes import as_plain, history
 
 _ORIGINS = (EventKind.import_, EventKind.upcycle, EventKind.branch)
 """Events that say what a run began with; a branch began with it too."""

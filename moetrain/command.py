@@ -35,10 +35,10 @@ from data_pipeline.commands.settings_tree import kind_at, spelt
 from data_pipeline.commands.shell import escape_output
 from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.checks import ConfigError, demand_no_secrets
-from moetrain.config import validated
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.redaction import redacted_text
-from moetrain.sweep_plugins import USABLE, Batches, SweepEnded, SweepPlugins, demand_usable
+from moetrain.settings.validation import validated
+from moetrain.sweeping.plugins import USABLE, SweepEnded, SweepPlugins, demand_usable
 
 Tree = TypeVar("Tree")
 
@@ -69,7 +69,7 @@ def run_command(
     config_name: str = "config",
     sweep: Callable[[list[Combination[Tree]], Path], int] | None = None,
     check: Callable[[Tree], None] | None = None,
-    batches: Callable[[Path], Batches] | None = None,
+    batches: Callable[[Path], Any] | None = None,
 ) -> None:
     """Runs `main` with the validated tree of the command line, and exits with its code.
 

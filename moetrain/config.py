@@ -6,18 +6,14 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline import resolved_dir, resolved_tokenizer
-from data_pipeline.commands.settings_tree import plain_reason, spelt
 from launch.plan import cluster_address, lasting
-from moetrain.checkpoint.remote import check_url
+from moetrain.checkpoint.remote.folder import check_url
 from moetrain.checks import ConfigError, demand_no_secret_values, nearest
 from moetrain.kernels import unavailable_because
 from moetrain.optim import decay_steps
@@ -33,42 +29,10 @@ from moetrain.settings import (
     ResolvedRun,
     ResolvedTrain,
 )
-from moetrain.train import function_settings
-
-Tree = TypeVar("Tree")
+from moetrain.train.changes import function_settings
 
 SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
 MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
-
-
-def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
-    """Returns the typed tree of a plain dictionary; ConfigError names the first thing wrong."""
-    try:
-        return TypeAdapter(tree).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
-        reason = plain_reason(first["msg"])
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = known_keys(tree, path[:-1])
-            reason = unknown_setting(path[-1], known)
-        value = "(missing)" if first["type"].startswith("missing") else first["input"]
-        raise ConfigError(".".join(map(spelt, path)), value, reason) from None
-
-
-def unknown_setting(name: str, known: list[str]) -> str:
-    """Returns what to say of a setting that there isn't: the nearest one, or all there are."""
-    return f"there is no such setting{nearest(name, known) or '; there are ' + ', '.join(known)}"
-
-
-def known_keys(tree: type, path: list[str]) -> list[str]:
-    """Returns the settings that a part of the tree has; none where the path leads nowhere."""
-    for part in path:
-        types = {f.name: f.type for f in dataclasses.fields(tree)}
-        if not dataclasses.is_dataclass(types.get(part)):
-            return []
-        tree = types[part]  # type: ignore[assignment]
-    return [f.name for f in dataclasses.fields(tree)]
 
 
 def check(config: Config) -> None:

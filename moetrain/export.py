@@ -12,16 +12,17 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from moetrain.checkpoint import CheckpointReader, chosen_checkpoint
+from moetrain.checkpoint.chosen import chosen_checkpoint
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import one_of
 from moetrain.command import run_command
-from moetrain.config import validated
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.shards import num_bytes
 from moetrain.huggingface.tokenizer import NONE, write_tokenizer
 from moetrain.settings import Resolved
+from moetrain.settings.validation import validated
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -12,10 +12,10 @@ import yaml
 
 from moetrain import branch as command
 from moetrain.branch import BranchSettings, branch
-from moetrain.checkpoint import read_manifest, verify_all
-from moetrain.config import validated
+from moetrain.checkpoint.manifest import read_manifest, verify_all
 from moetrain.huggingface.run_facts import read_facts
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 from moetrain.checks import ConfigError
 from moetrain.command import register
-from moetrain.config import check, refit, resolve, validated
+from moetrain.config import check, refit, resolve
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5)

@@ -106,7 +106,7 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
             {
                 "moetrain/command.py",
                 # Sweepers and launchers of others.
-                "moetrain/sweep_plugins.py",
+                "moetrain/sweeping/plugins.py",
                 "data_pipeline/commands/command.py",
                 # What both entries do with words, files and errors before and after it.
                 "data_pipeline/commands/command_line.py",

@@ -26,14 +26,14 @@ from data_pipeline.storage import open_files
 from launch.closing import TRIAL_VARIABLE, closing_lines
 from launch.on_ray.access import real_address
 from launch.submit.__main__ import waiting_command
-from moetrain.checkpoint import write_checkpoint
 from moetrain.checkpoint.chosen import _no_run
+from moetrain.checkpoint.offline import write_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.config import check, resolve
 from moetrain.huggingface.run_folder import training_command
 from moetrain.import_hf import shards_command
 from moetrain.settings import Config
-from moetrain.train import Outcome
+from moetrain.train.control import Outcome
 from moetrain.train.prepare import demand_vocabulary
 from moetrain.train.resume import _demand_restart, _ways_to_another_model
 from tests.support.runs import tiny_config
@@ -47,7 +47,7 @@ NO_PROPOSAL = {
     ("moetrain/report/page.py", "moetrain.report"),  # says which command has written a page
     ("launch/external.py", "moetrain"),  # the beginning of a line of another launcher's
     ("data_pipeline/corpora/corpus.py", "data_pipeline.build"),  # of which settings it speaks
-    ("moetrain/sweep_plugins.py", "moetrain"),  # which command takes plugins
+    ("moetrain/sweeping/plugins.py", "moetrain"),  # which command takes plugins
 }
 
 

@@ -20,7 +20,8 @@ import ray
 from launch.failure import Failure, classify
 from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.settings import Resolved
-from moetrain.train import Control, Outcome, Place, leave_ranks, run_rank
+from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.rank import leave_ranks, run_rank
 
 LEASE_LOOKS = 4  # a lease
 

@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.commands.shell import as_typed, shell_command
 from data_pipeline.settings import PathText
-from launch import cluster_address
 from launch.on_ray.access import START_WITH_TOKEN, real_address
+from launch.plan import cluster_address
 from launch.submit.job import Gone, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError

@@ -16,7 +16,7 @@ from launch.supervision.hang import culprits
 from launch.supervision.pulse import MUTE, NodeWatch, Pulse
 from moetrain.kinds import FailureKind
 from moetrain.observe import ProgressDisplay
-from moetrain.train import Outcome
+from moetrain.train.control import Outcome
 
 POLL_SECONDS = 0.5
 CAUSE_SECONDS = 3.0  # in which the rank behind a lost connection shows itself

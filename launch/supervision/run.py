@@ -10,7 +10,7 @@ from launch.signals import StopRequest
 from launch.supervision.supervisor import Supervisor
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import Resolved
-from moetrain.train import Outcome
+from moetrain.train.control import Outcome
 
 
 def run_on_ray(

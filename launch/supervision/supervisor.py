@@ -16,12 +16,13 @@ from launch.placement import Node, Share, choose_nodes
 from launch.supervision.attempt import Attempt, Moved
 from launch.supervision.budget import NODES_OWN, Budget
 from launch.supervision.pulse import NodeWatch
-from moetrain.checkpoint import is_passing
-from moetrain.checkpoint.remote import take_over
+from moetrain.checkpoint.manifest import is_passing
+from moetrain.checkpoint.remote.of_run import take_over
 from moetrain.kinds import EventKind, FailureKind
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.settings import Resolved
-from moetrain.train import Outcome, Place, newest_manifest
+from moetrain.train.control import Outcome, Place
+from moetrain.train.prepare import newest_manifest
 
 POLL_SECONDS = 0.5
 FEW_NODES = 4  # so many are named in a line

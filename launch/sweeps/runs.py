@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
-from moetrain.checkpoint import Manifest
+from moetrain.checkpoint.manifest import Manifest
 from moetrain.checks import ConfigError
 from moetrain.observe import read_events
-from moetrain.train import newest_manifest
 from moetrain.train.changes import Change, Kind, changes, history, kind_of, leaves
+from moetrain.train.prepare import newest_manifest
 
 _DECIDES = (Kind.function, Kind.order, Kind.recipe)
 _NAMES = ("run.name", "run.dir")

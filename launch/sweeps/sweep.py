@@ -22,7 +22,7 @@ from typing import IO, Protocol
 from data_pipeline.commands.stops import INSISTENT, leave_terminal, stop_signals
 from launch.closing import TRIAL_VARIABLE
 from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
-from moetrain.checkpoint.remote import good_save
+from moetrain.checkpoint.remote.of_run import good_save
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.kinds import EventKind
 from moetrain.observe import LIFE, read_events

@@ -11,7 +11,7 @@ from launch.dry_run import Rehearsal
 from launch.sweeps.runs import Wanted, differences, listed, trained
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.observe import by_source, final_loss, model_event, read_events, read_metrics
-from moetrain.train import short
+from moetrain.train.preview import short
 
 _NOTHING = "–"
 _ENDS = {

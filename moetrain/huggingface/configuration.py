@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetrain.checks import ConfigError
-from moetrain.config import validated
 from moetrain.huggingface.names import ConversionError
 from moetrain.settings import ModelSettings, RouterSettings
+from moetrain.settings.validation import validated
 
 MIXTRAL, MISTRAL = "mixtral", "mistral"
 # What transformers takes where a config.json says nothing: the same in versions 4 and 5.

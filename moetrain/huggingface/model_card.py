@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from moetrain.checkpoint import Manifest
+from moetrain.checkpoint.manifest import Manifest
 from moetrain.huggingface.markdown import fenced, line, table
 from moetrain.huggingface.run_facts import RunFacts, Source, read_facts
 from moetrain.model import active_parameters, total_parameters

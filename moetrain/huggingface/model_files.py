@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import CheckpointReader, Manifest
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import ConfigError
 from moetrain.huggingface.configuration import config_json, demand_expressible
 from moetrain.huggingface.names import (

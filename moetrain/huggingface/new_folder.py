@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline import DataError
-from moetrain.checkpoint import CheckpointError
+from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
 from moetrain.huggingface.names import ConversionError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import DataError, OnCorrupt, ShardFolder, without_secrets
-from moetrain.checkpoint import Manifest
+from moetrain.checkpoint.manifest import Manifest
 from moetrain.kinds import EventKind
 from moetrain.observe import (
     baselines_by_source,

@@ -15,12 +15,14 @@ import yaml
 from torch import Tensor
 
 from data_pipeline.commands.shell import as_typed, shell_command
-from moetrain.checkpoint import TensorEntry, write_checkpoint
+from moetrain.checkpoint.manifest import TensorEntry
+from moetrain.checkpoint.offline import write_checkpoint
 from moetrain.command import config_dir
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.huggingface.names import model_tensors
 from moetrain.settings import Config, ModelSettings, Resolved
-from moetrain.train import as_plain
+from moetrain.settings.validation import validated
+from moetrain.train.changes import as_plain
 
 # For going on with a model that has learnt: a tenth of a learning rate to begin with.
 _SEQ_LEN = 4096

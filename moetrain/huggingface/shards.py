@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import TensorFileWriter, cut_into_files
+from moetrain.checkpoint.tensor_files import TensorFileWriter, cut_into_files
 from moetrain.huggingface.names import ConversionError, Place
 from moetrain.huggingface.weights import INDEX, SINGLE
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches, open_folder
-from moetrain.checkpoint import CheckpointStore, Manifest
-from moetrain.checkpoint.remote import Uploader, start_uploads
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.remote.of_run import start_uploads
+from moetrain.checkpoint.remote.uploader import Uploader
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.kinds import EventKind
 from moetrain.model import Transformer
 from moetrain.observe import EventLog, MetricsFile, Sink, Tally, WandbSink, read_events

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data_pipeline import Batch
-from moetrain.checkpoint import demand_newest
+from moetrain.checkpoint.folders import demand_newest
 from moetrain.kinds import EventKind
 from moetrain.model import random_stream, training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of

@@ -18,7 +18,8 @@ from data_pipeline import (
 )
 from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus_files import is_shard_folder
-from moetrain.checkpoint import CheckpointError, Manifest, candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved
 from moetrain.train.preview import Preview, preview_of, short

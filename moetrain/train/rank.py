@@ -8,7 +8,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from moetrain.checkpoint.remote import Uploader
+from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.exit_codes import DONE, STOPPED
 from moetrain.parallel import join_ranks
 from moetrain.settings import Resolved

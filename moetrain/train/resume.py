@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from data_pipeline.commands.shell import shell_command, shell_word
-from moetrain.checkpoint import Manifest, candidates, step_of
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import Manifest, step_of
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer
 from moetrain.optim import learning_rate, state_names

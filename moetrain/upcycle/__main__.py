@@ -18,10 +18,11 @@ from torch import Tensor
 from data_pipeline.commands.shell import text_setting
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
-from moetrain.checkpoint import CheckpointError, CheckpointReader, Manifest, chosen_checkpoint
+from moetrain.checkpoint.chosen import chosen_checkpoint
+from moetrain.checkpoint.manifest import CheckpointError, Manifest
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
-from moetrain.config import validated
 from moetrain.huggingface.names import model_tensors
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
@@ -30,6 +31,7 @@ from moetrain.kinds import EventKind
 from moetrain.model import active_parameters, total_parameters
 from moetrain.observe import EventLog
 from moetrain.settings import ModelSettings, Resolved
+from moetrain.settings.validation import validated
 from moetrain.upcycle.experts import Changes, Index, Upcycled, dense_name
 
 

@@ -17,19 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moetrain.checkpoint import (
+from moetrain.checkpoint.blocks import as_block, held, parts_at, places_to_write
+from moetrain.checkpoint.manifest import (
+    MANIFEST,
+    Block,
     CheckpointError,
-    CheckpointReader,
     Manifest,
     TensorEntry,
-    TensorFileWriter,
+    describe_file,
+    manifest_text,
     read_manifest,
     verify_files,
-    write_checkpoint,
 )
-from moetrain.checkpoint.blocks import as_block, held, parts_at, places_to_write
-from moetrain.checkpoint.manifest import MANIFEST, Block, describe_file, manifest_text
-from moetrain.checkpoint.tensor_files import overlap
+from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter, overlap
 from moetrain.model import Transformer
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import build_meshes, parallelize, resolve_topology

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.checkpoint import TensorEntry, write_checkpoint
 from moetrain.checkpoint.__main__ import VerifySettings, main
+from moetrain.checkpoint.manifest import TensorEntry
+from moetrain.checkpoint.offline import write_checkpoint
 
 
 def write(directory: Path, step: int) -> Path:

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain.checkpoint import CheckpointReader, CheckpointStore, read_manifest, verify_files
 from moetrain.checkpoint.blocks import held
+from moetrain.checkpoint.manifest import read_manifest, verify_files
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.model import Transformer
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import build_meshes, parallelize, resolve_topology

@@ -8,19 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.checkpoint import (
-    CheckpointError,
-    Manifest,
+from moetrain.checkpoint.folders import (
+    Save,
+    broken,
     candidates,
+    commit,
+    delete,
+    in_order,
     newest_good,
     next_attempt,
     read_attempt,
     read_latest,
+    saves,
+    to_delete,
+)
+from moetrain.checkpoint.manifest import (
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    describe_file,
+    manifest_text,
     read_manifest,
     verify_files,
 )
-from moetrain.checkpoint.folders import Save, broken, commit, delete, in_order, saves, to_delete
-from moetrain.checkpoint.manifest import FileEntry, describe_file, manifest_text
 
 
 def delete_old(

@@ -15,18 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    CheckpointStore,
-    StorageError,
-    candidates,
-    read_latest,
-    read_manifest,
-    verify_files,
-)
 from moetrain.checkpoint import store as module
-from moetrain.checkpoint.folders import Save, to_delete
+from moetrain.checkpoint.folders import Save, candidates, read_latest, to_delete
+from moetrain.checkpoint.manifest import CheckpointError, StorageError, read_manifest, verify_files
+from moetrain.checkpoint.store import CheckpointStore
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.settings import CheckpointSettings
 from tests.support.ranks import run_ranks
 

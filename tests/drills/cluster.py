@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from moetrain.config import validated
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from moetrain.verify.comparison import difference, norm
 from moetrain.verify.tolerance import tolerances
 from tests.drills.drill import (

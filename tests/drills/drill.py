@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint import candidates
+from moetrain.checkpoint.folders import candidates
 from moetrain.observe import read_events, read_metrics
 from tests.drills.faults import VARIABLE, Armed, Fault, arm, disarm
 from tests.support.runs import TIMING

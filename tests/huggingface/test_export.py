@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moetrain.checkpoint import CheckpointReader, read_manifest
+from moetrain.checkpoint.manifest import read_manifest
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import ConfigError
 from moetrain.export import ExportSettings, export
 from moetrain.huggingface.configuration import config_json
@@ -196,7 +197,7 @@ MATRIX = 4 * LARGE.dim * LARGE.ffn_hidden_dim
 CHILD = """
 import sys
 from pathlib import Path
-from moetrain.checkpoint import CheckpointReader
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.huggingface.model_files import exportable_places, write_model
 from moetrain.import_hf import ImportSettings, import_folder
 

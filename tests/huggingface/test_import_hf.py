@@ -16,17 +16,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moetrain.checkpoint import (
-    CheckpointReader,
-    read_manifest,
-    verify_files,
-    write_checkpoint,
-)
-from moetrain.config import validated
+from moetrain.checkpoint.manifest import read_manifest, verify_files
+from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.huggingface.run_folder import model_name
 from moetrain.import_hf import ImportSettings, import_folder
 from moetrain.model import total_parameters
 from moetrain.settings import Config, ModelSettings
+from moetrain.settings.validation import validated
 from tests.support.huggingface_folders import TINY, imported, loaded, save_oracle, tensors_in
 from tests.support.runs import write_shards
 

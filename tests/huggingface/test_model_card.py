@@ -12,11 +12,11 @@ import yaml
 
 from data_pipeline import BuildSettings, ShardFolder, build_shards
 from launch.run_folder import open_run
-from moetrain.checkpoint import Manifest, read_manifest
-from moetrain.config import validated
+from moetrain.checkpoint.manifest import Manifest, read_manifest
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.model import active_parameters, total_parameters
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from moetrain.train.prepare import prepare
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank

@@ -7,7 +7,7 @@ import pytest
 from launch.closing import effective_line
 from moetrain.observe import Account
 from moetrain.observe.ledger import KINDS
-from moetrain.train import training_on
+from moetrain.train.resume import training_on
 from tests.support.runs import tiny_config
 
 

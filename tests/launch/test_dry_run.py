@@ -15,11 +15,12 @@ from launch.submit.__main__ import passed_on
 from launch.sweeps.table import Trial, result_of, write_table
 from moetrain.__main__ import train
 from moetrain.command import config_dir, run_command
-from moetrain.config import check, validated
+from moetrain.config import check
 from moetrain.model import active_parameters, total_parameters
 from moetrain.report import render_report
 from moetrain.settings import Config
-from moetrain.sweep import sweep
+from moetrain.settings.validation import validated
+from moetrain.sweeping.sweep import sweep
 from tests.support.runs import events_of, tiny_values, write_shards
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from data_pipeline import DataError, UnavailableError
 from launch.failure import classify
-from moetrain.checkpoint import CheckpointError, StorageError
-from moetrain.train import TrainingError
+from moetrain.checkpoint.manifest import CheckpointError, StorageError
+from moetrain.train.loop import TrainingError
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from moetrain.checkpoint import next_attempt
-from moetrain.train import newest_manifest
+from moetrain.checkpoint.folders import next_attempt
+from moetrain.train.prepare import newest_manifest
 from tests.support.runs import events_of, metrics_of, write_shards
 
 TINY = [

@@ -16,7 +16,7 @@ from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node
 from launch.supervision import pulse
 from launch.supervision.pulse import MUTE, NodeWatch, Pulse
-from moetrain.train import Control
+from moetrain.train.control import Control
 
 HANG_SECONDS = 4.0
 REPORT_SECONDS = 1.0

@@ -22,7 +22,7 @@ from launch.supervision.pulse import NodeWatch
 from launch.supervision.supervisor import Supervisor
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import Config, LaunchSettings, ModelSettings, RunSettings, TrainSettings
-from moetrain.train import Control, Outcome
+from moetrain.train.control import Control, Outcome
 
 A, B, C = (Node(id=name, address=f"10.0.0.{n}", room=1) for n, name in enumerate("abc", 1))
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from launch import Elsewhere, Result, Trial
+from launch.sweeps.sweep import Elsewhere
+from launch.sweeps.table import Result, Trial
 from moetrain.command import config_dir, run_command
 from moetrain.settings import Config
-from moetrain.sweep_plugins import SweepEnded
+from moetrain.sweeping.plugins import SweepEnded
 from tests.launch.test_sweeps import BARE, ROOT, trials_of
 from tests.support.runs import metrics_of, write_shards
 

@@ -17,13 +17,14 @@ from launch.sweeps.runs import differences, trained
 from launch.sweeps.sweep import run_sweep
 from launch.sweeps.table import Trial
 from moetrain.branch import BranchSettings, branch
-from moetrain.checkpoint import write_checkpoint
+from moetrain.checkpoint.offline import write_checkpoint
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.settings import Config
-from moetrain.sweep import dry_sweep, planned
-from moetrain.train import as_plain
+from moetrain.settings.validation import validated
+from moetrain.sweeping.sweep import dry_sweep, planned
+from moetrain.train.changes import as_plain
 from tests.support.runs import tiny_values, write_shards
 
 

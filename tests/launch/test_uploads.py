@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from moetrain.checkpoint import Save
-from moetrain.checkpoint.remote import RemoteUnavailableError, is_newer_there, take_over
+from moetrain.checkpoint.folders import Save
+from moetrain.checkpoint.remote.folder import RemoteUnavailableError
+from moetrain.checkpoint.remote.of_run import is_newer_there, take_over
 from moetrain.checks import ConfigError
 from tests.support.commands import train_command
 from tests.support.runs import events_of, metrics_of, tiny_config, write_shards

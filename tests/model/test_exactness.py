@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moetrain.checks import ConfigError
-from moetrain.config import check, validated
+from moetrain.config import check
 from moetrain.model import MoELayer, load_balance_loss
 from moetrain.settings import Config, ExpertsSettings, RouterSettings
+from moetrain.settings.validation import validated
 from tests.model.test_transformer import SMALL, _initialised
 from tests.test_config import toy
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import validated
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from tests.support.ranks import CONTEXT
 from tests.support.runs import tiny_values
 

@@ -8,13 +8,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from moetrain.checkpoint import CheckpointReader, TensorEntry, write_checkpoint
+from moetrain.checkpoint.manifest import TensorEntry
+from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.huggingface.model_files import export_dtype, exportable_places, write_model
 from moetrain.huggingface.run_folder import starting_config
 from moetrain.import_hf import ImportSettings, import_folder
 from moetrain.model import Transformer
 from moetrain.settings import ModelSettings
-from moetrain.train import as_plain
+from moetrain.train.changes import as_plain
 from tests.support.transformers_oracle import oracle_for
 
 TINY = ModelSettings(

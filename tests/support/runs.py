@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import BuildSettings, build_shards
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.settings import Config
-from moetrain.train import Control, Outcome, Place, run_rank
+from moetrain.settings.validation import validated
+from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.rank import run_rank
 
 TIMING = ("perf/", "memory/", "checkpoint/")
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from moetrain.settings import Config
-from moetrain.train import Control, Outcome, Place, run_rank
+from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.rank import run_rank
 
 WORLD_SIZE = 2
 

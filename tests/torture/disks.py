@@ -14,13 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moetrain.checkpoint import (
-    CheckpointError,
-    CheckpointStore,
-    Manifest,
-    newest_good,
-    next_attempt,
-)
+from moetrain.checkpoint.folders import newest_good, next_attempt
+from moetrain.checkpoint.manifest import CheckpointError, Manifest
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Attempt, on_each_operation
 from tests.torture.content import drawn, equal, read_plainly

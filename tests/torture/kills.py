@@ -12,17 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint import (
-    CheckpointError,
-    Manifest,
-    candidates,
-    newest_good,
-    next_attempt,
-    read_latest,
-    read_manifest,
-    verify_files,
-)
-from moetrain.checkpoint.folders import broken
+from moetrain.checkpoint.folders import broken, candidates, newest_good, next_attempt, read_latest
+from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify_files
 from moetrain.observe import read_events
 from tests.support.runs import metrics_of
 from tests.torture.attempts import Ambush, Attempt, train

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.checkpoint import CheckpointError, CheckpointStore, next_attempt
+from moetrain.checkpoint.folders import next_attempt
+from moetrain.checkpoint.manifest import CheckpointError
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Attempt
 from tests.torture.content import as_bytes, equal, read_plainly

@@ -14,14 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moetrain.checkpoint import (
-    CheckpointStore,
-    candidates,
-    next_attempt,
-    read_latest,
-    read_manifest,
-    verify_files,
-)
+from moetrain.checkpoint.folders import candidates, next_attempt, read_latest
+from moetrain.checkpoint.manifest import read_manifest, verify_files
+from moetrain.checkpoint.store import CheckpointStore
 from moetrain.observe import EventLog, read_events
 from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Ambush, Attempt

@@ -8,8 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moetrain.settings import Config, ModelSettings
-from moetrain.train import as_plain
-from moetrain.train.changes import _KINDS, Kind, changes, kind_of, shown
+from moetrain.train.changes import _KINDS, Kind, as_plain, changes, kind_of, shown
 from tests.support.runs import tiny_config
 
 

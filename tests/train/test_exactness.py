@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrain.checkpoint import candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import read_manifest
 from tests.support.ranks import run_ranks
 from tests.support.runs import tiny_config, write_shards
 from tests.train.test_runs import load, load_as_rank, run

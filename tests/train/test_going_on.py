@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from moetrain.checkpoint import Manifest, candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import Manifest, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.config import check, refit
 from moetrain.optim import learning_rate
 from moetrain.settings import ScheduleSettings
-from moetrain.train import as_plain, demand_done_alike, demand_same_model, prepare
-from moetrain.train.resume import told_changes
+from moetrain.train.changes import as_plain
+from moetrain.train.prepare import prepare
+from moetrain.train.resume import demand_done_alike, demand_same_model, told_changes
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import assert_same_tensors, load

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.checkpoint import candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.train.means import RunningMeans
 from moetrain.train.state import TrainState
 from moetrain.train.step import StepReport

@@ -12,12 +12,14 @@ import pytest
 
 from data_pipeline import BuildSettings, DataError, ShardFolder, build_shards
 from data_pipeline.settings import SourceSettings
-from moetrain.checkpoint import candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checks import ConfigError
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.settings import Config
-from moetrain.train import Outcome, prepare
-from moetrain.train.prepare import global_batches
+from moetrain.settings.validation import validated
+from moetrain.train.control import Outcome
+from moetrain.train.prepare import global_batches, prepare
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, tiny_values, train_as_rank
 from tests.train.test_runs import assert_same_tensors

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from moetrain.checkpoint import CheckpointError, candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import CheckpointError, read_manifest
 from moetrain.settings import Config
 from moetrain.train import loop, rank
 from tests.support.ranks import run_ranks

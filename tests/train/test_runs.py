@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.checkpoint import candidates, read_manifest
+from moetrain.checkpoint.folders import candidates
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checks import ConfigError
-from moetrain.config import validated
 from moetrain.export import ExportSettings, export
 from moetrain.model import active_parameters
 from moetrain.report import render_report
 from moetrain.settings import Config
-from moetrain.train import Outcome, demand_same_model, loop, prepare
+from moetrain.settings.validation import validated
+from moetrain.train import loop
+from moetrain.train.control import Outcome
+from moetrain.train.prepare import prepare
+from moetrain.train.resume import demand_same_model
 from tests.support.huggingface_folders import (
     assert_bitwise_equal,
     imported,

@@ -12,18 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.checkpoint import (
-    CheckpointReader,
-    TensorEntry,
-    read_manifest,
-    verify_files,
-    write_checkpoint,
-)
-from moetrain.config import validated
+from moetrain.checkpoint.manifest import TensorEntry, read_manifest, verify_files
+from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.tokenizer import write_tokenizer
 from moetrain.model import initial_values
 from moetrain.settings import Config, ModelSettings
+from moetrain.settings.validation import validated
 from moetrain.upcycle.__main__ import UpcycleSettings, upcycle
 from tests.support.huggingface_folders import loaded
 from tests.support.ranks import run_ranks

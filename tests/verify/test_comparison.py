@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moetrain.checks import ConfigError
-from moetrain.config import validated
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from moetrain.verify.comparison import Difference, difference, kind_of, parts, worst
 from moetrain.verify.layouts import REFERENCE, Layout, layouts_for
 from moetrain.verify.memory import demand_memory, needed_gib

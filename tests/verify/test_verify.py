@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.model import Transformer
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.verify import __main__ as command
 from moetrain.verify.__main__ import VerifyConfig

@@ -17,8 +17,9 @@ import jsonschema
 import pytest
 import yaml
 
-from moetrain.config import resolve, validated
+from moetrain.config import resolve
 from moetrain.settings import Config
+from moetrain.settings.validation import validated
 from tests.test_config import NOW, compose_preset
 
 ROOT = Path(__file__).parents[3]

@@ -1,58 +1,25 @@
-"""Sweeps: every combination of `-m model.num_experts=8,16` becomes a trial, a command of its own.
-
-Owns that none begins before all are known to be right, and what each is to be trained with. Leaves
-which run that is, running the trials and their table to `launch`.
-"""
+"""What the trials of a sweep are to be trained with, and the names that are held for them."""
 
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import torch
-
-from data_pipeline import (
-    DataError,
-    DataSettings,
-    open_or_build,
-    resolved_dir,
-    shards_or_corpus,
-)
+from data_pipeline import DataSettings, open_or_build, resolved_dir
 from data_pipeline.commands.shell import as_typed, shell_command, unquoted
-from launch import (
-    ClusterError,
-    Elsewhere,
-    RayCluster,
-    Result,
-    Sweep,
-    Trained,
-    Trial,
-    Wanted,
-    assign,
-    choose_plan,
-    cluster_address,
-    held,
-    lasting,
-    nearest_other,
-    preview_table,
-    rehearsal_of,
-    run_sweep,
-    runs_in,
-    varied_settings,
-)
-from moetrain.checkpoint import CheckpointError
-from moetrain.checkpoint.remote import newest_manifest_there
+from launch.plan import choose_plan
+from launch.sweeps.runs import Trained, Wanted, assign, held, nearest_other, runs_in
+from launch.sweeps.sweep import Elsewhere
+from launch.sweeps.table import Trial
+from moetrain.checkpoint.remote.of_run import newest_manifest_there
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
 from moetrain.config import check, resolve
-from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.settings import CheckpointSettings, Config, Resolved
-from moetrain.sweep_plugins import SweepEnded
-from moetrain.train import as_plain
-from moetrain.train.changes import changes
+from moetrain.train.changes import as_plain, changes
 from moetrain.train.resume import demand_no_restart
 
 # What a trial waits at least for places: those of the one before it may not be free yet.
@@ -60,159 +27,7 @@ TRIAL_WAIT_SECONDS = 60.0
 _NAMES = {"run.name", "run.dir"}
 
 
-def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
-    """Trains every combination; returns the exit code. `folder` is for what the sweep leaves."""
-    try:
-        if any(combination.settings.dry_run for combination in combinations):
-            _leave_nothing(folder)
-            print(dry_sweep(combinations))
-            return DONE
-        with planned(combinations) as trials:
-            return run_sweep(trials, folder=lasting(str(folder)), places=_places(combinations))
-    except (ConfigError, DataError) as error:
-        print(f"moetrain: {error}", file=sys.stderr)
-        return BAD_CONFIGURATION
-    except (ClusterError, CheckpointError, OSError) as error:
-        print(f"moetrain: {error}", file=sys.stderr)
-        return FAILED
-
-
-def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
-    """Returns a table of what every combination would train; writes nothing.
-
-    Raises ConfigError or DataError where one of them could not begin.
-    """
-    combinations = _once_each(combinations)
-    resolved = [_resolved(c.settings) for c in combinations]
-    varied = varied_settings([c.overrides for c in combinations])
-    if len(combinations) == 1:
-        varied = [_varied_before(combinations[0])]
-    texts = {}
-    for config, one in zip(resolved, combinations, strict=True):
-        found = shards_or_corpus(one.settings.data)
-        texts[config.data.dir] = getattr(found, "fingerprint", None)
-    wanted = _wanted(
-        combinations,
-        resolved,
-        texts,
-        base=f"{datetime.now():%Y%m%d-%H%M%S}",
-        differing=_varied(combinations),
-        varied=varied,
-    )
-    rows = []
-    trials = _trials(combinations, resolved, wanted, varied=varied)
-    for trial, config, one in zip(trials, resolved, combinations, strict=True):
-        rows.append(
-            (trial, rehearsal_of(_named(config, trial.run_dir.name), data=one.settings.data))
-        )
-    num_open = sum(not rehearsal.is_complete for _, rehearsal in rows)
-    end = f"dry run: {num_open} of {len(rows)} could start; nothing was written"
-    return f"{preview_table(rows)}\n{end}"
-
-
-def _leave_nothing(folder: Path) -> None:
-    """Removes what Hydra has made for a sweep, and the folders that were made for it."""
-    (folder / "multirun.yaml").unlink(missing_ok=True)
-    with suppress(OSError):  # of a folder with other runs
-        for empty in (folder, folder.parent, folder.parent.parent):
-            empty.rmdir()
-
-
-@contextmanager
-def planned(combinations: Sequence[Combination[Config]]) -> Iterator[list[Trial]]:
-    """Returns the trials of a sweep, whose names are its own while the context lasts.
-
-    Raises ConfigError where one of them could not begin.
-    """
-    with ExitStack() as stack:
-        once = _once_each(combinations)
-        varied = varied_settings([combination.overrides for combination in once])
-        if len(once) == 1:
-            varied = [_varied_before(once[0])]
-        yield _Plan(stack).trials(once, varied=varied)
-
-
-class SweepInBatches:
-    """A sweep by a sweeper or launcher of others, which sees each trial as a job with a loss."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = lasting(str(folder))
-        self._held = ExitStack()
-        self._plan = _Plan(self._held, in_batches=True)
-        self._sweep: Sweep | None = None
-
-    def run(
-        self,
-        combinations: Sequence[Combination[Config]],
-        *,
-        varied: Sequence[dict[str, str]],
-        elsewhere: Elsewhere | None,
-    ) -> list[Result]:
-        """Trains a batch, by a launcher if one is given; raises SweepEnded where that is all."""
-        if self._sweep is not None and self._sweep.is_stopped:
-            raise SweepEnded(STOPPED)
-        try:
-            _demand_training(combinations)
-            _demand_room(combinations, elsewhere)
-            once = _once_each(combinations)
-            labels = [varied[combinations.index(one)] for one in once]
-            trials = self._plan.trials(once, varied=labels, elsewhere=elsewhere)
-            if self._sweep is None:
-                places = None if elsewhere else _places(combinations)
-                self._sweep = Sweep(folder=self._folder, places=places)
-        except (ConfigError, DataError) as error:
-            print(f"moetrain: {error}", file=sys.stderr)
-            raise SweepEnded(BAD_CONFIGURATION) from error
-        except (ClusterError, CheckpointError, OSError) as error:
-            print(f"moetrain: {error}", file=sys.stderr)
-            raise SweepEnded(FAILED) from error
-        run = self._sweep
-        results = run.run_elsewhere(trials, elsewhere) if elsewhere else run.run(trials)
-        if run.is_stopped:
-            raise SweepEnded(STOPPED)
-        settings = [one.settings for one in once]
-        return [results[settings.index(one.settings)] for one in combinations]
-
-    def close(self) -> int:
-        """Prints the table of all trials and returns the exit code."""
-        self._held.close()
-        return self._sweep.close() if self._sweep is not None else DONE
-
-
-def _demand_training(combinations: Sequence[Combination[Config]]) -> None:
-    if any(combination.settings.dry_run for combination in combinations):
-        raise ConfigError(
-            "dry_run",
-            "true",
-            "trains nothing that a sweeper could learn from, or a launcher start: leave out "
-            "hydra/sweeper and hydra/launcher, with single values or lists of them",
-        )
-
-
-def _demand_room(combinations: Sequence[Combination[Config]], elsewhere: Elsewhere | None) -> None:
-    """Raises ConfigError where trials beside each other would take each other's devices."""
-    if elsewhere is None or elsewhere.num_at_once < 2:
-        return
-    for one in combinations:
-        if one.settings.run.device != "cpu" and torch.cuda.is_available():
-            raise ConfigError(
-                "hydra/launcher",
-                "joblib",
-                "each of the trials that it starts beside each other would take every GPU of this "
-                "machine: leave it out, run ray start --head, and give launch.address=auto "
-                "launch.num_workers=1, which gives each trial GPUs of its own; or "
-                "hydra.launcher.n_jobs=1",
-            )
-        if cluster_address(one.settings.launch) and one.settings.launch.mode != "inline":
-            raise ConfigError(
-                "hydra/launcher",
-                "joblib",
-                "trials that it starts beside each other would wait for each other's places on "
-                "the Ray cluster: leave it out, and as many run at once as there is room for",
-            )
-
-
-class _Plan:
+class TrialPlan:
     """What the trials of a sweep are to be trained with, and the names that are held for them."""
 
     def __init__(self, held_names: ExitStack, *, in_batches: bool = False) -> None:
@@ -235,17 +50,17 @@ class _Plan:
 
         `varied` are the values that each is called by.
         """
-        resolved = [_resolved(c.settings, elsewhere) for c in combinations]
+        resolved = [resolved_as_trial(c.settings, elsewhere) for c in combinations]
         texts = _texts([c.settings.data for c in combinations])
         self._hold(combinations, {Path(config.run.dir) for config in resolved})
         self._first = self._first or combinations[0]
-        self._varied |= _varied([self._first, *combinations])
-        wanted = _wanted(
+        self._varied |= varied_names([self._first, *combinations])
+        wanted = wanted_of(
             combinations, resolved, texts, base=self._base or "", differing=self._varied,
             varied=varied, in_batches=self._in_batches,
         )  # fmt: skip
         ours = {trial.run_dir: trial for trial in self._trials}
-        found = _trials(
+        found = trials_of(
             combinations, resolved, wanted, varied=varied, first=len(self._trials) + 1,
             taken=[trial.run_dir.name for trial in self._trials],
             threads=_threads(resolved, elsewhere),
@@ -269,7 +84,7 @@ class _Plan:
             self._names |= {(folder, name) for name in new}
 
 
-def _wanted(
+def wanted_of(
     combinations: Sequence[Combination[Config]],
     resolved: Sequence[Resolved],
     texts: Mapping[str, str | None],
@@ -296,7 +111,7 @@ def _wanted(
     ]
 
 
-def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[Config]]:
+def once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[Config]]:
     """Returns the combinations without those that have the settings of another one."""
     kept: list[Combination[Config]] = []
     for one in combinations:
@@ -308,7 +123,7 @@ def _once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[
     return kept
 
 
-def _resolved(config: Config, elsewhere: Elsewhere | None = None) -> Resolved:
+def resolved_as_trial(config: Config, elsewhere: Elsewhere | None = None) -> Resolved:
     if elsewhere is not None and not elsewhere.num_at_once:
         return _resolved_there(config, elsewhere.num_workers)
     check(config)
@@ -357,14 +172,14 @@ def _texts(settings: Sequence[DataSettings]) -> dict[str, str]:
     }
 
 
-def _varied(combinations: Sequence[Combination[Config]]) -> set[str]:
+def varied_names(combinations: Sequence[Combination[Config]]) -> set[str]:
     """Returns the settings in which the combinations differ."""
     first, *others = (as_plain(c.settings) for c in combinations)
     names = {change.name for other in others for change in changes(first, other)}
     return names - _NAMES
 
 
-def _varied_before(one: Combination[Config]) -> dict[str, str]:
+def varied_before(one: Combination[Config]) -> dict[str, str]:
     """Returns the given values of an only trial in which other runs of its name differ.
 
     A sweep that is reduced to one value calls its trial as the larger one did.
@@ -401,7 +216,7 @@ def _new_base(folders: Collection[Path]) -> Iterator[str]:
             return
 
 
-def _trials(
+def trials_of(
     combinations: Sequence[Combination[Config]],
     resolved: Sequence[Resolved],
     wanted: Sequence[Wanted],
@@ -435,7 +250,7 @@ def _trials(
     ]
 
 
-def _named(config: Resolved, name: str) -> Resolved:
+def renamed(config: Resolved, name: str) -> Resolved:
     return replace(config, run=replace(config.run, name=name))
 
 
@@ -452,7 +267,7 @@ def _assigned(
         for i, name in zip(here, assign(ours, runs, taken=taken), strict=True):
             names[i] = name
             if name not in runs:  # said before the first trial begins
-                demand_no_restart(_named(resolved[i], name))
+                demand_no_restart(renamed(resolved[i], name))
             if told := nearest_other(name, wanted[i], runs):
                 print(f"moetrain: {told}", file=sys.stderr)
     return [names[i] for i in range(len(resolved))]
@@ -473,16 +288,3 @@ def _runs(
         elsewhere=elsewhere if uploads else None,
         num_trials=len(wanted),
     )
-
-
-def _places(combinations: Sequence[Combination[Config]]) -> int | None:
-    """Returns the number of ranks that there is room for at once; None without a cluster."""
-    settings = combinations[0].settings.launch
-    address = cluster_address(settings)
-    if settings.mode == "inline" or not address:
-        return None
-    cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
-    try:
-        return cluster.fitting_workers()
-    finally:
-        cluster.disconnect()  # the trials have connections of their own

@@ -1,0 +1,42 @@
+"""A plain dictionary becomes a typed tree of settings, or one message on the first thing wrong."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.commands.settings_tree import plain_reason, spelt
+from moetrain.checks import ConfigError, nearest
+
+Tree = TypeVar("Tree")
+
+
+def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
+    """Returns the typed tree of a plain dictionary; ConfigError names the first thing wrong."""
+    try:
+        return TypeAdapter(tree).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        reason = plain_reason(first["msg"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = known_keys(tree, path[:-1])
+            reason = unknown_setting(path[-1], known)
+        value = "(missing)" if first["type"].startswith("missing") else first["input"]
+        raise ConfigError(".".join(map(spelt, path)), value, reason) from None
+
+
+def unknown_setting(name: str, known: list[str]) -> str:
+    """Returns what to say of a setting that there isn't: the nearest one, or all there are."""
+    return f"there is no such setting{nearest(name, known) or '; there are ' + ', '.join(known)}"
+
+
+def known_keys(tree: type, path: list[str]) -> list[str]:
+    """Returns the settings that a part of the tree has; none where the path leads nowhere."""
+    for part in path:
+        types = {f.name: f.type for f in dataclasses.fields(tree)}
+        if not dataclasses.is_dataclass(types.get(part)):
+            return []
+        tree = types[part]  # type: ignore[assignment]
+    return [f.name for f in dataclasses.fields(tree)]

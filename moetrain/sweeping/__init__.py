@@ -1,0 +1,1 @@
+"""Sweeps: many trainings by one command line, also by the sweepers and launchers of others."""
