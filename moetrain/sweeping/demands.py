@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moetrain.checks import ConfigError
 
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 _FROM_COMMAND_LINE = ("setup", "additional_parameters")
 
 

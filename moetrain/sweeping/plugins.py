@@ -20,12 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.commands.composition import PLUGINS
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import FAILED
-from moetrain.sweeping.demands import demand_launcher, prepare_study
+from moetrain.sweeping.demands import JOBLIB, OPTUNA, demand_launcher, prepare_study
 
 _SAMPLERS = ("TPE", "Random", "CmaEs", "NSGAII", "MOTPE", "Grid")
 _SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
-OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
-JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
 USABLE: Mapping[str, tuple[str, ...]] = {
     "hydra.launcher._target_": (

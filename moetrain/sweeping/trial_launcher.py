@@ -23,7 +23,7 @@ from data_pipeline.commands.command_line import as_one_run
 from data_pipeline.commands.shell import unquoted
 from launch.sweeps.sweep import Elsewhere, run_trial
 from launch.sweeps.table import Result, Trial
-from moetrain.sweeping.plugins import JOBLIB
+from moetrain.sweeping.demands import JOBLIB
 
 
 class Batches(Protocol):
