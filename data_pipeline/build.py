@@ -3,7 +3,8 @@
 import time
 from dataclasses import asdict
 
-from data_pipeline.building.builder import build_shards, existing_shards
+from data_pipeline.building.builder import build_shards
+from data_pipeline.building.existing import existing_shards
 from data_pipeline.commands.command import run_command
 from data_pipeline.corpora.raw_documents import reading_report
 from data_pipeline.settings import BuildSettings

@@ -101,20 +101,12 @@ def run_command(
     found: list[Combination[Tree]] = []
     folders: list[Path] = []
 
-    def combination(config: DictConfig) -> Combination[Tree]:
-        overrides = HydraConfig.get().overrides
-        return Combination(
-            overrides=(*_of_files(overrides.hydra), *map(as_one_run, overrides.task)),
-            settings=front.settings(config),
-            flags=line.composing_flags,
-        )
-
     # Hydra only composes; the work is done after it has returned, because it announces at length
     # whatever is raised inside it.
     def job(config: DictConfig) -> None:
         def compose() -> int:
             hydra_config = HydraConfig.get()
-            found.append(combination(config))
+            found.append(front.combination(config))
             if hydra_config.mode == RunMode.MULTIRUN:
                 folders.append(Path(hydra_config.sweep.dir))
             return DONE
@@ -128,7 +120,7 @@ def run_command(
         config_path=str(files or "pkg://hydra.conf"),
         config_name=config_name if files else module,
     )(job)
-    plugins = SweepPlugins(batches, combination=combination, words=sys.argv[1:])
+    plugins = SweepPlugins(batches, combination=front.combination, words=sys.argv[1:])
     try:
         with plugins.in_force():
             codes.append(front.guarded(lambda: front.compose(entry)))
@@ -143,15 +135,22 @@ def run_command(
     if sweep and folders:
         worst = max(codes)  # a combination that can't be ends a sweep before any of it begins
         raise SystemExit(worst or front.guarded(partial(sweep, found, folders[0])))
+    raise SystemExit(max([*codes, *_each(main, found, front)]))
+
+
+def _each(
+    main: Callable[[Tree], int], found: Iterable[Combination[Tree]], front: "_Front[Tree]"
+) -> Iterator[int]:
+    """Runs each combination, and yields its exit code."""
     try:
         for one in found:
-            codes.append(front.guarded(partial(main, one.settings)))
-            if codes[-1] == STOPPED:
-                break  # a stop is meant for the whole sweep
+            code = front.guarded(partial(main, one.settings))
+            yield code
+            if code == STOPPED:
+                return  # a stop is meant for the whole sweep
     except KeyboardInterrupt:
         print("moetrain: interrupted before anything was trained", file=sys.stderr)
-        codes.append(FAILED)
-    raise SystemExit(max(codes))
+        yield FAILED
 
 
 def _checked(check: Callable[[Tree], None] | None, settings: Tree) -> int:
@@ -251,6 +250,15 @@ class _Front(Generic[Tree]):
                 raise
             reason = f"{error.reason}; to run once for each of these, add -m"
             raise ConfigError(error.key, error.value, reason) from None
+
+    def combination(self, config: DictConfig) -> Combination[Tree]:
+        """Returns what Hydra composed, with the words that it is composed from."""
+        overrides = HydraConfig.get().overrides
+        return Combination(
+            overrides=(*_of_files(overrides.hydra), *map(as_one_run, overrides.task)),
+            settings=self.settings(config),
+            flags=self.line.composing_flags,
+        )
 
     def guarded(self, work: Callable[[], int]) -> int:
         """Returns the exit code of some work; what a user did wrong becomes one message and 2."""

@@ -38,51 +38,8 @@ MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
 def check(config: Config) -> None:
     """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
     model, train = config.model, config.train
-    _check_layers(model)
-    _check_groups(model)
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            "model.num_kv_heads",
-            model.num_kv_heads,
-            f"must divide model.num_heads={model.num_heads}: use one of "
-            f"{divisors(model.num_heads)}",
-        )
-    if model.head_dim % 2:
-        raise ConfigError(
-            "model.head_dim",
-            model.head_dim,
-            f"must be even, for rotary positions turn pairs: use {model.head_dim + 1}",
-        )
-    if model.top_k > model.num_experts == 1:
-        raise ConfigError(
-            "model.num_experts",
-            1,
-            f"is a dense model, and model.top_k={model.top_k}: add model.top_k=1",
-        )
-    if model.top_k > model.num_experts:
-        raise ConfigError(
-            "model.top_k",
-            model.top_k,
-            f"a token can't choose more experts than there are: use at most "
-            f"model.num_experts={model.num_experts}",
-        )
-    if model.is_moe and model.top_k == 1 and model.router.normalize_gates:
-        raise ConfigError(
-            "model.router.normalize_gates",
-            True,
-            "with model.top_k=1 the only gate is always 1, so that the router would learn "
-            "nothing from the loss: use false, or a larger top_k",
-        )
-    multiple = 4 if train.dtype == "float32" else 8  # torch's grouped product: whole 16 bytes
-    if model.is_moe and model.experts.backend == "grouped_mm":
-        for name in ("dim", "ffn_hidden_dim"):
-            if (size := getattr(model, name)) % multiple:
-                raise ConfigError(
-                    f"model.{name}",
-                    size,
-                    f"model.experts.backend=grouped_mm needs a multiple of {multiple}: use "
-                    f"{-(-size // multiple) * multiple}, or model.experts.backend=auto",
-                )
+    _check_model(model)
+    _check_backend(model, dtype=train.dtype)
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
             "train.seq_len",
@@ -124,6 +81,59 @@ def check(config: Config) -> None:
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
     demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
+
+
+def _check_model(model: ModelSettings) -> None:
+    """Raises ConfigError for a model that can't be."""
+    _check_layers(model)
+    _check_groups(model)
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"must divide model.num_heads={model.num_heads}: use one of "
+            f"{divisors(model.num_heads)}",
+        )
+    if model.head_dim % 2:
+        raise ConfigError(
+            "model.head_dim",
+            model.head_dim,
+            f"must be even, for rotary positions turn pairs: use {model.head_dim + 1}",
+        )
+    if model.top_k > model.num_experts == 1:
+        raise ConfigError(
+            "model.num_experts",
+            1,
+            f"is a dense model, and model.top_k={model.top_k}: add model.top_k=1",
+        )
+    if model.top_k > model.num_experts:
+        raise ConfigError(
+            "model.top_k",
+            model.top_k,
+            f"a token can't choose more experts than there are: use at most "
+            f"model.num_experts={model.num_experts}",
+        )
+    if model.is_moe and model.top_k == 1 and model.router.normalize_gates:
+        raise ConfigError(
+            "model.router.normalize_gates",
+            True,
+            "with model.top_k=1 the only gate is always 1, so that the router would learn "
+            "nothing from the loss: use false, or a larger top_k",
+        )
+
+
+def _check_backend(model: ModelSettings, *, dtype: str) -> None:
+    """Raises ConfigError for sizes that the experts' backend can't multiply."""
+    multiple = 4 if dtype == "float32" else 8  # torch's grouped product: whole 16 bytes
+    if model.is_moe and model.experts.backend == "grouped_mm":
+        for name in ("dim", "ffn_hidden_dim"):
+            if (size := getattr(model, name)) % multiple:
+                raise ConfigError(
+                    f"model.{name}",
+                    size,
+                    f"model.experts.backend=grouped_mm needs a multiple of {multiple}: use "
+                    f"{-(-size // multiple) * multiple}, or model.experts.backend=auto",
+                )
 
 
 def _check_schedule(config: Config) -> None:

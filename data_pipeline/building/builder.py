@@ -5,8 +5,8 @@ each step to the file that is named for it.
 """
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import repeat
@@ -16,15 +16,19 @@ from typing import Any
 from data_pipeline.building.baselines import BaselineCounter
 from data_pipeline.building.bpe_training import bpe_size, trained_tokenizer
 from data_pipeline.building.encoding import Encoder, demand_guarded_script, num_encoding_processes
+from data_pipeline.building.existing import (
+    build_entry,
+    corpora_of,
+    existing_shards,
+    refusing_place,
+    tokenizer_given,
+)
 from data_pipeline.building.splits import split_of
 from data_pipeline.building.text_record import (
     SourceText,
-    read_text_record,
-    text_change,
     write_text_record,
 )
-from data_pipeline.commands.shell import text_setting
-from data_pipeline.corpora.corpus import Corpus, Document, kept_documents, open_corpus
+from data_pipeline.corpora.corpus import Corpus, Document, kept_documents
 from data_pipeline.corpora.raw_documents import FAILURES, LeftOut, counts_text, reading_report
 from data_pipeline.progress import ByteCounter, byte_progress, tell
 from data_pipeline.settings import (
@@ -32,7 +36,6 @@ from data_pipeline.settings import (
     BuildSettings,
     DataError,
     DataSettings,
-    OnChanged,
     resolved_dir,
     sources_of,
 )
@@ -41,11 +44,8 @@ from data_pipeline.shards.index import (
     INDEX_NAME,
     SPLITS,
     TOKENIZER_NAME,
-    BuildEntry,
     Index,
     SourceEntry,
-    TextEntry,
-    encodable,
     write_index,
 )
 from data_pipeline.shards.reader import ShardFolder
@@ -59,15 +59,8 @@ from data_pipeline.shards.unfinished import (
     unfinished_build,
 )
 from data_pipeline.shards.writer import SplitWriter
-from data_pipeline.storage import without_secrets
-from data_pipeline.tokenizers.named import tokenizer_named
 from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry, token_dtype
 
-# Errors of making a folder that another path mends.
-_NO_PLACE = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-)
 # What stands before the names of a build's settings in a run's.
 _OF_A_RUN = "data."
 
@@ -106,7 +99,7 @@ def shards_or_corpus(settings: DataSettings) -> ShardFolder | Corpus:
     existing = existing_shards(build, prefix=_OF_A_RUN)
     if existing is not None and not hidden_folder(build.to).exists():
         return existing
-    (corpus,) = _corpora(build, prefix=_OF_A_RUN).values()
+    (corpus,) = corpora_of(build, prefix=_OF_A_RUN).values()
     return corpus
 
 
@@ -151,9 +144,9 @@ def build_shards(
     existing = existing_shards(settings, progress=progress, prefix=prefix)
     if existing is not None and not hidden_folder(folder).exists():
         return existing
-    corpora = _corpora(settings, prefix=prefix)
-    tokenizer = _tokenizer_given(settings)
-    with _refusing_place(settings, prefix):
+    corpora = corpora_of(settings, prefix=prefix)
+    tokenizer = tokenizer_given(settings)
+    with refusing_place(settings, prefix):
         hidden_folder(folder).mkdir(parents=True, exist_ok=True)
     with unfinished_build(folder, tell=say) as unfinished:
         # By a process that was waited for, or killed then.
@@ -188,116 +181,6 @@ def build_shards(
     return ShardFolder.open(folder)
 
 
-def _corpora(settings: BuildSettings, *, prefix: str) -> dict[str, Corpus]:
-    """The texts of the sources by name; what is built isn't part of them."""
-    outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
-    return {
-        name: open_corpus(
-            source.corpus,
-            on_corrupt=settings.on_corrupt,
-            text_field=source.text_field or TEXT_FIELD,
-            outputs=outputs,
-            setting=f"sources.{name}.corpus" if settings.sources else f"{prefix}corpus",
-            sources=settings.sources,
-        )
-        for name, source in sources_of(settings).items()
-    }
-
-
-def existing_shards(
-    settings: BuildSettings,
-    *,
-    progress: bool = False,
-    say: Callable[[str], None] | None = None,
-    prefix: str = "",
-) -> ShardFolder | None:
-    """The folder `settings.to` where it was built with these settings, of the text as it is now.
-
-    None where the folder is free, and where the text has changed and it is to be built anew, of
-    which `say` is told. Raises DataError where it holds anything else.
-    """
-    folder = Path(settings.to).absolute()
-    if "://" in settings.to:
-        raise DataError(
-            f"to={without_secrets(settings.to)!r} is on a server, and shards are built on a disk: "
-            "give a folder on one, and copy it there when it is complete (data.dir may be on a "
-            "server)"
-        )
-    with _refusing_place(settings, prefix):
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return None
-    place = f"{'data.dir' if prefix else 'to'}={settings.to!r}"
-    another = "give other shards by data.dir" if prefix else "give another folder"
-    if not (folder / INDEX_NAME).is_file():
-        raise DataError(f"{place} is there and is no shard folder; move it away, or {another}")
-    shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
-    index = shards.index
-    wanted, found = (encodable(asdict(entry)) for entry in (_build_entry(settings), index.build))
-    if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
-        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
-    for key, value in wanted.items():
-        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
-        if repr(found[key]) != repr(value):
-            raise DataError(
-                f"{place} holds shards built with {key}={found[key]!r}, not "
-                f"{key}={value!r}; {another}, or remove that one"
-            )
-    tokenizer = _tokenizer_given(settings)
-    if tokenizer and index.tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
-        raise DataError(
-            f"{place} holds shards of another version of tokenizer={settings.tokenizer!r}; "
-            f"{another}, or remove that one"
-        )
-    change = _text_change(settings, folder, progress=progress, prefix=prefix)
-    if change is None:
-        return shards
-    if settings.on_changed is OnChanged.rebuild:
-        if say is not None:
-            say(f"the text of {folder} has changed ({change}); building it anew")
-        return None
-    raise DataError(
-        f"{place} holds shards of another text: {change}; build them anew with "
-        f"on_changed=rebuild (data.on_changed=rebuild where a run builds them), {another}, "
-        f"or train on them as they are with {text_setting('data.dir', str(folder))}"
-    )
-
-
-@contextmanager
-def _refusing_place(settings: BuildSettings, prefix: str) -> Iterator[None]:
-    """Raises DataError where no folder can be where the shards are to be."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_PLACE:
-            raise
-        what, way_out = f"to={settings.to!r}", "give a folder of a disk that you may write to"
-        if prefix:  # a run has no such setting
-            what = f"the folder for shards of {prefix}corpus={settings.corpus!r}"
-            way_out = f"start in another folder, or give shards that are there by {prefix}dir=…"
-        raise DataError(
-            f"{what} can't be made: {error.filename}: {error.strerror}; {way_out}"
-        ) from error
-
-
-def _text_change(
-    settings: BuildSettings, folder: Path, *, progress: bool, prefix: str
-) -> str | None:
-    """How the text differs from that of the shards in a folder; None where it doesn't.
-
-    Of shards of a version that kept no record nothing is known, and they are taken as they are.
-    """
-    before = read_text_record(folder, sources=sources_of(settings))
-    if before is None:
-        return None
-    try:
-        return text_change(folder, before, _corpora(settings, prefix=prefix), progress=progress)
-    except DataError as error:
-        raise DataError(
-            f"{error}; {folder} holds the shards that were built from it before: "
-            f"{text_setting('data.dir', str(folder))} trains on them"
-        ) from error
-
-
 def _write(
     unfinished: UnfinishedBuild,
     corpora: dict[str, Corpus],
@@ -325,7 +208,7 @@ def _write(
         (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
     index = Index(
         format_version=FORMAT_VERSION,
-        build=_build_entry(settings),
+        build=build_entry(settings),
         tokenizer=None if tokenizer is None else _tokenizer_entry(tokenizer),
         dtype=None if tokenizer is None else token_dtype(tokenizer.vocab_size).name,
         sources=tuple(sources),
@@ -427,18 +310,6 @@ def _nothing_to_train_on(source: SourceEntry, left_out: LeftOut, settings: Build
     )
 
 
-def _tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
-    """The tokenizer that the settings name; None where it is to be trained, and for text."""
-    if bpe_size(settings) or settings.tokenizer == "none":
-        if settings.end_of_document is not None:
-            raise DataError(
-                f"end_of_document={settings.end_of_document!r} is for a tokenizer.json, not for "
-                f"tokenizer={settings.tokenizer!r}; leave it out"
-            )
-        return None
-    return tokenizer_named(settings.tokenizer, end_of_document=settings.end_of_document)
-
-
 def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     return TokenizerEntry(
         name=tokenizer.name,
@@ -446,17 +317,6 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
         end_of_document=tokenizer.end_of_document,
         fingerprint=tokenizer.fingerprint,
         file=None if tokenizer.definition is None else TOKENIZER_NAME,
-    )
-
-
-def _build_entry(settings: BuildSettings) -> BuildEntry:
-    return BuildEntry(
-        sources={n: TextEntry(**asdict(source)) for n, source in sources_of(settings).items()},
-        tokenizer=settings.tokenizer,
-        end_of_document=settings.end_of_document,
-        validation_fraction=settings.validation_fraction,
-        shard_tokens=settings.shard_tokens,
-        on_corrupt=settings.on_corrupt,
     )
 
 

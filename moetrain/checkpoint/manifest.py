@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,3 +257,18 @@ def _digest_of_fields(fields: Mapping[str, Any]) -> str:
     """Returns a hash of values, not of how they were written down."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def demand_same_tensors(
+    ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], folder: Path
+) -> None:
+    """Raises CheckpointError where a checkpoint has other tensors than are to be read from it."""
+    saved = {name: replace(entry, blocks={}) for name, entry in theirs.items()}
+    for name in sorted(ours.keys() | saved.keys()):
+        if ours.get(name) != saved.get(name):
+            what = "optimizer" if name.startswith("optimizer.") else "model"
+            raise CheckpointError(
+                f"{folder} is of another {what}: tensor {name} is {saved.get(name) or 'absent'} "
+                f"there and {ours.get(name) or 'absent'} here. Use the configuration that it was "
+                "trained with, or another run.name"
+            )

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -39,21 +39,19 @@ from moetrain.checkpoint.folders import (
     staged_folder,
     sync_folder,
     to_delete,
-    with_way_out,
 )
 from moetrain.checkpoint.manifest import (
     Block,
     CheckpointError,
     FileEntry,
     Manifest,
-    StorageError,
-    TensorEntry,
+    demand_same_tensors,
     folder_name,
     forget_cached,
-    is_passing,
     read_manifest,
     verify_files,
 )
+from moetrain.checkpoint.rank_failure import RankFailure, rank_failure
 from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
 from moetrain.kinds import EventKind
 from moetrain.settings import CheckpointSettings
@@ -215,7 +213,7 @@ class CheckpointStore:
             same_model(manifest)
             wanted = tensors(manifest)
             theirs = {n: e for n, e in manifest.tensors.items() if not unread(manifest, n)}
-            _demand_equal(describe(wanted), theirs, folder)
+            demand_same_tensors(describe(wanted), theirs, folder)
             try:
                 with CheckpointReader(folder) as reader:
                     for tensor_name, tensor in wanted.items():
@@ -257,7 +255,7 @@ class CheckpointStore:
         except Exception as error:
             failure = error
         gathered: list[Any] | None = [None] * dist.get_world_size() if self._leads else None
-        dist.gather_object((written, _trouble(failure)), gathered, dst=0, group=self._group)
+        dist.gather_object((written, rank_failure(failure)), gathered, dst=0, group=self._group)
         if gathered is not None:
             try:
                 if troubles := [trouble for _, trouble in gathered if trouble]:
@@ -310,7 +308,7 @@ class CheckpointStore:
                 failure = error
         self._agree(failure if not troubles else None, f"{self._directory} can't be tidied")
 
-    def _to_tidy(self) -> "tuple[_Trouble | None, list[Save], Manifest | None]":
+    def _to_tidy(self) -> tuple[RankFailure | None, list[Save], Manifest | None]:
         """Returns why it can't be said, or what may be deleted and the newest one's manifest."""
         try:
             delete(self._directory, [], attempt=self._attempt)
@@ -327,15 +325,15 @@ class CheckpointStore:
             manifest = read_manifest(self._directory / folder_name(newest.step))
             return None, old, replace(manifest, tensors={})  # which may be many, and aren't needed
         except Exception as error:
-            return _trouble(error), [], None
+            return rank_failure(error), [], None
 
     def _agree(self, failure: Exception | None, what: str) -> None:
         """Raises CheckpointError on every rank if any of them failed."""
         if troubles := self._troubles(failure):
             raise min(troubles).error(what) from failure
 
-    def _troubles(self, failure: Exception | None) -> "list[_Trouble]":
-        return [trouble for trouble in self._gather(_trouble(failure)) if trouble]
+    def _troubles(self, failure: Exception | None) -> list[RankFailure]:
+        return [trouble for trouble in self._gather(rank_failure(failure)) if trouble]
 
     def _gather(self, own: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -394,35 +392,3 @@ def _complete(manifest: Manifest, parts: list[Written]) -> Manifest:
         if written != math.prod(entry.shape):
             raise CheckpointError(f"{written} of the {math.prod(entry.shape)} elements of {name}")
     return replace(manifest, files={part.file: part.entry for part in parts})
-
-
-def _demand_equal(
-    ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], folder: Path
-) -> None:
-    saved = {name: replace(entry, blocks={}) for name, entry in theirs.items()}
-    for name in sorted(ours.keys() | saved.keys()):
-        if ours.get(name) != saved.get(name):
-            what = "optimizer" if name.startswith("optimizer.") else "model"
-            raise CheckpointError(
-                f"{folder} is of another {what}: tensor {name} is {saved.get(name) or 'absent'} "
-                f"there and {ours.get(name) or 'absent'} here. Use the configuration that it was "
-                "trained with, or another run.name"
-            )
-
-
-class _Trouble(NamedTuple):
-    """A rank's failure, as the others hear of it. What doesn't pass comes first."""
-
-    passes: bool
-    reason: str
-
-    def error(self, what: str = "") -> CheckpointError:
-        kind = StorageError if self.passes else CheckpointError
-        return kind(f"{what}: {self.reason}" if what else self.reason)
-
-
-def _trouble(failure: Exception | None) -> _Trouble | None:
-    if failure is None:
-        return None
-    reason = with_way_out(f"{type(failure).__name__}: {failure}", failure)
-    return _Trouble(passes=is_passing(failure), reason=reason)

@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline import ShardFolder
 from data_pipeline.build import build
-from data_pipeline.building.builder import build_shards, existing_shards
+from data_pipeline.building.builder import build_shards
+from data_pipeline.building.existing import existing_shards
 from data_pipeline.commands.shell import escape_output
 from data_pipeline.inspect import InspectSettings, inspect
 from data_pipeline.settings import BuildSettings, SourceSettings

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline import BuildSettings, DataError, DataSettings, build_shards, open_or_build
-from data_pipeline.building.builder import existing_shards
+from data_pipeline.building.existing import existing_shards
 from data_pipeline.corpora.corpus import open_corpus
 from data_pipeline.corpora.raw_documents import Text
 from data_pipeline.settings import OnCorrupt, SourceSettings, resolved_dir

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import BuildSettings, DataError, DataSettings, open_or_build
-from data_pipeline.building.builder import build_shards, existing_shards
+from data_pipeline.building.builder import build_shards
+from data_pipeline.building.existing import existing_shards
 from data_pipeline.building.text_record import TEXT_NAME
 from tests.data_pipeline.conftest import build, contents, documents_of
 

@@ -1,0 +1,159 @@
+"""What is there already of a build: the shards that it would make, or something else."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from data_pipeline.building.bpe_training import bpe_size
+from data_pipeline.building.text_record import read_text_record, text_change
+from data_pipeline.commands.shell import text_setting
+from data_pipeline.corpora.corpus import Corpus, open_corpus
+from data_pipeline.corpora.raw_documents import FAILURES
+from data_pipeline.settings import TEXT_FIELD, BuildSettings, DataError, OnChanged, sources_of
+from data_pipeline.shards.index import INDEX_NAME, BuildEntry, TextEntry, encodable
+from data_pipeline.shards.reader import ShardFolder
+from data_pipeline.shards.unfinished import hidden_folder
+from data_pipeline.storage import without_secrets
+from data_pipeline.tokenizers.named import tokenizer_named
+from data_pipeline.tokenizers.tokenizer import Tokenizer
+
+# Errors of making a folder that another path mends.
+_NO_PLACE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+
+
+def existing_shards(
+    settings: BuildSettings,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] | None = None,
+    prefix: str = "",
+) -> ShardFolder | None:
+    """The folder `settings.to` where it was built with these settings, of the text as it is now.
+
+    None where the folder is free, and where the text has changed and it is to be built anew, of
+    which `say` is told. Raises DataError where it holds anything else.
+    """
+    folder = Path(settings.to).absolute()
+    if "://" in settings.to:
+        raise DataError(
+            f"to={without_secrets(settings.to)!r} is on a server, and shards are built on a disk: "
+            "give a folder on one, and copy it there when it is complete (data.dir may be on a "
+            "server)"
+        )
+    with refusing_place(settings, prefix):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return None
+    place = f"{'data.dir' if prefix else 'to'}={settings.to!r}"
+    another = "give other shards by data.dir" if prefix else "give another folder"
+    if not (folder / INDEX_NAME).is_file():
+        raise DataError(f"{place} is there and is no shard folder; move it away, or {another}")
+    shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
+    index = shards.index
+    wanted, found = (encodable(asdict(entry)) for entry in (build_entry(settings), index.build))
+    if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
+        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
+    for key, value in wanted.items():
+        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
+        if repr(found[key]) != repr(value):
+            raise DataError(
+                f"{place} holds shards built with {key}={found[key]!r}, not "
+                f"{key}={value!r}; {another}, or remove that one"
+            )
+    tokenizer = tokenizer_given(settings)
+    if tokenizer and index.tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
+        raise DataError(
+            f"{place} holds shards of another version of tokenizer={settings.tokenizer!r}; "
+            f"{another}, or remove that one"
+        )
+    change = _text_change(settings, folder, progress=progress, prefix=prefix)
+    if change is None:
+        return shards
+    if settings.on_changed is OnChanged.rebuild:
+        if say is not None:
+            say(f"the text of {folder} has changed ({change}); building it anew")
+        return None
+    raise DataError(
+        f"{place} holds shards of another text: {change}; build them anew with "
+        f"on_changed=rebuild (data.on_changed=rebuild where a run builds them), {another}, "
+        f"or train on them as they are with {text_setting('data.dir', str(folder))}"
+    )
+
+
+@contextmanager
+def refusing_place(settings: BuildSettings, prefix: str) -> Iterator[None]:
+    """Raises DataError where no folder can be where the shards are to be."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        what, way_out = f"to={settings.to!r}", "give a folder of a disk that you may write to"
+        if prefix:  # a run has no such setting
+            what = f"the folder for shards of {prefix}corpus={settings.corpus!r}"
+            way_out = f"start in another folder, or give shards that are there by {prefix}dir=…"
+        raise DataError(
+            f"{what} can't be made: {error.filename}: {error.strerror}; {way_out}"
+        ) from error
+
+
+def _text_change(
+    settings: BuildSettings, folder: Path, *, progress: bool, prefix: str
+) -> str | None:
+    """How the text differs from that of the shards in a folder; None where it doesn't.
+
+    Of shards of a version that kept no record nothing is known, and they are taken as they are.
+    """
+    before = read_text_record(folder, sources=sources_of(settings))
+    if before is None:
+        return None
+    try:
+        return text_change(folder, before, corpora_of(settings, prefix=prefix), progress=progress)
+    except DataError as error:
+        raise DataError(
+            f"{error}; {folder} holds the shards that were built from it before: "
+            f"{text_setting('data.dir', str(folder))} trains on them"
+        ) from error
+
+
+def corpora_of(settings: BuildSettings, *, prefix: str) -> dict[str, Corpus]:
+    """The texts of the sources by name; what is built isn't part of them."""
+    outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
+    return {
+        name: open_corpus(
+            source.corpus,
+            on_corrupt=settings.on_corrupt,
+            text_field=source.text_field or TEXT_FIELD,
+            outputs=outputs,
+            setting=f"sources.{name}.corpus" if settings.sources else f"{prefix}corpus",
+            sources=settings.sources,
+        )
+        for name, source in sources_of(settings).items()
+    }
+
+
+def tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
+    """The tokenizer that the settings name; None where it is to be trained, and for text."""
+    if bpe_size(settings) or settings.tokenizer == "none":
+        if settings.end_of_document is not None:
+            raise DataError(
+                f"end_of_document={settings.end_of_document!r} is for a tokenizer.json, not for "
+                f"tokenizer={settings.tokenizer!r}; leave it out"
+            )
+        return None
+    return tokenizer_named(settings.tokenizer, end_of_document=settings.end_of_document)
+
+
+def build_entry(settings: BuildSettings) -> BuildEntry:
+    return BuildEntry(
+        sources={n: TextEntry(**asdict(source)) for n, source in sources_of(settings).items()},
+        tokenizer=settings.tokenizer,
+        end_of_document=settings.end_of_document,
+        validation_fraction=settings.validation_fraction,
+        shard_tokens=settings.shard_tokens,
+        on_corrupt=settings.on_corrupt,
+    )
