@@ -232,7 +232,7 @@ def test_a_mistake_in_a_mapping_is_named(tmp_path: Path, override: str, said: st
 
 
 def test_help_names_groups_and_settings(tmp_path: Path) -> None:
-    said = moetrain("--help", cwd=tmp_path)
+    said = moetrain("train", "--help", cwd=tmp_path)
     assert said.returncode == 0
     for part in ("8x22b", "num_experts", "--cfg job", "run.name"):
         assert part in said.stdout

@@ -37,7 +37,7 @@ def environment_at_torch(module: str, **environ: str) -> list[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "moetrain.__main__",
+        "moetrain.training",
         "moetrain.train.rank",  # of whatever launcher
         "launch.on_ray.cluster",  # what a Ray worker loads for a rank
         "launch.submit.__main__",
@@ -56,7 +56,7 @@ def test_commands_ranks_and_tests_say_how_threads_wait_before_torch_is_loaded(
 
 
 def test_what_the_user_says_of_it_stays() -> None:
-    own = environment_at_torch("moetrain.__main__", OMP_WAIT_POLICY="active")
+    own = environment_at_torch("moetrain.training", OMP_WAIT_POLICY="active")
     assert own == ["None", "active", "None", "None"]
     for name in WAITING:
         given = {name: "1"}

@@ -13,7 +13,6 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launch.submit.__main__ import passed_on
 from launch.sweeps.table import Trial, result_of, write_table
-from moetrain.__main__ import train
 from moetrain.command import config_dir, run_command
 from moetrain.config import check
 from moetrain.model import active_parameters, total_parameters
@@ -21,6 +20,7 @@ from moetrain.report import render_report
 from moetrain.settings import Config
 from moetrain.settings.validation import validated
 from moetrain.sweeping.sweep import sweep
+from moetrain.training import train
 from tests.support.runs import events_of, tiny_values, write_shards
 
 
@@ -35,7 +35,7 @@ def begun(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     values = tiny_values(folder, shards=shards, train__num_steps=4, launch__mode="inline")
     program = (
-        "import json, sys; from moetrain.__main__ import train; from moetrain.config import *; "
+        "import json, sys; from moetrain.training import train; from moetrain.config import *; "
         "sys.exit(train(validated(json.loads(sys.argv[1]), Config)))"
     )
     command = [sys.executable, "-c", program, json.dumps(values)]

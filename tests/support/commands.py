@@ -24,7 +24,7 @@ def train_command(folder: Path, *, shards: Path, **changes: Any) -> tuple[int, s
 
 
 def _train(values: dict[str, Any], output: Path) -> None:
-    from moetrain.__main__ import train
+    from moetrain.training import train
 
     output.parent.mkdir(exist_ok=True)
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
