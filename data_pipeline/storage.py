@@ -12,7 +12,6 @@ the environment: `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the 
 import hashlib
 import logging
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +21,12 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data_pipeline.cache import NO_ROOM, FileCache
+from data_pipeline.object_stores import is_final, new_filesystem, pause_before
 from data_pipeline.settings import CacheSettings, DataError, UnavailableError, home_folder
 
 PROTOCOLS = ("s3", "gs", "https", "http")
 
 _PIECE_BYTES = 8 * 2**20
-_LONGEST_PAUSE_SECONDS = 60.0
-# Of HTTP's answers that put the blame on who asks, those that say: ask again.
-_RETRIED_STATUSES = (408, 425, 429)
 
 Result = TypeVar("Result")
 _logger = logging.getLogger(__name__)
@@ -231,7 +228,7 @@ class RemoteFiles:
                 if isinstance(error, FileNotFoundError):
                     raise FileNotFoundError(without_secrets(url)) from None
                 why = self._reason(error)
-                if _is_final(error):
+                if is_final(error):
                     raise UnavailableError(
                         f"{without_secrets(url)} can't be read: {why}; check the address and "
                         "credentials"
@@ -243,12 +240,7 @@ class RemoteFiles:
                     raise UnavailableError(
                         f"{what}; see to the server or the network, or raise data.cache.num_retries"
                     ) from None
-                longest = min(
-                    self._settings.pause_seconds * 2 ** (number - 1), _LONGEST_PAUSE_SECONDS
-                )
-                # Anything up to it, so that many ranks don't come back together. Not of the
-                # program's own random numbers: a bad network must not change a run.
-                pause = random.SystemRandom().uniform(0.0, longest)
+                pause = pause_before(number, first_seconds=self._settings.pause_seconds)
                 _logger.warning("%s: %s; trying again in %.1f s", without_secrets(url), why, pause)
                 time.sleep(pause)
         raise AssertionError("unreachable")
@@ -277,15 +269,7 @@ class RemoteFiles:
 
     def _new_filesystem(self) -> Any:
         try:
-            if self._protocol == "gs":
-                # The class that fsspec would take asks by gRPC for each bucket's kind first, with
-                # threads that a fork breaks. Zonal buckets need it; they aren't read here.
-                from gcsfs.core import GCSFileSystem
-
-                return GCSFileSystem(skip_instance_cache=True)
-            import fsspec
-
-            return fsspec.filesystem(self._protocol, skip_instance_cache=True)
+            return new_filesystem(self._protocol)
         except ImportError as error:
             raise DataError(
                 f"{self.location}: reading {self._protocol}:// needs more packages ({error}): "
@@ -305,18 +289,6 @@ def _default_cache() -> Path:
 
 class _WrongBytesError(Exception):
     """What was sent isn't what the index says."""
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the same request would fail again."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    return (
-        # ValueError: an address that can't be, and a certificate that isn't to be trusted.
-        isinstance(error, (PermissionError, ValueError))
-        or "Credentials" in type(error).__name__
-        or str(error).startswith("Forbidden")  # gcsfs
-        or (isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUSES)
-    )
 
 
 def without_secrets(text: str) -> str:

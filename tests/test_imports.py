@@ -80,7 +80,13 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         # where no Ray runs.
         (
             "ray",
-            {"launch/on_ray/cluster.py", "launch/on_ray/access.py", "launch/submit/ray_jobs.py"},
+            {
+                "launch/on_ray/answers.py",
+                "launch/on_ray/cluster.py",
+                "launch/on_ray/private.py",
+                "launch/on_ray/rank_actor.py",
+                "launch/submit/ray_jobs.py",
+            },
         ),
         ("grpc", {"launch/on_ray/access.py"}),
         # Ours are written and read in one place; another reads Hugging Face's.
@@ -95,9 +101,16 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("selectolax", {"data_pipeline/corpora/html_text.py"}),
         ("tokenizers", {"data_pipeline/tokenizers/json_tokenizer.py"}),
         ("sentencepiece", {"data_pipeline/tokenizers/mixtral_tokenizer.py"}),
-        # Shards and checkpoints, which import nothing of each other.
-        ("fsspec", {"data_pipeline/storage.py", "moetrain/checkpoint/remote/object_folder.py"}),
-        ("gcsfs", {"data_pipeline/storage.py", "moetrain/checkpoint/remote/object_folder.py"}),
+        # Made in one place, for shards and for checkpoints.
+        (
+            "fsspec",
+            {
+                "data_pipeline/object_stores.py",
+                "data_pipeline/storage.py",
+                "moetrain/checkpoint/remote/object_folder.py",
+            },
+        ),
+        ("gcsfs", {"data_pipeline/object_stores.py"}),
         ("aiohttp", {"data_pipeline/storage.py"}),
         # Each of the two packages that have commands has one entry of its own.
         # What both need of it stands in the data pipeline; one file serves sweepers and launchers.
@@ -107,6 +120,8 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
                 "moetrain/command.py",
                 # Sweepers and launchers of others.
                 "moetrain/sweeping/plugins.py",
+                "moetrain/sweeping/trial_launcher.py",
+                "data_pipeline/commands/hydra_private.py",
                 "data_pipeline/commands/command.py",
                 # What both entries do with words, files and errors before and after it.
                 "data_pipeline/commands/command_line.py",
@@ -124,3 +139,16 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
 )
 def test_a_library_is_imported_in_one_place(library: str, files: set[str]) -> None:
     assert importers(library) == files
+
+
+PRIVATE = {
+    "ray._private": "launch/on_ray/private.py",
+    "ray._raylet": "launch/on_ray/private.py",
+    "hydra._internal": "data_pipeline/commands/hydra_private.py",
+}
+
+
+@pytest.mark.parametrize("part", PRIVATE)
+def test_private_parts_of_a_library_are_used_in_one_file(part: str) -> None:
+    users = {p.relative_to(ROOT).as_posix() for p in SOURCES if part in p.read_text()}
+    assert users == {PRIVATE[part]}

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from launch.on_ray.access import is_loopback, send_tokens
-from launch.on_ray.private import MOST_WORKING_DIR_BYTES
+from launch.on_ray.private import MOST_WORKING_DIR_BYTES, AuthenticationTokenLoader
 
 REQUEST_TIMEOUT_SECONDS = (10.0, 120.0)  # to connect, and between two parts of an answer
 

@@ -419,7 +419,7 @@ def test_manifest_is_deleted_before_all_else_and_unfinished_parts_after_it(
 # Servers that fail
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [500, 503, 429, 409])
 def test_fault_that_passes_is_got_over(status: int, server: S3Server, tmp_path: Path) -> None:
     seen = dict[tuple[str, str, str], int]()
 

@@ -141,7 +141,7 @@ def test_cached_file_that_was_cut_short_is_downloaded_again(
 
 @pytest.mark.parametrize(
     "fault",
-    [500, 503, 429, *(fault for fault in Fault if fault is not Fault.SLOW)],
+    [500, 503, 429, 409, *(fault for fault in Fault if fault is not Fault.SLOW)],
 )
 def test_fault_that_passes_is_got_over(
     fault: Fault | int, server: FileServer, tmp_path: Path

@@ -1,6 +1,6 @@
 """A remote folder on an object store: s3:// and gs://, through fsspec.
 
-Owns moetrain's only import of fsspec, the retries, and the time after which a silent server counts
+Owns the retries, and the time after which a silent server counts
 as gone.
 
 Credentials and servers other than the usual ones are set where these libraries look for them, in
@@ -14,24 +14,21 @@ import concurrent.futures
 import contextlib
 import errno
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.object_stores import is_final, new_filesystem, pause_before
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checkpoint.remote.folder import SETTING, Patience, RemoteUnavailableError, shown
 from moetrain.checks import ConfigError
 
-_LONGEST_PAUSE_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 _PIECE_BYTES = 8 * 2**20
 # An upload of one file may have 10,000 parts on S3; those of gs:// are multiples of 256 KiB.
 _MOST_PARTS, _PART_STEP = 9_000, 2**18
-# Of HTTP's answers that put the blame on who asks, those that say: ask again.
-_RETRIED_STATUSES = (408, 409, 425, 429)
 # A store that knows no exclusive creation says so in one of these ways.
 _NOT_KNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -208,7 +205,7 @@ class ObjectFolder:
             except Exception as error:
                 why = self._reason(error)
                 # Not `from error`: its own text may have secrets in a URL.
-                if _is_final(error):
+                if is_final(error):
                     raise RemoteUnavailableError(
                         f"{url} can't be used: {why}; check the credentials, and that they allow "
                         "to list, read, write and delete there"
@@ -218,15 +215,10 @@ class ObjectFolder:
                         f"{url} can't be used, tried {number} times: {why}; see to the network or "
                         f"the server, or change {SETTING}"
                     ) from None
-                pause = self._pause(number)
+                pause = pause_before(number, first_seconds=self._patience.pause_seconds)
                 _logger.warning("%s: %s; trying again in %.1f s", url, why, pause)
                 self._stopped.wait(pause)
         raise AssertionError("unreachable")
-
-    def _pause(self, number: int) -> float:
-        longest = min(self._patience.pause_seconds * 2 ** (number - 1), _LONGEST_PAUSE_SECONDS)
-        # Not of the program's own random numbers: a bad network must not change a run.
-        return random.SystemRandom().uniform(0.0, longest)
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
@@ -235,17 +227,8 @@ class ObjectFolder:
 
     def _new_filesystem(self) -> Any:
         # Every answer is asked for anew: another attempt may have written since.
-        options = {"skip_instance_cache": True, "use_listings_cache": False}
         try:
-            if self._protocol == "gs":
-                # The class that fsspec would take asks by gRPC for each bucket's kind first. Zonal
-                # buckets need it; they aren't written here.
-                from gcsfs.core import GCSFileSystem
-
-                return GCSFileSystem(**options)
-            import fsspec
-
-            return fsspec.filesystem(self._protocol, **options)
+            return new_filesystem(self._protocol, use_listings_cache=False)
         except ImportError as error:
             raise ConfigError(
                 SETTING,
@@ -253,17 +236,3 @@ class ObjectFolder:
                 f"{self._protocol}:// needs more packages ({error}): "
                 "pip install 'moetrain[remote]'",
             ) from error
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the same request would fail again."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    kind = type(error).__name__
-    return (
-        # ValueError: an address that can't be, and a certificate that isn't to be trusted.
-        isinstance(error, (PermissionError, ValueError))
-        or "Credentials" in kind
-        or kind in ("ProfileNotFound", "ParamValidationError")
-        or str(error).startswith("Forbidden")  # gcsfs
-        or (isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUSES)
-    )
