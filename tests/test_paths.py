@@ -12,7 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline import BuildSettings, DataError
+from data_pipeline import BuildSettings, DataError, ShardFolder
 from data_pipeline.inspect import InspectSettings
 from data_pipeline.settings import CacheSettings, PathText
 from data_pipeline.storage import open_files
@@ -84,9 +84,7 @@ def outcome(module: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
     if module.startswith("data_pipeline."):
         try:
-            data_pipeline.commands.command.run_command(
-                work, settings_type=tree, module=module, about=""
-            )
+            command.run_command(work, settings_type=tree, module=module, about="")
         except SystemExit as ended:
             return int(str(ended.code)), got
         return 0, got
@@ -185,7 +183,7 @@ def test_a_folder_built_from_such_a_path_before_can_still_be_read(
     index = json.loads(path.read_text())
     next(iter(index["build"]["sources"].values()))["corpus"] = recorded
     path.write_text(json.dumps(index))
-    opened = data_pipeline.ShardFolder.open(tmp_path / "shards")
+    opened = ShardFolder.open(tmp_path / "shards")
     (source,) = opened.index.build.sources.values()
     assert source.corpus == recorded
 

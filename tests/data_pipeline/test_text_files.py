@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import DataError, json_documents
+from data_pipeline import DataError
+from data_pipeline.corpora import json_documents
 from data_pipeline.corpora.corpus import kept_documents, open_corpus
 from data_pipeline.corpora.raw_documents import LeftOut, Reason, Text, Unread
 from data_pipeline.corpora.text_files import read_documents
