@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline import BuildSettings, DataError, ShardFolder
+from data_pipeline.commands import command
 from data_pipeline.inspect import InspectSettings
 from data_pipeline.settings import CacheSettings, PathText
 from data_pipeline.storage import open_files
