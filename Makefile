@@ -7,12 +7,13 @@ INSTALLED := .venv/.installed
 KERNELS := .venv/.kernels
 RUN ?= toy
 
-.PHONY: toy kernels test torture drills cluster-test soak check format clean help
+.PHONY: toy kernels test test-slow torture drills cluster-test soak check format clean help
 
 help:
 	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
 	@echo "make kernels install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the test suite but for what takes long"
+	@echo "make test-slow  the rest of it: whole runs under Ray, killed, moved, swept, submitted"
 	@echo "make torture break checkpoints in every way, count what is lost (5 minutes)"
 	@echo "make drills  strike runs on this machine in every way, time how they go on (7 minutes)"
 	@echo "make cluster-test  the same on hosts made of network namespaces (as root; 10 minutes)"
@@ -48,7 +49,10 @@ kernels: $(KERNELS)
 
 # Two files at once: much of the suite waits for Ray, for time-outs and for processes to end.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(INSTALLED)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 torture: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
