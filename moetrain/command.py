@@ -138,6 +138,29 @@ def run_command(
     raise SystemExit(max([*codes, *_each(main, found, front)]))
 
 
+def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree:
+    """Returns the validated tree of a command line's overrides, and runs nothing.
+
+    Raises ValueError for what can't be composed; ConfigError, which is one, for a value.
+    """
+    front = _Front(tree)
+    front.read(overrides, files=files, name="config")
+    if front.line.flags or front.line.is_sweep:
+        raise ValueError(f"{' '.join(overrides)}: overrides alone make one configuration")
+    register(tree, name="schema")
+    only_compose()
+    found: list[DictConfig] = []
+    try:
+        with hydra.initialize_config_dir(str(files), version_base="1.3"):
+            front.files.compose(
+                lambda: found.append(hydra.compose("config", list(front.line.overrides)))
+            )
+    except (HydraException, OmegaConfBaseException) as error:
+        complaint = Complaint(tree=tree, line=front.line, files=front.files)
+        raise ValueError(redacted_text(complaint.about(error))) from None
+    return front.settings(found[0])
+
+
 def _each(
     main: Callable[[Tree], int], found: Iterable[Combination[Tree]], front: "_Front[Tree]"
 ) -> Iterator[int]:

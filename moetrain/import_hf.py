@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ConfigDict
@@ -23,20 +22,18 @@ from data_pipeline.progress import byte_progress
 from data_pipeline.settings import PathText
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
-from moetrain.huggingface.configuration import ImportedModel, imported_model
+from moetrain.huggingface.configuration import imported_model
 from moetrain.huggingface.hub import fetch_model, is_hub_name
 from moetrain.huggingface.names import (
-    EMBEDDING,
-    HEAD,
     ConversionError,
     Index,
     Place,
     demand_complete,
     is_selection_bias,
     model_tensors,
-    places,
 )
 from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
+from moetrain.huggingface.reading import places_in, read_config
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
 from moetrain.kinds import EventKind
@@ -92,7 +89,7 @@ def _source(settings: ImportSettings) -> Path:
             revision=settings.revision,
             cache_dir=settings.cache_dir,
             others=TOKENIZER_FILES,
-            demand=lambda folder: imported_model(_read_config(folder)),
+            demand=lambda folder: imported_model(read_config(folder)),
         )
     for key in ("revision", "cache_dir"):
         if (value := getattr(settings, key)) is not None:
@@ -110,9 +107,9 @@ def _source(settings: ImportSettings) -> Path:
 
 
 def _write(source: Path, to: Path, settings: ImportSettings) -> None:
-    imported = imported_model(_read_config(source))
+    imported = imported_model(read_config(source))
     with WeightFiles(source) as files:
-        placed = match(files, _places(files, imported))
+        placed = match(files, places_in(files, imported))
         shapes = model_tensors(imported.settings)
         demand_complete(placed, shapes)
         notes = [*imported.notes, *_notes(files)]
@@ -178,31 +175,6 @@ def _origin(source: Path, settings: ImportSettings) -> dict[str, str]:
     if is_hub_name(settings.from_):
         return {"source": settings.from_, "commit": source.name}
     return {"source": str(source.absolute())}
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} can't be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path} is no JSON object")
-    return config
-
-
-def _places(files: WeightFiles, imported: ImportedModel) -> Iterator[Place]:
-    """Returns the places of the model in the form in which the folder has them."""
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files.tensors)
-    tied = imported.tied
-    if tied and {EMBEDDING, HEAD} <= files.tensors.keys():
-        if not torch.equal(files.read(EMBEDDING), files.read(HEAD)):
-            raise ConversionError(
-                f"config.json: tie_word_embeddings=true, and {HEAD} is not {EMBEDDING}: which of "
-                "them is the head can't be known"
-            )
-        tied = False
-    return places(imported.settings, fused=fused, tied=tied)
 
 
 def _dtype(files: WeightFiles) -> torch.dtype:

@@ -78,6 +78,36 @@ def write_tokenizer(
             f"run {run_dir.name} was not trained here, and has no folder {imported} with the files "
             f"of a tokenizer: say which it has, with tokenizer={_WAYS_OUT}",
         )
+    where, found, passed_over = _find(config, imported, fingerprint)
+    if found is not None:
+        is_imported = where == str(imported)
+        return (
+            _copy(imported, to, config=config) if is_imported else _write(to, found, config=config)
+        )
+    raise ConfigError(
+        "tokenizer",
+        None,
+        f"run {run_dir.name} was trained with a tokenizer of fingerprint {fingerprint[:12]}, which "
+        f"isn't found ({'; '.join(passed_over)}): give it, with tokenizer={_WAYS_OUT}",
+    )
+
+
+def tokenizer_of_run(config: Resolved, *, fingerprint: str | None, run_dir: Path) -> Tokenizer:
+    """Returns the tokenizer with the fingerprint of the one that a run was trained with.
+
+    Without a fingerprint (it wasn't trained here), the first that is found. Raises ConfigError
+    where there is none.
+    """
+    _, found, passed_over = _find(config, run_dir / IMPORTED, fingerprint)
+    if found is None:
+        raise ConfigError("run", run_dir, f"its tokenizer isn't found: {'; '.join(passed_over)}")
+    return found
+
+
+def _find(
+    config: Resolved, imported: Path, fingerprint: str | None
+) -> tuple[str, Tokenizer | None, list[str]]:
+    """Returns where a run's tokenizer is, the tokenizer, and what was passed over."""
     passed_over = []
     for where, find in _places(config, imported):
         try:
@@ -85,17 +115,10 @@ def write_tokenizer(
         except (DataError, OSError) as error:
             passed_over.append(f"{where}: {error}")
             continue
-        if found.fingerprint == fingerprint:
-            if where == str(imported):
-                return _copy(imported, to, config=config)
-            return _write(to, found, config=config)
+        if fingerprint in (None, found.fingerprint):
+            return where, found, passed_over
         passed_over.append(f"{where} has {found.name}, of fingerprint {found.fingerprint[:12]}")
-    raise ConfigError(
-        "tokenizer",
-        None,
-        f"run {run_dir.name} was trained with a tokenizer of fingerprint {fingerprint[:12]}, which "
-        f"isn't found ({'; '.join(passed_over)}): give it, with tokenizer={_WAYS_OUT}",
-    )
+    return "", None, passed_over
 
 
 def _places(config: Resolved, imported: Path) -> Iterator[tuple[str, Callable[[], Tokenizer]]]:

@@ -12,14 +12,14 @@ import torch
 from data_pipeline import Batch
 from moetrain.checkpoint.folders import demand_newest
 from moetrain.kinds import EventKind
-from moetrain.model import random_stream, training_flops_per_token
+from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
 from moetrain.parallel import BETWEEN_STEPS, any_rank
 from moetrain.train.build import Trainer
 from moetrain.train.control import Outcome
 from moetrain.train.means import RunningMeans
-from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.state import checkpoint_tensors
 from moetrain.train.step import StepReport, train_step
 from moetrain.train.validation import validate
@@ -92,7 +92,7 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
             config.train.micro_batch_size,
             device=trainer.device,
             mask_documents=config.data.mask_documents,
-            noise_seeds=_noise_seeds(trainer),
+            noise_seeds=noise_seeds(config, _samples(trainer)),
         )
     report = train_step(
         micro_batches,
@@ -286,13 +286,11 @@ class Stopwatch:
         return self._stalled
 
 
-def _noise_seeds(trainer: Trainer) -> list[int] | None:
-    """Returns a seed for each of this rank's sequences, a function of the global sample index."""
-    if not trainer.config.model.router.jitter_noise:
-        return None
-    config, first = trainer.config, trainer.state.samples
-    mine = trainer.meshes.share.sequences(config.train.global_batch_size)
-    return [random_stream(config.seed, "sample", first + sequence) for sequence in mine]
+def _samples(trainer: Trainer) -> range:
+    """Returns the global numbers of the samples that this rank reads for the next step."""
+    first = trainer.state.samples
+    mine = trainer.meshes.share.sequences(trainer.config.train.global_batch_size)
+    return range(first + mine.start, first + mine.stop)
 
 
 def _learning_rate(trainer: Trainer, *, step: int | None = None) -> float:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline import Batch
-from moetrain.model import Choose, Documents, LossSums, Transformer
+from moetrain.model import Choose, Documents, LossSums, Transformer, random_stream
+from moetrain.settings import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,13 @@ class MicroBatch:
             self.tokens, self.targets, self.valid, self.noise_seeds, self.documents, self.choose
         )
         return sums
+
+
+def noise_seeds(config: Config, samples: range) -> list[int] | None:
+    """Returns a seed for each sample's jitter, a function of its global number; None: no jitter."""
+    if not config.model.router.jitter_noise:
+        return None
+    return [random_stream(config.seed, "sample", sample) for sample in samples]
 
 
 Schedule = Callable[

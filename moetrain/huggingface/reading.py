@@ -1,0 +1,72 @@
+"""A folder of transformers' or the Hub's, read as a model of ours."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.huggingface.configuration import ImportedModel, imported_model
+from moetrain.huggingface.names import (
+    EMBEDDING,
+    HEAD,
+    WHOLE,
+    ConversionError,
+    Place,
+    demand_complete,
+    is_selection_bias,
+    model_tensors,
+    places,
+)
+from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
+from moetrain.settings import ModelSettings
+
+
+def read_model(folder: Path) -> tuple[ModelSettings, dict[str, Tensor]]:
+    """Returns a model's settings and all of its tensors, in float32, by their names in the model.
+
+    Raises ConversionError where the folder holds no such model, or it can't be read.
+    """
+    imported = imported_model(read_config(folder))
+    with WeightFiles(folder) as files:
+        placed = match(files, places_in(files, imported))
+        shapes = model_tensors(imported.settings)
+        demand_complete(placed, shapes)
+        by_name: dict[str, list[Place]] = {}
+        for place in placed:
+            by_name.setdefault(place.ours, []).append(place)
+        tensors = {
+            name.removeprefix("model."): torch.zeros(shape)
+            if is_selection_bias(name)
+            else read_as_ours(files, by_name[name], shape=shape, index=WHOLE)
+            for name, shape in shapes.items()
+        }
+    return imported.settings, tensors
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """Returns what a folder's config.json says; ConversionError where it can't be read."""
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path} is no JSON object")
+    return config
+
+
+def places_in(files: WeightFiles, imported: ImportedModel) -> Iterator[Place]:
+    """Returns the places of the model in the form in which the folder has them."""
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files.tensors)
+    tied = imported.tied
+    if tied and {EMBEDDING, HEAD} <= files.tensors.keys():
+        if not torch.equal(files.read(EMBEDDING), files.read(HEAD)):
+            raise ConversionError(
+                f"config.json: tie_word_embeddings=true, and {HEAD} is not {EMBEDDING}: which of "
+                "them is the head can't be known"
+            )
+        tied = False
+    return places(imported.settings, fused=fused, tied=tied)
