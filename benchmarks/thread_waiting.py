@@ -26,7 +26,7 @@ from data_pipeline.commands.standard_streams import outlive_readers
 from data_pipeline.threads import WAITING
 from moetrain.parallel import join_ranks
 from moetrain.train.build import build_trainer
-from moetrain.train.control import Control, Place
+from moetrain.train.control import Control, RankPlace
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.rank import keep_freed_memory
 
@@ -165,7 +165,7 @@ def _step(folder: Path) -> Callable[[], object]:
         timeout_seconds=300,
     )  # fmt: skip
     config = configured(Case.parse("toy,4,16,256"), device=CPU, folder=folder)
-    place = Place(rank=0, world_size=1, rendezvous="joined", attempt=1)
+    place = RankPlace(rank=0, world_size=1, rendezvous="joined", attempt=1)
     trainer = build_trainer(config, place, Control(), device=CPU)
     batch = trainer.batches.read(0, rank=0, num_ranks=1)
     return our_step(trainer, MicroBatch.cut(batch, len(batch.tokens), device=CPU))

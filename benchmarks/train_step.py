@@ -31,7 +31,7 @@ from moetrain.parallel import join_ranks
 from moetrain.settings import Config, ModelSettings
 from moetrain.settings.validation import validated
 from moetrain.train.build import Trainer, build_trainer
-from moetrain.train.control import Control, Place
+from moetrain.train.control import Control, RankPlace
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.rank import keep_freed_memory
 from moetrain.train.step import train_step
@@ -108,7 +108,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns a record for our step and for each of transformers', taken in turn."""
     config = configured(case, device=device, folder=folder)
-    place = Place(rank=0, world_size=1, rendezvous="joined", attempt=1)
+    place = RankPlace(rank=0, world_size=1, rendezvous="joined", attempt=1)
     trainer = build_trainer(config, place, Control(), device=device)
     oracle = _same_in_transformers(trainer.model).to(device)
     batch = trainer.batches.read(0, rank=0, num_ranks=1)

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline import Corpus, DataSettings
-from launch.folders import demand_folder
+from launch.folders import require_folder
 from launch.plan import Plan
-from launch.run_lock import demand_free
+from launch.run_lock import require_free
 from moetrain.checkpoint.manifest import Manifest
-from moetrain.checkpoint.remote.folder import demand_mounted
+from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
 from moetrain.settings import Resolved
 from moetrain.train.prepare import Prepared, newest_manifest, rehearse
 from moetrain.train.preview import Preview, preview_of, short
-from moetrain.train.resume import demand_done_alike
+from moetrain.train.resume import require_done_alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,14 @@ def dry_run(config: Resolved, plan: Plan, *, data: DataSettings) -> int:
 def rehearsal_of(config: Resolved, *, data: DataSettings) -> Rehearsal:
     """Returns what a run would be; raises ConfigError or DataError where it could not start."""
     run_dir = config.run_dir
-    demand_free(run_dir)
-    demand_folder(run_dir)
-    demand_mounted(config.checkpoint)
+    require_free(run_dir)
+    require_folder(run_dir)
+    require_mounted(config.checkpoint)
     newest, is_elsewhere = newest_manifest(run_dir), False
     there = newest_manifest_there(config.checkpoint, run=config.run.name)
     if there and (newest is None or there.step > newest.step):
         newest, is_elsewhere = there, True
     found = rehearse(config, data, newest=newest)
     if newest:
-        demand_done_alike(config, newest)
+        require_done_alike(config, newest)
     return Rehearsal(config=config, newest=newest, is_elsewhere=is_elsewhere, found=found)

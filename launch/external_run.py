@@ -30,7 +30,7 @@ from moetrain.exit_codes import DONE, FAILED, STOPPED
 from moetrain.parallel import join_ranks
 from moetrain.redaction import redacted_text
 from moetrain.settings import Resolved
-from moetrain.train.control import Control, Place
+from moetrain.train.control import Control, RankPlace
 from moetrain.train.rank import rank_device, run_rank
 
 
@@ -74,7 +74,7 @@ def run_external(
     kept.enter_context(logging_to(Path(config.run.dir, name), rank=rank))
     control = Control()
     stop = StopRequest(told=control.request_stop)
-    place = Place(
+    place = RankPlace(
         rank=rank,
         world_size=external.world_size,
         device_index=device_index,

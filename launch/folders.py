@@ -33,7 +33,7 @@ def try_folder(folder: Path) -> None:
                 made.callback(_remove_empty, part)
 
 
-def demand_folder(run_dir: Path) -> None:
+def require_folder(run_dir: Path) -> None:
     """Raises ConfigError where a run's folder can't be made or written to; leaves none behind.
 
     Shards may take hours to be built, and are no use to such a run.
@@ -91,7 +91,7 @@ def settle_temporary_folder() -> None:
         os.environ["TMPDIR"] = usable
 
 
-def demand_ray_folder() -> None:
+def require_ray_folder() -> None:
     """Raises ConfigError where a Ray that is started here couldn't have its folder of sockets."""
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(name, "/tmp")  # Ray's own rule

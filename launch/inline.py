@@ -9,7 +9,7 @@ from launch.run_folder import logging_to, taken_over
 from launch.signals import StopRequest
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import Resolved
-from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
 
 
@@ -37,7 +37,7 @@ def run_inline(config: Resolved, display: ProgressDisplay, stop: StopRequest) ->
         tempfile.TemporaryDirectory(prefix="moetrain-", ignore_cleanup_errors=True) as folder,
     ):
         meeting_point = f"file://{folder}/rendezvous"
-        place = Place(rank=0, world_size=1, rendezvous=meeting_point, attempt=attempt)
+        place = RankPlace(rank=0, world_size=1, rendezvous=meeting_point, attempt=attempt)
         try:
             return run_rank(config, place, control)
         finally:

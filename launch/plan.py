@@ -10,7 +10,7 @@ import torch
 from data_pipeline.settings import home_folder
 from launch.environment import for_ranks
 from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
-from launch.folders import demand_ray_folder, settle_temporary_folder
+from launch.folders import require_ray_folder, settle_temporary_folder
 from moetrain.checks import ConfigError
 from moetrain.settings import LaunchSettings
 
@@ -38,7 +38,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     if external := external_rank(os.environ):
         if settings.mode == "auto" and not _drives_cluster(settings, external):
             return _external(external, wanted)
-        _demand_first(external, settings)
+        _require_first(external, settings)
     if settings.mode == "inline":
         if wanted not in (None, 1):
             raise ConfigError(
@@ -55,7 +55,7 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     wanted = wanted or _local_workers(device)
     alone = settings.mode == "auto" and wanted == 1 and not address
     if not alone and not address:
-        demand_ray_folder()
+        require_ray_folder()
     return Plan(mode="inline" if alone else "ray", num_workers=wanted)
 
 
@@ -76,7 +76,7 @@ def _drives_cluster(settings: LaunchSettings, external: ExternalRank) -> bool:
     return external.launcher is not TORCHRUN and cluster_address(settings) is not None
 
 
-def _demand_first(external: ExternalRank, settings: LaunchSettings) -> None:
+def _require_first(external: ExternalRank, settings: LaunchSettings) -> None:
     """Raises ConfigError for a copy of a run that the first process of a launcher begins."""
     if external.rank == 0:
         return
@@ -109,7 +109,7 @@ def cluster_address(settings: LaunchSettings) -> str | None:
     return None if address == "local" else address
 
 
-def lasting(folder: str) -> Path:
+def persistent_folder(folder: str) -> Path:
     """Returns the absolute path of a folder that runs are kept in.
 
     In a Ray job the current folder may be Ray's copy of a working directory, which it deletes when

@@ -11,11 +11,11 @@ import yaml
 
 from data_pipeline import DataSettings, ShardFolder
 from launch.closing import closing_lines
-from launch.folders import demand_folder
+from launch.folders import require_folder
 from launch.run_lock import held
 from moetrain.checkpoint.folders import Save, replace_text
 from moetrain.checkpoint.manifest import Manifest
-from moetrain.checkpoint.remote.folder import demand_mounted
+from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import (
     fetch_newer,
     good_save,
@@ -32,17 +32,17 @@ from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Outcome
 from moetrain.train.prepare import Prepared, newest_manifest, prepare
-from moetrain.train.resume import demand_done_alike, demand_same_model
+from moetrain.train.resume import require_done_alike, require_same_model
 
 
 def prepared_run(config: Resolved, data: DataSettings) -> Prepared:
     """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
-    demand_folder(config.run_dir)
-    demand_mounted(config.checkpoint)
+    require_folder(config.run_dir)
+    require_mounted(config.checkpoint)
     _fetch(config)
     prepared = prepare(config, data, progress=True)
     if newest := newest_manifest(config.run_dir):
-        demand_done_alike(config, newest)
+        require_done_alike(config, newest)
     return prepared
 
 
@@ -64,8 +64,8 @@ def _fetch(config: Resolved) -> None:
         )
 
     def demand(manifest: Manifest) -> None:
-        demand_same_model(config, manifest)
-        demand_done_alike(config, manifest)
+        require_same_model(config, manifest)
+        require_done_alike(config, manifest)
 
     with held(run_dir):
         fetch_newer(

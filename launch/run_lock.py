@@ -34,7 +34,7 @@ def held(run_dir: Path) -> Iterator[None]:
         os.close(lock)  # and with it the lock
 
 
-def demand_free(run_dir: Path) -> None:
+def require_free(run_dir: Path) -> None:
     """Raises ConfigError where another command on this machine trains a run."""
     try:
         lock = os.open(run_dir / "lock", os.O_RDONLY)

@@ -35,7 +35,7 @@ from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.build import build_model
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
-from moetrain.train.prepare import demand_vocabulary, global_batches
+from moetrain.train.prepare import global_batches, require_vocabulary
 from moetrain.train.step import StepReport, train_step
 
 __all__ = [
@@ -129,7 +129,7 @@ def batches(config: Config, *, start: int = 0) -> Iterator[Batch]:
     Builds the shards where they aren't there yet. Raises DataError where they can't be read.
     """
     shards = open_or_build(config.data, progress=True)
-    demand_vocabulary(config, shards.tokenizer)
+    require_vocabulary(config, shards.tokenizer)
     source, size = global_batches(config, shards, position=None), config.train.global_batch_size
     try:
         for step in range(start, config.train.num_steps):

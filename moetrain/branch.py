@@ -21,7 +21,7 @@ from moetrain.checkpoint.folders import Save, commit, next_attempt, staged_folde
 from moetrain.checkpoint.manifest import Manifest, read_manifest, verify_all
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
-from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
+from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
 from moetrain.huggingface.run_folder import training_command, write_choices
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.kinds import EventKind
@@ -55,7 +55,7 @@ def branch(settings: BranchSettings) -> int:
 def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
     if to.resolve().is_relative_to(run_dir.resolve()):
         raise ConfigError("to", to, f"lies in the run {run_dir}: use a folder beside it")
-    demand_new(to, num_bytes=0)  # said before a large checkpoint is read
+    require_new(to, num_bytes=0)  # said before a large checkpoint is read
     checkpoint = chosen_checkpoint(run_dir, step=settings.step)
     manifest = read_manifest(checkpoint)
     config = validated(_own(manifest.config, run_dir, to), Resolved)

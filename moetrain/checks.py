@@ -37,7 +37,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return check
 
 
-def demand_no_secrets(arguments: Iterable[str], *, where: str) -> None:
+def require_no_secrets(arguments: Iterable[str], *, where: str) -> None:
     """Raises ConfigError for a command line with a secret in it, which others would read."""
     arguments = list(arguments)
     for argument, shown in zip(arguments, redacted_arguments(arguments), strict=True):
@@ -51,7 +51,7 @@ def demand_no_secrets(arguments: Iterable[str], *, where: str) -> None:
             )
 
 
-def demand_no_secret_values(plain: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> None:
+def require_no_secret_values(plain: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for a setting that is a secret's value and would be used as a text.
 
     `but` names the settings that may: with all below them, as `cluster.env`.

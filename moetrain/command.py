@@ -34,11 +34,11 @@ from data_pipeline.commands.settings_files import SettingsFiles
 from data_pipeline.commands.settings_tree import kind_at, spelt
 from data_pipeline.commands.shell import escape_output
 from data_pipeline.commands.standard_streams import outlive_readers
-from moetrain.checks import ConfigError, demand_no_secrets
+from moetrain.checks import ConfigError, require_no_secrets
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.redaction import redacted_text
 from moetrain.settings.validation import validated
-from moetrain.sweeping.plugins import USABLE, SweepEnded, SweepPlugins, demand_usable
+from moetrain.sweeping.plugins import USABLE, SweepEnded, SweepPlugins, require_usable
 
 Tree = TypeVar("Tree")
 
@@ -243,9 +243,9 @@ class _Front(Generic[Tree]):
     def read(self, words: Sequence[str], *, files: Path | None, name: str) -> int:
         """Looks through a command line; returns the exit code."""
         self.line = read_command_line(words, self._tree, files=files, name=name)
-        demand_usable(self.line.overrides, is_sweep=self.line.is_sweep)
+        require_usable(self.line.overrides, is_sweep=self.line.is_sweep)
         if self.line.is_sweep:
-            demand_no_secrets(words, where="a sweep's settings are written into its multirun.yaml")
+            require_no_secrets(words, where="a sweep's settings are written into its multirun.yaml")
         return DONE
 
     def compose(self, entry: Callable[[], Any]) -> int:

@@ -12,9 +12,9 @@ from datetime import datetime
 import torch
 
 from data_pipeline import resolved_dir, resolved_tokenizer
-from launch.plan import cluster_address, lasting
+from launch.plan import cluster_address, persistent_folder
 from moetrain.checkpoint.remote.folder import check_url
-from moetrain.checks import ConfigError, demand_no_secret_values, nearest
+from moetrain.checks import ConfigError, nearest, require_no_secret_values
 from moetrain.kernels import unavailable_because
 from moetrain.optim import decay_steps
 from moetrain.parallel import degree_choices, divisors, resolve_topology
@@ -80,7 +80,7 @@ def check(config: Config) -> None:
         here = "cpu" if config.run.device == "cpu" else None
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
-    demand_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
+    require_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
 
 
 def _check_model(model: ModelSettings) -> None:
@@ -271,7 +271,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
             "run": ResolvedRun(
                 **vars(config.run)
                 | {
-                    "dir": str(lasting(config.run.dir)),
+                    "dir": str(persistent_folder(config.run.dir)),
                     "name": config.run.name or _new_name(config, now),
                 }
             ),
@@ -336,4 +336,4 @@ def _new_name(config: Config, now: datetime) -> str:
     base = f"{now:%Y%m%d-%H%M%S}"
     taken = (f"{base}-{n}" for n in range(2, 10_000))
     names = [base, *taken]
-    return next(n for n in names if not (lasting(config.run.dir) / n).exists())
+    return next(n for n in names if not (persistent_folder(config.run.dir) / n).exists())

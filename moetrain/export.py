@@ -18,7 +18,7 @@ from moetrain.checks import one_of
 from moetrain.command import run_command
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
-from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
+from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
 from moetrain.huggingface.shards import num_bytes
 from moetrain.huggingface.tokenizer import NONE, write_tokenizer
 from moetrain.settings import Resolved
@@ -52,7 +52,7 @@ def export(settings: ExportSettings) -> int:
 
 
 def _export(settings: ExportSettings) -> None:
-    demand_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
+    require_new(Path(settings.to), num_bytes=0)  # said before a large run's files are checked
     folder = chosen_checkpoint(Path(settings.run), step=settings.step)
     with CheckpointReader(folder) as reader:
         _write(settings, folder, reader)
@@ -64,7 +64,7 @@ def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> 
     placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)
     dtype = export_dtype(settings.dtype, manifest)
     size = num_bytes(placed, DTYPES[dtype])
-    demand_new(to, num_bytes=size)
+    require_new(to, num_bytes=size)
 
     with new_folder(to) as staged:
         tokens = write_tokenizer(

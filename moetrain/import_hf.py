@@ -27,12 +27,12 @@ from moetrain.huggingface.hub import fetch_model, is_hub_name
 from moetrain.huggingface.names import (
     ConversionError,
     Index,
-    Place,
-    demand_complete,
+    TensorPlace,
     is_selection_bias,
     model_tensors,
+    require_complete,
 )
-from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
+from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
 from moetrain.huggingface.reading import places_in, read_config
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
@@ -73,7 +73,7 @@ def import_folder(settings: ImportSettings) -> int:
 
 def _import(settings: ImportSettings) -> None:
     to = Path(os.path.abspath(settings.to))
-    demand_new(to, num_bytes=0)  # said before anything is fetched
+    require_new(to, num_bytes=0)  # said before anything is fetched
     try:
         _write(_source(settings), to, settings)
     except ConversionError as error:
@@ -111,15 +111,15 @@ def _write(source: Path, to: Path, settings: ImportSettings) -> None:
     with WeightFiles(source) as files:
         placed = match(files, places_in(files, imported))
         shapes = model_tensors(imported.settings)
-        demand_complete(placed, shapes)
+        require_complete(placed, shapes)
         notes = [*imported.notes, *_notes(files)]
         tokenizer = sorted({p for glob in TOKENIZER_FILES for p in source.glob(glob)})
         tokenizer = [path for path in tokenizer if path.is_file()]
         has_tokenizer = (source / "tokenizer.json").is_file()
         config = starting_config(imported.settings, to=to, has_tokenizer=has_tokenizer)
         size = 4 * total_parameters(imported.settings)
-        demand_new(to, num_bytes=size)
-        by_name: dict[str, list[Place]] = {}
+        require_new(to, num_bytes=size)
+        by_name: dict[str, list[TensorPlace]] = {}
         for place in placed:
             by_name.setdefault(place.ours, []).append(place)
         with (

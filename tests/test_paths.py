@@ -17,7 +17,7 @@ from data_pipeline.commands import command
 from data_pipeline.inspect import InspectSettings
 from data_pipeline.settings import CacheSettings, PathText
 from data_pipeline.storage import open_files
-from launch.plan import lasting
+from launch.plan import persistent_folder
 from launch.submit.__main__ import SubmitConfig
 from launch.submit.job import entrypoint
 from moetrain.checkpoint.__main__ import VerifySettings
@@ -229,8 +229,8 @@ def test_without_a_home_a_ray_job_needs_an_absolute_run_dir(
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match=r"run\.dir=runs: .* absolute one"):
-        lasting("runs")
-    assert lasting("/mnt/runs") == Path("/mnt/runs")
+        persistent_folder("runs")
+    assert persistent_folder("/mnt/runs") == Path("/mnt/runs")
 
 
 @pytest.mark.usefixtures("homeless")

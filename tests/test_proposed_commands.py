@@ -34,8 +34,8 @@ from moetrain.huggingface.run_folder import training_command
 from moetrain.import_hf import shards_command
 from moetrain.settings import Config
 from moetrain.train.control import Outcome
-from moetrain.train.prepare import demand_vocabulary
-from moetrain.train.resume import _demand_restart, _ways_to_another_model
+from moetrain.train.prepare import require_vocabulary
+from moetrain.train.resume import _require_restart, _ways_to_another_model
 from tests.support.runs import tiny_config
 from tests.test_command import Front, front
 
@@ -77,14 +77,14 @@ def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
         ("moetrain/huggingface/run_folder.py", "moetrain"): training_command(folder / ODD),
         ("moetrain/import_hf.py", "data_pipeline.build"): shards_command(folder / ODD),
         ("moetrain/train/prepare.py", "data_pipeline.build"):
-            said(demand_vocabulary, config, tokenizer),
+            said(require_vocabulary, config, tokenizer),
     }  # fmt: skip
     for (file, module), message in messages.items():
         yield file, module, command_in(message)
     hub = _no_run(Path("mistralai/Mixtral-8x7B-v0.1"))
     yield "moetrain/checkpoint/chosen.py", "moetrain.import_hf", command_in(hub)
     for message in (
-        said(_demand_restart, config, manifest),
+        said(_require_restart, config, manifest),
         _ways_to_another_model(config, manifest, ["model.router.num_groups"]),
     ):
         yield "moetrain/train/resume.py", "moetrain.branch", command_in(message)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moetrain.checks import ConfigError, demand_no_secret_values, demand_no_secrets
+from moetrain.checks import ConfigError, require_no_secret_values, require_no_secrets
 from moetrain.redaction import (
     REDACTED,
     RedactingFormatter,
@@ -55,7 +55,7 @@ def test_names_that_only_look_like_it(name: str) -> None:
 def test_no_setting_of_ours_is_taken_for_a_secret(tmp_path: Path) -> None:
     plain = dataclasses.asdict(tiny_config(tmp_path, shards=tmp_path))
     assert redacted(plain, environ={}) == json.loads(json.dumps(plain))
-    demand_no_secret_values(plain)
+    require_no_secret_values(plain)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_a_command_line_is_redacted_word_by_word() -> None:
 
 
 def test_a_command_line_that_others_would_read_may_have_no_secret() -> None:
-    demand_no_secrets(["model=toy", "cluster.env.HF_TOKEN='${oc.env:HF_TOKEN}'"], where="")
+    require_no_secrets(["model=toy", "cluster.env.HF_TOKEN='${oc.env:HF_TOKEN}'"], where="")
     with pytest.raises(ConfigError, match=r"^cluster.env.HF_TOKEN=\[redacted\]: .* shown to all"):
-        demand_no_secrets(["cluster.env.HF_TOKEN=abc"], where="shown to all")
+        require_no_secrets(["cluster.env.HF_TOKEN=abc"], where="shown to all")
 
 
 def test_a_message_about_a_setting_does_not_tell_a_secret() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.building.baselines import BaselineCounter
 from data_pipeline.building.bpe_training import bpe_size, trained_tokenizer
-from data_pipeline.building.encoding import Encoder, demand_guarded_script, num_encoding_processes
+from data_pipeline.building.encoding import Encoder, num_encoding_processes, require_guarded_script
 from data_pipeline.building.existing import (
     build_entry,
     corpora_of,
@@ -138,7 +138,7 @@ def build_shards(
     train on, and a place that holds something else, or shards whose text has changed since, unless
     they are to be built anew.
     """
-    demand_guarded_script()
+    require_guarded_script()
     say = partial(tell, shown=progress)
     folder = Path(settings.to).absolute()
     existing = existing_shards(settings, progress=progress, prefix=prefix)

@@ -41,7 +41,7 @@ _Tokens = NDArray[np.integer]
 _of_process: list[Tokenizer] = []
 
 
-def demand_guarded_script() -> None:
+def require_guarded_script() -> None:
     """Raises DataError in a process that `multiprocessing` started and that has yet to begin.
 
     It imports its parent's script first. One that does its work when it is imported would do all
@@ -66,7 +66,7 @@ class Encoder:
         self._num_ahead = num_processes * _BATCHES_AHEAD
         self._pool: ProcessPoolExecutor | None = None
         if num_processes:
-            demand_guarded_script()
+            require_guarded_script()
             self._pool = ProcessPoolExecutor(
                 num_processes,
                 # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.

@@ -118,7 +118,7 @@ def read_command_line(
     is the file that composing begins with.
     """
     line = _split(words)
-    _demand_told_apart(line.overrides, tree)
+    _require_told_apart(line.overrides, tree)
     # In Hydra's order: a run's folder as --config-dir has a config.yaml too, which isn't taken.
     folders = [folder for folder in (files, line.config_dir) if folder]
     choices = {group: values for o in line.overrides for group, values in _choices(o, folders)}
@@ -214,7 +214,7 @@ def _split(words: Sequence[str]) -> CommandLine:
     return CommandLine(flags=tuple(flags), overrides=tuple(overrides))
 
 
-def _demand_told_apart(overrides: Sequence[str], tree: type[Any]) -> None:
+def _require_told_apart(overrides: Sequence[str], tree: type[Any]) -> None:
     """Raises CommandLineError where two things of the user's own have one name, as two sources.
 
     Of any other setting the later value holds, as Hydra has it.
@@ -319,7 +319,7 @@ def _value(text: str, kind: Any, *, swept: bool = False) -> str:
         inside = get_args(bare(kind))[0]
         return f"[{','.join(_value(part.strip(), inside) for part in _cut(text[1:-1]))}]"
     if is_text(kind) or kind is _CHOICES:
-        _demand_reference(text)
+        _require_reference(text)
         is_null = may_be_null(kind) and text == "null"
         left = is_null or _QUOTED.fullmatch(text) or (swept and _SWEEP.fullmatch(text))
         return text if left or _reads_as_itself(text) else quoted_as_is(text)
@@ -328,7 +328,7 @@ def _value(text: str, kind: Any, *, swept: bool = False) -> str:
     return text
 
 
-def _demand_reference(text: str) -> None:
+def _require_reference(text: str) -> None:
     """Raises CommandLineError where `${` begins nothing that can be filled in."""
     try:
         if "${" in text:

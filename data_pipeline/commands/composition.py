@@ -38,14 +38,14 @@ def only_compose(plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
 
     def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
         config = composed(self, *args, **kwargs)
-        demand_harmless(config, plugins)
+        require_harmless(config, plugins)
         return config
 
     checked.unchecked = composed  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
 
 
-def demand_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
+def require_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
     """Raises ConfigCompositionException for a configuration by which something would be run."""
     plain = OmegaConf.to_container(config, resolve=False)
     for path, key, value in _entries(plain):

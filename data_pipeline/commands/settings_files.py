@@ -112,7 +112,7 @@ class SettingsFiles:
             name = str(default.config_path).removesuffix(".yaml")
             if file := self.read.get(name):
                 self.packages[name] = package = default.package or ""
-                self._demand_known(file, package)
+                self._require_known(file, package)
                 values = file.values(kind_at(self.tree, package)) or {}
                 values.pop("defaults", None)
                 repo.load_config(default.config_path).config = OmegaConf.create(values)
@@ -142,7 +142,7 @@ class SettingsFiles:
                     return f"{file.path}, line {line}"
         return ""
 
-    def _demand_known(self, file: SettingsFile, package: str) -> None:
+    def _require_known(self, file: SettingsFile, package: str) -> None:
         """Raises SettingsFileError for the first key of a file that the tree hasn't.
 
         Also for one value where there are settings to be set.

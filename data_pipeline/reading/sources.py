@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.building.encoding import Encoder
 from data_pipeline.reading.order import Order
 from data_pipeline.reading.packing import PackedDocuments, PackingReport, Pieces, packed
-from data_pipeline.reading.text import Place, TextSequences
+from data_pipeline.reading.text import RankPlace, TextSequences
 from data_pipeline.settings import DataError, DataSettings, OnCorrupt, Packing
 from data_pipeline.shards.reader import Documents, ShardFolder
 from data_pipeline.tokenizers.tokenizer import Tokenizer
@@ -178,14 +178,14 @@ def open_source(
             f"{others if len(folder.sources) > 1 else ''}"
         )
     if encoder is not None:
-        _demand_no_tokens(folder, data)
+        _require_no_tokens(folder, data)
         order = _order(documents.num_documents, documents, name, seed=seed, data=data)
         sequences = TextSequences(
             documents,
             order=order,
             encoded=lambda texts: encoder.started().encoded(texts),
             seq_len=seq_len,
-            start=Place(**place) if place else Place(),
+            start=RankPlace(**place) if place else RankPlace(),
         )
         return TextSource(number=number, documents=documents, sequences=sequences)
     packing = packed(documents.starts, seq_len=seq_len, packing=data.packing)
@@ -205,7 +205,7 @@ def _order(
     )
 
 
-def _demand_no_tokens(folder: ShardFolder, data: DataSettings) -> None:
+def _require_no_tokens(folder: ShardFolder, data: DataSettings) -> None:
     """Raises DataError for a setting that wants to know how many tokens a text has."""
     for key, value, is_set in (
         ("packing", data.packing.value, data.packing is not Packing.stream),

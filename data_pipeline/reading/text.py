@@ -30,7 +30,7 @@ _PLACES_KEPT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankPlace:
     """Where a sequence begins: at token `offset` of the `document`-th document in the order."""
 
     sequence: int = 0
@@ -88,7 +88,7 @@ class TextSequences:
         order: Order,
         encoded: Encoded,
         seq_len: int,
-        start: Place,
+        start: RankPlace,
     ) -> None:
         self._documents = documents
         self._order = order
@@ -125,7 +125,7 @@ class TextSequences:
             rows=rows, slots=slots, documents=which, offsets=offsets, lengths=lengths
         )
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int) -> RankPlace:
         """Where sequence `number` begins."""
         with self._lock:
             if number not in self._places:
@@ -172,7 +172,7 @@ class TextSequences:
                 document, offset = document + 1, 0
                 self._current = next(tokens)
             full, slot = divmod(slot, self._seq_len)
-            here = Place(sequence=here.sequence + full, document=document, offset=offset)
+            here = RankPlace(sequence=here.sequence + full, document=document, offset=offset)
         self._here, self._tokens = here, tokens
 
     def _encoded_from(self, document: int) -> Iterator[_Tokens]:

@@ -56,7 +56,7 @@ def running_cluster() -> str | None:
     return address
 
 
-def demand_access(address: str, *, allow_unauthenticated: bool) -> str:
+def require_access(address: str, *, allow_unauthenticated: bool) -> str:
     """Returns the address at which a cluster really is, once it is one that may be used.
 
     Takes what Ray takes: host:port, ray://host:port, or `auto` for RAY_ADDRESS or a cluster that

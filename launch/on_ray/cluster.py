@@ -22,13 +22,13 @@ from ray.util.scheduling_strategies import (
 import launch.on_ray.node_agent
 from launch.environment import Environment, reduced
 from launch.failure import Failure
-from launch.on_ray.access import demand_access, only_this_user
+from launch.on_ray.access import only_this_user, require_access
 from launch.on_ray.answers import WorkersLost, answer, answered, ask
 from launch.on_ray.node_agent import NodeAgent
 from launch.on_ray.private import SETUP_HOOK, draining_nodes, free_resources, own_signals
 from launch.on_ray.rank_actor import RankActor
 from launch.placement import Node, Share
-from moetrain.checks import ConfigError, demand_no_secrets
+from moetrain.checks import ConfigError, require_no_secrets
 from moetrain.own_packages import are_shadowed
 from moetrain.redaction import redacted_text
 
@@ -113,10 +113,10 @@ class RayCluster:
             try:
                 if not local:
                     assert address is not None
-                    demand_no_secrets(
+                    require_no_secrets(
                         sys.argv[1:], where="Ray shows the command line of whoever uses a cluster"
                     )
-                    found = demand_access(address, allow_unauthenticated=allow_unauthenticated)
+                    found = require_access(address, allow_unauthenticated=allow_unauthenticated)
                     ray.init(address=found, **quiet)
                 else:
                     closing.enter_context(only_this_user())

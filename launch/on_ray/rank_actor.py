@@ -20,7 +20,7 @@ import ray
 from launch.failure import Failure, classify
 from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.settings import Resolved
-from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import leave_ranks, run_rank
 
 LEASE_LOOKS = 4  # a lease
@@ -50,7 +50,7 @@ class RankActor:
             port: int = probe.getsockname()[1]
             return port
 
-    def run(self, config: Resolved, place: Place) -> Outcome | Failure:
+    def run(self, config: Resolved, place: RankPlace) -> Outcome | Failure:
         over = threading.Event()
         lease = threading.Thread(
             target=_end_without_lease,

@@ -34,10 +34,10 @@ def waits(doing: Doing, stacks: str) -> bool:
     """Returns whether a rank is in a collective, by its own word or by its innermost frame."""
     if doing.collective is not None:
         return True
-    return any(sign in innermost(stacks) for sign in _WAITING)
+    return any(sign in innermost_frame(stacks) for sign in _WAITING)
 
 
-def innermost(stacks: str) -> str:
+def innermost_frame(stacks: str) -> str:
     """Returns the file of the innermost frame of the thread that trains; "" where there is none."""
     for thread in re.split(r"\n(?=[Tt]hread )", stacks):
         if TRAINING not in thread:

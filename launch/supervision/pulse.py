@@ -26,7 +26,7 @@ NODE_START_SECONDS = 120.0  # ... the first one
 
 
 @dataclass
-class Heard:
+class LastStatus:
     """The last that was heard of a rank."""
 
     at: float
@@ -42,7 +42,7 @@ class Pulse:
         now = time.monotonic()
         self._workers = {w.rank: w for w in workers}
         self._asked = {rank: w.actor.collect.remote() for rank, w in self._workers.items()}
-        self._heard = {rank: Heard(at=now, doing=Doing()) for rank in self._workers}
+        self._heard = {rank: LastStatus(at=now, doing=Doing()) for rank in self._workers}
 
     def take(self, show: Callable[[str, Any], None], *, wait_seconds: float = 0.0) -> None:
         """Takes the answers that are there, shows what they publish, and asks again."""
@@ -51,7 +51,7 @@ class Pulse:
             rank, status = ranks[reference], answer(reference)
             if isinstance(status, Failure):
                 continue  # the rank's own result says more
-            self._heard[rank] = Heard(
+            self._heard[rank] = LastStatus(
                 at=time.monotonic(),
                 doing=status["doing"],
                 silent=status["silent_seconds"],

@@ -21,7 +21,7 @@ from moetrain.checkpoint.remote.of_run import take_over
 from moetrain.kinds import EventKind, FailureKind
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.settings import Resolved
-from moetrain.train.control import Outcome, Place
+from moetrain.train.control import Outcome, RankPlace
 from moetrain.train.prepare import newest_manifest
 
 POLL_SECONDS = 0.5
@@ -235,7 +235,7 @@ class Supervisor:
             running = {
                 w.actor.run.remote(
                     config,
-                    Place(
+                    RankPlace(
                         rank=w.rank,
                         world_size=world_size,
                         local_world_size=local[w.node.id],

@@ -16,23 +16,23 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moetrain.checkpoint.manifest import Block, CheckpointError, TensorEntry
 
 
-class Held(NamedTuple):
+class LocalBlock(NamedTuple):
     """A tensor's part on this rank, and its place in the whole tensor."""
 
     local: Tensor
     offset: tuple[int, ...]
 
 
-def held(tensor: Tensor) -> Held:
+def held(tensor: Tensor) -> LocalBlock:
     """Returns this rank's part of a tensor; one that isn't distributed is whole on every rank."""
     if not isinstance(tensor, DTensor):
-        return Held(tensor.detach(), (0,) * tensor.ndim)
+        return LocalBlock(tensor.detach(), (0,) * tensor.ndim)
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     local = _local(tensor)
     assert tuple(local.shape) == tuple(shape), f"{tuple(local.shape)} is not {tuple(shape)}"
-    return Held(local, tuple(offset))
+    return LocalBlock(local, tuple(offset))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]
     Ranks that hold the same parts take turns at them, the largest first, so that one of them writes
     at most a part more than another. Parts without elements are nobody's.
     """
-    shared: dict[tuple[int, ...], list[tuple[int, str, Held]]] = {}
+    shared: dict[tuple[int, ...], list[tuple[int, str, LocalBlock]]] = {}
     for name, tensor in tensors.items():
         part = held(tensor)
         if part.local.numel():
@@ -62,9 +62,9 @@ def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]
 
 def parts_at(
     tensors: Mapping[str, Tensor], places: Mapping[str, tuple[int, ...]]
-) -> dict[str, Held]:
+) -> dict[str, LocalBlock]:
     """Returns this rank's parts of the tensors that have a place, as they are now."""
-    return {name: Held(_local(tensors[name]), offset) for name, offset in places.items()}
+    return {name: LocalBlock(_local(tensors[name]), offset) for name, offset in places.items()}
 
 
 def _holders(name: str, tensor: Tensor) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def copy(self, parts: Mapping[str, Held]) -> dict[str, Held]:
+    def copy(self, parts: Mapping[str, LocalBlock]) -> dict[str, LocalBlock]:
         """Returns the parts with copies in host memory, which the next call overwrites."""
         copies = {}
         on_device = False
@@ -125,12 +125,12 @@ class Staging:
                     part.local.shape, dtype=part.local.dtype, pin_memory=part.local.is_cuda
                 )
                 self._buffers[name] = buffer
-            copies[name] = Held(buffer.copy_(part.local, non_blocking=True), part.offset)
+            copies[name] = LocalBlock(buffer.copy_(part.local, non_blocking=True), part.offset)
         if on_device:
             torch.cuda.synchronize()
         return copies
 
 
-def as_block(part: Held) -> Block:
+def as_block(part: LocalBlock) -> Block:
     """Returns the place of a part in its tensor."""
     return Block(part.offset, tuple(part.local.shape))

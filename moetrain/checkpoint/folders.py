@@ -175,20 +175,20 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     a newer attempt owns the run: a worker that was cut off must not win over its successor. It may
     have been cut off at any line of this, so that every line looks whose the run is.
     """
-    _demand_ownership(directory, manifest)
+    _require_ownership(directory, manifest)
     _write(staged / MANIFEST, manifest_text(manifest))
     sync_folder(staged)
     target = directory / folder_name(manifest.step)
     if os.path.lexists(target):  # the same step of an older attempt, left by a fall-back
-        _demand_ownership(directory, manifest)
+        _require_ownership(directory, manifest)
         _point_elsewhere(target)
         _put_aside(target, manifest)
     os.rename(staged, target)
     sync_folder(directory)
-    _demand_ownership(directory, manifest)
+    _require_ownership(directory, manifest)
     replace_text(directory / LATEST, target.name)
     try:
-        _demand_ownership(directory, manifest)
+        _require_ownership(directory, manifest)
     except CheckpointError:
         replace_text(directory / LATEST, candidates(directory)[0].name)
         raise
@@ -208,17 +208,17 @@ def _point_elsewhere(folder: Path) -> None:
 def _put_aside(target: Path, manifest: Manifest) -> None:
     """Takes the name off an older attempt's checkpoint; raises CheckpointError for a newer's."""
     directory = target.parent
-    _demand_older(target, manifest)
+    _require_older(target, manifest)
     aside = _free(directory, f"replaced_{target.name}", attempt=manifest.attempt)
     os.rename(target, aside)
     try:
-        _demand_older(aside, manifest)
+        _require_older(aside, manifest)
     except CheckpointError:  # it came in between
         os.rename(aside, target)
         raise
 
 
-def _demand_older(folder: Path, manifest: Manifest) -> None:
+def _require_older(folder: Path, manifest: Manifest) -> None:
     try:
         owner = read_manifest(folder).attempt
     except CheckpointError:
@@ -227,7 +227,7 @@ def _demand_older(folder: Path, manifest: Manifest) -> None:
         raise _taken_over(folder.parent, manifest, owner)
 
 
-def demand_newest(directory: Path, attempt: int) -> None:
+def require_newest(directory: Path, attempt: int) -> None:
     """Raises CheckpointError for an attempt that has a successor: the run is no longer its."""
     if (owner := read_attempt(directory)) > attempt:
         raise CheckpointError(
@@ -236,7 +236,7 @@ def demand_newest(directory: Path, attempt: int) -> None:
         )
 
 
-def _demand_ownership(directory: Path, manifest: Manifest) -> None:
+def _require_ownership(directory: Path, manifest: Manifest) -> None:
     if (owner := read_attempt(directory)) > manifest.attempt:
         raise _taken_over(directory, manifest, owner)
 
@@ -318,7 +318,7 @@ def read_attempt(directory: Path) -> int:
         return 0
 
 
-def demand_space(folder: Path, num_bytes: int) -> None:
+def require_space(folder: Path, num_bytes: int) -> None:
     """Raises OSError before anything is written where the disk can't hold so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:

@@ -259,7 +259,7 @@ def _digest_of_fields(fields: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def demand_same_tensors(
+def require_same_tensors(
     ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], folder: Path
 ) -> None:
     """Raises CheckpointError where a checkpoint has other tensors than are to be read from it."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.checkpoint.blocks import dtype_of, num_bytes
-from moetrain.checkpoint.folders import Save, commit, demand_space, next_attempt, staged_folder
+from moetrain.checkpoint.folders import Save, commit, next_attempt, require_space, staged_folder
 from moetrain.checkpoint.manifest import Block, Manifest, TensorEntry
 from moetrain.checkpoint.tensor_files import TensorFileWriter, cut_into_files
 
@@ -34,7 +34,7 @@ def write_checkpoint(
     """
     tensors = {name: replace(entry, blocks={}) for name, entry in tensors.items()}
     attempt = next_attempt(directory)
-    demand_space(directory, sum(map(num_bytes, tensors.values())))
+    require_space(directory, sum(map(num_bytes, tensors.values())))
     manifest = Manifest(
         step=step,
         attempt=attempt,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.checkpoint.blocks import (
-    Held,
+    LocalBlock,
     Staging,
     as_block,
     describe,
@@ -33,8 +33,8 @@ from moetrain.checkpoint.folders import (
     candidates,
     commit,
     delete,
-    demand_space,
     in_order,
+    require_space,
     saves,
     staged_folder,
     sync_folder,
@@ -45,10 +45,10 @@ from moetrain.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
-    demand_same_tensors,
     folder_name,
     forget_cached,
     read_manifest,
+    require_same_tensors,
     verify_files,
 )
 from moetrain.checkpoint.rank_failure import RankFailure, rank_failure
@@ -113,7 +113,7 @@ class CheckpointStore:
         self._known: dict[Path, tuple[int, Save]] = {}
         self._damaged: set[Save] = set()
         """What did not verify when it was read back; only the first rank knows."""
-        self._demand_shared()
+        self._require_shared()
 
     def save(self, tensors: Mapping[str, Tensor], *, step: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint; returns when it is complete, or at once with `async_save`.
@@ -213,7 +213,7 @@ class CheckpointStore:
             same_model(manifest)
             wanted = tensors(manifest)
             theirs = {n: e for n, e in manifest.tensors.items() if not unread(manifest, n)}
-            demand_same_tensors(describe(wanted), theirs, folder)
+            require_same_tensors(describe(wanted), theirs, folder)
             try:
                 with CheckpointReader(folder) as reader:
                     for tensor_name, tensor in wanted.items():
@@ -237,14 +237,14 @@ class CheckpointStore:
         """Returns what looks like a checkpoint and is none, and the names to try in turn."""
         return broken(self._directory), [f.name for f in candidates(self._directory)]
 
-    def _write(self, parts: Mapping[str, Held], manifest: Manifest) -> None:
+    def _write(self, parts: Mapping[str, LocalBlock], manifest: Manifest) -> None:
         """Writes this rank's file; the first rank makes a checkpoint of all of them."""
         what = f"checkpoint of step {manifest.step} can't be written to {self._directory}"
         staged = staged_folder(self._directory, Save(manifest.step, manifest.attempt))
         failure: Exception | None = None
         try:
             if self._leads:
-                demand_space(self._directory, sum(map(num_bytes, manifest.tensors.values())))
+                require_space(self._directory, sum(map(num_bytes, manifest.tensors.values())))
                 staged.mkdir()
         except OSError as error:
             failure = error
@@ -340,7 +340,7 @@ class CheckpointStore:
         dist.all_gather_object(gathered, own, group=self._group)
         return gathered
 
-    def _demand_shared(self) -> None:
+    def _require_shared(self) -> None:
         """Raises CheckpointError where the ranks don't all see one folder."""
         marker = self._directory / f".shared_{self._attempt}"
         failure: Exception | None = None
@@ -366,7 +366,7 @@ class CheckpointStore:
 
 
 def _write_file(
-    staged: Path, parts: Mapping[str, Held], *, advanced: Callable[[], None]
+    staged: Path, parts: Mapping[str, LocalBlock], *, advanced: Callable[[], None]
 ) -> Written:
     """Writes the parts of one rank into a file of its own."""
     # Wide elements first, so that all begin at a multiple of their size.

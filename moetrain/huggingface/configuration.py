@@ -63,7 +63,7 @@ class ImportedModel:
     """The special tokens that it names, for an export without a tokenizer."""
 
 
-def demand_expressible(settings: ModelSettings) -> None:
+def require_expressible(settings: ModelSettings) -> None:
     """Raises ConfigError, with the setting, where Mixtral or Mistral compute something else."""
     only = {
         "num_shared_experts": (settings.num_shared_experts, 0),
@@ -103,7 +103,7 @@ def config_json(
     A token that the tokenizer doesn't have is None. Raises ConfigError where Mixtral or Mistral
     can't express the model.
     """
-    demand_expressible(settings)
+    require_expressible(settings)
     names = _SHAPE | (_EXPERTS if settings.is_moe else {})
     kind = MIXTRAL if settings.is_moe else MISTRAL
     return {
@@ -140,7 +140,7 @@ def imported_model(config: Mapping[str, Any]) -> ImportedModel:
         raise ConversionError(
             f"config.json: model_type={kind!r}: only {MIXTRAL!r} and {MISTRAL!r} can be imported"
         )
-    _demand_computable(config)
+    _require_computable(config)
     names = _SHAPE | (_EXPERTS if kind == MIXTRAL else {})
     if missing := [theirs for theirs in names.values() if config.get(theirs) is None]:
         raise ConversionError(f"config.json has no {missing[0]}")
@@ -262,7 +262,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _demand_computable(config: Mapping[str, Any]) -> None:
+def _require_computable(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     layers = config.get("layer_types") or []
     wrong = {

@@ -15,14 +15,14 @@ from torch import Tensor
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import ConfigError
-from moetrain.huggingface.configuration import config_json, demand_expressible
+from moetrain.huggingface.configuration import config_json, require_expressible
 from moetrain.huggingface.names import (
     ConversionError,
-    Place,
-    demand_complete,
+    TensorPlace,
     is_selection_bias,
     model_tensors,
     places,
+    require_complete,
 )
 from moetrain.huggingface.shards import write_shards
 from moetrain.settings import ModelSettings
@@ -32,14 +32,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def exportable_places(
     reader: CheckpointReader, model: ModelSettings, *, drop_router_bias: bool
-) -> list[Place]:
+) -> list[TensorPlace]:
     """Returns where all tensors of a checkpoint's model stand in a folder of theirs.
 
     Raises ConfigError for a model that Mixtral or Mistral can't express, or whose routers choose
     with a bias that is not to be dropped, and ConversionError where the checkpoint doesn't hold the
     model that its configuration says, all of it and nothing else.
     """
-    demand_expressible(model)
+    require_expressible(model)
     placed = list(places(model))
     saved = {
         name: entry.shape
@@ -57,13 +57,13 @@ def exportable_places(
     for name, shape in saved.items():
         if shape != expected[name]:
             raise ConversionError(f"{name} is {list(shape)} and not {list(expected[name])}")
-    demand_complete(placed, saved)
+    require_complete(placed, saved)
     if not drop_router_bias:
-        _demand_no_bias(reader)
+        _require_no_bias(reader)
     return placed
 
 
-def _demand_no_bias(reader: CheckpointReader) -> None:
+def _require_no_bias(reader: CheckpointReader) -> None:
     for name in filter(is_selection_bias, reader.manifest.tensors):
         bias = reader.read(name)
         if bias.any():
@@ -90,7 +90,7 @@ def write_model(
     reader: CheckpointReader,
     *,
     model: ModelSettings,
-    placed: Sequence[Place],
+    placed: Sequence[TensorPlace],
     dtype: str,
     max_shard_bytes: int,
     bos_token_id: int | None,
@@ -106,7 +106,7 @@ def write_model(
     _write_json(to / "config.json", config_json(model, dtype=dtype, **ids))
     _write_json(to / "generation_config.json", {"_from_model_config": True, **ids})
 
-    def read(place: Place) -> Tensor:
+    def read(place: TensorPlace) -> Tensor:
         part = reader.read(place.ours, place.ours_index)
         part = part.reshape(part.shape[-2:])  # of a stack, one expert's matrix
         advance(part.numel() * DTYPES[dtype].itemsize)

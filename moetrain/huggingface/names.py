@@ -26,7 +26,7 @@ class ConversionError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TensorPlace:
     """One tensor, or one expert's matrix of a stack, in a checkpoint of ours and in theirs."""
 
     ours: str
@@ -40,7 +40,9 @@ class Place:
     """Whether theirs is [columns, rows] of ours."""
 
 
-def places(settings: ModelSettings, *, fused: bool = False, tied: bool = False) -> Iterator[Place]:
+def places(
+    settings: ModelSettings, *, fused: bool = False, tied: bool = False
+) -> Iterator[TensorPlace]:
     """Yields every place of a model, first layer to last.
 
     `fused`: an expert's gate and up projections are the halves of one matrix, and the experts of a
@@ -67,7 +69,7 @@ def is_selection_bias(name: str) -> bool:
     return name.endswith(".router.bias")
 
 
-def demand_complete(placed: Iterable[Place], tensors: Mapping[str, Shape]) -> None:
+def require_complete(placed: Iterable[TensorPlace], tensors: Mapping[str, Shape]) -> None:
     """Raises ConversionError unless every tensor of ours stands in one place, and wholly.
 
     A selection bias has none, and a place has a tensor.
@@ -85,7 +87,7 @@ def demand_complete(placed: Iterable[Place], tensors: Mapping[str, Shape]) -> No
         raise ConversionError(f"{over[0]} has no place in a Hugging Face model{_others(over)}")
 
 
-def part_shape(place: Place, shape: Shape) -> Shape:
+def part_shape(place: TensorPlace, shape: Shape) -> Shape:
     """Returns the shape of a place's part of a tensor of ours."""
     cut = [len(range(size)[index]) for size, index in zip(shape, place.ours_index, strict=False)]
     return (*cut, *shape[len(cut) :])
@@ -95,7 +97,7 @@ def _others(names: list[str]) -> str:
     return f", nor have {len(names) - 1} others" if len(names) > 1 else ""
 
 
-def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[Place]:
+def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[TensorPlace]:
     ours, theirs, dim = f"layers.{layer}", f"model.layers.{layer}", settings.dim
     queries = settings.num_heads * settings.head_dim
     keys = settings.num_kv_heads * settings.head_dim
@@ -134,7 +136,7 @@ def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[Plac
                 name, index, whole = "down_proj", (one,), (experts, *whole)
             elif fused and half:
                 name, index, whole = "gate_up_proj", (one, half), (experts, 2 * hidden, dim)
-            yield Place(
+            yield TensorPlace(
                 ours=f"model.{ours}.experts.{matrix}",
                 ours_index=(one,),
                 theirs=f"{theirs}.experts.{name}",
@@ -144,5 +146,5 @@ def _layer(settings: ModelSettings, layer: int, *, fused: bool) -> Iterator[Plac
             )
 
 
-def _whole(ours: str, theirs: str, shape: Shape) -> Place:
-    return Place(ours=f"model.{ours}", theirs=theirs, theirs_shape=shape)
+def _whole(ours: str, theirs: str, shape: Shape) -> TensorPlace:
+    return TensorPlace(ours=f"model.{ours}", theirs=theirs, theirs_shape=shape)

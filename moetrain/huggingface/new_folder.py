@@ -32,7 +32,7 @@ def exit_code(work: Callable[[], None], *, command: str) -> int:
     return code
 
 
-def demand_new(to: Path, *, num_bytes: int) -> None:
+def require_new(to: Path, *, num_bytes: int) -> None:
     """Raises ConfigError where `to` is taken, or has no room for so many bytes."""
     if to.is_symlink() or (to.exists() and not (to.is_dir() and not any(to.iterdir()))):
         raise ConfigError("to", to, "is there already: use a folder that is new or empty")

@@ -14,11 +14,11 @@ from moetrain.huggingface.names import (
     HEAD,
     WHOLE,
     ConversionError,
-    Place,
-    demand_complete,
+    TensorPlace,
     is_selection_bias,
     model_tensors,
     places,
+    require_complete,
 )
 from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
 from moetrain.settings import ModelSettings
@@ -33,8 +33,8 @@ def read_model(folder: Path) -> tuple[ModelSettings, dict[str, Tensor]]:
     with WeightFiles(folder) as files:
         placed = match(files, places_in(files, imported))
         shapes = model_tensors(imported.settings)
-        demand_complete(placed, shapes)
-        by_name: dict[str, list[Place]] = {}
+        require_complete(placed, shapes)
+        by_name: dict[str, list[TensorPlace]] = {}
         for place in placed:
             by_name.setdefault(place.ours, []).append(place)
         tensors = {
@@ -58,7 +58,7 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def places_in(files: WeightFiles, imported: ImportedModel) -> Iterator[Place]:
+def places_in(files: WeightFiles, imported: ImportedModel) -> Iterator[TensorPlace]:
     """Returns the places of the model in the form in which the folder has them."""
     fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files.tensors)
     tied = imported.tied

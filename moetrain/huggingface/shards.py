@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint.tensor_files import TensorFileWriter, cut_into_files
-from moetrain.huggingface.names import ConversionError, Place
+from moetrain.huggingface.names import ConversionError, TensorPlace
 from moetrain.huggingface.weights import INDEX, SINGLE
 
 METADATA = {"format": "pt"}  # transformers refuses a file that doesn't say so
 
 
-def num_bytes(placed: Sequence[Place], dtype: torch.dtype) -> int:
+def num_bytes(placed: Sequence[TensorPlace], dtype: torch.dtype) -> int:
     """Returns the size of all tensors in a dtype."""
     return sum(math.prod(place.theirs_shape) for place in placed) * dtype.itemsize
 
 
 def write_shards(
     to: Path,
-    placed: Sequence[Place],
+    placed: Sequence[TensorPlace],
     *,
     dtype: torch.dtype,
     max_shard_bytes: int,
-    read: Callable[[Place], Tensor],
+    read: Callable[[TensorPlace], Tensor],
 ) -> list[str]:
     """Writes one tensor for each place, and returns the names of the files.
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moetrain.huggingface.names import WHOLE, ConversionError, Index, Place, Shape
+from moetrain.huggingface.names import WHOLE, ConversionError, Index, Shape, TensorPlace
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS_POINTER = b"version https://git-lfs"
@@ -49,12 +49,12 @@ class WeightFiles:
     def __enter__(self) -> "WeightFiles":
         weight_map = _weight_map(self.folder)
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-        _demand_there(self.folder, files)
+        _require_there(self.folder, files)
         with ExitStack() as opening:
             for file in files:
                 self._list(file, opening)
             if weight_map is not None:
-                self._demand_indexed(weight_map)
+                self._require_indexed(weight_map)
             self._open = opening.pop_all()
         return self
 
@@ -87,7 +87,7 @@ class WeightFiles:
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{path} can't be read: {error}") from None
 
-    def _demand_indexed(self, weight_map: dict[str, str]) -> None:
+    def _require_indexed(self, weight_map: dict[str, str]) -> None:
         for name, file in sorted(weight_map.items()):
             if name not in self.tensors or self.tensors[name].file != file:
                 raise ConversionError(f"{INDEX} says that {name} is in {file}, and it isn't")
@@ -97,7 +97,7 @@ class WeightFiles:
             )
 
 
-def match(files: WeightFiles, places: Iterable[Place]) -> list[Place]:
+def match(files: WeightFiles, places: Iterable[TensorPlace]) -> list[TensorPlace]:
     """Returns the places of a model whose tensors a folder holds, all of them and no others.
 
     Raises ConversionError naming the first tensor that is missing, of another shape or left over.
@@ -143,7 +143,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return pairs
 
 
-def _demand_there(folder: Path, files: Sequence[str]) -> None:
+def _require_there(folder: Path, files: Sequence[str]) -> None:
     """Raises ConversionError for files that are not there, or stand there for others."""
     missing = [file for file in files if not (folder / file).exists()]
     if missing:
@@ -187,7 +187,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def read_as_ours(
-    files: WeightFiles, placed: Sequence[Place], *, shape: Shape, index: Index
+    files: WeightFiles, placed: Sequence[TensorPlace], *, shape: Shape, index: Index
 ) -> Tensor:
     """Returns a tensor of ours, or the rows of it that `index` says, in float32.
 
@@ -206,7 +206,7 @@ def read_as_ours(
     return stack
 
 
-def _finite(tensor: Tensor, place: Place) -> Tensor:
+def _finite(tensor: Tensor, place: TensorPlace) -> Tensor:
     if not tensor.isfinite().all():
         raise ConversionError(f"{place.theirs} has NaN or infinity in it: a model can't be of that")
     return tensor

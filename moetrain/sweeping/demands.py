@@ -38,7 +38,7 @@ def prepare_study(config: DictConfig) -> None:
         with open_dict(config):
             sweeper.sampler.seed = int(config.get("seed", 0))
     if sweeper.storage is not None:
-        _demand_storage(str(sweeper.storage))
+        _require_storage(str(sweeper.storage))
         _ask_again(str(sweeper.storage), sweeper.study_name, run_name=str(config.run.name))
 
 
@@ -61,7 +61,7 @@ def _ask_again(storage: str, study_name: str | None, *, run_name: str) -> None:
                 study.enqueue_trial(trial.params)
 
 
-def _demand_storage(storage: str) -> None:
+def _require_storage(storage: str) -> None:
     """Raises ConfigError where the libraries of Optuna's database don't fit each other."""
     for package, limit in (("sqlalchemy", (2,)), ("alembic", (1, 14))):
         try:
@@ -78,7 +78,7 @@ def _demand_storage(storage: str) -> None:
             )
 
 
-def demand_launcher(config: DictConfig, words: Sequence[str]) -> None:
+def require_launcher(config: DictConfig, words: Sequence[str]) -> None:
     """Raises ConfigError for what a launcher can't do, or would run though nobody typed it."""
     launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     for key, value in launcher.items():

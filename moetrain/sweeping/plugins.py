@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.commands.composition import PLUGINS
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import FAILED
-from moetrain.sweeping.demands import JOBLIB, OPTUNA, demand_launcher, prepare_study
+from moetrain.sweeping.demands import JOBLIB, OPTUNA, prepare_study, require_launcher
 
 _SAMPLERS = ("TPE", "Random", "CmaEs", "NSGAII", "MOTPE", "Grid")
 _SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
@@ -61,7 +61,7 @@ class SweepEnded(Exception):
         self.code = code
 
 
-def demand_usable(words: Sequence[str], *, is_sweep: bool) -> None:
+def require_usable(words: Sequence[str], *, is_sweep: bool) -> None:
     """Raises ConfigError for a plugin on the command line that isn't there, or can't be used."""
     for word in words:
         found = re.fullmatch(r"\+?\+?(hydra/(?:launcher|sweeper))=(\w+)", word)
@@ -158,7 +158,7 @@ class SweepPlugins:
                 "sweepers and launchers of others are for the training command: python -m moetrain "
                 "-m …; as a Ray job: ray job submit --working-dir . -- python -m moetrain -m …",
             )
-        demand_launcher(config, self._words)
+        require_launcher(config, self._words)
         if config.hydra.sweeper._target_ == OPTUNA:
             prepare_study(config)
 

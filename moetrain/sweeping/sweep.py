@@ -18,7 +18,7 @@ from data_pipeline import (
 )
 from launch.dry_run import rehearsal_of
 from launch.on_ray.cluster import ClusterError, RayCluster
-from launch.plan import cluster_address, lasting
+from launch.plan import cluster_address, persistent_folder
 from launch.sweeps.sweep import Elsewhere, Sweep, run_sweep
 from launch.sweeps.table import Result, Trial, preview_table, varied_settings
 from moetrain.checkpoint.manifest import CheckpointError
@@ -47,7 +47,9 @@ def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
             print(dry_sweep(combinations))
             return DONE
         with planned(combinations) as trials:
-            return run_sweep(trials, folder=lasting(str(folder)), places=_places(combinations))
+            return run_sweep(
+                trials, folder=persistent_folder(str(folder)), places=_places(combinations)
+            )
     except (ConfigError, DataError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return BAD_CONFIGURATION
@@ -115,7 +117,7 @@ class SweepInBatches:
     """A sweep by a sweeper or launcher of others, which sees each trial as a job with a loss."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = lasting(str(folder))
+        self._folder = persistent_folder(str(folder))
         self._held = ExitStack()
         self._plan = TrialPlan(self._held, in_batches=True)
         self._sweep: Sweep | None = None
@@ -131,8 +133,8 @@ class SweepInBatches:
         if self._sweep is not None and self._sweep.is_stopped:
             raise SweepEnded(STOPPED)
         try:
-            _demand_training(combinations)
-            _demand_room(combinations, elsewhere)
+            _require_training(combinations)
+            _require_room(combinations, elsewhere)
             once = once_each(combinations)
             labels = [varied[combinations.index(one)] for one in once]
             trials = self._plan.trials(once, varied=labels, elsewhere=elsewhere)
@@ -158,7 +160,7 @@ class SweepInBatches:
         return self._sweep.close() if self._sweep is not None else DONE
 
 
-def _demand_training(combinations: Sequence[Combination[Config]]) -> None:
+def _require_training(combinations: Sequence[Combination[Config]]) -> None:
     if any(combination.settings.dry_run for combination in combinations):
         raise ConfigError(
             "dry_run",
@@ -168,7 +170,7 @@ def _demand_training(combinations: Sequence[Combination[Config]]) -> None:
         )
 
 
-def _demand_room(combinations: Sequence[Combination[Config]], elsewhere: Elsewhere | None) -> None:
+def _require_room(combinations: Sequence[Combination[Config]], elsewhere: Elsewhere | None) -> None:
     """Raises ConfigError where trials beside each other would take each other's devices."""
     if elsewhere is None or elsewhere.num_at_once < 2:
         return

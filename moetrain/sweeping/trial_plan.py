@@ -20,7 +20,7 @@ from moetrain.command import Combination
 from moetrain.config import check, resolve
 from moetrain.settings import CheckpointSettings, Config, Resolved
 from moetrain.train.changes import as_plain, changes
-from moetrain.train.resume import demand_no_restart
+from moetrain.train.resume import require_no_restart
 
 # What a trial waits at least for places: those of the one before it may not be free yet.
 TRIAL_WAIT_SECONDS = 60.0
@@ -267,7 +267,7 @@ def _assigned(
         for i, name in zip(here, assign(ours, runs, taken=taken), strict=True):
             names[i] = name
             if name not in runs:  # said before the first trial begins
-                demand_no_restart(renamed(resolved[i], name))
+                require_no_restart(renamed(resolved[i], name))
             if told := nearest_other(name, wanted[i], runs):
                 print(f"moetrain: {told}", file=sys.stderr)
     return [names[i] for i in range(len(resolved))]

@@ -30,14 +30,14 @@ from moetrain.parallel import (
 )
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain, history
-from moetrain.train.control import Control, DisplaySink, Place, collective_timeout
+from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
 from moetrain.train.objective import Objective, Pretraining
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
     begins_optimizer,
-    demand_same_model,
     in_one_line,
+    require_same_model,
     told_changes,
 )
 from moetrain.train.state import TrainState, checkpoint_tensors
@@ -51,7 +51,7 @@ class Trainer:
     """All that the loop works with; `state` alone changes."""
 
     config: Resolved
-    place: Place
+    place: RankPlace
     control: Control
     device: torch.device
     model: Transformer
@@ -91,7 +91,7 @@ class Trainer:
 
 
 def build_trainer(
-    config: Resolved, place: Place, control: Control, *, device: torch.device
+    config: Resolved, place: RankPlace, control: Control, *, device: torch.device
 ) -> Trainer:
     """Returns a rank's trainer, restored from the newest good checkpoint; all ranks call it."""
     run_dir = config.run_dir
@@ -123,7 +123,7 @@ def build_trainer(
         event=tally.on_save(event),
         good=_tell_nobody if uploader is None else uploader.submit,
         in_use=set if uploader is None else uploader.busy,
-        alive=control.still_there,
+        alive=control.keep_alive,
     )
     state, resumed_from = _restored(config, checkpoints, model, optimizer, shards)
     batches = global_batches(config, shards, position=state.position)
@@ -191,7 +191,7 @@ def _restored(
         return checkpoint_tensors(model, optimizer)
 
     manifest = checkpoints.load_newest(
-        loading, same_model=partial(demand_same_model, config), unread=unread
+        loading, same_model=partial(require_same_model, config), unread=unread
     )
     state = TrainState.restored(manifest.state if manifest else {}, sources=shards.sources)
     state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
@@ -200,7 +200,7 @@ def _restored(
 
 def _tell_of_resume(
     config: Resolved,
-    place: Place,
+    place: RankPlace,
     state: TrainState,
     resumed_from: Manifest,
     batches: GlobalBatches,
@@ -323,7 +323,7 @@ def _shares(units: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {share / total:.4g}" for name, share in units.items())
 
 
-def _mesh(config: Resolved, place: Place, device: torch.device) -> dict[str, Any]:
+def _mesh(config: Resolved, place: RankPlace, device: torch.device) -> dict[str, Any]:
     """Returns what a manifest says of the layout that wrote it."""
     return {
         "world_size": place.world_size,
@@ -339,7 +339,7 @@ def _mesh(config: Resolved, place: Place, device: torch.device) -> dict[str, Any
 
 
 def _uploader(
-    config: Resolved, place: Place, control: Control, *, event: Callable[..., None]
+    config: Resolved, place: RankPlace, control: Control, *, event: Callable[..., None]
 ) -> Uploader | None:
     """Returns what uploads this attempt's checkpoints, if anything; failures are told to people."""
 

@@ -97,7 +97,7 @@ class Change:
     kind: Kind
 
     def __str__(self) -> str:
-        return f"{self.name} {shown(self.before)} → {shown(self.now)}"
+        return f"{self.name} {as_typed_value(self.before)} → {as_typed_value(self.now)}"
 
 
 def as_plain(config: Config) -> dict[str, Any]:
@@ -157,12 +157,12 @@ def history(state: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> li
     return told
 
 
-def shown(value: Any) -> str:
+def as_typed_value(value: Any) -> str:
     """Returns a value as it is typed on a command line."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{shown(part)}" for key, part in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_typed_value(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
+        return f"[{','.join(map(as_typed_value, value))}]"
     return as_typed(value) if isinstance(value, str) else json.dumps(value)
 
 

@@ -11,7 +11,7 @@ from moetrain.parallel import Activity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankPlace:
     """Where one rank stands in one attempt of a run."""
 
     rank: int
@@ -73,11 +73,11 @@ class Control:
         """Whether somebody asked for a stop."""
         return self._stop.is_set()
 
-    def beat(self, phase: str, step: int) -> None:
+    def heartbeat(self, phase: str, step: int) -> None:
         """Says what the rank is about to do."""
         self.activity.begin(phase, step=step)
 
-    def still_there(self) -> None:
+    def keep_alive(self) -> None:
         """Gives a sign of life in the middle of something long that gets on."""
         self.activity.goes_on()
 

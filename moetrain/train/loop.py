@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data_pipeline import Batch
-from moetrain.checkpoint.folders import demand_newest
+from moetrain.checkpoint.folders import require_newest
 from moetrain.kinds import EventKind
 from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
@@ -49,7 +49,7 @@ def train(trainer: Trainer) -> Outcome:
     trainer.event(EventKind.training, step=state.step, attempt=trainer.place.attempt)
     tally.begin(trainer.place.attempt)
     while state.step < settings.num_steps:
-        control.beat(BETWEEN_STEPS, state.step)
+        control.heartbeat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
         if any_rank(leaves, device=trainer.device):
             break
@@ -59,7 +59,7 @@ def train(trainer: Trainer) -> Outcome:
         if validates or _due(state.step, observe.log_every_steps):
             record = metric_record(trainer, report, stopwatch)
             if validates:
-                control.beat("validation", state.step)
+                control.heartbeat("validation", state.step)
                 with tally.validating():
                     record |= run_validation(trainer)
             write_record(trainer, record)
@@ -76,7 +76,7 @@ def train(trainer: Trainer) -> Outcome:
     if state.step > saved_step:
         with tally.saving(state.step):
             save(trainer)
-    control.beat("ending", state.step)
+    control.heartbeat("ending", state.step)
     trainer.checkpoints.wait()
     return Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
 
@@ -131,7 +131,7 @@ def tokens_by_source(batch: Batch, *, num_sources: int) -> list[int]:
 
 def save(trainer: Trainer) -> None:
     """Writes a checkpoint of where the run stands."""
-    trainer.control.beat("save", trainer.state.step)
+    trainer.control.heartbeat("save", trainer.state.step)
     trainer.state.position = trainer.batches.position(trainer.state.samples)
     trainer.checkpoints.save(
         checkpoint_tensors(trainer.model, trainer.optimizer),
@@ -202,7 +202,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
 def write_record(trainer: Trainer, record: Mapping[str, Any]) -> None:
     """Writes a record to every sink; CheckpointError where a newer attempt trains the run."""
     if trainer.sinks:
-        demand_newest(trainer.config.run_dir / "checkpoints", trainer.place.attempt)
+        require_newest(trainer.config.run_dir / "checkpoints", trainer.place.attempt)
     for sink in trainer.sinks:
         sink.write(record)
 

@@ -23,7 +23,7 @@ from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_manifes
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved
 from moetrain.train.preview import Preview, preview_of, short
-from moetrain.train.resume import demand_no_restart, demand_same_model
+from moetrain.train.resume import require_no_restart, require_same_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,11 @@ def prepare(config: Resolved, data: DataSettings, *, progress: bool) -> Prepared
     order of samples; nothing but the shards is written.
     """
     newest = newest_manifest(config.run_dir)
-    _demand_run(config, newest)
+    _require_run(config, newest)
     if data.dir is None:  # shards may have to be built: not for a model that can't use them
-        demand_vocabulary(config, tokenizer_named(data.tokenizer))
+        require_vocabulary(config, tokenizer_named(data.tokenizer))
         if newest and _were_elsewhere(config, newest):
-            _demand_built(config, newest, shards_or_corpus(data))
+            _require_built(config, newest, shards_or_corpus(data))
     return _prepared(config, open_or_build(data, progress=progress), newest)
 
 
@@ -90,19 +90,19 @@ def rehearse(config: Resolved, data: DataSettings, *, newest: Manifest | None) -
 
     `newest` is the manifest of the checkpoint that the run would go on from.
     """
-    _demand_run(config, newest)
+    _require_run(config, newest)
     if data.dir is None:
-        demand_vocabulary(config, tokenizer_named(data.tokenizer))
+        require_vocabulary(config, tokenizer_named(data.tokenizer))
     found = shards_or_corpus(data)
     if newest and _were_elsewhere(config, newest):
-        _demand_built(config, newest, found)
+        _require_built(config, newest, found)
     return _prepared(config, found, newest) if isinstance(found, ShardFolder) else found
 
 
-def _demand_run(config: Resolved, newest: Manifest | None) -> None:
+def _require_run(config: Resolved, newest: Manifest | None) -> None:
     """Raises ConfigError where a run's newest checkpoint isn't one to go on from as wanted."""
     if newest is None:
-        return demand_no_restart(config)
+        return require_no_restart(config)
     if config.checkpoint.resume == "never":
         raise ConfigError(
             "checkpoint.resume",
@@ -110,13 +110,13 @@ def _demand_run(config: Resolved, newest: Manifest | None) -> None:
             f"run {config.run.name} has a checkpoint of step {newest.step}: use another "
             "run.name, or auto to go on from it",
         )
-    return demand_same_model(config, newest)
+    return require_same_model(config, newest)
 
 
 def _prepared(config: Resolved, shards: ShardFolder, newest: Manifest | None) -> Prepared:
-    demand_vocabulary(config, shards.tokenizer)
+    require_vocabulary(config, shards.tokenizer)
     if newest:
-        _demand_same_data(config, newest, shards)
+        _require_same_data(config, newest, shards)
     state: Mapping[str, Any] = newest.state if newest else {}
     batches = global_batches(config, shards, position=state.get("position"))
     steps = max(0, config.train.num_steps - state.get("step", 0))
@@ -161,7 +161,7 @@ def _plan(batches: GlobalBatches, *, num_samples: int, seq_len: int) -> dict[str
     }
 
 
-def _demand_same_data(config: Resolved, newest: Manifest, shards: ShardFolder) -> None:
+def _require_same_data(config: Resolved, newest: Manifest, shards: ShardFolder) -> None:
     """Raises ConfigError where a run was trained on other tokens than those of the shards."""
     tokenizer = shards.tokenizer
     # A model that was imported has seen neither tokenizer nor shards of ours.
@@ -191,7 +191,7 @@ def _were_elsewhere(config: Resolved, newest: Manifest) -> bool:
     return has_seen and before not in (None, config.data.dir) and is_shard_folder(before)
 
 
-def _demand_built(config: Resolved, newest: Manifest, found: ShardFolder | Corpus) -> None:
+def _require_built(config: Resolved, newest: Manifest, found: ShardFolder | Corpus) -> None:
     """Raises ConfigError where shards would be built for a run that was trained on others."""
     if isinstance(found, ShardFolder):
         return
@@ -205,7 +205,7 @@ def _demand_built(config: Resolved, newest: Manifest, found: ShardFolder | Corpu
     )
 
 
-def demand_vocabulary(config: Config, tokenizer: Tokenizer | TokenizerEntry) -> None:
+def require_vocabulary(config: Config, tokenizer: Tokenizer | TokenizerEntry) -> None:
     """Raises ConfigError where the text has ids that the model has no rows for."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -13,13 +13,13 @@ from moetrain.exit_codes import DONE, STOPPED
 from moetrain.parallel import join_ranks
 from moetrain.settings import Resolved
 from moetrain.train.build import build_trainer
-from moetrain.train.control import Control, Outcome, Place, collective_timeout
+from moetrain.train.control import Control, Outcome, RankPlace, collective_timeout
 from moetrain.train.loop import train
 
 LAST_UPLOAD_SECONDS = 30.0  # that an upload may still take where the run has failed
 
 
-def run_rank(config: Resolved, place: Place, control: Control) -> Outcome:
+def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
     """Trains as one rank of a resolved configuration, to the end or until asked to stop."""
     for name, value in config.cluster.env.items():
         os.environ.setdefault(name, value)
@@ -29,7 +29,7 @@ def run_rank(config: Resolved, place: Place, control: Control) -> Outcome:
         own = max(1, cores // place.local_world_size)
         torch.set_num_threads(config.run.threads_per_rank or own)
         keep_freed_memory()
-    control.beat("joining the other ranks", 0)
+    control.heartbeat("joining the other ranks", 0)
     if not dist.is_initialized():  # somebody else's launcher may have joined them already
         join_ranks(
             rank=place.rank,
@@ -38,7 +38,7 @@ def run_rank(config: Resolved, place: Place, control: Control) -> Outcome:
             device=device,
             timeout_seconds=collective_timeout(config.launch.hang_timeout_seconds),
         )
-    control.beat("building the model", 0)
+    control.heartbeat("building the model", 0)
     trainer = build_trainer(config, place, control, device=device)
     try:
         outcome = train(trainer)
@@ -62,7 +62,7 @@ def finish_upload(uploader: Uploader, control: Control, *, step: int) -> None:
     if waiting.is_alive():
         control.publish("say", "uploading the last checkpoint")
     while waiting.is_alive():
-        control.beat("uploading", step)
+        control.heartbeat("uploading", step)
         waiting.join(1.0)
     if failure := uploader.close():
         control.publish("say", f"warning: the last checkpoint is on this machine only: {failure}")

@@ -17,40 +17,42 @@ from moetrain.checks import ConfigError
 from moetrain.model import Transformer
 from moetrain.optim import learning_rate, state_names
 from moetrain.settings import OptimSettings, Resolved, ScheduleSettings
-from moetrain.train.changes import Change, Kind, as_plain, changes, shown
+from moetrain.train.changes import Change, Kind, as_plain, as_typed_value, changes
 
 _OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
 
 
-def demand_same_model(config: Resolved, manifest: Manifest) -> None:
+def require_same_model(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run can't go on from a checkpoint with these settings.
 
     Its weights would be another model, unless that is accepted, its samples come in another order,
     its optimizer find the state of another one, or its schedule begin elsewhere than it stands.
     """
     found = changes(manifest.config, as_plain(config))
-    _demand_order(config, manifest, found)
-    _demand_restart(config, manifest)
-    _demand_optimizer(config, manifest)
+    _require_order(config, manifest, found)
+    _require_restart(config, manifest)
+    _require_optimizer(config, manifest)
     function, accepted = _of_kind(found, Kind.function), config.checkpoint.accept_changes
     fits = _tensors_fit(config, manifest)
     refused = [c for c in function if not fits or c.name not in accepted]
     if not refused:
         return
-    whose = " and ".join(f"{c.name.removeprefix('model.')} is {shown(c.before)}" for c in refused)
+    whose = " and ".join(
+        f"{c.name.removeprefix('model.')} is {as_typed_value(c.before)}" for c in refused
+    )
     shapes = "" if fits else ", and its tensors have other shapes"
     ways = f"use {_settings(refused)}, or another run.name"
     if fits and manifest.step < config.train.num_steps:
         ways += _ways_to_another_model(config, manifest, [*accepted, *(c.name for c in refused)])
     raise ConfigError(
         refused[0].name,
-        shown(refused[0].now),
+        as_typed_value(refused[0].now),
         f"run {config.run.name} is of another model, whose {whose} (its newest checkpoint is of "
         f"step {manifest.step}{shapes}): {ways}",
     )
 
 
-def demand_done_alike(config: Resolved, manifest: Manifest) -> None:
+def require_done_alike(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run has all its steps already, and was trained otherwise."""
     if manifest.step < config.train.num_steps:
         return
@@ -60,9 +62,9 @@ def demand_done_alike(config: Resolved, manifest: Manifest) -> None:
             "run.name",
             config.run.name,
             f"this run has all its steps, up to {manifest.step}, and was trained with "
-            f"{_settings(trained)} (not {', '.join(shown(c.now) for c in trained)}): it is left as "
-            "it is. Use those settings or another run.name, or train on with the new ones: "
-            f"{training_on(config, step=manifest.step)}",
+            f"{_settings(trained)} (not {', '.join(as_typed_value(c.now) for c in trained)}): it "
+            "is left as it is. Use those settings or another run.name, or train on with the new "
+            f"ones: {training_on(config, step=manifest.step)}",
         )
 
 
@@ -113,7 +115,7 @@ def begins_optimizer(config: Resolved, manifest: Manifest) -> bool:
     return config.optim.restart_from == manifest.step
 
 
-def demand_no_restart(config: Resolved) -> None:
+def require_no_restart(config: Resolved) -> None:
     """Raises ConfigError where a run without a checkpoint is to begin anew from one."""
     for name, step in _restarts(config):
         raise ConfigError(
@@ -130,7 +132,7 @@ def _restarts(config: Resolved) -> Iterator[tuple[str, int]]:
             yield f"{group}.restart_from", settings.restart_from
 
 
-def _demand_restart(config: Resolved, manifest: Manifest) -> None:
+def _require_restart(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError for a restart from another step than the checkpoint's.
 
     One that the run had already, when the checkpoint was saved, holds.
@@ -169,7 +171,7 @@ def _branch(run: Path, step: int) -> str:
     return shell_command(branch)
 
 
-def _demand_optimizer(config: Resolved, manifest: Manifest) -> None:
+def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a checkpoint has the optimizer state of another optimizer."""
     if not manifest.state.get("step", 0) or begins_optimizer(config, manifest):
         return
@@ -195,16 +197,16 @@ def _demand_optimizer(config: Resolved, manifest: Manifest) -> None:
     )
 
 
-def _demand_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:
+def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:
     samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
     for change in found:
         if change.kind is Kind.order and samples:  # where none has come, none can come twice
             raise ConfigError(
                 change.name,
-                shown(change.now),
-                f"run {config.run.name} has {shown(change.before)} up to step {manifest.step}, and "
-                "the order of samples hangs on it; some would come twice: use that, or another "
-                "run.name",
+                as_typed_value(change.now),
+                f"run {config.run.name} has {as_typed_value(change.before)} up to step "
+                f"{manifest.step}, and the order of samples hangs on it; some would come twice: "
+                "use that, or another run.name",
             )
     batch = config.train.global_batch_size
     if "position" not in manifest.state and samples != step * batch:
@@ -241,4 +243,4 @@ def _of_kind(found: Iterable[Change], *kinds: Kind) -> list[Change]:
 
 def _settings(found: Iterable[Change]) -> str:
     """Returns the words that give changed settings the values they had."""
-    return shell_command(f"{c.name}={shown(c.before)}" for c in found)
+    return shell_command(f"{c.name}={as_typed_value(c.before)}" for c in found)

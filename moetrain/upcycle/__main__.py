@@ -24,7 +24,7 @@ from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import ConfigError
 from moetrain.command import run_command
 from moetrain.huggingface.names import model_tensors
-from moetrain.huggingface.new_folder import demand_new, exit_code, new_folder
+from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
 from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.kinds import EventKind
@@ -76,9 +76,9 @@ def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
             # Its embeddings mean these tokens; where they are, an export will look for them.
             state["tokenizer"] = fingerprint
             config = replace(config, data=dense.data)
-        _demand_whole(manifest, dense.model, model)
+        _require_whole(manifest, dense.model, model)
         size = 4 * total_parameters(model)
-        demand_new(to, num_bytes=size)
+        require_new(to, num_bytes=size)
         changes = Changes(
             noise=settings.noise, reinitialize=settings.reinitialize, seed=settings.seed
         )
@@ -151,7 +151,7 @@ def _model(settings: UpcycleSettings, dense: ModelSettings, source: Path) -> Mod
     )
 
 
-def _demand_whole(manifest: Manifest, dense: ModelSettings, model: ModelSettings) -> None:
+def _require_whole(manifest: Manifest, dense: ModelSettings, model: ModelSettings) -> None:
     """Raises CheckpointError unless every tensor of the dense model is there, and is used."""
     wanted = model_tensors(dense)
     found = {n: e.shape for n, e in manifest.tensors.items() if n.startswith("model.")}

@@ -25,7 +25,7 @@ from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
 from moetrain.settings import Config, OptimSettings
 from moetrain.verify.batches import global_batches
 from moetrain.verify.layouts import REFERENCE, Layout, layouts_for
-from moetrain.verify.memory import demand_memory
+from moetrain.verify.memory import require_memory
 from moetrain.verify.ranks import RankFailed, run_ranks
 from moetrain.verify.result import Result, as_json, table
 from moetrain.verify.settings import VerifySettings
@@ -46,7 +46,7 @@ def verify(config: VerifyConfig) -> int:
     try:
         plain = _comparable(config)
         layouts, left_out = layouts_for(plain, num_ranks=settings.num_ranks)
-        demand_memory(plain, num_ranks=max(layout.num_ranks for layout in layouts))
+        require_memory(plain, num_ranks=max(layout.num_ranks for layout in layouts))
         batches, text = global_batches(plain, num_steps=settings.num_steps)
         say = _say if config.observe.progress != "off" else _say_nothing
         with tempfile.TemporaryDirectory(

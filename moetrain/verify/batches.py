@@ -9,8 +9,8 @@ import numpy as np
 from data_pipeline import Batch, DataError, open_folder, resolved_dir
 from moetrain.checks import ConfigError
 from moetrain.settings import Config
-from moetrain.train.prepare import demand_vocabulary
 from moetrain.train.prepare import global_batches as training_batches
+from moetrain.train.prepare import require_vocabulary
 
 
 def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]:
@@ -36,7 +36,7 @@ def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]
 
 def _from_shards(config: Config, *, num_steps: int) -> list[Batch]:
     shards = open_folder(config.data)
-    demand_vocabulary(config, shards.tokenizer)
+    require_vocabulary(config, shards.tokenizer)
     batches, size = training_batches(config, shards, position=None), config.train.global_batch_size
     with closing(batches):
         whole = [batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps)]

@@ -16,7 +16,7 @@ _CUT = (
 RANK_GIB = 0.4  # of a process with torch in it, before it holds a model
 
 
-def demand_memory(config: Config, *, num_ranks: int, available: float | None = None) -> None:
+def require_memory(config: Config, *, num_ranks: int, available: float | None = None) -> None:
     """Raises ConfigError where the largest layout needs more memory than is available, in GiB."""
     available = available_gib() if available is None else available
     needed = needed_gib(config, num_ranks=num_ranks)

@@ -726,7 +726,7 @@ def test_too_little_room_is_said_before_anything_is_downloaded(
 # Killed
 
 
-def demand_whole(remote: RemoteCheckpoints, sources: Path, there: Path) -> int:
+def require_whole(remote: RemoteCheckpoints, sources: Path, there: Path) -> int:
     """All that counts as a checkpoint is one, bit for bit; returns the newest's step."""
     complete = remote.list_complete()
     assert len(complete) >= 2
@@ -785,7 +785,7 @@ def test_kills_at_any_moment_of_an_upload_to_s3_leave_whole_checkpoints(
             # Armed before its first request: it waits for its number to be taken.
             code = processes.run(f"s3://bucket/{tmp_path.name}", folder, meanwhile=arm)
             server.hook = None
-            newest = demand_whole(on_s3, here, there)
+            newest = require_whole(on_s3, here, there)
             if counts is not None:
                 assert code == -signal.SIGKILL
                 assert (newest == step) == counts
@@ -819,7 +819,7 @@ def test_kills_at_random_moments_of_an_upload_to_a_disk_leave_whole_checkpoints(
             began = time.monotonic()
             codes.append(processes.run(address, folder, meanwhile=strike))
             seconds = time.monotonic() - began if number < 3 else seconds
-            demand_whole(on_disk, here, there)
+            require_whole(on_disk, here, there)
     assert codes[:3] == [0, 0, 0]
     assert set(codes[3:]) <= {0, -signal.SIGKILL}
     assert codes.count(-signal.SIGKILL) >= 5

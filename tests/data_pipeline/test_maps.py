@@ -23,7 +23,7 @@ def allow(soft: int, hard: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def demand_in_child(work: Callable[[], None]) -> None:
+def require_in_child(work: Callable[[], None]) -> None:
     """Runs work in a process of its own, whose limits may be lowered for good."""
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == 0
 
@@ -60,7 +60,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         _batches = read_all(ShardFolder.open(folder.path))
         assert num_open() < 100
 
-    demand_in_child(work)
+    require_in_child(work)
 
 
 def test_the_soft_limit_is_raised_for_shards_and_for_nothing_else(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_soft_limit_is_raised_for_shards_and_for_nothing_else(tmp_path: Path
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
         assert num_open() > 300  # all stay open where they may
 
-    demand_in_child(work)
+    require_in_child(work)
 
 
 @pytest.mark.slow
@@ -89,4 +89,4 @@ def test_a_hundred_thousand_shards_with_any_number_of_open_files_allowed(tmp_pat
             allow(300_000, 300_000)
         read_each(ShardFolder.open(folder.path))
 
-    demand_in_child(work)
+    require_in_child(work)

@@ -14,9 +14,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moetrain.checks import ConfigError
 from moetrain.huggingface.configuration import (
     config_json,
-    demand_expressible,
     imported_model,
     load_balance_loss_weight,
+    require_expressible,
     router_aux_loss_coef,
 )
 from moetrain.huggingface.names import ConversionError
@@ -250,7 +250,7 @@ def test_what_is_not_computed_here_is_refused(name: str) -> None:
 )  # fmt: skip
 def test_what_mixtral_has_not_is_refused_with_its_setting(change: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as error:
-        demand_expressible(dataclasses.replace(TINY, **change))
+        require_expressible(dataclasses.replace(TINY, **change))
     assert error.value.key == key
 
 
@@ -258,6 +258,6 @@ def test_what_only_training_has_is_no_reason_to_refuse() -> None:
     router = RouterSettings(
         jitter_noise=0.1, load_balance_loss_weight=0.5, bias_update_rate=0.1, z_loss_weight=0.0
     )
-    demand_expressible(dataclasses.replace(TINY, router=router))
+    require_expressible(dataclasses.replace(TINY, router=router))
     sigmoid = RouterSettings(score_function="sigmoid")  # a dense model has no router
-    demand_expressible(dataclasses.replace(TINY, num_experts=1, top_k=1, router=sigmoid))
+    require_expressible(dataclasses.replace(TINY, num_experts=1, top_k=1, router=sigmoid))

@@ -22,10 +22,10 @@ from moetrain.huggingface.configuration import config_json
 from moetrain.huggingface.model_files import export_dtype, exportable_places
 from moetrain.huggingface.names import (
     ConversionError,
-    Place,
-    demand_complete,
+    TensorPlace,
     model_tensors,
     places,
+    require_complete,
 )
 from moetrain.huggingface.new_folder import new_folder
 from moetrain.model import Transformer
@@ -51,7 +51,7 @@ def _random(settings: ModelSettings) -> Transformer:
     return model
 
 
-def _exportable(checkpoint: Path, *, drop_router_bias: bool = False) -> list[Place]:
+def _exportable(checkpoint: Path, *, drop_router_bias: bool = False) -> list[TensorPlace]:
     with CheckpointReader(checkpoint) as reader:
         return exportable_places(reader, TINY, drop_router_bias=drop_router_bias)
 
@@ -88,14 +88,14 @@ def test_a_tensor_more_or_less_than_the_model_has_is_refused(tmp_path: Path, cha
 @pytest.mark.parametrize("settings", [TINY, DENSE], ids=["mixtral", "mistral"])
 def test_every_tensor_has_one_place_and_only_one(settings: ModelSettings) -> None:
     tensors, placed = model_tensors(settings), list(places(settings))
-    demand_complete(placed, tensors)
+    require_complete(placed, tensors)
     assert len({place.theirs for place in placed}) == len(placed)
     for left_out in range(len(placed)):
         with pytest.raises(ConversionError, match="has no place") as error:
-            demand_complete(placed[:left_out] + placed[left_out + 1 :], tensors)
+            require_complete(placed[:left_out] + placed[left_out + 1 :], tensors)
         assert placed[left_out].ours in str(error.value)
     with pytest.raises(ConversionError, match="comes twice"):
-        demand_complete([*placed, placed[3]], tensors)
+        require_complete([*placed, placed[3]], tensors)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_memory_holds_a_few_tensors_whatever_the_size_of_the_model(tmp_path: Pat
     assert max(export_peak, import_peak) < model
 
 
-def _shaped(drawn: torch.Tensor, place: Place) -> torch.Tensor:
+def _shaped(drawn: torch.Tensor, place: TensorPlace) -> torch.Tensor:
     return drawn[: torch.Size(place.theirs_shape).numel()].reshape(place.theirs_shape).clone()
 
 

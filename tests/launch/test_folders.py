@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray._private.utils import validate_socket_filepath
 
-from launch.folders import demand_ray_folder, settle_temporary_folder
+from launch.folders import require_ray_folder, settle_temporary_folder
 from launch.plan import choose_plan
 from moetrain.checks import ConfigError
 from moetrain.settings import LaunchSettings
@@ -59,7 +59,7 @@ def test_the_longest_folder_that_ray_takes_is_taken(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("RAY_TMPDIR", folder)
         socket = f"{folder}/ray/{session}/sockets/plasma_store"
         rays = takes(partial(validate_socket_filepath, socket))
-        assert [takes(demand_ray_folder), rays] == [is_taken, is_taken]
+        assert [takes(require_ray_folder), rays] == [is_taken, is_taken]
         assert not Path(folder).exists()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.on_ray.node_agent import NodeAgent
-from launch.supervision.hang import culprits, innermost, waits
+from launch.supervision.hang import culprits, innermost_frame, waits
 from moetrain.parallel import Doing
 
 HERE = Doing(phase="forward", step=3)
@@ -37,13 +37,13 @@ def in_thread(work: object) -> Iterator[str]:
 def test_a_python_loop_is_told_from_a_collective() -> None:
     over = threading.Event()
     with in_thread(over.wait) as stack:
-        assert innermost(stack).endswith("threading.py")
+        assert innermost_frame(stack).endswith("threading.py")
         assert not waits(HERE, stack)
     over.set()
 
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     with in_thread(lambda: dist.init_process_group("gloo", store=store, rank=0, world_size=2)) as s:
-        assert "torch/distributed/" in innermost(s)
+        assert "torch/distributed/" in innermost_frame(s)
         assert waits(HERE, s)
 
 
@@ -83,7 +83,7 @@ def test_stacks_are_read_from_outside_also_of_a_stopped_process(
             time.sleep(0.2)
         text = NodeAgent().stacks([process.pid])[process.pid]
         assert ("T (stopped)" in text) == stopped
-        assert innermost(text).endswith("stuck.py")
+        assert innermost_frame(text).endswith("stuck.py")
         assert not waits(HERE, text)
     finally:
         process.kill()

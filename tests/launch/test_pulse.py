@@ -47,16 +47,16 @@ class Rank:
     def collect(self) -> dict[str, Any]:
         return self._control.collect()
 
-    def beat(self, phase: str, step: int) -> int:
-        self._control.beat(phase, step)
+    def heartbeat(self, phase: str, step: int) -> int:
+        self._control.heartbeat(phase, step)
         return os.getpid()
 
     def train(self, steps: int) -> None:
         for step in range(steps):
             for phase in ("between steps", "forward", "optimizer"):
-                self._control.beat(phase, step)
+                self._control.heartbeat(phase, step)
                 time.sleep(STEP_SECONDS / 3)
-        self._control.beat("between steps", steps)
+        self._control.heartbeat("between steps", steps)
 
     def publish(self, kind: str, content: str) -> None:
         self._control.publish(kind, content)

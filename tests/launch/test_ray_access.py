@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.on_ray.access import demand_access
+from launch.on_ray.access import require_access
 from launch.on_ray.cluster import RayCluster
 from moetrain.checks import ConfigError
 from tests.launch.test_launching import RAY, reached, started, wait_for
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 ASK = """
 import json, os, sys, time
-from launch.on_ray.access import demand_access
+from launch.on_ray.access import require_access
 from moetrain.checks import ConfigError
 clean, said = dict(os.environ), []
 for environ, address, insist in json.loads(sys.argv[1]):
@@ -36,7 +36,7 @@ for environ, address, insist in json.loads(sys.argv[1]):
     os.environ.update(clean | environ)
     begin = time.monotonic()
     try:
-        said.append("at " + demand_access(address, allow_unauthenticated=insist))
+        said.append("at " + require_access(address, allow_unauthenticated=insist))
     except (ConfigError, OSError) as error:
         said.append(f"{type(error).__name__} {error}")
     assert time.monotonic() - begin < 5, said  # never a wait of minutes
@@ -186,7 +186,7 @@ def test_what_is_no_address_of_a_cluster_is_told_from_one_that_does_not_answer(
     address: str,
 ) -> None:
     with pytest.raises(ConfigError, match=r"host:port, such as 10\.0\.0\.1:6379") as refused:
-        demand_access(address, allow_unauthenticated=False)
+        require_access(address, allow_unauthenticated=False)
     assert f"launch.address={address}" in str(refused.value)
     assert ("launch.submit" in str(refused.value)) == address.startswith("http")
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.folders import demand_folder
+from launch.folders import require_folder
 from moetrain.checks import ConfigError
 
 
 def test_a_folder_that_can_be_had_is_left_as_it_was(tmp_path: Path) -> None:
-    demand_folder(tmp_path / "runs/mine")
+    require_folder(tmp_path / "runs/mine")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs/mine").mkdir(parents=True)
-    demand_folder(tmp_path / "runs/mine")
+    require_folder(tmp_path / "runs/mine")
     assert list((tmp_path / "runs/mine").iterdir()) == []
 
 
@@ -39,11 +39,11 @@ def test_a_full_and_a_read_only_disk_are_named_with_a_way_out(small_disk: Path) 
             break
     full = rf"^run\.dir={small_disk}/runs: the run's folder mine there: no space left .* make room"
     with pytest.raises(ConfigError, match=full):
-        demand_folder(small_disk / "runs/mine")
+        require_folder(small_disk / "runs/mine")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     read_only = rf"^run\.dir={small_disk}/runs: .* read-only file system; use .* run\.dir=~/runs"
     with pytest.raises(ConfigError, match=read_only):
-        demand_folder(small_disk / "runs/mine")
+        require_folder(small_disk / "runs/mine")
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,4 @@ def test_a_full_and_a_read_only_disk_are_named_with_a_way_out(small_disk: Path) 
 )
 def test_a_folder_that_cannot_be_is_the_settings_mistake(run_dir: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        demand_folder(Path(run_dir))
+        require_folder(Path(run_dir))

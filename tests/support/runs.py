@@ -10,7 +10,7 @@ from data_pipeline import BuildSettings, build_shards
 from moetrain.config import resolve
 from moetrain.settings import Config
 from moetrain.settings.validation import validated
-from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
 
 TIMING = ("perf/", "memory/", "checkpoint/")
@@ -68,15 +68,15 @@ def train_as_rank(config: Config, stop_at: int | None, attempt: int) -> Outcome:
 
     control = Control()
     if stop_at is not None:
-        publish, beat = control.publish, control.beat
+        publish, beat = control.publish, control.heartbeat
 
         def stop_in_time(phase: str, step: int) -> None:
             if phase == "between steps" and step >= stop_at:
                 control.request_stop()
             beat(phase, step)
 
-        control.beat, control.publish = stop_in_time, publish  # type: ignore[method-assign]
-    place = Place(
+        control.heartbeat, control.publish = stop_in_time, publish  # type: ignore[method-assign]
+    place = RankPlace(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         local_world_size=os.cpu_count() or 1,  # a thread each: more would wait for each other

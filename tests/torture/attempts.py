@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from moetrain.settings import Config
-from moetrain.train.control import Control, Outcome, Place
+from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
 
 WORLD_SIZE = 2
@@ -146,7 +146,7 @@ def train(config: Config, number: int) -> Outcome:
     """Trains as one rank of an already joined world."""
     import torch.distributed as dist
 
-    place = Place(
+    place = RankPlace(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         local_world_size=dist.get_world_size(),

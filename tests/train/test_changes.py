@@ -8,7 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moetrain.settings import Config, ModelSettings
-from moetrain.train.changes import _KINDS, Kind, as_plain, changes, kind_of, shown
+from moetrain.train.changes import _KINDS, Kind, as_plain, as_typed_value, changes, kind_of
 from tests.support.runs import tiny_config
 
 
@@ -94,11 +94,11 @@ def test_a_difference_is_named_with_both_values(
 
 def test_a_value_is_shown_as_it_is_typed() -> None:
     stages = [{"from_step": 3, "weights": {"en": 0.5, "code": None}}]
-    text = shown(stages)
+    text = as_typed_value(stages)
     assert text == "[{from_step:3,weights:{en:0.5,code:null}}]"
     (override,) = OverridesParser.create().parse_overrides([f"data.stages={text}"])
     assert override.value() == stages
-    assert [shown(value) for value in (None, True, 1e-5, "auto")] == [
+    assert [as_typed_value(value) for value in (None, True, 1e-5, "auto")] == [
         "null", "true", "1e-05", "auto",
     ]  # fmt: skip
 

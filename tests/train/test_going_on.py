@@ -15,7 +15,7 @@ from moetrain.optim import learning_rate
 from moetrain.settings import ScheduleSettings
 from moetrain.train.changes import as_plain
 from moetrain.train.prepare import prepare
-from moetrain.train.resume import demand_done_alike, demand_same_model, told_changes
+from moetrain.train.resume import require_done_alike, require_same_model, told_changes
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import assert_same_tensors, load
@@ -123,7 +123,7 @@ def test_a_setting_that_changes_what_the_weights_compute_has_to_be_accepted(
     config = tiny_config(tmp_path, shards=shards, **changed)
     name = f"model.{setting.replace('__', '.')}"
     with pytest.raises(ConfigError) as refused:
-        demand_same_model(config, manifest)
+        require_same_model(config, manifest)
     said = str(refused.value)
     assert f"{setting.replace('__', '.')} is {before}" in said
     assert f"use {name}={before}" in said
@@ -134,7 +134,7 @@ def test_a_setting_that_changes_what_the_weights_compute_has_to_be_accepted(
     accepted = replace(config.checkpoint, accept_changes=names)
     config = replace(config, checkpoint=accepted)
     check(config)
-    demand_same_model(config, manifest)
+    require_same_model(config, manifest)
     assert [change.name for change in told_changes(config, manifest)] == names
 
 
@@ -144,7 +144,7 @@ def test_weights_of_another_shape_can_not_be_accepted(
     accept = {"checkpoint__accept_changes": ["model.ffn_hidden_dim"]}
     wider = tiny_config(tmp_path, shards=shards, **MODEL, **accept, model__ffn_hidden_dim=64)
     with pytest.raises(ConfigError, match="its tensors have other shapes") as refused:
-        demand_same_model(wider, manifest)
+        require_same_model(wider, manifest)
     assert "accept_changes" not in str(refused.value)
 
 
@@ -171,7 +171,7 @@ def test_another_order_of_samples_is_refused(
     for setting, value in (("seed", 3), ("train__seq_len", 16), ("data__shuffle_window", 2)):
         config = tiny_config(tmp_path, shards=shards, **MODEL, **{setting: value})
         with pytest.raises(ConfigError, match="some would come twice"):
-            demand_same_model(config, manifest)
+            require_same_model(config, manifest)
 
 
 def test_a_checkpoint_of_step_0_is_bound_to_no_recipe_but_to_its_model(
@@ -180,11 +180,11 @@ def test_a_checkpoint_of_step_0_is_bound_to_no_recipe_but_to_its_model(
     imported = replace(manifest, step=0, state={"step": 0, "samples": 0, "tokens": 0})
     free = {"seed": 3, "optim__lr": 1e-4, "optim__name": "sgd"}
     config = tiny_config(tmp_path, shards=shards, **MODEL, **free)
-    demand_same_model(config, imported)
+    require_same_model(config, imported)
     assert told_changes(config, imported) == []
     other = tiny_config(tmp_path, shards=shards, **MODEL, model__router__normalize_gates=False)
     with pytest.raises(ConfigError, match=r"normalize_gates is true"):
-        demand_same_model(other, imported)
+        require_same_model(other, imported)
 
 
 def test_a_changed_recipe_is_told_in_one_line_and_is_an_event(gone_on: Path) -> None:
@@ -224,7 +224,7 @@ def test_another_layout_is_nothing_to_be_told(
     for num_workers in (4, 2, 1):  # as an elastic run shrinks and grows
         fitting = refit(config, num_workers)
         assert fitting is not None
-        demand_same_model(fitting, manifest)
+        require_same_model(fitting, manifest)
         assert told_changes(fitting, manifest) == []
 
 
@@ -242,15 +242,15 @@ def test_a_run_that_has_all_its_steps_is_refused_other_settings(
     finished = replace(manifest, step=8)
     config = tiny_config(tmp_path, shards=shards, **MODEL | {"schedule__warmup_steps": 0})
     finished = replace(finished, config=as_plain(config))
-    demand_done_alike(config, finished)
+    require_done_alike(config, finished)
     changed = MODEL | {"schedule__warmup_steps": 0, setting: value}
     with pytest.raises(ConfigError) as refused:
-        demand_done_alike(tiny_config(tmp_path, shards=shards, **changed), finished)
+        require_done_alike(tiny_config(tmp_path, shards=shards, **changed), finished)
     said_all = str(refused.value)
     assert said in said_all
     assert "train on with the new ones: schedule.restart_from=8 train.num_steps=16" in said_all
     more = changed | {"train__num_steps": 9}
-    demand_done_alike(tiny_config(tmp_path, shards=shards, **more), finished)
+    require_done_alike(tiny_config(tmp_path, shards=shards, **more), finished)
 
 
 # ── Another optimizer, and a new schedule ─────────────────────────────────────────────────────
@@ -261,7 +261,7 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
 ) -> None:
     sgd = tiny_config(tmp_path, shards=shards, **MODEL, optim__name="sgd")
     with pytest.raises(ConfigError) as refused:
-        demand_same_model(sgd, manifest)
+        require_same_model(sgd, manifest)
     assert str(refused.value).startswith(
         "optim.name=sgd: run tiny was trained with optim.name=adamw up to step 4, and another "
         "optimizer can't go on from the state of that one"
@@ -270,12 +270,12 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
     assert "another model" not in str(refused.value)
     faster = tiny_config(tmp_path, shards=shards, **MODEL, optim__name="sgd", optim__lr=0.5)
     with pytest.raises(ConfigError, match=r"use optim.name=adamw optim.lr=[0-9.e-]+, add"):
-        demand_same_model(faster, manifest)
+        require_same_model(faster, manifest)
     betas = {"optim__betas": (0.8, 0.99), "optim__eps": 1e-6, "optim__weight_decay": 0.0}
-    demand_same_model(tiny_config(tmp_path, shards=shards, **MODEL, **betas), manifest)
+    require_same_model(tiny_config(tmp_path, shards=shards, **MODEL, **betas), manifest)
     still = MODEL | RESTARTED | {"optim__momentum": 0.0, "train__num_steps": 12}
     with pytest.raises(ConfigError, match=r"optim.momentum=0.9.*optim.restart_from=10 to go on"):
-        demand_same_model(
+        require_same_model(
             tiny_config(tmp_path, shards=shards, **still), newest(gone_on / "restarted")
         )
 
@@ -311,7 +311,7 @@ def test_a_restart_is_of_the_step_that_the_run_stands_at(
 ) -> None:
     def demand(step: int, found: Manifest, folder: Path = tmp_path, **changes: Any) -> None:
         settings = MODEL | {f"{group}__restart_from": step, "train__num_steps": 12} | changes
-        demand_same_model(tiny_config(folder, shards=shards, **settings), found)
+        require_same_model(tiny_config(folder, shards=shards, **settings), found)
 
     demand(4, manifest)
     with pytest.raises(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import CheckpointError, read_manifest
 from moetrain.settings import Config
-from moetrain.train import loop, rank
+from moetrain.train import loop, micro_batch, rank
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import assert_same_tensors
@@ -86,12 +86,12 @@ def schedule_from_the_start() -> Iterator[None]:
 
 @contextmanager
 def noise_from_the_start() -> Iterator[None]:
-    stream = loop.random_stream
+    stream = micro_batch.random_stream
 
     def restarted(seed: int, kind: str, sample: int) -> int:
         return stream(seed, kind, sample - SAMPLES)
 
-    with changed(loop, "random_stream", restarted):
+    with changed(micro_batch, "random_stream", restarted):
         yield
 
 
@@ -239,7 +239,7 @@ def train_until_a_save_fails(config: Config) -> tuple[str, tuple[str, int]]:
     phases: list[tuple[str, int]] = []
 
     def watch(trainer: Any) -> None:
-        beat = trainer.control.beat
+        beat = trainer.control.heartbeat
 
         def watched(phase: str, step: int) -> None:
             if (phase, step) == ("save", 6) and dist.get_rank() == 1:
@@ -250,7 +250,7 @@ def train_until_a_save_fails(config: Config) -> tuple[str, tuple[str, int]]:
             phases.append((phase, step))
             beat(phase, step)
 
-        trainer.control.beat = watched
+        trainer.control.heartbeat = watched
 
     with each_trainer(watch):
         try:

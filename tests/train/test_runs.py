@@ -22,7 +22,7 @@ from moetrain.settings.validation import validated
 from moetrain.train import loop
 from moetrain.train.control import Outcome
 from moetrain.train.prepare import prepare
-from moetrain.train.resume import demand_same_model
+from moetrain.train.resume import require_same_model
 from tests.support.huggingface_folders import (
     assert_bitwise_equal,
     imported,
@@ -161,9 +161,9 @@ def test_a_padded_vocabulary_trains_and_comes_back_from_hugging_face_as_it_was(
     assert_bitwise_equal(tensors_in(tmp_path / "second"), tensors_in(exported))
     # The padded size is what a run has: however it is written, it goes on.
     manifest = read_manifest(checkpoint)
-    demand_same_model(tiny_config(tmp_path, shards=shards, model__vocab_size=320), manifest)
+    require_same_model(tiny_config(tmp_path, shards=shards, model__vocab_size=320), manifest)
     with pytest.raises(ConfigError, match=r"model.vocab_size=257"):
-        demand_same_model(tiny_config(tmp_path, shards=shards), manifest)
+        require_same_model(tiny_config(tmp_path, shards=shards), manifest)
 
 
 def test_a_vocabulary_that_is_too_small_for_the_text_is_refused(
@@ -212,10 +212,10 @@ def test_a_checkpoint_from_before_a_setting_was_there_is_of_a_model_with_its_def
     run(tmp_path, shards, world=1, train__num_steps=2)
     manifest = read_manifest(candidates(tmp_path / "runs/tiny/checkpoints")[0])
     del manifest.config["model"]["num_shared_experts"]
-    demand_same_model(tiny_config(tmp_path, shards=shards), manifest)
+    require_same_model(tiny_config(tmp_path, shards=shards), manifest)
     changed = tiny_config(tmp_path, shards=shards, model__num_shared_experts=1)
     with pytest.raises(ConfigError, match=r"model\.num_shared_experts=1"):
-        demand_same_model(changed, manifest)
+        require_same_model(changed, manifest)
 
 
 def test_a_finished_run_trains_on_as_if_it_had_not_finished(tmp_path: Path, shards: Path) -> None:

@@ -11,7 +11,7 @@ from moetrain.settings import Config
 from moetrain.settings.validation import validated
 from moetrain.verify.comparison import Difference, difference, kind_of, parts, worst
 from moetrain.verify.layouts import REFERENCE, Layout, layouts_for
-from moetrain.verify.memory import demand_memory, needed_gib
+from moetrain.verify.memory import needed_gib, require_memory
 from moetrain.verify.tolerance import EPS, tolerances
 from tests.test_config import compose_preset, toy
 
@@ -122,11 +122,11 @@ def test_tolerances_grow_with_the_root_of_the_sums_and_stay_below_one_lost_token
 def test_a_model_too_large_is_refused_with_overrides_that_fit(name: str) -> None:
     large = validated(compose_preset(f"model={name}"), Config)
     with pytest.raises(ConfigError, match=r"needs about [\d,]+ GiB") as refused:
-        demand_memory(large, num_ranks=4, available=16.0)
+        require_memory(large, num_ranks=4, available=16.0)
     overrides = str(refused.value).partition("for example with ")[2].split()
     assert overrides
     small = validated(compose_preset(f"model={name}", *overrides), Config)
-    demand_memory(small, num_ranks=4, available=16.0)
+    require_memory(small, num_ranks=4, available=16.0)
     layouts_for(replace(small, schedule=replace(small.schedule, warmup_steps=0)), num_ranks=4)
 
 

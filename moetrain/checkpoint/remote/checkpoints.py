@@ -62,7 +62,7 @@ def parse_name(name: str) -> Save | None:
     return save if remote_name(save) == name else None
 
 
-def demand_file_names(names: Iterable[str]) -> None:
+def require_file_names(names: Iterable[str]) -> None:
     """Raises CheckpointError for names that could leave a folder, or hide in it."""
     for name in names:
         if not _FILE.fullmatch(name) or name == MANIFEST:
@@ -148,8 +148,8 @@ class RemoteCheckpoints:
         """
         save = Save(manifest.step, manifest.attempt)
         name, sizes = remote_name(save), {n: entry.size for n, entry in manifest.files.items()}
-        demand_file_names(sizes)
-        self._demand_ownership(save, owner)
+        require_file_names(sizes)
+        self._require_ownership(save, owner)
         try:
             text = (folder / MANIFEST).read_bytes()
             uploaded = 0
@@ -159,10 +159,10 @@ class RemoteCheckpoints:
                 uploaded = sum(sizes.values()) + len(text)
         except OSError as error:
             raise CheckpointError(f"{folder} can't be uploaded: {error}") from error
-        self._demand_sizes(name, sizes)
-        self._demand_ownership(save, owner)
+        self._require_sizes(name, sizes)
+        self._require_ownership(save, owner)
         if not self._files.create(f"{name}/{MANIFEST}", text):
-            self._demand_same_manifest(name, text)
+            self._require_same_manifest(name, text)
         self._name_latest(save, owner)
         return uploaded
 
@@ -180,7 +180,7 @@ class RemoteCheckpoints:
         # Of a newer attempt they may be under way.
         partial = [s for s in folders if s.attempt <= owner and MANIFEST not in folders[s]]
         for save in sorted(picked) + partial:
-            self._demand_ownership(save, owner)
+            self._require_ownership(save, owner)
             self._delete(remote_name(save), set(folders[save]))
         return [remote_name(save) for save in sorted(picked)]
 
@@ -197,14 +197,14 @@ class RemoteCheckpoints:
         own = sorted(n for n in names - {MANIFEST} if _FILE.fullmatch(n))
         in_parallel(lambda name: self._files.delete(f"{folder}/{name}"), own)
 
-    def _demand_ownership(self, save: Save, owner: int) -> None:
+    def _require_ownership(self, save: Save, owner: int) -> None:
         if (newest := self.newest_attempt()) > owner:
             raise SupersededError(
                 f"attempt {owner} may not change {remote_name(save)} in {self.location}: attempt "
                 f"{newest} has taken the run over"
             )
 
-    def _demand_sizes(self, folder: str, sizes: Mapping[str, int]) -> None:
+    def _require_sizes(self, folder: str, sizes: Mapping[str, int]) -> None:
         found = self._files.sizes(folder)
         for name, size in sizes.items():
             if found.get(name) != size:
@@ -214,7 +214,7 @@ class RemoteCheckpoints:
                     f"{size} bytes; see to the server, which said that it has them all"
                 )
 
-    def _demand_same_manifest(self, folder: str, text: bytes) -> None:
+    def _require_same_manifest(self, folder: str, text: bytes) -> None:
         try:
             there = self._files.read(f"{folder}/{MANIFEST}")
         except FileNotFoundError:
@@ -226,11 +226,11 @@ class RemoteCheckpoints:
             )
 
     def _name_latest(self, save: Save, owner: int) -> None:
-        self._demand_ownership(save, owner)
+        self._require_ownership(save, owner)
         self._write_latest(save)
         if self.newest_attempt() > owner:  # taken over in between: it may have flipped before us
             self._write_latest(save)
-            self._demand_ownership(save, owner)
+            self._require_ownership(save, owner)
 
     def _write_latest(self, save: Save) -> None:
         line, _ = in_order({save, *self.list_complete()})

@@ -70,7 +70,7 @@ class DiskFolder:
         def copy(file: BinaryIO) -> None:
             with path.open("rb") as source:
                 while piece := source.read(_PIECE_BYTES):
-                    self._demand_running()
+                    self._require_running()
                     file.write(piece)
 
         with self._told(), self._written(name, copy) as new:
@@ -81,7 +81,7 @@ class DiskFolder:
         with self._told(), (self._folder / name).open("rb") as source:
             source.seek(start)
             while start < stop and (piece := source.read(min(_PIECE_BYTES, stop - start))):
-                self._demand_running()
+                self._require_running()
                 start += len(piece)
                 yield piece
 
@@ -103,7 +103,7 @@ class DiskFolder:
         """Takes effect with the next piece."""
         self._stopped.set()
 
-    def _demand_running(self) -> None:
+    def _require_running(self) -> None:
         if self._stopped.is_set():
             raise CheckpointError(f"{self.location}: given up, since the run ends")
 
@@ -131,7 +131,7 @@ class DiskFolder:
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Failures of the disk become what users are told; a missing file stays one."""
-        self._demand_running()
+        self._require_running()
         if not self._root.is_dir():
             raise RemoteUnavailableError(
                 f"file://{self._root} is no folder on this machine; mount or make it, or correct "

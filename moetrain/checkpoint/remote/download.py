@@ -13,9 +13,9 @@ from pathlib import Path
 
 from moetrain.checkpoint.folders import (
     Save,
-    demand_space,
     in_order,
     remove,
+    require_space,
     sync_folder,
     with_way_out,
 )
@@ -30,8 +30,8 @@ from moetrain.checkpoint.manifest import (
 from moetrain.checkpoint.remote.checkpoints import (
     RemoteCheckpoints,
     complete_of,
-    demand_file_names,
     remote_name,
+    require_file_names,
 )
 from moetrain.checkpoint.remote.folder import RemoteFolder, in_parallel
 
@@ -117,7 +117,7 @@ class _Fetch:
         resumed = self._prepare(text)
         try:
             manifest = read_manifest(self.staged)
-            demand_file_names(manifest.files)
+            require_file_names(manifest.files)
         except CheckpointError as error:
             raise _DamagedError(str(error)) from error
         if (found := Save(manifest.step, manifest.attempt)) != self._save:
@@ -130,7 +130,7 @@ class _Fetch:
             shutil.rmtree(self.staged)
             raise
         sizes = {name: entry.size for name, entry in manifest.files.items()}
-        self._demand_sizes(sizes)
+        self._require_sizes(sizes)
         if self._is_here(text, manifest):
             self._progress(sum(sizes.values()), sum(sizes.values()))
             shutil.rmtree(self.staged)
@@ -171,7 +171,7 @@ class _Fetch:
         _write(self.staged / MANIFEST, manifest)
         return False
 
-    def _demand_sizes(self, sizes: Mapping[str, int]) -> None:
+    def _require_sizes(self, sizes: Mapping[str, int]) -> None:
         """What a listing tells needs no download."""
         for name, size in sizes.items():
             if (found := self._there.get(name)) != size:
@@ -192,10 +192,10 @@ class _Fetch:
         total = sum(sizes.values())
         have = {name: self._have(name, size) for name, size in sizes.items()}
         self._done = sum(have.values())
-        demand_space(self.staged, total - self._done)
+        require_space(self.staged, total - self._done)
         self._progress(self._done, total)
 
-        def bring(name: str) -> None:
+        def fetch(name: str) -> None:
             with (self.staged / name).open("ab") as file:
                 source = f"{self._name}/{name}"
                 try:
@@ -211,7 +211,7 @@ class _Fetch:
                 file.flush()
                 os.fsync(file.fileno())
 
-        in_parallel(bring, sizes)
+        in_parallel(fetch, sizes)
 
     def _have(self, name: str, size: int) -> int:
         """Bytes of a file that are here from before."""

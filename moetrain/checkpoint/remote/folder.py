@@ -94,7 +94,7 @@ def check_url(url: str) -> None:
     host, _, path = rest.partition("/")
 
     def refuse(reason: str) -> ConfigError:
-        return ConfigError(SETTING, shown(url), reason)
+        return ConfigError(SETTING, without_credentials(url), reason)
 
     if "::" in url or url.startswith("pipe:"):
         raise refuse("chained addresses are not taken; give one, such as s3://bucket/runs")
@@ -119,7 +119,7 @@ def check_url(url: str) -> None:
         raise refuse("the bucket is missing; give it as s3://bucket/runs")
 
 
-def demand_mounted(settings: CheckpointSettings) -> None:
+def require_mounted(settings: CheckpointSettings) -> None:
     """Raises ConfigError where a folder of this machine is to be uploaded to and isn't there."""
     url = settings.upload_to or ""
     if url.startswith("file://") and not Path(url.removeprefix("file://")).is_dir():
@@ -158,7 +158,7 @@ def in_parallel(
         raise failures[0]
 
 
-def shown(text: str) -> str:
+def without_credentials(text: str) -> str:
     """A text without what may be secret in its URLs: users, passwords and queries."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)

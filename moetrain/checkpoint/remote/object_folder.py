@@ -22,7 +22,12 @@ from typing import Any, TypeVar
 
 from data_pipeline.object_stores import is_final, new_filesystem, pause_before
 from moetrain.checkpoint.manifest import CheckpointError
-from moetrain.checkpoint.remote.folder import SETTING, Patience, RemoteUnavailableError, shown
+from moetrain.checkpoint.remote.folder import (
+    SETTING,
+    Patience,
+    RemoteUnavailableError,
+    without_credentials,
+)
 from moetrain.checks import ConfigError
 
 _POLL_SECONDS = 0.2
@@ -165,7 +170,7 @@ class ObjectFolder:
         `moved` is something that changes while all goes well, however long it takes.
         """
         filesystem = self._filesystem
-        self._demand_running()
+        self._require_running()
         future = asyncio.run_coroutine_threadsafe(
             getattr(filesystem, method)(*args, **options), filesystem.loop
         )
@@ -178,12 +183,12 @@ class ObjectFolder:
                 seen, since = now, time.monotonic()
             if self._stopped.is_set():
                 future.cancel()
-                self._demand_running()
+                self._require_running()
             if time.monotonic() - since > self._patience.timeout_seconds:
                 future.cancel()
                 raise TimeoutError
 
-    def _demand_running(self) -> None:
+    def _require_running(self) -> None:
         if self._stopped.is_set():
             raise CheckpointError(f"{self.location}: given up, since the run ends")
 
@@ -199,8 +204,8 @@ class ObjectFolder:
                 if may_miss or error.filename is not None:  # a file of this machine
                     raise
                 raise RemoteUnavailableError(
-                    f"{url} can't be reached: {shown(str(error))}; create the bucket, or correct "
-                    f"{SETTING}"
+                    f"{url} can't be reached: {without_credentials(str(error))}; create the "
+                    f"bucket, or correct {SETTING}"
                 ) from None
             except Exception as error:
                 why = self._reason(error)
@@ -223,7 +228,7 @@ class ObjectFolder:
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
             return f"nothing came for {self._patience.timeout_seconds:g} s"
-        return f"{type(error).__name__}: {shown(str(error))}"
+        return f"{type(error).__name__}: {without_credentials(str(error))}"
 
     def _new_filesystem(self) -> Any:
         # Every answer is asked for anew: another attempt may have written since.
