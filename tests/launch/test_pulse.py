@@ -84,7 +84,7 @@ def node(cluster: AgentsKept, monkeypatch: pytest.MonkeyPatch) -> Node:
 def ranks(cluster: AgentsKept, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Worker]]:
     monkeypatch.setattr(pulse, "REPORT_SECONDS", REPORT_SECONDS)
     actors = [Rank.remote() for _ in range(2)]
-    pids = ray.get([actor.beat.remote("starting", 0) for actor in actors])
+    pids = ray.get([actor.heartbeat.remote("starting", 0) for actor in actors])
     place = Node(id="here", address="127.0.0.1", room=2)
     yield [
         Worker(rank=rank, actor=actor, node=place, pid=pid, place=None)
@@ -117,7 +117,7 @@ def listened(pulse: Pulse, seconds: float) -> None:
 
 
 def tell(worker: Worker, phase: str, step: int) -> None:
-    ray.get(worker.actor.beat.remote(phase, step))
+    ray.get(worker.actor.heartbeat.remote(phase, step))
 
 
 class TestPulse:
