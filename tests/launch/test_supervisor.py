@@ -21,7 +21,15 @@ from launch.supervision.attempt import Attempt, Moved
 from launch.supervision.pulse import NodeWatch
 from launch.supervision.supervisor import Supervisor
 from moetrain.observe import ProgressDisplay
-from moetrain.settings import Config, LaunchSettings, ModelSettings, RunSettings, TrainSettings
+from moetrain.settings import (
+    ModelSettings,
+    Resolved,
+    ResolvedData,
+    ResolvedLaunch,
+    ResolvedParallel,
+    ResolvedRun,
+    ResolvedTrain,
+)
 from moetrain.train.control import Control, Outcome
 
 A, B, C = (Node(id=name, address=f"10.0.0.{n}", room=1) for n, name in enumerate("abc", 1))
@@ -89,11 +97,13 @@ def display() -> ProgressDisplay:
 
 def supervised(nodes: Nodes, folder: Path, *, device: str = "cpu", **launch: Any) -> Supervisor:
     (folder / "tiny").mkdir(exist_ok=True)
-    config = Config(
+    config = Resolved(
         model=MODEL,
-        train=TrainSettings(num_steps=60, seq_len=32, global_batch_size=12),
-        run=RunSettings(dir=str(folder), name="tiny", device=device),
-        launch=LaunchSettings(num_workers=3, **launch),
+        train=ResolvedTrain(num_steps=60, seq_len=32, global_batch_size=12, micro_batch_size=4),
+        run=ResolvedRun(dir=str(folder), name="tiny", device=device),
+        parallel=ResolvedParallel(expert_degree=1, data_shard_degree=3),
+        data=ResolvedData(dir="shards"),
+        launch=ResolvedLaunch(num_workers=3, **launch),
     )
     return Supervisor(
         config,
@@ -106,7 +116,7 @@ def supervised(nodes: Nodes, folder: Path, *, device: str = "cpu", **launch: Any
     )
 
 
-def placed(found: tuple[Config, list[Share]] | None) -> list[str]:
+def placed(found: tuple[Resolved, list[Share]] | None) -> list[str]:
     assert found is not None
     return [share.node.id for share in found[1] for _ in range(share.num_ranks)]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline import BuildSettings, build_shards
 from moetrain.config import resolve
-from moetrain.settings import Config
+from moetrain.settings import Config, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
@@ -56,13 +56,13 @@ def tiny_values(folder: Path, *, shards: Path, **changes: Any) -> dict[str, Any]
     return values
 
 
-def tiny_config(folder: Path, *, shards: Path, num_workers: int = 1, **changes: Any) -> Config:
+def tiny_config(folder: Path, *, shards: Path, num_workers: int = 1, **changes: Any) -> Resolved:
     """Returns a resolved tiny configuration."""
     config = validated(tiny_values(folder, shards=shards, **changes), Config)
     return resolve(config, num_workers=num_workers, now=datetime(2026, 1, 1))
 
 
-def train_as_rank(config: Config, stop_at: int | None, attempt: int) -> Outcome:
+def train_as_rank(config: Resolved, stop_at: int | None, attempt: int) -> Outcome:
     """Trains as one rank of an already joined world; asks for a stop after a step."""
     import torch.distributed as dist
 
