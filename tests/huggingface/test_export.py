@@ -208,8 +208,8 @@ def export_as(run, to):
     Path(to).mkdir()
     with CheckpointReader(Path(run, "checkpoints/step_00000000")) as reader:
         config = reader.manifest.config["model"]
-        from moetrain.config import validated
-        from moetrain.model import ModelSettings
+        from moetrain.settings.validation import validated
+        from moetrain.settings import ModelSettings
         model = validated(config, ModelSettings)
         placed = exportable_places(reader, model, drop_router_bias=False)
         write_model(Path(to), reader, model=model, placed=placed, dtype="bfloat16",
