@@ -3,11 +3,13 @@
 import runpy
 import sys
 
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.verbs import TRAIN, VERBS, overview, verb_of
 
 
 def main() -> None:
     """The console script."""
+    outlive_readers()
     words = sys.argv[1:]
     if words in (["--help"], ["-h"], ["help"]):
         print(overview())

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import get_type_hints
 
+from data_pipeline.commands.standard_streams import outlive_readers
 from moetrain.command import config_dir
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE
 from moetrain.settings import Config
@@ -79,4 +80,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     raise SystemExit(main(sys.argv[1:]))

@@ -77,7 +77,10 @@ def run_command(
             print(f"moetrain {version('moetrain')}")
             raise SystemExit(0)
         sys.argv[1:] = line.words
-        entry = hydra.main(version_base="1.3", config_path=None, config_name=module)(job)
+        # With no path Hydra would search the module's package, whose folders it takes for groups.
+        entry = hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name=module)(
+            job
+        )
         files.compose(entry)
         if line.shown_run is not None:  # Hydra has printed it, right or not
             sys.argv[1:] = line.shown_run
