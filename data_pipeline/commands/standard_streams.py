@@ -17,10 +17,10 @@ def outlive_readers() -> None:
         stream = getattr(sys, name)
         # A test or a notebook has put something of its own there.
         if stream is getattr(sys, f"__{name}__") and _is_pipe(stream):
-            setattr(sys, name, persistent_folder(stream))
+            setattr(sys, name, persistent_stream(stream))
 
 
-def persistent_folder(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+def persistent_stream(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     """Returns a text stream to the same descriptor that doesn't fail when its reader is gone."""
     stream.flush()
     pipe: Any = _Pipe(stream.fileno(), "w", closefd=False)

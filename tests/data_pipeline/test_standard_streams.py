@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.commands.standard_streams import persistent_folder
+from data_pipeline.commands.standard_streams import persistent_stream
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def test_what_nobody_reads_is_thrown_away_and_what_was_read_is_whole(buffered: b
     reading, writing = os.pipe()
     with open(writing, "wb", buffering=-1 if buffered else 0) as pipe:
         stream = io.TextIOWrapper(pipe, encoding="utf-8", write_through=not buffered)  # type: ignore[arg-type]
-        text = persistent_folder(stream)
+        text = persistent_stream(stream)
         text.write("première ligne\n")
         text.flush()
         assert os.read(reading, 100).decode() == "première ligne\n"
