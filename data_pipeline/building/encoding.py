@@ -12,12 +12,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.commands.stops import INSISTENT
 from data_pipeline.settings import DataError
 from data_pipeline.tokenizers.named import tokenizer_again
 from data_pipeline.tokenizers.tokenizer import Tokenizer, token_dtype
@@ -74,7 +77,8 @@ class Encoder:
                 initializer=_start_process,
                 initargs=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
             )
-            self._started = self._pool.submit(int)  # whatever it is, it starts them all
+            with _stops_held_back():
+                self._started = self._pool.submit(int)  # whatever it is, it starts them all
 
     def __enter__(self) -> Self:
         return self
@@ -178,11 +182,30 @@ def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, l
     return np.concatenate(parts), ends  # one array: one by one they cost more to send than to make
 
 
+@contextmanager
+def _stops_held_back() -> Iterator[None]:
+    """Has processes that are started meanwhile leave stops to this one from their first moment.
+
+    A scheduler's SIGTERM and a Ctrl-C go to the whole group of processes, of which a process is one
+    until it has begun its work.
+    """
+    resource_tracker.ensure_running()  # which would lift what is blocked here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INSISTENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_process(name: str, definition: str | None, end_of_document: int) -> None:
     """Leaves stops to the parent, and ends this process when the parent is gone, killed or not."""
     os.setpgrp()  # a Ctrl-C, and a scheduler's SIGTERM, go to the whole group of processes
     for signum in (signal.SIGUSR1, signal.SIGHUP):  # and Slurm's warning to each of a job
         signal.signal(signum, signal.SIG_IGN)
+    for signum in INSISTENT:
+        signal.signal(signum, signal.SIG_IGN)  # forgets one that came before now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])
+        signal.signal(signum, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in processes of the pool only"
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,25 +311,30 @@ def test_full_disk_is_told_and_the_same_build_goes_on(tmp_path: Path) -> None:
 
 def start_long_build(tmp_path: Path) -> subprocess.Popen[str]:
     """A command that builds with two processes and has finished a shard."""
+    process = start_build(tmp_path, path=str(Path(__file__).parents[2]))
+    while not num_records(tmp_path / HIDDEN):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def start_build(tmp_path: Path, *, path: str) -> subprocess.Popen[str]:
+    """A command that builds with two processes."""
     write_corpus(tmp_path / "corpus", num_documents=100)
     numbers = np.random.default_rng(0).integers(0, 10**9, size=(40, 40_000))  # no word twice
     for number, row in enumerate(numbers.tolist()):
         (tmp_path / "corpus" / f"long{number}.txt").write_text(" ".join(map(str, row)))
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "data_pipeline.build", "corpus=corpus", "to=to"),
             *("tokenizer=mixtral-v1", "num_processes=2", "shard_tokens=2000"),
         ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": path},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    while not num_records(tmp_path / HIDDEN):
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process
 
 
 def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
@@ -340,6 +346,36 @@ def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert not (tmp_path / "to").exists()
     assert finished_shards(tmp_path / HIDDEN)
+
+
+HELD = """
+import os, sys, time
+if any("spawn_main" in word for word in sys.orig_argv):
+    open(f"held_{os.getpid()}", "x").close()
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_only_begins_leaves_a_stop_to_the_command(tmp_path: Path) -> None:
+    """It is of the command's group until it has begun, and a scheduler signals all of that."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(HELD)
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])])
+    with start_build(tmp_path, path=path) as process:
+        while len(held := list(tmp_path.glob("held_*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        for pid in (file.name.removeprefix("held_") for file in held):
+            (blocked,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                assert int(blocked, 16) >> (signum - 1) & 1, signum.name
+        os.killpg(process.pid, signal.SIGTERM)
+        (tmp_path / "go").touch()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
 
 
 def test_killed_worker_ends_the_command_with_a_message(tmp_path: Path) -> None:

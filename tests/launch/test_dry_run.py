@@ -35,7 +35,8 @@ def begun(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     values = tiny_values(folder, shards=shards, train__num_steps=4, launch__mode="inline")
     program = (
-        "import json, sys; from moetrain.training import train; from moetrain.config import *; "
+        "import json, sys; from moetrain.settings import Config; "
+        "from moetrain.settings.validation import validated; from moetrain.training import train; "
         "sys.exit(train(validated(json.loads(sys.argv[1]), Config)))"
     )
     command = [sys.executable, "-c", program, json.dumps(values)]
