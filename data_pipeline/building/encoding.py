@@ -9,13 +9,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,8 +76,7 @@ class Encoder:
                 initializer=_start_process,
                 initargs=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
             )
-            with _stops_held_back():
-                self._started = self._pool.submit(int)  # whatever it is, it starts them all
+            self._started = _submitted(self._pool, int)  # whatever it is, it starts the first
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +125,7 @@ class Encoder:
             if self._pool is None:
                 yield from _in_order(tags, *_encoded(contents, tokenizer=self._tokenizer))
                 continue
-            ahead.append((tags, self._pool.submit(_encoded_in_process, contents)))
+            ahead.append((tags, _submitted(self._pool, _encoded_in_process, contents)))
             if len(ahead) >= self._num_ahead:
                 tags, future = ahead.popleft()
                 yield from _in_order(tags, *future.result())
@@ -182,9 +180,8 @@ def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, l
     return np.concatenate(parts), ends  # one array: one by one they cost more to send than to make
 
 
-@contextmanager
-def _stops_held_back() -> Iterator[None]:
-    """Has processes that are started meanwhile leave stops to this one from their first moment.
+def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any) -> Future[Any]:
+    """Submits work. A process that this starts leaves stops to this one from its first moment.
 
     A scheduler's SIGTERM and a Ctrl-C go to the whole group of processes, of which a process is one
     until it has begun its work.
@@ -192,7 +189,7 @@ def _stops_held_back() -> Iterator[None]:
     resource_tracker.ensure_running()  # which would lift what is blocked here
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INSISTENT)
     try:
-        yield
+        return pool.submit(work, *given)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -367,15 +367,16 @@ def test_a_process_that_only_begins_leaves_a_stop_to_the_command(tmp_path: Path)
         while len(held := list(tmp_path.glob("held_*"))) < 2:
             assert process.poll() is None
             time.sleep(0.01)
-        for pid in (file.name.removeprefix("held_") for file in held):
-            (blocked,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                assert int(blocked, 16) >> (signum - 1) & 1, signum.name
+        masks = [Path("/proc", file.name[5:], "status").read_text() for file in held]
         os.killpg(process.pid, signal.SIGTERM)
         (tmp_path / "go").touch()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert "Traceback" not in said
+    for mask in masks:
+        (blocked,) = re.findall(r"SigBlk:\s*(\w+)", mask)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            assert int(blocked, 16) >> (signum - 1) & 1, signum.name
 
 
 def test_killed_worker_ends_the_command_with_a_message(tmp_path: Path) -> None:
