@@ -16,12 +16,12 @@ from data_pipeline import DataSettings
 from launch.external import ExternalRank, meeting_point
 from launch.failure import classify
 from launch.run_folder import (
+    begin_attempt,
     close_run,
     complete_save,
     logging_to,
     open_run,
     prepared_run,
-    taken_over,
     tell_complete,
 )
 from launch.run_lock import held
@@ -64,14 +64,14 @@ def run_external(
         for line in prepared.lines():
             print(line, file=sys.stderr)
         open_run(config, prepared)
-        agreed = [config.run.name, taken_over(config)]
+        agreed = [config.run.name, begin_attempt(config)]
     dist.broadcast_object_list(agreed)
     if agreed[0] is None:  # the run has all its steps
         dist.barrier()
         _leave(DONE)
     name, attempt = str(agreed[0]), int(str(agreed[1]))
     config = replace(config, run=replace(config.run, name=name))
-    kept.enter_context(logging_to(Path(config.run.dir, name), rank=rank))
+    kept.enter_context(logging_to(config.run_dir, rank=rank))
     control = Control()
     stop = StopRequest(told=control.request_stop)
     place = RankPlace(

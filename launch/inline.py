@@ -5,7 +5,7 @@ import threading
 
 import torch.distributed as dist
 
-from launch.run_folder import logging_to, taken_over
+from launch.run_folder import begin_attempt, logging_to
 from launch.signals import StopRequest
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import Resolved
@@ -29,7 +29,7 @@ def run_inline(config: Resolved, display: ProgressDisplay, stop: StopRequest) ->
                 return
 
     run_dir = config.run_dir
-    attempt = taken_over(config)
+    attempt = begin_attempt(config)
     watcher = threading.Thread(target=watch, name="display", daemon=True)
     watcher.start()
     with (

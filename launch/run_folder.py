@@ -26,7 +26,7 @@ from moetrain.checkpoint.remote.of_run import (
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import DONE, STOPPED
 from moetrain.kinds import EventKind
-from moetrain.observe import LIFE, EventLog, read_events, read_sign
+from moetrain.observe import EventLog, has_finished, read_events, read_sign
 from moetrain.redaction import RedactingFormatter, redacted_arguments
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
@@ -79,7 +79,8 @@ def _fetch(config: Resolved) -> None:
         )
 
 
-def taken_over(config: Resolved) -> int:
+def begin_attempt(config: Resolved) -> int:
+    """Takes a run over from whatever trains it elsewhere; returns the number of the attempt."""
     directory = config.run_dir / "checkpoints"
     return take_over(config.checkpoint, run=config.run.name, directory=directory)
 
@@ -104,8 +105,8 @@ def tell_complete(
     run_name, directory = config.run.name, run_dir / "checkpoints"
     if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
         print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
-    ends = [e["event"] for e in read_events(run_dir / "events.jsonl") if e.get("event") in LIFE]
-    if ends[-1:] != [EventKind.finish]:  # killed between its last checkpoint and its end
+    # Else it was killed between its last checkpoint and its end.
+    if not has_finished(read_events(run_dir / "events.jsonl")):
         _tell_start(config, prepared)
         return close_run(config, outcome, prepared.shards, report)
     for line in closing_lines(config, outcome, prepared.shards, run_dir):

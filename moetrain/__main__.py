@@ -4,7 +4,8 @@ import runpy
 import sys
 
 from data_pipeline.commands.standard_streams import outlive_readers
-from moetrain.verbs import TRAIN, VERBS, overview, verb_of
+from moetrain.exit_codes import BAD_CONFIGURATION
+from moetrain.verbs import TRAIN, VERBS, no_verb, overview, verb_of
 
 
 def main() -> None:
@@ -14,6 +15,9 @@ def main() -> None:
     if words in (["--help"], ["-h"], ["help"]):
         print(overview())
         return
+    if mistake := no_verb(words):
+        print(f"moetrain: {mistake}", file=sys.stderr)
+        raise SystemExit(BAD_CONFIGURATION)
     verb, rest = verb_of(words) or (TRAIN, words)
     sys.argv[1:] = rest
     runpy.run_module(VERBS[verb].module, run_name="__main__")

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from moetrain.checks import nearest
+
 
 class Verb(NamedTuple):
     """One thing that the command does."""
@@ -38,6 +40,14 @@ def verb_of(words: list[str]) -> tuple[str, list[str]] | None:
         if len(words) >= length and name in VERBS:
             return name, words[length:]
     return None
+
+
+def no_verb(words: list[str]) -> str | None:
+    """Returns what to say of a first word that is neither a verb nor anything of training's."""
+    if not words or "=" in words[0] or words[0].startswith(("-", "+", "~")) or verb_of(words):
+        return None
+    close = nearest(" ".join(words[:2]), VERBS) or nearest(words[0], VERBS)
+    return f"{words[0]}: there is no such verb{close}; there are {', '.join(VERBS)}"
 
 
 def overview() -> str:

@@ -55,6 +55,9 @@ def test_help_has_a_line_for_each_verb_and_a_verb_its_own() -> None:
     said = moetrain("data", "inspect", "--help")
     assert said.returncode == 0
     assert "dir=" in said.stdout
+    said = moetrain("verfy", "+model=toy")
+    assert said.returncode == 2
+    assert said.stderr.startswith("moetrain: verfy: there is no such verb (did you mean 'verify'?)")
     said = moetrain("simulate", "nodes=[0]")
     assert said.returncode == 2
     assert "nodes" in said.stderr

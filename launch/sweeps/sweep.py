@@ -24,8 +24,7 @@ from launch.closing import TRIAL_VARIABLE
 from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
 from moetrain.checkpoint.remote.of_run import good_save
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
-from moetrain.kinds import EventKind
-from moetrain.observe import LIFE, read_events
+from moetrain.observe import has_finished, read_events
 
 POLL_SECONDS = 0.2
 THREADS = "run.threads_per_rank="
@@ -215,9 +214,7 @@ class Sweep:
 def _is_done(trial: Trial) -> bool:
     if trial.wanted is None or trial.wanted.settings["checkpoint"]["upload_to"] is not None:
         return False  # it may have to be uploaded, or fetched
-    events = read_events(trial.run_dir / "events.jsonl")
-    ends = [e["event"] for e in events if e.get("event") in LIFE]
-    if ends[-1:] != [EventKind.finish]:
+    if not has_finished(read_events(trial.run_dir / "events.jsonl")):
         return False
     good = good_save(trial.run_dir / "checkpoints")
     return good is not None and good.step >= trial.wanted.settings["train"]["num_steps"]

@@ -3,7 +3,13 @@
 Knows no ranks and no model: it is handed records and writes or shows them.
 """
 
-from moetrain.observe.events import LIFE, EventLog, baselines_by_source, model_event, read_events
+from moetrain.observe.events import (
+    EventLog,
+    baselines_by_source,
+    has_finished,
+    model_event,
+    read_events,
+)
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import (
@@ -24,7 +30,6 @@ from moetrain.observe.wandb_sink import WandbSink
 
 __all__ = [
     "EXPERT_LOAD",
-    "LIFE",
     "Account",
     "EventLog",
     "MetricsFile",
@@ -41,6 +46,7 @@ __all__ = [
     "duration",
     "expert_load",
     "final_loss",
+    "has_finished",
     "iterate_metrics",
     "model_event",
     "numbers_of",

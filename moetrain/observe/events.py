@@ -48,6 +48,12 @@ def read_events(path: Path | str) -> list[dict[str, Any]]:
     return [record for _, record in read_lines(Path(path))]
 
 
+def has_finished(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether the newest command on a run ended with all of its steps done."""
+    life = [event["event"] for event in events if event.get("event") in LIFE]
+    return life[-1:] == [EventKind.finish]
+
+
 def model_event(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Returns what the newest start says of the model's size; empty for a run of before."""
     return next((e for e in reversed(events) if e.get("event") == EventKind.model), {})

@@ -44,12 +44,10 @@ class Meshes:
         wide = [axis for axis in axes if getattr(self.topology, axis) > 1]
         if wide == [axis for axis in DENSE_AXES if getattr(self.topology, axis) > 1]:
             return None
-        made = self.dense.mesh_dim_names or ()
-        axis, *more = wide or [
-            axis for axis in axes if axis in made
-        ]  # of one rank, if none is wide
-        if more and wide:
+        if len(wide) > 1:
             raise ValueError(f"no process group was made along {', '.join(wide)}")
+        # Where none is wide, the group of an axis that this rank is alone on.
+        axis = wide[0] if wide else next(a for a in axes if a in ("data_replicate", "data_shard"))
         return self.dense[axis].get_group()
 
     def sum(self, values: Tensor, *, over: tuple[str, ...]) -> Tensor:

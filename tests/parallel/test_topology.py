@@ -1,5 +1,7 @@
 """Layouts as pure arithmetic."""
 
+from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -65,3 +67,18 @@ def test_an_impossible_layout_names_the_setting_and_a_way_out(
         resolve(**settings)
     assert caught.value.key == key
     assert said in str(caught.value)
+
+
+def test_ranks_share_the_work_so_that_each_part_is_done_once() -> None:
+    """Sequences, positions, layers and heads, with every axis in use."""
+    topology = Topology(pipeline=2, data_replicate=2, data_shard=2, context=2, tensor=2, expert=4)
+    assert (topology.num_ranks, topology.num_batch_ranks, topology.expert_shard) == (32, 4, 2)
+    done = Counter(
+        part
+        for share in map(topology.of, range(32))
+        for part in product(share.sequences(8), share.positions(4), share.layers(6), share.heads(4))
+    )
+    assert done == dict.fromkeys(product(range(8), range(4), range(6), range(4)), 1)
+    # Each half of the layers has two replicas, and each of these two shards of every expert.
+    experts = Counter(e for share in map(topology.of, range(16)) for e in share.experts(8))
+    assert experts == dict.fromkeys(range(8), 4)
