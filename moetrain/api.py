@@ -35,8 +35,10 @@ from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.build import build_model
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
+from moetrain.train.objective import build_objective
 from moetrain.train.prepare import global_batches, require_vocabulary
-from moetrain.train.step import StepReport, train_step
+from moetrain.train.step import train_step
+from moetrain.train.step_report import StepReport
 
 __all__ = [
     "LayerRouting",
@@ -215,6 +217,7 @@ class Training:
                 noise_seeds=noise_seeds(config, samples),
             ),
             model=self.model,
+            objective=build_objective(config.train),
             optimizer=self.optimizer,
             gradients=self.gradients,
             meshes=self.meshes,

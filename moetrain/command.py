@@ -34,6 +34,7 @@ from data_pipeline.commands.settings_files import SettingsFiles
 from data_pipeline.commands.settings_tree import kind_at, spelt
 from data_pipeline.commands.shell import escape_output
 from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.extensions import load_extensions, load_installed
 from moetrain.checks import ConfigError, require_no_secrets
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.redaction import redacted_text
@@ -259,6 +260,8 @@ class _Front(Generic[Tree]):
         if missing:
             raise ConfigError(missing[0], "(missing)", f"must be given: add {missing[0]}=…")
         values: Any = OmegaConf.to_container(config, resolve=True)
+        if "extensions" in values:
+            values["extensions"] = self._extensions(values["extensions"])
         fields = {spelt(field.name): field.name for field in dataclasses.fields(self._tree)}  # type: ignore[arg-type]
         try:
             return validated({fields.get(k, k): value for k, value in values.items()}, self._tree)
@@ -273,6 +276,15 @@ class _Front(Generic[Tree]):
                 raise
             reason = f"{error.reason}; to run once for each of these, add -m"
             raise ConfigError(error.key, error.value, reason) from None
+
+    def _extensions(self, names: list[str]) -> list[str]:
+        """Imports what the user names and has installed: settings may name what is in there."""
+        try:
+            loaded = load_extensions(names)
+            load_installed()
+        except ValueError as error:
+            raise ConfigError("extensions", f"[{','.join(names)}]", str(error)) from None
+        return loaded
 
     def combination(self, config: DictConfig) -> Combination[Tree]:
         """Returns what Hydra composed, with the words that it is composed from."""

@@ -12,12 +12,23 @@ from datetime import datetime
 import torch
 
 from data_pipeline import resolved_dir, resolved_tokenizer
+from data_pipeline.extensions import source_of
 from launch.plan import cluster_address, persistent_folder
 from moetrain.checkpoint.remote.folder import check_url
 from moetrain.checks import ConfigError, nearest, require_no_secret_values
 from moetrain.kernels import unavailable_because
 from moetrain.optim import decay_steps
 from moetrain.parallel import degree_choices, divisors, resolve_topology
+from moetrain.registries import (
+    CALLBACKS,
+    EXPERT_FUNCTIONS,
+    METRICS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    ROUTERS,
+    SCHEDULES,
+    SINKS,
+)
 from moetrain.settings import (
     Config,
     ModelSettings,
@@ -123,7 +134,13 @@ def _check_model(model: ModelSettings) -> None:
 
 
 def _check_backend(model: ModelSettings, *, dtype: str) -> None:
-    """Raises ConfigError for sizes that the experts' backend can't multiply."""
+    """Raises ConfigError for a function or sizes that the experts' backend can't compute."""
+    if model.experts.backend == "megablocks" and model.experts.function != "swiglu":
+        raise ConfigError(
+            "model.experts.backend",
+            "megablocks",
+            f"its kernels compute swiglu, not {model.experts.function}: use auto",
+        )
     multiple = 4 if dtype == "float32" else 8  # torch's grouped product: whole 16 bytes
     if model.is_moe and model.experts.backend == "grouped_mm":
         for name in ("dim", "ffn_hidden_dim"):
@@ -273,6 +290,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
                 | {
                     "dir": str(persistent_folder(config.run.dir)),
                     "name": config.run.name or _new_name(config, now),
+                    "extensions": {name: source_of(name) for name in _extensions(config)},
                 }
             ),
             "data": ResolvedData(
@@ -325,6 +343,26 @@ def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
         except ConfigError:
             continue
     return None
+
+
+def _extensions(config: Config) -> list[str]:
+    """Returns the modules whose code a run uses, those it names and those that it names things of.
+
+    An installed package may offer a thing without its module being named.
+    """
+    model, observe = config.model, config.observe
+    used = [
+        (ROUTERS, model.router.name),
+        (EXPERT_FUNCTIONS, model.experts.function),
+        (OPTIMIZERS, config.optim.name),
+        (SCHEDULES, config.schedule.name),
+        (OBJECTIVES, config.train.objective),
+        *((CALLBACKS, name) for name in config.train.callbacks),
+        *((METRICS, name) for name in observe.metrics),
+        *((SINKS, name) for name in observe.sinks),
+    ]
+    modules = (registry.module_of(name) for registry, name in used)
+    return list(dict.fromkeys([*config.extensions, *(module for module in modules if module)]))
 
 
 def _fitting_micro_batch(share: int, *, seq_len: int) -> int:

@@ -69,9 +69,11 @@ def require_expressible(settings: ModelSettings) -> None:
         "num_shared_experts": (settings.num_shared_experts, 0),
         "num_dense_layers": (settings.num_dense_layers, 0),
         "qk_norm": (settings.qk_norm, False),
+        "experts.function": (settings.experts.function, "swiglu"),
     }
     router, plain = settings.router, RouterSettings()
     for name in (
+        "name",
         "score_function",
         "normalize_gates",
         "routed_scaling_factor",

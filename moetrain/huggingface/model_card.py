@@ -218,10 +218,11 @@ def _training(facts: RunFacts, config: Resolved) -> Iterator[str]:
         "adamw": f"betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}",
         "sgd": f"momentum {optim.momentum:g}",
     }
+    own = moments.get(optim.name) or f"options {optim.options}"
     anew = f", begun anew at step {schedule.restart_from:,}" if schedule.restart_from else ""
     clip = "not clipped" if optim.clip_grad_norm is None else f"clipped at {optim.clip_grad_norm:g}"
     rows |= {
-        "optimizer": f"{optim.name}, {moments[optim.name]}, weight decay {optim.weight_decay:g}",
+        "optimizer": f"{optim.name}, {own}, weight decay {optim.weight_decay:g}",
         "gradient norm": clip,
         "learning rate": f"{schedule.name}, up to {optim.lr:g} after {schedule.warmup_steps} steps"
         + anew,

@@ -1,5 +1,9 @@
 """What a model costs, from its settings alone: parameters and FLOPs."""
 
+import torch
+
+from moetrain.kernels import expert_function
+from moetrain.model.router import build_router
 from moetrain.settings.model import ModelSettings
 
 
@@ -8,14 +12,22 @@ def _parameters(settings: ModelSettings, *, routed_experts: int) -> int:
     kv = settings.num_kv_heads * settings.head_dim
     attention = 2 * dim * heads + 2 * dim * kv + settings.qk_norm * (heads + kv)
     feed_forward = 0
+    matrices = 3 if expert_function(settings.experts).gated else 2
     for layer in range(settings.num_layers):
         hidden = settings.dense_hidden_dim(layer)
         if hidden is None:
-            feed_forward += settings.num_experts * dim  # the router
+            feed_forward += _router_parameters(settings)
             hidden = (routed_experts + settings.num_shared_experts) * settings.ffn_hidden_dim
-        feed_forward += 3 * dim * hidden
+        feed_forward += matrices * dim * hidden
     layers = settings.num_layers * (attention + 2 * dim) + feed_forward
     return layers + 2 * settings.vocab_size * dim + dim
+
+
+def _router_parameters(settings: ModelSettings) -> int:
+    if settings.router.name == "top_k":
+        return settings.num_experts * settings.dim
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_router(settings).parameters())
 
 
 def total_parameters(settings: ModelSettings) -> int:

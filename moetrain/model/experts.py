@@ -1,34 +1,35 @@
-"""SwiGLU feed-forward layers (arXiv 2002.05202): one, or a stack of experts."""
+"""Feed-forward layers, of SwiGLU (arXiv 2002.05202) or another function: one, or experts."""
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moetrain.kernels import Copies, expert_swiglu
+from moetrain.kernels import Copies, ExpertFunction, compute_experts, expert_function
 from moetrain.model.token_exchange import TokenExchange
 from moetrain.settings.model import ModelSettings
 
 
 class FeedForward(nn.Module):
-    """A dense SwiGLU layer: of a block without a router, or the shared experts of one with."""
+    """A dense layer: of a block without a router, or the shared experts of one with."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, *, function: ExpertFunction) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.function = function
+        self.gate_proj = nn.Linear(dim, hidden, bias=False) if function.gated else None
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Returns down(silu(gate(x)) * up(x))."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Returns down(f(up(x), gate(x)))."""
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        y: Tensor = self.down_proj(self.function(self.up_proj(x), gate))
         return y
 
 
 class Experts(nn.Module):
-    """The SwiGLU experts that live on this rank.
+    """The experts that live on this rank.
 
     Each weight is [experts, hidden, dim], so that one matrix belongs to one expert and the
     hidden dimension can be sharded under it.
@@ -38,7 +39,8 @@ class Experts(nn.Module):
         super().__init__()
         shape = (settings.num_experts, settings.ffn_hidden_dim, settings.dim)
         self.settings = settings.experts
-        self.gate = nn.Parameter(torch.empty(shape))
+        self.function = expert_function(settings.experts)
+        self.gate = nn.Parameter(torch.empty(shape)) if self.function.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape))
 
@@ -56,14 +58,18 @@ class Experts(nn.Module):
         The exchange happens in here, not around it, so that the weights are gathered once however
         many rounds the tokens come in.
         """
-        weights = [_local(weight) for weight in (self.gate, self.up, self.down)]
+        gate = None if self.gate is None else _local(self.gate)
+        up, down = _local(self.up), _local(self.down)
 
         def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
-            return expert_swiglu(
+            return compute_experts(
                 rows,
                 gates,
                 copies,
-                *weights,
+                gate,
+                up,
+                down,
+                function=self.function,
                 backend=self.settings.backend,
                 recompute=self.settings.recompute,
             )

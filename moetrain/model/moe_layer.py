@@ -5,9 +5,10 @@ from functools import partial
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moetrain.kernels import expert_function
 from moetrain.model.choice import Choice
 from moetrain.model.experts import Experts, FeedForward
-from moetrain.model.router import Router, RoutingStatistics
+from moetrain.model.router import RoutingStatistics, build_router
 from moetrain.model.token_exchange import LocalExchange, TokenExchange
 from moetrain.settings.model import ModelSettings
 
@@ -20,10 +21,14 @@ class MoELayer(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.router = Router(settings)
+        self.router = build_router(settings)
         self.experts = Experts(settings)
         self.shared_experts = (
-            FeedForward(settings.dim, settings.num_shared_experts * settings.ffn_hidden_dim)
+            FeedForward(
+                settings.dim,
+                settings.num_shared_experts * settings.ffn_hidden_dim,
+                function=expert_function(settings.experts),
+            )
             if settings.num_shared_experts
             else None
         )

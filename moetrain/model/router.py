@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moetrain.model.choice import Choice
 from moetrain.model.losses import load_balance_loss
+from moetrain.registries import ROUTERS
 from moetrain.settings.model import ModelSettings
 
 
@@ -32,6 +33,9 @@ class RoutingStatistics(NamedTuple):
     sequence_balance_sum: Tensor
     """Each sequence's balance loss times its tokens, summed over sequences, []; carries the
     gradient. Zero unless `load_balance_scope` is sequence."""
+    own_loss_sum: Tensor
+    """A loss of the router's own summed over tokens, []; carries the gradient. Zero for one that
+    has none."""
 
 
 class Routing(NamedTuple):
@@ -65,18 +69,28 @@ def balanced_scores(
     return scores.flatten(0, 1)[:num_tokens].float()
 
 
+@ROUTERS.register("top_k")
 class Router(nn.Module):
     """Scores every expert for every token, of which each token takes its top k.
 
     Softmax (arXiv 2401.04088, 2.1) or sigmoid (arXiv 2412.19437, equations 12-16); of all experts
     or of the experts in a token's best groups. The bias moves the choice, never the gates
     (arXiv 2408.15664).
+
+    A router of an extension inherits from it and replaces one of its parts: `logits`, `scores`,
+    `selection_scores`, `select`, `gates`, `own_loss` or `update_bias`. All are float32, and each
+    token's values are its own: what one says of a token must not depend on the other tokens, which
+    are others on every layout.
     """
 
+    draws_noise = False
+    """Whether it wants a seed for each sequence of a training pass, in `choice.noise_seeds`."""
     bias: Tensor
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
+        self.options = ROUTERS.typed_options(settings.router.name, settings.router.options)
+        """Its own settings: an object of the dataclass it is registered with, or None."""
         self.top_k = settings.top_k
         self.num_experts = settings.num_experts
         self.settings = settings.router
@@ -97,19 +111,34 @@ class Router(nn.Module):
         choice = choice or Choice(0)
         sequences = torch.atleast_2d(valid)  # [sequences, seq]
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(
-                self._jittered(x.float(), sequences, choice.noise_seeds), self.weight.float()
-            )
-            if self.settings.score_function == "softmax":
-                scores = probabilities = logits.softmax(-1)  # [tokens, experts]
+            x = self._jittered(x.float(), sequences, choice.noise_seeds)
+            logits = self.logits(x, choice)
+            scores, probabilities = self.scores(logits)
+            if self.settings.force_balance:
+                by = balanced_scores(sequences.shape[1], self.num_experts, device=x.device)
+                by = by.repeat(len(sequences), 1)
             else:
-                scores = logits.sigmoid()
-                probabilities = scores / (scores.sum(-1, keepdim=True) + TINY)
-            by = self._selection_scores(logits, scores, sequences).detach()
+                by = self.selection_scores(logits, scores).detach()
             experts = choice.experts(by, self.select)
-            gates = self._gates(logits, scores, experts)
+            gates = self.gates(logits, scores, experts)
             statistics = self._statistics(logits, probabilities, experts, sequences)
             return Routing(experts, gates, statistics)
+
+    def logits(
+        self, x: Float[Tensor, "tokens dim"], choice: Choice
+    ) -> Float[Tensor, "tokens experts"]:
+        """Returns what scores are made of, of the tokens that come into the layer."""
+        return F.linear(x, self.weight.float())
+
+    def scores(
+        self, logits: Float[Tensor, "tokens experts"]
+    ) -> tuple[Float[Tensor, "tokens experts"], Float[Tensor, "tokens experts"]]:
+        """Returns scores, which gates are made of, and probabilities, which sum to one."""
+        if self.settings.score_function == "softmax":
+            probabilities = logits.softmax(-1)
+            return probabilities, probabilities
+        scores = logits.sigmoid()
+        return scores, scores / (scores.sum(-1, keepdim=True) + TINY)
 
     def _jittered(self, x: Tensor, sequences: Tensor, seeds: Sequence[int] | None) -> Tensor:
         """Multiplies the input of a training pass by noise: Switch's, for the router alone.
@@ -127,11 +156,10 @@ class Router(nn.Module):
             part.uniform_(1 - noise, 1 + noise, generator=generator)
         return x * factors.flatten(0, 1)
 
-    def _selection_scores(self, logits: Tensor, scores: Tensor, sequences: Tensor) -> Tensor:
-        """Returns what the choice of experts is made by, [tokens, experts]."""
-        if self.settings.force_balance:
-            forced = balanced_scores(sequences.shape[1], self.num_experts, device=logits.device)
-            return forced.repeat(len(sequences), 1)
+    def selection_scores(
+        self, logits: Float[Tensor, "tokens experts"], scores: Float[Tensor, "tokens experts"]
+    ) -> Float[Tensor, "tokens experts"]:
+        """Returns what the choice of experts is made by; no gradient goes through it."""
         if self.settings.score_function == "softmax":
             # The logits have the same order and don't underflow; a bias is one of probabilities.
             # One that was trained stays in use where its update rate is set to 0.
@@ -154,8 +182,13 @@ class Router(nn.Module):
         left: Tensor = grouped.masked_fill(out.unsqueeze(-1), -torch.inf).flatten(1)
         return left
 
-    def _gates(self, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
-        """Returns the weights of the chosen experts, [tokens, top_k]: by score, without bias."""
+    def gates(
+        self,
+        logits: Float[Tensor, "tokens experts"],
+        scores: Float[Tensor, "tokens experts"],
+        experts: Int64[Tensor, "tokens top_k"],
+    ) -> Float[Tensor, "tokens top_k"]:
+        """Returns the weights of the chosen experts: by score, without bias."""
         if self.settings.normalize_gates and self.settings.score_function == "softmax":
             gates = logits.gather(1, experts).softmax(-1)  # the same, with no division
         else:
@@ -164,6 +197,15 @@ class Router(nn.Module):
                 gates = gates / (gates.sum(-1, keepdim=True) + TINY)
         factor = self.settings.routed_scaling_factor
         return gates if factor == 1.0 else gates * factor
+
+    def own_loss(
+        self, logits: Float[Tensor, "tokens experts"], experts: Int64[Tensor, "tokens top_k"]
+    ) -> Float[Tensor, " tokens"] | None:
+        """Returns a loss of each token, times its weight, beside balance and z loss; None: none.
+
+        The step's loss has its mean over the global batch's tokens, summed over layers.
+        """
+        return None
 
     def _statistics(
         self, logits: Tensor, probabilities: Tensor, experts: Tensor, sequences: Tensor
@@ -178,8 +220,14 @@ class Router(nn.Module):
         balance = torch.zeros((), device=logits.device)
         if self.settings.load_balance_scope == "sequence":
             balance = self._sequence_balance_sum(probabilities, experts, sequences)
+        own = self.own_loss(logits, experts)
         return RoutingStatistics(
-            counts, weight @ probabilities, weight @ z, weight @ entropy, balance
+            counts,
+            weight @ probabilities,
+            weight @ z,
+            weight @ entropy,
+            balance,
+            torch.zeros((), device=logits.device) if own is None else weight @ own,
         )
 
     def _sequence_balance_sum(
@@ -214,3 +262,9 @@ class Router(nn.Module):
         """Moves the bias by `rate` towards experts that got less than their share of the batch."""
         load = counts.float()
         self.bias += rate * (load.mean() - load).sign()
+
+
+def build_router(settings: ModelSettings) -> Router:
+    """Returns the router that the settings name."""
+    router: Router = ROUTERS.get(settings.router.name).made(settings)
+    return router

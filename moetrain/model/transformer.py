@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from moetrain.kernels import expert_function
 from moetrain.model.attention import Attention
 from moetrain.model.choice import Choice, Choose
 from moetrain.model.documents import Documents
@@ -38,7 +39,9 @@ class Block(nn.Module):
         self.attention = Attention(settings)
         self.feed_forward_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
         self.feed_forward: MoELayer | FeedForward = (
-            MoELayer(settings) if hidden is None else FeedForward(settings.dim, hidden)
+            MoELayer(settings)
+            if hidden is None
+            else FeedForward(settings.dim, hidden, function=expert_function(settings.experts))
         )
 
     def forward(
@@ -123,7 +126,7 @@ class Transformer(nn.Module):
         self, layer: int, noise_seeds: Sequence[int] | None, choose: Choose | None
     ) -> Choice:
         seeds, moe_layer = None, layer - self.settings.num_dense_layers
-        if noise_seeds is not None and self.settings.router.jitter_noise and moe_layer >= 0:
+        if noise_seeds is not None and moe_layer >= 0:
             seeds = [random_stream(seed, "jitter", moe_layer) for seed in noise_seeds]
         return Choice(layer, noise_seeds=seeds, choose=choose)
 
@@ -136,4 +139,4 @@ class Transformer(nn.Module):
             return RoutingStatistics(*map(torch.stack, zip(*layers, strict=True)))
         none = torch.zeros(0, device=device)
         counts = torch.zeros(0, self.settings.num_experts, dtype=torch.int64, device=device)
-        return RoutingStatistics(counts, counts.float(), none, none, none)
+        return RoutingStatistics(counts, counts.float(), none, none, none, none)

@@ -14,6 +14,7 @@ from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, duration, run_account
 from moetrain.observe.metrics import (
     EXPERT_LOAD,
+    GuardedSink,
     MetricsFile,
     Record,
     Sink,
@@ -32,6 +33,7 @@ __all__ = [
     "EXPERT_LOAD",
     "Account",
     "EventLog",
+    "GuardedSink",
     "MetricsFile",
     "ProgressDisplay",
     "Record",

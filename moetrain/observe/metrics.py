@@ -7,7 +7,7 @@ measured; this file asks that every record tells its `step`, and reads the names
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,34 @@ class Sink(ABC):
 
     def close(self, exit_code: int) -> None:  # noqa: B027 - most have nothing to close
         """Ends the sink with the run, which ends with an exit code."""
+
+
+class GuardedSink(Sink):
+    """A sink of an extension, given up where it fails: training goes on without it."""
+
+    def __init__(self, make: Callable[[], Sink], *, name: str, fail: Callable[[str], None]) -> None:
+        """`fail` is told, once, what the sink raised."""
+        self._name, self._fail = name, fail
+        self._sink: Sink | None = None
+        self._guarded(lambda: setattr(self, "_sink", make()))
+
+    def write(self, record: Record) -> None:
+        """Hands the record on, if the sink has not failed."""
+        if (sink := self._sink) is not None:
+            self._guarded(lambda: sink.write(record))
+
+    def close(self, exit_code: int) -> None:
+        """Closes the sink, if it has not failed."""
+        if (sink := self._sink) is not None:
+            self._guarded(lambda: sink.close(exit_code))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._sink = None
+            reason = f"{type(error).__name__}: {error}"
+            self._fail(f"sink {self._name} failed and gets no more records: {reason}")
 
 
 class MetricsFile(Sink):

@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules."""
 
-from moetrain.optim.optimizer import allocate_state, build_optimizer, state_names
+from moetrain.optim.optimizer import allocate_state, build_optimizer, state_names, state_size
 from moetrain.optim.schedule import decay_steps, learning_rate
 
 __all__ = [
@@ -9,4 +9,5 @@ __all__ = [
     "decay_steps",
     "learning_rate",
     "state_names",
+    "state_size",
 ]

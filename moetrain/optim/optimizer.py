@@ -1,12 +1,31 @@
 """Optimizers over sharded parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from moetrain.registries import OPTIMIZERS
 from moetrain.settings import OptimSettings
+
+Groups = list[dict[str, Any]]
+"""Parameters in groups, as torch's optimizers take them, each with its `weight_decay`."""
+OptimizerBuilder = Callable[[Groups, OptimSettings, Any], Optimizer]
+"""Makes an optimizer of groups, the settings of `optim`, and options of its own."""
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(groups: Groups, settings: OptimSettings, options: None) -> Optimizer:
+    """Returns AdamW (arXiv 1711.05101)."""
+    return AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+@OPTIMIZERS.register("sgd")
+def sgd(groups: Groups, settings: OptimSettings, options: None) -> Optimizer:
+    """Returns SGD, with momentum where there is one."""
+    return SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> Optimizer:
@@ -23,18 +42,28 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
         {"params": group, "weight_decay": settings.weight_decay if decays else 0.0}
         for (_, decays), group in groups.items()
     ]
-    if settings.name == "sgd":
-        return SGD(grouped, lr=settings.lr, momentum=settings.momentum)
-    return AdamW(grouped, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    build: OptimizerBuilder = OPTIMIZERS.get(settings.name).made
+    options = OPTIMIZERS.typed_options(settings.name, settings.options)
+    return build(grouped, settings, options)
 
 
 def state_names(settings: OptimSettings) -> set[str]:
-    """Returns what the optimizer keeps of each parameter, by torch's names."""
-    parameter = nn.Parameter(torch.zeros(1))
+    """Returns what the optimizer keeps of a matrix, by its own names."""
+    return set(_state_of_a_matrix(settings))
+
+
+def state_size(settings: OptimSettings) -> float:
+    """Returns how many numbers the optimizer keeps of each number of a large matrix."""
+    state = _state_of_a_matrix(settings, side := 16)
+    return float(round(sum(tensor.numel() for tensor in state.values()) / side**2))
+
+
+def _state_of_a_matrix(settings: OptimSettings, side: int = 1) -> dict[str, Tensor]:
+    parameter = nn.Parameter(torch.zeros(side, side))
     optimizer = build_optimizer([parameter], settings)
     allocate_state(optimizer)
     state = optimizer.state.get(parameter, {})
-    return {name for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()

@@ -1,30 +1,55 @@
 """The learning rate as a pure function of the step: nothing to save, nothing to restore."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+from moetrain.registries import SCHEDULES
 from moetrain.settings import ScheduleSettings
+
+Schedule = Callable[[int, int, ScheduleSettings, Any], float]
+"""The share of `optim.lr` at a step after the warm-up: (step, number of steps, settings, options).
+
+Both are counted from where the schedule begins, the warm-up included; the first step is 0.
+"""
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, settings: ScheduleSettings) -> float:
     """Returns the learning rate of optimizer step `step` (the first is 0) of `num_steps`.
 
-    A linear warm-up over `warmup_steps`; then `cosine` falls to `final_lr_ratio` of the peak,
-    `wsd` stays and falls linearly over the last `decay_fraction` of the run, `constant` stays.
-    The last step of a schedule that falls has exactly `final_lr_ratio` of the peak. With
-    `restart_from` all of it is counted from that step.
+    A linear warm-up over `warmup_steps`, then what the schedule says. With `restart_from` all of
+    it is counted from that step.
     """
     begin = settings.restart_from or 0
     step, num_steps = step - begin, num_steps - begin
-    warmup, left = settings.warmup_steps, max(0, num_steps - 1 - step)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    final = settings.final_lr_ratio
-    if settings.name == "cosine":
-        progress = (step - warmup) / (num_steps - warmup) if left else 1.0
-        return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
-    if settings.name == "wsd" and (decay := decay_steps(num_steps, settings=settings)):
-        return peak * (final + (1 - final) * min(1.0, left / decay))
-    return peak
+    if step < settings.warmup_steps:
+        return peak * (step + 1) / settings.warmup_steps
+    share: Schedule = SCHEDULES.get(settings.name).made
+    options = SCHEDULES.typed_options(settings.name, settings.options)
+    return peak * share(step, num_steps, settings, options)
+
+
+@SCHEDULES.register("cosine")
+def cosine(step: int, num_steps: int, settings: ScheduleSettings, options: None) -> float:
+    """Falls to exactly `final_lr_ratio` at the last step, along half a cosine."""
+    warmup, final = settings.warmup_steps, settings.final_lr_ratio
+    left = max(0, num_steps - 1 - step)
+    progress = (step - warmup) / (num_steps - warmup) if left else 1.0
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@SCHEDULES.register("wsd")
+def wsd(step: int, num_steps: int, settings: ScheduleSettings, options: None) -> float:
+    """Stays, and falls linearly over the last `decay_fraction` of the run (arXiv 2404.06395)."""
+    decay, final = decay_steps(num_steps, settings=settings), settings.final_lr_ratio
+    left = max(0, num_steps - 1 - step)
+    return final + (1 - final) * min(1.0, left / decay) if decay else 1.0
+
+
+@SCHEDULES.register("constant")
+def constant(step: int, num_steps: int, settings: ScheduleSettings, options: None) -> float:
+    """Stays."""
+    return 1.0
 
 
 def decay_steps(num_steps: int, *, settings: ScheduleSettings) -> int:

@@ -1,6 +1,7 @@
 """The settings of the decoder: shapes, router and experts. Frozen, typed, resolved once."""
 
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Any
 
 from annotated_types import Interval
 from pydantic import (
@@ -10,10 +11,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
+from moetrain.registries import EXPERT_FUNCTIONS, ROUTERS
+from moetrain.settings.options import checked_options
 
 BACKENDS = ("auto", "megablocks", "grouped_mm", "cpu")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -55,6 +60,15 @@ class RouterSettings:
     """Training multiplies the router's input by uniform(1 - this, 1 + this) (arXiv 2101.03961)."""
     force_balance: bool = False
     """For benchmarks alone: experts are chosen evenly and at random, whatever the logits."""
+    name: Annotated[str, AfterValidator(ROUTERS.known)] = "top_k"
+    """The router; `top_k` is what the settings above describe."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The settings of a router of an extension (docs/extending.md)."""
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return checked_options(ROUTERS, info.data.get("name"), given)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,6 +78,15 @@ class ExpertsSettings:
     backend: Annotated[str, AfterValidator(one_of(*BACKENDS))] = "auto"
     recompute: bool = False
     """Whether the backward pass keeps the experts' input alone, and computes the rest again."""
+    function: Annotated[str, AfterValidator(EXPERT_FUNCTIONS.known)] = "swiglu"
+    """What experts, shared experts and dense layers compute between their matrices."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The settings of a function of an extension (docs/extending.md)."""
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return checked_options(EXPERT_FUNCTIONS, info.data.get("function"), given)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,12 +1,21 @@
 """The settings of observation: how often to log, what to show, whether to tell W&B."""
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
+from moetrain.registries import METRICS, SINKS
+from moetrain.settings.options import checked_options_by_name, known_names
 
 
 def _switch(value: object) -> object:
@@ -35,3 +44,35 @@ class ObserveSettings:
         str, BeforeValidator(_switch), AfterValidator(one_of("auto", "bar", "lines", "off"))
     ] = "auto"
     wandb: WandbSettings = field(default_factory=WandbSettings)
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of extensions that records have besides their own (docs/extending.md)."""
+    metric_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The settings of each, by its name."""
+    sinks: list[str] = field(default_factory=list)
+    """Sinks of extensions that records go to besides metrics.jsonl, W&B and the display."""
+    sink_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The settings of each, by its name."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, names: list[str]) -> list[str]:
+        return known_names(METRICS, names)
+
+    @field_validator("sinks")
+    @classmethod
+    def _sinks(cls, names: list[str]) -> list[str]:
+        return known_names(SINKS, names)
+
+    @field_validator("metric_options")
+    @classmethod
+    def _metric_options(
+        cls, given: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        return checked_options_by_name(METRICS, info.data.get("metrics"), given)
+
+    @field_validator("sink_options")
+    @classmethod
+    def _sink_options(
+        cls, given: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        return checked_options_by_name(SINKS, info.data.get("sinks"), given)

@@ -1,6 +1,7 @@
 """The settings of the optimizer and of its learning-rate schedule."""
 
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Any
 
 from annotated_types import Interval
 from pydantic import (
@@ -10,10 +11,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic.dataclasses import dataclass
 
-from moetrain.checks import one_of
+from moetrain.registries import OPTIMIZERS, SCHEDULES
+from moetrain.settings.options import checked_options
 
 Fraction = Annotated[float, Interval(ge=0.0, le=1.0)]
 Decay = Annotated[float, Interval(ge=0.0, lt=1.0)]
@@ -23,7 +27,7 @@ Decay = Annotated[float, Interval(ge=0.0, lt=1.0)]
 class OptimSettings:
     """The optimizer. `momentum` is sgd's, `betas` and `eps` are adamw's."""
 
-    name: Annotated[str, AfterValidator(one_of("adamw", "sgd"))] = "adamw"
+    name: Annotated[str, AfterValidator(OPTIMIZERS.known)] = "adamw"
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 0.1
     """On matrices only; norms are left alone."""
@@ -35,6 +39,13 @@ class OptimSettings:
     restart_from: PositiveInt | None = None
     """The step of a checkpoint from which the run goes on with a fresh optimizer state, as another
     optimizer needs. Later resumes keep the state since then."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The settings of an optimizer of an extension (docs/extending.md)."""
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return checked_options(OPTIMIZERS, info.data.get("name"), given)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -44,7 +55,7 @@ class ScheduleSettings:
     The last step has exactly `final_lr_ratio`, unless the rate is constant or still warming up.
     """
 
-    name: Annotated[str, AfterValidator(one_of("cosine", "wsd", "constant"))] = "cosine"
+    name: Annotated[str, AfterValidator(SCHEDULES.known)] = "cosine"
     warmup_steps: NonNegativeInt = 100
     final_lr_ratio: Fraction = 0.1
     decay_fraction: Fraction = 0.2
@@ -52,3 +63,10 @@ class ScheduleSettings:
     restart_from: PositiveInt | None = None
     """The step of a checkpoint from which a new schedule begins: warm-up and fall are counted from
     there, up to `train.num_steps`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The settings of a schedule of an extension (docs/extending.md)."""
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return checked_options(SCHEDULES, info.data.get("name"), given)

@@ -1,12 +1,22 @@
 """The settings of the training loop."""
 
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import PathText
 from moetrain.checks import one_of
+from moetrain.registries import CALLBACKS, OBJECTIVES
+from moetrain.settings.options import checked_options, checked_options_by_name, known_names
 
 
 def _one_folder(name: str) -> str:
@@ -39,6 +49,30 @@ class TrainSettings:
     step, or its held-out tokens that are read."""
     max_skipped_steps: PositiveInt = 10
     """Non-finite steps in a row after which the run stops."""
+    objective: Annotated[str, AfterValidator(OBJECTIVES.known)] = "pretraining"
+    """What a step minimises."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    callbacks: list[str] = field(default_factory=list)
+    """What is called at the run's start, after steps, validations and checkpoints, at the end."""
+    callback_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The settings of each, by its name."""
+
+    @field_validator("objective_options")
+    @classmethod
+    def _objective_options(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return checked_options(OBJECTIVES, info.data.get("objective"), given)
+
+    @field_validator("callbacks")
+    @classmethod
+    def _callbacks(cls, names: list[str]) -> list[str]:
+        return known_names(CALLBACKS, names)
+
+    @field_validator("callback_options")
+    @classmethod
+    def _callback_options(
+        cls, given: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        return checked_options_by_name(CALLBACKS, info.data.get("callbacks"), given)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))

@@ -1,5 +1,7 @@
 """The whole tree of what `python -m moetrain` can be told."""
 
+from dataclasses import field
+
 from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 
@@ -22,6 +24,8 @@ class Config:
     seed: NonNegativeInt = 0
     dry_run: bool = False
     """Whether the command checks all and says what it would train, and ends without a write."""
+    extensions: list[str] = field(default_factory=list)
+    """Modules of the user's own, imported before the settings are checked (docs/extending.md)."""
     run: RunSettings = RunSettings()
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()

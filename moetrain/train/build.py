@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -18,7 +17,15 @@ from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.kinds import EventKind
 from moetrain.model import Transformer
-from moetrain.observe import EventLog, MetricsFile, Sink, Tally, WandbSink, read_events
+from moetrain.observe import (
+    EventLog,
+    GuardedSink,
+    MetricsFile,
+    Sink,
+    Tally,
+    WandbSink,
+    read_events,
+)
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import (
     Activity,
@@ -28,10 +35,11 @@ from moetrain.parallel import (
     parallelize,
     resolve_topology,
 )
+from moetrain.registries import CALLBACKS, METRICS, SINKS
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain, history
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
-from moetrain.train.objective import Objective, Pretraining
+from moetrain.train.objective import build_objective
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
@@ -41,53 +49,11 @@ from moetrain.train.resume import (
     told_changes,
 )
 from moetrain.train.state import TrainState, checkpoint_tensors
+from moetrain.train.step_report import Metric
 from moetrain.train.stragglers import Stragglers
+from moetrain.train.trainer import Callback, Trainer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """All that the loop works with; `state` alone changes."""
-
-    config: Resolved
-    place: RankPlace
-    control: Control
-    device: torch.device
-    model: Transformer
-    optimizer: Optimizer
-    gradients: Gradients
-    objective: Objective
-    """What is minimised."""
-    meshes: Meshes
-    """The ranks, and what of the work is this one's."""
-    shards: ShardFolder
-    batches: GlobalBatches
-    prefetcher: Prefetcher
-    """Reads this rank's part of the batches, ahead of the step."""
-    held_out: dict[str, ValidationBatches]
-    """The validation text of each source."""
-    checkpoints: CheckpointStore
-    uploader: Uploader | None
-    """Brings checkpoints elsewhere; on one rank, if they are to go anywhere."""
-    state: TrainState
-    sinks: list[Sink]
-    """Where metric records go; empty on every rank but one."""
-    event: Callable[..., None]
-    stragglers: Stragglers | None
-    """Compares the ranks; None where there is but one."""
-    tally: Tally
-    """What this attempt's time goes to."""
-
-    def close(self, exit_code: int) -> None:
-        """Ends what must be ended, with the exit code of the run."""
-        self.checkpoints.close(
-            timeout_seconds=collective_timeout(self.config.launch.hang_timeout_seconds)
-        )
-        self.prefetcher.close()
-        self.batches.close()
-        for sink in self.sinks:
-            sink.close(exit_code)
 
 
 def build_trainer(
@@ -145,7 +111,7 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         gradients=gradients,
-        objective=Pretraining(),
+        objective=build_objective(config.train),
         meshes=meshes,
         shards=shards,
         batches=batches,
@@ -169,7 +135,28 @@ def build_trainer(
             say=say,
         ),
         tally=tally,
+        callbacks=_callbacks(config, state),
+        metrics=_metrics(config),
     )
+
+
+def _callbacks(config: Resolved, state: TrainState) -> dict[str, Callback]:
+    """Returns the callbacks of extensions, with what the checkpoint kept of them."""
+    given, made = config.train.callback_options, dict[str, Callback]()
+    for name in config.train.callbacks:
+        options = CALLBACKS.typed_options(name, given.get(name, {}))
+        made[name] = CALLBACKS.get(name).made(options)
+        if name in state.callbacks:
+            made[name].restore(state.callbacks[name])
+    return made
+
+
+def _metrics(config: Resolved) -> dict[str, Metric]:
+    given = config.observe.metric_options
+    return {
+        name: METRICS.get(name).made(METRICS.typed_options(name, given.get(name, {})))
+        for name in config.observe.metrics
+    }
 
 
 def _restored(
@@ -247,7 +234,23 @@ def _sinks(
         resume_step=state.step if resumes else None,
         tell=tell,
     )
-    return [metrics, wandb, DisplaySink(control)]
+    sinks = [metrics, wandb, DisplaySink(control)]
+    for name in config.observe.sinks:
+        options = SINKS.typed_options(name, config.observe.sink_options.get(name, {}))
+        make = partial(
+            SINKS.get(name).made,
+            options,
+            run_dir=config.run_dir,
+            config=as_plain(config),
+            resume_step=state.step if resumes else None,
+        )
+
+        def fail(text: str) -> None:
+            event(EventKind.warning, step=state.step, reason=text)
+            control.publish("say", f"warning: {text}")
+
+        sinks.append(GuardedSink(make, name=name, fail=fail))
+    return sinks
 
 
 def _held_out(

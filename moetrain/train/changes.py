@@ -50,6 +50,7 @@ _KINDS = {
     "model.experts.backend": Kind.layout,
     "model.experts.recompute": Kind.layout,
     "seed": Kind.order,
+    "extensions": Kind.incidental,  # what they register is named where it is used
     "train.seq_len": Kind.order,
     "train.micro_batch_size": Kind.layout,
     "train.validate_every_steps": Kind.incidental,

@@ -16,12 +16,13 @@ from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
 from moetrain.parallel import BETWEEN_STEPS, any_rank
-from moetrain.train.build import Trainer
 from moetrain.train.control import Outcome
 from moetrain.train.means import RunningMeans
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.state import checkpoint_tensors
-from moetrain.train.step import StepReport, train_step
+from moetrain.train.step import train_step
+from moetrain.train.step_report import StepReport
+from moetrain.train.trainer import Trainer
 from moetrain.train.validation import validate
 
 FORCED_BALANCE = (
@@ -41,24 +42,26 @@ def train(trainer: Trainer) -> Outcome:
     checkpoint can't be written; what was saved before stays as it is.
     """
     settings, state, control = trainer.config.train, trainer.state, trainer.control
-    tally = trainer.tally
-    observe, checkpoint = trainer.config.observe, trainer.config.checkpoint
+    tally, callbacks = trainer.tally, trainer.callbacks.values()
+    checkpoint = trainer.config.checkpoint
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
     trainer.event(EventKind.training, step=state.step, attempt=trainer.place.attempt)
     tally.begin(trainer.place.attempt)
+    for callback in callbacks:
+        callback.run_start(trainer)
     while state.step < settings.num_steps:
         control.heartbeat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
         if any_rank(leaves, device=trainer.device):
             break
         report = take_step(trainer, stopwatch)
-        is_last = state.step == settings.num_steps
-        validates = is_last or _due(state.step, settings.validate_every_steps)
-        if validates or _due(state.step, observe.log_every_steps):
+        for callback in callbacks:
+            callback.step_end(trainer, report)
+        if _records(trainer, state.step):
             record = metric_record(trainer, report, stopwatch)
-            if validates:
+            if _validates(trainer, state.step):
                 control.heartbeat("validation", state.step)
                 with tally.validating():
                     record |= run_validation(trainer)
@@ -66,7 +69,7 @@ def train(trainer: Trainer) -> Outcome:
             last = numbers_of(record)
             state.since_record = RunningMeans()
             stopwatch.restart()
-        if is_last or _due(state.step, checkpoint.every_steps):
+        if state.step == settings.num_steps or _due(state.step, checkpoint.every_steps):
             with stopwatch.saving(), tally.saving(state.step):
                 save(trainer)
             saved_step = state.step
@@ -78,7 +81,10 @@ def train(trainer: Trainer) -> Outcome:
             save(trainer)
     control.heartbeat("ending", state.step)
     trainer.checkpoints.wait()
-    return Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
+    outcome = Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
+    for callback in callbacks:
+        callback.run_end(trainer, outcome)
+    return outcome
 
 
 def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
@@ -104,6 +110,7 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         learning_rate=_learning_rate(trainer),
         begin=trainer.control.activity.begin,
         data_counts=[*tokens_by_source(batch, num_sources=len(sources)), batch.num_corrupt],
+        metrics=trainer.metrics if _records(trainer, state.step + 1) else {},
     )
     stopwatch.count(report.num_tokens)
     state.step += 1
@@ -133,17 +140,20 @@ def save(trainer: Trainer) -> None:
     """Writes a checkpoint of where the run stands."""
     trainer.control.heartbeat("save", trainer.state.step)
     trainer.state.position = trainer.batches.position(trainer.state.samples)
+    trainer.state.callbacks = {name: c.state() for name, c in trainer.callbacks.items()}
     trainer.checkpoints.save(
         checkpoint_tensors(trainer.model, trainer.optimizer),
         step=trainer.state.step,
         state=trainer.state.as_json(),
     )
+    for callback in trainer.callbacks.values():
+        callback.checkpoint(trainer)
 
 
 def run_validation(trainer: Trainer) -> dict[str, float]:
     """Returns the held-out metrics at this step."""
     settings = trainer.config.train
-    return validate(
+    metrics = validate(
         trainer.model,
         trainer.held_out,
         weights=_validation_weights(trainer),
@@ -152,6 +162,9 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
         meshes=trainer.meshes,
         device=trainer.device,
     )
+    for callback in trainer.callbacks.values():
+        callback.validation_end(trainer, metrics)
+    return metrics
 
 
 def _validation_weights(trainer: Trainer) -> dict[str, float] | None:
@@ -196,6 +209,12 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
     record |= data_metrics(trainer)
     if config.model.is_moe:
         record |= router_metrics(report, means)
+    for name, metric in trainer.metrics.items():
+        sums = report.metric_sums.get(name, torch.zeros(0, dtype=torch.float64))
+        for key, value in metric.values(sums, report, trainer.model).items():
+            if key in record:
+                raise ValueError(f"metric {name} gives {key}, which the record has already")
+            record[key] = value
     return record
 
 
@@ -321,6 +340,17 @@ def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
             f"or gradient ({reason}). The last good checkpoint is in {newest}. Try a lower "
             "optim.lr, a longer schedule.warmup_steps, or a smaller optim.clip_grad_norm"
         )
+
+
+def _validates(trainer: Trainer, step: int) -> bool:
+    """Returns whether a step is followed by a validation."""
+    settings = trainer.config.train
+    return step == settings.num_steps or _due(step, settings.validate_every_steps)
+
+
+def _records(trainer: Trainer, step: int) -> bool:
+    """Returns whether a step ends with a record of metrics."""
+    return _validates(trainer, step) or _due(step, trainer.config.observe.log_every_steps)
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moetrain.train.step import StepReport
+from moetrain.train.step_report import StepReport
 
 
 @dataclass

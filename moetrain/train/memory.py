@@ -11,6 +11,7 @@ holds back (`memory/peak_gib` of a CPU run counts that), and on a CPU the proces
 from dataclasses import asdict, dataclass
 
 from moetrain.model import head_activations, kept_activations, total_parameters
+from moetrain.optim import state_size
 from moetrain.settings import Resolved
 
 PROCESS_GIB = 0.5
@@ -59,13 +60,8 @@ def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
     return RankMemory(
         weights=local,
         gradients=local,
-        optimizer=local * _moments(config),
+        optimizer=local * state_size(config.optim),
         gathered=width * root + layer * (2 * width + MASTER),
         activations=sum(kept)
         + head_activations(model, tokens=tokens, width=width, norm=3 if on_cpu else 2),
     )
-
-
-def _moments(config: Resolved) -> int:
-    """Returns how many numbers the optimizer keeps of each weight."""
-    return 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data_pipeline import Batch
 from moetrain.model import Choose, Documents, LossSums, Transformer, random_stream
+from moetrain.registries import ROUTERS
 from moetrain.settings import Config
 
 
@@ -59,8 +60,12 @@ class MicroBatch:
 
 
 def noise_seeds(config: Config, samples: range) -> list[int] | None:
-    """Returns a seed for each sample's jitter, a function of its global number; None: no jitter."""
-    if not config.model.router.jitter_noise:
+    """Returns a seed for each sample's noise, a function of its global number.
+
+    None where no router draws any.
+    """
+    router = config.model.router
+    if not (router.jitter_noise or ROUTERS.get(router.name).made.draws_noise):
         return None
     return [random_stream(config.seed, "sample", sample) for sample in samples]
 

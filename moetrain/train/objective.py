@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetrain.model import LossSums, Transformer, load_balance_loss
 from moetrain.parallel import TOKEN_AXES, Meshes
+from moetrain.registries import OBJECTIVES
+from moetrain.settings import TrainSettings
 from moetrain.train.micro_batch import MicroBatch
 
 Loss = Callable[[LossSums, MicroBatch], Tensor]
@@ -16,6 +19,10 @@ Loss = Callable[[LossSums, MicroBatch], Tensor]
 
 class Objective(ABC):
     """What training minimises."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+        """Its own settings: an object of the dataclass it is registered with."""
 
     @abstractmethod
     def begin(
@@ -32,6 +39,7 @@ class Objective(ABC):
         """
 
 
+@OBJECTIVES.register("pretraining")
 class Pretraining(Objective):
     """Cross-entropy of the next token, and the routers' balance and z losses."""
 
@@ -64,9 +72,17 @@ class Pretraining(Objective):
                 else:
                     balance = local_balance_sums(output, batch, model=model) / num_tokens
                 value = value + router.load_balance_loss_weight * balance.sum()
-            return value + router.z_loss_weight * routing.z_sum.sum() / num_tokens
+            value = value + router.z_loss_weight * routing.z_sum.sum() / num_tokens
+            return value + routing.own_loss_sum.sum() / num_tokens
 
         return loss
+
+
+def build_objective(settings: TrainSettings) -> Objective:
+    """Returns the objective that the settings name."""
+    name, options = settings.objective, settings.objective_options
+    objective: Objective = OBJECTIVES.get(name).made(OBJECTIVES.typed_options(name, options))
+    return objective
 
 
 def expert_counts_ahead(

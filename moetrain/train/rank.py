@@ -2,12 +2,14 @@
 
 import ctypes
 import os
+import platform
 import sys
 import threading
 
 import torch
 import torch.distributed as dist
 
+from data_pipeline.extensions import load_recorded
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.exit_codes import DONE, STOPPED
 from moetrain.parallel import join_ranks
@@ -23,6 +25,7 @@ def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
     """Trains as one rank of a resolved configuration, to the end or until asked to stop."""
     for name, value in config.cluster.env.items():
         os.environ.setdefault(name, value)
+    load_recorded(config.run.extensions, where=f"rank {place.rank} on {platform.node()}")
     device = rank_device(config.run.device, index=place.device_index)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))

@@ -78,10 +78,15 @@ def training_on(config: Resolved, *, step: int) -> str:
 
 
 def told_changes(config: Resolved, manifest: Manifest) -> list[Change]:
-    """Returns what a person is told of a run that goes on with other settings than it had."""
+    """Returns what a person is told of a run that resumes with other settings than it had.
+
+    The source of its extensions is among them.
+    """
     if not manifest.state.get("samples", 0):  # nothing was trained with the settings before
         return []
-    return _of_kind(changes(manifest.config, as_plain(config)), Kind.function, Kind.recipe)
+    found = changes(manifest.config, as_plain(config))
+    of_training = _of_kind(found, Kind.function, Kind.recipe)
+    return [c for c in found if c in of_training or c.name.startswith("run.extensions.")]
 
 
 def in_one_line(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> str:
@@ -177,10 +182,12 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
         return
     before = {"name": OptimSettings.name, "momentum": OptimSettings.momentum}
     before |= manifest.config.get("optim", {})
-    key = "momentum" if before["name"] == config.optim.name else "name"
     saved = {n.rpartition(".")[2] for n in manifest.tensors if n.startswith("optimizer.")}
-    if key == "momentum" and (not saved or saved == state_names(config.optim)):
-        return
+    key = "name"
+    if before["name"] == config.optim.name:
+        if not saved or saved == state_names(config.optim):
+            return
+        key = "momentum" if config.optim.name == "sgd" else "options"
     add = [f"optim.restart_from={manifest.step}"]
     if manifest.step >= config.train.num_steps:
         add.append(training_on(config, step=manifest.step))
@@ -190,7 +197,7 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
     raise ConfigError(
         f"optim.{key}",
         getattr(config.optim, key),
-        f"run {config.run.name} was trained with optim.{key}={before[key]} up to step "
+        f"run {config.run.name} was trained with optim.{key}={before.get(key)} up to step "
         f"{manifest.step}, and another optimizer can't go on from the state of that one: use "
         f"{_settings(theirs)}, add {' '.join(add)} to go on with a fresh optimizer state, or "
         "use another run.name",

@@ -1,8 +1,7 @@
 """One optimizer step over a global batch, the same on every layout."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,31 +11,10 @@ from moetrain.model import LossSums, Transformer, load_balance_loss
 from moetrain.parallel import TOKEN_AXES, Gradients, Meshes
 from moetrain.train.micro_batch import MicroBatch, Schedule, one_after_another
 from moetrain.train.objective import Objective, Pretraining, local_balance_sums
+from moetrain.train.step_report import Metric, StepReport
 
 PRETRAINING = Pretraining()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Figures of one step over the global batch, equal on all ranks."""
-
-    loss: float
-    """What was minimised, a mean over valid tokens: cross-entropy, balance and z losses."""
-    cross_entropy: float
-    load_balance_loss: float
-    """Mean over the MoE layers of the balance loss, of the scope that is minimised; 1 when
-    balanced."""
-    z_loss: float
-    entropy: float
-    """Mean entropy of the routers' distributions, in nats."""
-    expert_counts: Tensor
-    """Token copies that each expert got, [MoE layers, experts] float64."""
-    grad_norm: float
-    num_tokens: int
-    skipped: bool
-    """Whether loss or gradients were not finite, or no token counted: the weights were left."""
-    data_counts: tuple[int, ...] = ()
-    """What each rank counted in its part of the batch, summed over ranks."""
+NO_METRICS: Mapping[str, Metric] = {}
 
 
 def train_step(
@@ -50,18 +28,20 @@ def train_step(
     objective: Objective = PRETRAINING,
     schedule: Schedule = one_after_another,
     data_counts: Sequence[int] = (),
+    metrics: Mapping[str, Metric] = NO_METRICS,
     begin: Callable[[str], None] = lambda phase: None,
 ) -> StepReport:
     """Takes one step; every rank calls it with its part of the same global batch.
 
-    `data_counts` are as many on every rank. `begin` is told of each part of the step.
+    `data_counts` are as many on every rank, and `metrics` the same. `begin` is told of each part of
+    the step.
     """
     begin("counting tokens")
     valid = torch.stack([batch.valid.sum() for batch in micro_batches]).sum()
     counted = meshes.sum(valid, over=TOKEN_AXES)
     num_tokens = counted.clamp_min(1)  # none count where all documents of a batch are damaged
     loss_of = objective.begin(micro_batches, model=model, meshes=meshes, num_tokens=num_tokens)
-    sums = _Sums(model, device=num_tokens.device, data_counts=data_counts)
+    sums = _Sums(model, device=num_tokens.device, data_counts=data_counts, metrics=metrics)
 
     def forward(batch: MicroBatch) -> Tensor:
         begin("forward")
@@ -102,8 +82,15 @@ class _Sums:
     """Running sums of a step's figures on this rank, summed over ranks once at the end."""
 
     def __init__(
-        self, model: Transformer, *, device: torch.device, data_counts: Sequence[int]
+        self,
+        model: Transformer,
+        *,
+        device: torch.device,
+        data_counts: Sequence[int],
+        metrics: Mapping[str, Metric],
     ) -> None:
+        self._metrics = metrics
+        self._of_metrics: dict[str, Tensor] = {}
         self._data_counts = torch.tensor(data_counts, dtype=torch.float64, device=device)
         self._shape = (model.settings.num_moe_layers, model.settings.num_experts)
         # Scalars as below; then counts and probabilities of every expert.
@@ -128,13 +115,19 @@ class _Sums:
                 routing.probability_sums.flatten().double(),
             )
         )
+        for name, metric in self._metrics.items():
+            if (found := metric.sums(output, batch, model)) is not None:
+                before = self._of_metrics.get(name, 0)
+                self._of_metrics[name] = before + found.flatten().to(self._sums)
 
     def report(
         self, *, model: Transformer, meshes: Meshes, num_tokens: Tensor, grad_norm: float
     ) -> StepReport:
         # Counts are exact: float64 holds integers up to 2**53.
-        sums = meshes.sum(torch.cat((self._data_counts, self._sums)), over=TOKEN_AXES).cpu()
-        data_counts, sums = sums.tensor_split([len(self._data_counts)])
+        own = list(self._of_metrics.values())
+        all_sums = torch.cat((self._data_counts, self._sums, *own))
+        sizes = [len(self._data_counts), len(self._sums), *map(len, own)]
+        data_counts, sums, *own = meshes.sum(all_sums, over=TOKEN_AXES).cpu().split(sizes)
         num_counted, (layers, experts) = int(num_tokens.item()), self._shape
         tokens = max(1, num_counted)
         loss, cross_entropy, z, entropy, balance = sums[:SCALARS].tolist()
@@ -159,4 +152,5 @@ class _Sums:
             num_tokens=num_counted,
             skipped=not (num_counted and math.isfinite(loss) and math.isfinite(grad_norm)),
             data_counts=tuple(int(count) for count in data_counts.tolist()),
+            metric_sums=dict(zip(self._of_metrics, own, strict=True)),
         )

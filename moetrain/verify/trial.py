@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data_pipeline import Batch
+from data_pipeline.extensions import load_recorded
 from moetrain.model import Transformer
 from moetrain.parallel import plain_name
 from moetrain.settings import Resolved
 from moetrain.train.build import build_model
-from moetrain.train.micro_batch import MicroBatch
-from moetrain.train.step import StepReport, train_step
+from moetrain.train.micro_batch import MicroBatch, noise_seeds
+from moetrain.train.objective import build_objective
+from moetrain.train.step import train_step
+from moetrain.train.step_report import StepReport
 from moetrain.verify.comparison import KINDS, Difference, difference, kind_of, norm, parts, worst
 from moetrain.verify.ranks import Tell
 from moetrain.verify.tolerance import Tolerances
@@ -74,6 +77,7 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
     """Trains as one rank of an already joined world; all ranks of the layout call it."""
     logging.disable(logging.WARNING)  # an unbalanced first step is no news here
     config = trial.config
+    load_recorded(config.run.extensions, where="a rank of the verification")
     model, optimizer, gradients, meshes = build_model(
         config, device=CPU, timeout_seconds=trial.timeout_seconds
     )
@@ -98,6 +102,7 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
             train_step(
                 watch.begin(step, _read(trial, step, mine), first_sequence=mine.start),
                 model=model,
+                objective=build_objective(config.train),
                 optimizer=optimizer,
                 gradients=gradients,
                 meshes=meshes,
@@ -178,6 +183,8 @@ class RoutingWatch:
 
 def _read(trial: Trial, step: int, sequences: range) -> list[MicroBatch]:
     """Returns some sequences of a step's global batch, in micro-batches."""
+    first = step * trial.config.train.global_batch_size
+    samples = range(first + sequences.start, first + sequences.stop)
     with np.load(trial.folder / f"batch_{step}.npz") as whole:
         part = slice(sequences.start, sequences.stop)
         batch = Batch(**{name: whole[name][part] for name in whole.files})
@@ -186,6 +193,7 @@ def _read(trial: Trial, step: int, sequences: range) -> list[MicroBatch]:
         trial.config.train.micro_batch_size,
         device=CPU,
         mask_documents=trial.config.data.mask_documents,
+        noise_seeds=noise_seeds(trial.config, samples),
     )
 
 

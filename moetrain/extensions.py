@@ -1,0 +1,123 @@
+"""What a module of a user's own imports to add to moetrain: decorators and base classes.
+
+A module registers things by name, and settings name them: docs/extending.md has an example of each
+kind. Built-in ones are registered in the same way.
+"""
+
+from collections.abc import Callable
+
+from moetrain.kernels import ExpertFunction
+from moetrain.model import Choice, LossSums, Transformer
+from moetrain.model.router import Router
+from moetrain.observe import Sink
+from moetrain.optim.optimizer import Groups, OptimizerBuilder
+from moetrain.optim.schedule import Schedule
+from moetrain.parallel import TOKEN_AXES, Meshes
+from moetrain.registries import (
+    CALLBACKS,
+    EXPERT_FUNCTIONS,
+    METRICS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    ROUTERS,
+    SCHEDULES,
+    SINKS,
+)
+from moetrain.settings import OptimSettings, ScheduleSettings
+from moetrain.train.control import Outcome
+from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.objective import Loss, Objective, Pretraining
+from moetrain.train.step_report import Metric, StepReport
+from moetrain.train.trainer import Callback, Trainer
+
+__all__ = [
+    "TOKEN_AXES",
+    "Callback",
+    "Choice",
+    "ExpertFunction",
+    "Groups",
+    "Loss",
+    "LossSums",
+    "Meshes",
+    "Metric",
+    "MicroBatch",
+    "Objective",
+    "OptimSettings",
+    "OptimizerBuilder",
+    "Outcome",
+    "Pretraining",
+    "Router",
+    "Schedule",
+    "ScheduleSettings",
+    "Sink",
+    "StepReport",
+    "Trainer",
+    "Transformer",
+    "register_callback",
+    "register_expert_function",
+    "register_metric",
+    "register_objective",
+    "register_optimizer",
+    "register_router",
+    "register_schedule",
+    "register_sink",
+]
+
+
+def register_router(
+    name: str, *, options: type | None = None
+) -> Callable[[type[Router]], type[Router]]:
+    """Returns the decorator of a `Router` that `model.router.name` may name.
+
+    `options` is a dataclass of the settings that `model.router.options` may have. Raises
+    ValueError for a name that is taken; so do the others.
+    """
+    return ROUTERS.register(name, options=options)
+
+
+def register_expert_function(
+    name: str, *, options: type | None = None
+) -> Callable[[type[ExpertFunction]], type[ExpertFunction]]:
+    """Returns the decorator of an `ExpertFunction` that `model.experts.function` may name."""
+    return EXPERT_FUNCTIONS.register(name, options=options)
+
+
+def register_optimizer(
+    name: str, *, options: type | None = None
+) -> Callable[[OptimizerBuilder], OptimizerBuilder]:
+    """Returns the decorator of a function that makes the optimizer that `optim.name` names."""
+    return OPTIMIZERS.register(name, options=options)
+
+
+def register_schedule(name: str, *, options: type | None = None) -> Callable[[Schedule], Schedule]:
+    """Returns the decorator of a function of the step that `schedule.name` may name."""
+    return SCHEDULES.register(name, options=options)
+
+
+def register_objective(
+    name: str, *, options: type | None = None
+) -> Callable[[type[Objective]], type[Objective]]:
+    """Returns the decorator of an `Objective` that `train.objective` may name."""
+    return OBJECTIVES.register(name, options=options)
+
+
+def register_callback(
+    name: str, *, options: type | None = None
+) -> Callable[[type[Callback]], type[Callback]]:
+    """Returns the decorator of a `Callback` that `train.callbacks` may have."""
+    return CALLBACKS.register(name, options=options)
+
+
+def register_metric(
+    name: str, *, options: type | None = None
+) -> Callable[[type[Metric]], type[Metric]]:
+    """Returns the decorator of a `Metric` that `observe.metrics` may have."""
+    return METRICS.register(name, options=options)
+
+
+def register_sink(name: str, *, options: type | None = None) -> Callable[[type[Sink]], type[Sink]]:
+    """Returns the decorator of a `Sink` that `observe.sinks` may have.
+
+    It is made as `MySink(options, run_dir=Path, config=dict, resume_step=int | None)` on one rank.
+    """
+    return SINKS.register(name, options=options)

@@ -1,0 +1,64 @@
+"""What a step reports, and the metrics of extensions that are made of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from moetrain.model import LossSums, Transformer
+from moetrain.train.micro_batch import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Figures of one step over the global batch, equal on all ranks."""
+
+    loss: float
+    """What was minimised, a mean over valid tokens: cross-entropy, balance and z losses."""
+    cross_entropy: float
+    load_balance_loss: float
+    """Mean over the MoE layers of the balance loss, of the scope that is minimised; 1 when
+    balanced."""
+    z_loss: float
+    entropy: float
+    """Mean entropy of the routers' distributions, in nats."""
+    expert_counts: Tensor
+    """Token copies that each expert got, [MoE layers, experts] float64."""
+    grad_norm: float
+    num_tokens: int
+    skipped: bool
+    """Whether loss or gradients were not finite, or no token counted: the weights were left."""
+    data_counts: tuple[int, ...] = ()
+    """What each rank counted in its part of the batch, summed over ranks."""
+    metric_sums: Mapping[str, Tensor] = field(default_factory=dict)
+    """What metrics summed over the global batch, by the metric's name; each [n] float64."""
+
+
+class Metric(ABC):
+    """Figures of a step that a record has besides those of every run.
+
+    It sees the steps that are recorded, on every rank. What it sums over tokens is exact in every
+    layout and with any micro-batches. It keeps nothing from step to step: a resumed run writes the
+    same records.
+    """
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+        """Its own settings: an object of the dataclass it is registered with."""
+
+    def sums(self, output: LossSums, batch: MicroBatch, model: Transformer) -> Tensor | None:
+        """Returns sums over a micro-batch's valid tokens, [n], as many each time; None: none.
+
+        Called without gradients, after the forward pass.
+        """
+        return None
+
+    @abstractmethod
+    def values(self, sums: Tensor, report: StepReport, model: Transformer) -> Mapping[str, Any]:
+        """Returns numbers by the names that the record gives them: `my_lab/gate_entropy`.
+
+        `sums` [n] float64 are over the global batch. Called on every rank, so that it may use
+        collectives; the parameters of `model` are sharded.
+        """
