@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points, packages_distributions, version
@@ -107,6 +107,21 @@ class Registry(Generic[Made]):
         """Returns a thing's own settings as its dataclass; None where it has none."""
         options = self.get(name).options
         return None if options is None else self._typed(name, options, given)
+
+    def default_options(self, name: str) -> dict[str, Any]:
+        """Returns what a thing's own settings are where nothing is given, if they have a default.
+
+        Empty where nothing has the name, which is told where it is checked.
+        """
+        if name not in self._found or (options := self._found[name].options) is None:
+            return {}
+        made: dict[str, Any] = {}
+        for known in fields(options):
+            if known.default is not MISSING:
+                made[known.name] = known.default
+            elif known.default_factory is not MISSING:
+                made[known.name] = known.default_factory()
+        return made
 
     def module_of(self, name: str) -> str | None:
         """Returns the module of an extension's thing; None for one that is built in."""

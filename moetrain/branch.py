@@ -7,7 +7,7 @@ one has a history, attempts and a W&B run of its own; the old one is left as it 
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class BranchSettings:
     """The new run's folder to make."""
     step: NonNegativeInt | None = None
     """None: that of the newest good checkpoint."""
+    extensions: list[str] = field(default_factory=list)
+    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
 
 
 def branch(settings: BranchSettings) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,7 @@ from data_pipeline.extensions import load_extensions, load_installed
 from moetrain.checks import ConfigError, require_no_secrets
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.redaction import redacted_text
+from moetrain.registries import SELECTED
 from moetrain.settings.validation import validated
 from moetrain.sweeping.plugins import USABLE, SweepEnded, SweepPlugins, require_usable
 
@@ -96,7 +98,7 @@ def run_command(
     if not files:
         _register_bare(module)
     register(tree, name="schema")
-    only_compose(USABLE)
+    only_compose(USABLE, complete=add_default_options)
     escape_output()
     codes: list[int] = []
     found: list[Combination[Tree]] = []
@@ -160,6 +162,26 @@ def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree
         complaint = Complaint(tree=tree, line=front.line, files=front.files)
         raise ValueError(redacted_text(complaint.about(error))) from None
     return front.settings(found[0])
+
+
+def add_default_options(config: DictConfig) -> None:
+    """Adds the options of extensions' things to a composed configuration, where none are given.
+
+    So `--cfg` shows them. What can't be imported or isn't there is told when settings are checked.
+    """
+    if not OmegaConf.select(config, "extensions"):
+        return
+    with suppress(ValueError):
+        load_extensions(config.extensions)
+    for registry, setting, place in SELECTED:
+        given = OmegaConf.select(config, setting)
+        several = OmegaConf.is_list(given)
+        for name in given if several else [given]:
+            at = f"{place}.{name}" if several else place
+            there = OmegaConf.select(config, at) or {}
+            for key, value in registry.default_options(name).items():
+                if key not in there:
+                    OmegaConf.update(config, f"{at}.{key}", value, force_add=True)
 
 
 def _each(

@@ -8,6 +8,7 @@ hold between settings. `resolve` fills in what was left open. Ranks get the reso
 import dataclasses
 from dataclasses import replace
 from datetime import datetime
+from operator import attrgetter
 
 import torch
 
@@ -20,14 +21,7 @@ from moetrain.kernels import unavailable_because
 from moetrain.optim import decay_steps
 from moetrain.parallel import degree_choices, divisors, resolve_topology
 from moetrain.registries import (
-    CALLBACKS,
-    EXPERT_FUNCTIONS,
-    METRICS,
-    OBJECTIVES,
-    OPTIMIZERS,
-    ROUTERS,
-    SCHEDULES,
-    SINKS,
+    SELECTED,
 )
 from moetrain.settings import (
     Config,
@@ -350,19 +344,13 @@ def _extensions(config: Config) -> list[str]:
 
     An installed package may offer a thing without its module being named.
     """
-    model, observe = config.model, config.observe
-    used = [
-        (ROUTERS, model.router.name),
-        (EXPERT_FUNCTIONS, model.experts.function),
-        (OPTIMIZERS, config.optim.name),
-        (SCHEDULES, config.schedule.name),
-        (OBJECTIVES, config.train.objective),
-        *((CALLBACKS, name) for name in config.train.callbacks),
-        *((METRICS, name) for name in observe.metrics),
-        *((SINKS, name) for name in observe.sinks),
-    ]
-    modules = (registry.module_of(name) for registry, name in used)
-    return list(dict.fromkeys([*config.extensions, *(module for module in modules if module)]))
+    modules = list(config.extensions)
+    for registry, setting, _ in SELECTED:
+        given = attrgetter(setting)(config)
+        for name in [given] if isinstance(given, str) else given:
+            if (module := registry.module_of(name)) is not None:
+                modules.append(module)
+    return list(dict.fromkeys(modules))
 
 
 def _fitting_micro_batch(share: int, *, seq_len: int) -> int:

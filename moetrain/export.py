@@ -4,6 +4,7 @@ Owns the command: which checkpoint, where to, and what is said. Leaves the files
 `moetrain.huggingface`.
 """
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,8 @@ class ExportSettings:
     that the run was trained with."""
     drop_router_bias: bool = False
     """Whether the routers' selection biases, which Mixtral has not, may be left out."""
+    extensions: list[str] = field(default_factory=list)
+    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
 
 
 def export(settings: ExportSettings) -> int:

@@ -34,3 +34,15 @@ OBJECTIVES = Registry[Any](
 CALLBACKS = Registry[Any]("callback", setting="train.callbacks", built_in={})
 METRICS = Registry[Any]("metric", setting="observe.metrics", built_in={})
 SINKS = Registry[Any]("sink", setting="observe.sinks", built_in={})
+
+SELECTED = (
+    (ROUTERS, "model.router.name", "model.router.options"),
+    (EXPERT_FUNCTIONS, "model.experts.function", "model.experts.options"),
+    (OPTIMIZERS, "optim.name", "optim.options"),
+    (SCHEDULES, "schedule.name", "schedule.options"),
+    (OBJECTIVES, "train.objective", "train.objective_options"),
+    (CALLBACKS, "train.callbacks", "train.callback_options"),
+    (METRICS, "observe.metrics", "observe.metric_options"),
+    (SINKS, "observe.sinks", "observe.sink_options"),
+)
+"""The setting that names one thing of a kind, or a list of several, and that of the options."""

@@ -6,7 +6,7 @@ bring both. So each composed configuration is looked through before Hydra acts o
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hydra.errors import ConfigCompositionException
@@ -22,10 +22,14 @@ _LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHan
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def only_compose(plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
+def only_compose(
+    plugins: Mapping[str, tuple[str, ...]] = PLUGINS,
+    complete: Callable[[DictConfig], None] = lambda config: None,
+) -> None:
     """Has Hydra refuse, from now on in this process, configurations that name what is to be run.
 
-    `plugins` are the classes that may stand there, by the setting that names them. Ends the process
+    `plugins` are the classes that may stand there, by the setting that names them. `complete` may
+    add to a configuration before Hydra shows it or hands it on. Ends the process
     where the command line would have it load a pickle, which can name anything. Else it raises
     ConfigCompositionException where it composes one: for a run, a sweep and each of its trials.
     """
@@ -39,6 +43,7 @@ def only_compose(plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
     def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
         config = composed(self, *args, **kwargs)
         require_harmless(config, plugins)
+        complete(config)
         return config
 
     checked.unchecked = composed  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ Owns the command: what is refused, its order of work and what is said. Leaves th
 
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +53,8 @@ class UpcycleSettings:
     """Of the routers, the noise and the choice of units."""
     normalize_gates: bool = True
     """Whether a token's gates sum to one; only then does the model begin as the dense one."""
+    extensions: list[str] = field(default_factory=list)
+    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
 
 
 def upcycle(settings: UpcycleSettings) -> int:
