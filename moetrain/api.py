@@ -236,8 +236,10 @@ class Training:
 def training(config: Config, *, device: str | torch.device = "cpu") -> Iterator[Training]:
     """Begins training in this process, without a run's folder, until the context ends.
 
-    It joins a process group of one rank: one at a time in a process.
+    Builds the shards where they aren't there yet. It joins a process group of one rank: one at a
+    time in a process.
     """
+    open_or_build(config.data, progress=True)  # once resolved, a configuration names their folder
     resolved = resolve(config)
     with tempfile.TemporaryDirectory(prefix="moetrain-") as folder:
         join_ranks(

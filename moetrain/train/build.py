@@ -35,7 +35,7 @@ from moetrain.parallel import (
     parallelize,
     resolve_topology,
 )
-from moetrain.registries import CALLBACKS, METRICS, SINKS
+from moetrain.registries import CALLBACKS, SINKS
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain, history
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
@@ -49,7 +49,7 @@ from moetrain.train.resume import (
     told_changes,
 )
 from moetrain.train.state import TrainState, checkpoint_tensors
-from moetrain.train.step_report import Metric
+from moetrain.train.step_report import build_metrics
 from moetrain.train.stragglers import Stragglers
 from moetrain.train.trainer import Callback, Trainer
 
@@ -136,7 +136,7 @@ def build_trainer(
         ),
         tally=tally,
         callbacks=_callbacks(config, state),
-        metrics=_metrics(config),
+        metrics=build_metrics(config.observe),
     )
 
 
@@ -149,14 +149,6 @@ def _callbacks(config: Resolved, state: TrainState) -> dict[str, Callback]:
         if name in state.callbacks:
             made[name].restore(state.callbacks[name])
     return made
-
-
-def _metrics(config: Resolved) -> dict[str, Metric]:
-    given = config.observe.metric_options
-    return {
-        name: METRICS.get(name).made(METRICS.typed_options(name, given.get(name, {})))
-        for name in config.observe.metrics
-    }
 
 
 def _restored(

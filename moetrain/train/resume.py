@@ -6,7 +6,6 @@ Knows settings and manifests; reads no tensor. `changes` says what a setting dec
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import count
-from pathlib import Path
 
 import torch
 
@@ -164,15 +163,18 @@ def _way_from(config: Resolved, step: int) -> str:
     run = config.run_dir
     saved = sorted({step_of(path.name) or 0 for path in candidates(run / "checkpoints")})
     if step in saved:
-        return f"or begin another run at that step: {_branch(run, step)}"
+        return f"or begin another run at that step: {_branch(config, step)}"
     listed = ", ".join(map(str, saved)) or "none"
     return f"or another run.name: no checkpoint of that step is kept (there are: {listed})"
 
 
-def _branch(run: Path, step: int) -> str:
+def _branch(config: Resolved, step: int) -> str:
     """Returns the command that branches a run, into a folder that isn't there."""
+    run = config.run_dir
     to = next(to for n in count(2) if not (to := run.with_name(f"{run.name}-{n}")).exists())
     branch = ["python", "-m", "moetrain.branch", f"run={run}", f"step={step}", f"to={to}"]
+    if config.extensions:
+        branch.append(f"extensions=[{','.join(config.extensions)}]")
     return shell_command(branch)
 
 
@@ -236,11 +238,10 @@ def _tensors_fit(config: Resolved, manifest: Manifest) -> bool:
 
 
 def _ways_to_another_model(config: Resolved, manifest: Manifest, names: list[str]) -> str:
-    run = config.run_dir
     accept = shell_word(f"checkpoint.accept_changes=[{','.join(names)}]")
     return (
-        f". If the change is meant, add {accept}; {_branch(run, manifest.step)} makes another run "
-        "of this one to try it in"
+        f". If the change is meant, add {accept}; {_branch(config, manifest.step)} makes another "
+        "run of this one to try it in"
     )
 
 

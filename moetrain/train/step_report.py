@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.model import LossSums, Transformer
+from moetrain.registries import METRICS
+from moetrain.settings import ObserveSettings
 from moetrain.train.micro_batch import MicroBatch
 
 
@@ -62,3 +64,12 @@ class Metric(ABC):
         `sums` [n] float64 are over the global batch. Called on every rank, so that it may use
         collectives; the parameters of `model` are sharded.
         """
+
+
+def build_metrics(settings: ObserveSettings) -> dict[str, Metric]:
+    """Returns the metrics that the settings name, by name."""
+    given = settings.metric_options
+    return {
+        name: METRICS.get(name).made(METRICS.typed_options(name, given.get(name, {})))
+        for name in settings.metrics
+    }

@@ -29,7 +29,7 @@ from moetrain.train.build import build_model
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.objective import build_objective
 from moetrain.train.step import train_step
-from moetrain.train.step_report import StepReport
+from moetrain.train.step_report import StepReport, build_metrics
 from moetrain.verify.comparison import KINDS, Difference, difference, kind_of, norm, parts, worst
 from moetrain.verify.ranks import Tell
 from moetrain.verify.tolerance import Tolerances
@@ -95,6 +95,7 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
 
     gradients.clip = look_and_clip  # type: ignore[method-assign]
     watch = RoutingWatch(trial)
+    metrics = build_metrics(config.observe)
     reports: list[StepReport] = []
     for step in range(trial.num_steps):
         tell(step)
@@ -107,6 +108,7 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
                 gradients=gradients,
                 meshes=meshes,
                 learning_rate=config.optim.lr,
+                metrics=metrics,
             )
         )
         watch.end()
@@ -262,6 +264,7 @@ def _weights(
 def _figures(report: StepReport) -> dict[str, Tensor]:
     """Returns all figures of a step's report as tensors."""
     values = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+    values |= {f"metric {name}": sums for name, sums in values.pop("metric_sums").items()}
     return {
         name: torch.as_tensor(value, dtype=torch.float64)
         for name, value in values.items()
