@@ -28,7 +28,7 @@ from moetrain.command import config_dir
 from moetrain.config import resolve
 from moetrain.model import Transformer
 from moetrain.parallel import join_ranks
-from moetrain.settings import Config, ModelSettings
+from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.build import Trainer, build_trainer
 from moetrain.train.control import Control, RankPlace
@@ -172,7 +172,7 @@ def our_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> Callable[
 class _TransformersStep:
     """What Trainer does in a step: loss with the balance loss, clipping, fused AdamW."""
 
-    def __init__(self, model: nn.Module, config: Config, batch: MicroBatch) -> None:
+    def __init__(self, model: nn.Module, config: Resolved, batch: MicroBatch) -> None:
         optim = config.optim
         self.model, self.batch, self.max_norm = model.train(), batch, optim.clip_grad_norm
         decays = [p for p in model.parameters() if p.ndim > 1]
@@ -217,7 +217,7 @@ class _TransformersStep:
         return float(loss.item())
 
 
-def configured(case: Case, *, device: torch.device, folder: Path) -> Config:
+def configured(case: Case, *, device: torch.device, folder: Path) -> Resolved:
     """Returns the resolved configuration of the preset and its experiment, cut to the case."""
     files = config_dir()
     values = yaml.safe_load((files / "experiment" / f"{case.model}.yaml").read_text())

@@ -17,7 +17,7 @@ from data_pipeline import (
 from data_pipeline.tokenizers.json_tokenizer import train_bpe
 from moetrain.checks import ConfigError
 from moetrain.huggingface.tokenizer import TokenIds, write_tokenizer
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from tests.support.runs import tiny_config
 
 HARD = [
@@ -84,7 +84,7 @@ def bpe_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def a_run(folder: Path, *, vocab_size: int, **data: Any) -> Config:
+def a_run(folder: Path, *, vocab_size: int, **data: Any) -> Resolved:
     """A resolved configuration; there is no checkpoint, for none is read."""
     changes = {f"data__{key}": value for key, value in data.items()}
     return tiny_config(folder, shards=folder / "none", model__vocab_size=vocab_size, **changes)

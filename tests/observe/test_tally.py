@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moetrain.observe import EventLog, Tally, events, read_sign, run_account, tally
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, tiny_config, train_as_rank, write_shards
 
@@ -28,7 +28,7 @@ class SetDates(datetime):
         return super().now(tz) + timedelta(seconds=jump * (cls.asked > 2))
 
 
-def train_with_set_dates(config: Config) -> float:
+def train_with_set_dates(config: Resolved) -> float:
     """Starts and trains a run twice, the first time to step 5; returns how long it all took."""
     events.datetime = SetDates  # type: ignore[misc,attr-defined]
     tally.SIGN_EVERY_SECONDS = 0.0

@@ -16,7 +16,7 @@ from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checks import ConfigError
 from moetrain.config import resolve
-from moetrain.settings import Config
+from moetrain.settings import Config, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.control import Outcome
 from moetrain.train.prepare import global_batches, prepare
@@ -289,7 +289,7 @@ def test_damaged_sequences_are_skipped_and_counted_over_ranks_and_restarts(
     assert of_data(metrics_of(tmp_path / "parts")) == of_data(metrics_of(tmp_path))
 
 
-def forget_position(config: Config) -> dict[str, Any]:
+def forget_position(config: Resolved) -> dict[str, Any]:
     """Saves as a version without mixtures did, and goes on from there."""
     from moetrain.train import state
 

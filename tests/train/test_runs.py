@@ -17,7 +17,7 @@ from moetrain.checks import ConfigError
 from moetrain.export import ExportSettings, export
 from moetrain.model import active_parameters
 from moetrain.report import render_report
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.settings.validation import validated
 from moetrain.train import loop
 from moetrain.train.control import Outcome
@@ -155,7 +155,7 @@ def test_a_padded_vocabulary_trains_and_comes_back_from_hugging_face_as_it_was(
     settings = ExportSettings(run=str(tmp_path / "runs/tiny"), to=str(exported))
     settings = dataclasses.replace(settings, drop_router_bias=True)
     assert export(settings) == 0
-    back = validated(read_manifest(imported(exported, again)).config, Config)
+    back = validated(read_manifest(imported(exported, again)).config, Resolved)
     assert back.model.vocab_size == 320
     assert export(ExportSettings(run=str(again), to=str(tmp_path / "second"))) == 0
     assert_bitwise_equal(tensors_in(tmp_path / "second"), tensors_in(exported))
@@ -177,7 +177,7 @@ def test_a_vocabulary_that_is_too_small_for_the_text_is_refused(
     )
 
 
-def train_with_odd_metrics(config: Config, attempt: int) -> Outcome:
+def train_with_odd_metrics(config: Resolved, attempt: int) -> Outcome:
     """Trains as a rank whose records have more than numbers in them, with the real W&B."""
     measured = loop.metric_record
     odd = {"odd/text": "fast", "odd/nested": {"a": [1]}, "odd/array": np.ones(2), "odd/call": print}

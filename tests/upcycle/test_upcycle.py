@@ -18,7 +18,7 @@ from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.tokenizer import write_tokenizer
 from moetrain.model import initial_values
-from moetrain.settings import Config, ModelSettings
+from moetrain.settings import ModelSettings, Resolved
 from moetrain.settings.validation import validated
 from moetrain.upcycle.__main__ import UpcycleSettings, upcycle
 from tests.support.huggingface_folders import loaded
@@ -50,7 +50,7 @@ def upcycled(dense: Path, to: Path, **settings: Any) -> Path:
 
 
 def settings_of(checkpoint: Path) -> ModelSettings:
-    return validated(read_manifest(checkpoint).config, Config).model
+    return validated(read_manifest(checkpoint).config, Resolved).model
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_same_numbers_come_on_any_day(dense: Path, tmp_path: Path) -> None:
 def test_an_export_finds_tokenizer_and_origin(dense: Path, tmp_path: Path) -> None:
     checkpoint = upcycled(dense, tmp_path / "moe")
     manifest = read_manifest(checkpoint)
-    config = validated(manifest.config, Config)
+    config = validated(manifest.config, Resolved)
     before = read_manifest(dense / "checkpoints/step_00000016")
     assert manifest.config["data"] == before.config["data"]
     ids = write_tokenizer(
