@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_what_nobody_reads_is_thrown_away_and_what_was_read_is_whole(buffered: bool) -> None:
     reading, writing = os.pipe()
     with open(writing, "wb", buffering=-1 if buffered else 0) as pipe:
-        stream = io.TextIOWrapper(pipe, encoding="utf-8", write_through=not buffered)  # type: ignore[arg-type]
+        stream = io.TextIOWrapper(pipe, encoding="utf-8", write_through=not buffered)
         text = persistent_stream(stream)
         text.write("première ligne\n")
         text.flush()

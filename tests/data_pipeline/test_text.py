@@ -1,5 +1,6 @@
 """Text tokenised while training: the same batches by any ranks, workers and restarts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,13 @@ def test_a_source_that_was_left_out_for_a_while_goes_on_where_it_was(tmp_path: P
         write_corpus(tmp_path / name, seed=number)
     build({name: tmp_path / name for name in ("one", "two")}, tmp_path / "text", tokenizer="none")
 
-    def mixed(weights: dict[str, float], position: dict[str, Any] | None) -> GlobalBatches:
+    def mixed(weights: Mapping[str, float], position: dict[str, Any] | None) -> GlobalBatches:
         return GlobalBatches(
             ShardFolder.open(tmp_path / "text", tokenizer="bytes"),
             seq_len=SEQ_LEN,
             global_batch_size=BATCH,
             seed=0,
-            data=DataSettings(weights=weights),
+            data=DataSettings(weights=dict(weights)),
             position=position,
         )
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -97,8 +98,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, token
         # The first five, together at most 15/20 of all calls, can't end it; a later one may.
         killed_at = int(random.integers((num_kills + 1) * num_calls // 20))
         child = in_child(
-            lambda moment=killed_at: at_call(
-                moment,
+            partial(
+                at_call,
+                killed_at,
                 lambda: os.kill(os.getpid(), signal.SIGKILL),
                 lambda: build(sources, tmp_path / "to", **settings),
             )
