@@ -72,7 +72,7 @@ def _second_stays_away(folder: Path, shards: Path) -> list[str]:
                 time.sleep(4.0)
             return planned(self, table)
 
-        AllToAllExchange._plan = stay_away  # type: ignore[method-assign, assignment]
+        AllToAllExchange._plan = stay_away  # type: ignore[assignment]
     else:
         listened = Activity.collective
 
@@ -85,7 +85,7 @@ def _second_stays_away(folder: Path, shards: Path) -> list[str]:
             threading.Timer(2.0, look).start()
             return listened(self, name)
 
-        Activity.collective = listen  # type: ignore[method-assign, assignment]
+        Activity.collective = listen  # type: ignore[assignment]
     train_as_rank(tiny_config(folder, shards=shards, num_workers=2, train__num_steps=4), None, 1)
     return seen[:1]
 

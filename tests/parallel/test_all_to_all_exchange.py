@@ -270,7 +270,7 @@ def live_transfers() -> list[int]:
         made.append(weakref.ref(result := real(*arguments)))
         return result
 
-    exchange._transfer = transfer  # type: ignore[method-assign]
+    exchange._transfer = transfer
     for _ in range(3):
         x = torch.randn(len(experts), DIM, requires_grad=True)
         gates = torch.rand(len(experts), TOP_K, requires_grad=True)
@@ -290,7 +290,7 @@ def warn_as_rank() -> list[str]:
     """Returns what a rank says when all tokens go to the last one's experts."""
     said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("moetrain.parallel").addHandler(handler)
     exchange = AllToAllExchange(num_experts=8, group=dist.group.WORLD, layer=5)
     x, experts = torch.randn(10, DIM), torch.tensor([[6, 7]] * 10)

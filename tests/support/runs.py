@@ -75,7 +75,7 @@ def train_as_rank(config: Resolved, stop_at: int | None, attempt: int) -> Outcom
                 control.request_stop()
             beat(phase, step)
 
-        control.heartbeat, control.publish = stop_in_time, publish  # type: ignore[method-assign]
+        control.heartbeat, control.publish = stop_in_time, publish
     place = RankPlace(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

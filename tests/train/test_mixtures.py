@@ -295,11 +295,9 @@ def forget_position(config: Resolved) -> dict[str, Any]:
 
     as_json = state.TrainState.as_json
     new = ("position", "source_tokens", "corrupt_sequences", "tokenizer")
-    state.TrainState.as_json = lambda self: {  # type: ignore[method-assign]
-        k: v for k, v in as_json(self).items() if k not in new
-    }
+    state.TrainState.as_json = lambda self: {k: v for k, v in as_json(self).items() if k not in new}
     train_as_rank(config, 3, 1)
-    state.TrainState.as_json = as_json  # type: ignore[method-assign]
+    state.TrainState.as_json = as_json
     return {}
 
 
