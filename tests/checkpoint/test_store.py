@@ -150,7 +150,7 @@ def test_a_file_system_that_fails_for_now_is_told_from_what_another_attempt_woul
     assert f"[Errno {told}]" in first[1]
 
 
-def lose_rank_1(directory: Path, how: str) -> tuple[str, float, float] | None:
+def lose_rank_1(directory: Path, how: str) -> tuple[str, float, float]:
     """Saves twice; during the second save rank 1 dies or stops to answer."""
     store = open_store(directory, timeout=TIMEOUT)
     store.save(tensors(), step=1, state={})
@@ -176,7 +176,9 @@ def test_a_rank_lost_in_the_middle_of_a_save_leaves_no_other_hanging(
 ) -> None:
     first, lost, last = run_ranks(lose_rank_1, 3, tmp_path, how, may_be_lost=1)
     assert lost is None
-    for failure, waited, closed in (first, last):
+    for answer in (first, last):
+        assert answer is not None
+        failure, waited, closed = answer
         assert failure
         # One collective of ours that gives up, or finds the others gone; the rest is slack for a
         # busy machine, and less than a second wait would take.
@@ -203,6 +205,7 @@ def foresee(directory: Path) -> list[str | None]:
 
 def test_a_full_disk_is_foreseen_before_anything_is_written(tmp_path: Path) -> None:
     short, enough = run_ranks(foresee, 2, tmp_path)[1]
+    assert short is not None
     assert "checkpoint of step 2" in short
     assert "No space left: 0.0 MiB are needed, 0.0 MiB are free" in short
     assert "checkpoint.keep_last" in short

@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, overload
 
 import pytest
 import torch
@@ -14,19 +14,41 @@ import torch.distributed as dist
 
 from moetrain.parallel import join_ranks
 
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
 # A server that has imported torch once and forks ranks from a single-threaded state: forking
 # pytest itself would copy the locks of its thread pools.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "moetrain.parallel", "moetrain.config"])
 
 
+@overload
 def run_ranks(
-    function: Callable[..., Any],
+    function: Callable[[*Arguments], Result],
     world_size: int,
-    *arguments: Any,
+    *arguments: *Arguments,
+    timeout: float = 120,
+) -> list[Result]: ...
+
+
+@overload
+def run_ranks(
+    function: Callable[[*Arguments], Result],
+    world_size: int,
+    *arguments: *Arguments,
+    timeout: float = 120,
+    may_be_lost: int,
+) -> list[Result | None]: ...
+
+
+def run_ranks(
+    function: Callable[[*Arguments], Result],
+    world_size: int,
+    *arguments: *Arguments,
     timeout: float = 120,
     may_be_lost: int | None = None,
-) -> list[Any]:
+) -> Any:
     """Runs `function(*arguments)` as each of `world_size` gloo ranks; returns what each returned.
 
     The function and its results must pickle. A rank that raises or dies fails the test with
