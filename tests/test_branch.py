@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain import branch as command
 from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint.manifest import read_manifest, verify_all
 from moetrain.huggingface.run_facts import read_facts
@@ -95,7 +94,7 @@ def test_where_links_cannot_be_made_the_checkpoint_is_copied(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(command.os, "link", refuse)  # what a second file system answers
+    monkeypatch.setattr(os, "link", refuse)  # what a second file system answers
     assert branched(trained, tmp_path / "b", step=6) == 0
     assert "MiB, a copy" in capsys.readouterr().out
     placed = tmp_path / "b/checkpoints/step_00000006"

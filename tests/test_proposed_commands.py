@@ -223,7 +223,8 @@ def test_what_can_t_be_swept_or_is_a_trial_is_not_told_to_be(
         return list(closing_lines(config, outcome, shards, tmp_path))[-1]
 
     for group in ("schedule", "optim"):
-        line = last(**{f"{group}__restart_from": 4})
+        changes: dict[str, Any] = {f"{group}__restart_from": 4}
+        line = last(**changes)
         assert "train on with" in line
         assert "or try" not in line
     monkeypatch.setenv(TRIAL_VARIABLE, "1")
