@@ -13,6 +13,9 @@ from moetrain.settings.validation import validated
 from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
 
+Changes = dict[str, Any]
+"""What differs from the tiny configuration: `a__b` names the setting a.b."""
+
 TIMING = ("perf/", "memory/", "checkpoint/")
 
 

@@ -16,7 +16,7 @@ from moetrain.train.means import RunningMeans
 from moetrain.train.state import TrainState
 from moetrain.train.step import StepReport
 from tests.support.ranks import run_ranks
-from tests.support.runs import metrics_of, tiny_config, train_as_rank, write_shards
+from tests.support.runs import Changes, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import spoil_gradients
 
 BY_TOKENS = (
@@ -82,8 +82,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Sequences of whole documents: each step has other tokens.
-UNEVEN: dict[str, Any] = {"data__packing": "best_fit", "model__router__bias_update_rate": 0.5}
-SGD: dict[str, Any] = {
+UNEVEN: Changes = {"data__packing": "best_fit", "model__router__bias_update_rate": 0.5}
+SGD: Changes = {
     "optim__name": "sgd",
     "optim__lr": 0.1,
     "model__router__bias_update_rate": 0.0,

@@ -15,8 +15,11 @@ import torch.distributed as dist
 
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import CheckpointError, read_manifest
+from moetrain.model import random_stream
+from moetrain.optim import learning_rate
 from moetrain.settings import Resolved
 from moetrain.train import loop, micro_batch, rank
+from moetrain.train.build import build_trainer
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import assert_same_tensors
@@ -40,10 +43,9 @@ def changed(module: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def each_trainer(change: Callable[[Any], None]) -> Iterator[None]:
     """Changes each trainer in this process after its checkpoint has been loaded."""
-    build = rank.build_trainer
 
     def build_and_change(*arguments: Any, **options: Any) -> Any:
-        trainer = build(*arguments, **options)
+        trainer = build_trainer(*arguments, **options)
         change(trainer)
         return trainer
 
@@ -79,17 +81,16 @@ def read_from_the_start(trainer: Any) -> None:
 
 @contextmanager
 def schedule_from_the_start() -> Iterator[None]:
-    rate = loop.learning_rate
-    with changed(loop, "learning_rate", lambda step, **rest: rate(step - STOP, **rest)):
+
+    with changed(loop, "learning_rate", lambda step, **rest: learning_rate(step - STOP, **rest)):
         yield
 
 
 @contextmanager
 def noise_from_the_start() -> Iterator[None]:
-    stream = micro_batch.random_stream
 
     def restarted(seed: int, kind: str, sample: int) -> int:
-        return stream(seed, kind, sample - SAMPLES)
+        return random_stream(seed, kind, sample - SAMPLES)
 
     with changed(micro_batch, "random_stream", restarted):
         yield
