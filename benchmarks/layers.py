@@ -147,7 +147,7 @@ def moetrain(
     device, dtype = weights.gate.device, weights.gate.dtype
     layer = MoELayer(model_settings(shape, experts=experts)).to(device, dtype)
     layer.router.weight.copy_(weights.router)
-    layer.experts.gate.copy_(weights.gate)
+    layer.experts.get_parameter("gate").copy_(weights.gate)
     layer.experts.up.copy_(weights.up)
     layer.experts.down.copy_(weights.down)
     if choice is not None:
@@ -389,7 +389,7 @@ class Limit:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        product: Callable[..., Tensor] = torch.mm,
+        product: Callable[..., object] = torch.mm,
     ) -> None:
         self.product = product
         rows, dim, hidden = shape.rows, shape.dim, shape.hidden

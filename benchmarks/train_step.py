@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,11 +31,12 @@ from moetrain.model import Transformer
 from moetrain.parallel import join_ranks
 from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import validated
-from moetrain.train.build import Trainer, build_trainer
+from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, RankPlace
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.rank import keep_freed_memory
 from moetrain.train.step import train_step
+from moetrain.train.trainer import Trainer
 
 TOKENIZERS = {257: "bytes", 32000: "mixtral-v1"}  # by size of the vocabulary
 EXPERTS = ("eager", "grouped_mm")
@@ -119,7 +121,7 @@ def measure(
     losses |= {name: theirs.loss_with(name) for name in EXPERTS}
     passes: dict[str, Callable[[], object]] = {"moetrain": our_step(trainer, micro_batches)}
     for name in EXPERTS:
-        passes[name] = lambda name=name: theirs.step_with(name)
+        passes[name] = partial(theirs.step_with, name)
     taken = time_in_turn(passes, rounds=rounds, warmup=2, device=device)
     trainer.close(0)
 
@@ -203,7 +205,7 @@ class _TransformersStep:
         """Returns the cross-entropy, in nats, without the balance loss."""
         output = self._forward(experts)
         weight = self.model.config.router_aux_loss_coef  # type: ignore[union-attr]
-        loss: Tensor = output.loss - weight * output.aux_loss  # type: ignore[operator]
+        loss: Tensor = output.loss - weight * output.aux_loss
         return loss.item()
 
     def step_with(self, experts: str) -> float:
@@ -255,7 +257,7 @@ def _same_in_transformers(model: Transformer) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     settings: ModelSettings = model.settings
-    oracle = MixtralForCausalLM(
+    oracle: nn.Module = MixtralForCausalLM(
         MixtralConfig(
             vocab_size=settings.vocab_size,
             hidden_size=settings.dim,

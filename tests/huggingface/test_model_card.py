@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from data_pipeline import BuildSettings, ShardFolder, build_shards
+from data_pipeline.settings import SourceSettings
 from launch.run_folder import open_run
 from moetrain.checkpoint.manifest import Manifest, read_manifest
 from moetrain.huggingface.model_card import write_model_card
@@ -37,9 +38,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer="bytes",
         to=str(folder / "shards"),
         validation_fraction=0.2,
-        sources={  # type: ignore[arg-type]
-            "code": {"corpus": str(folder / "code"), "licence": "PSF-2.0"},
-            "prose": {"corpus": str(folder / "prose"), "licence": "CC0-1.0", "language": "en"},
+        sources={
+            "code": SourceSettings(corpus=str(folder / "code"), licence="PSF-2.0"),
+            "prose": SourceSettings(corpus=str(folder / "prose"), licence="CC0-1.0", language="en"),
         },
     )
     build_shards(settings, progress=False)

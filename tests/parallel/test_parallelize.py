@@ -182,7 +182,7 @@ def all_tokens_to_one_rank() -> dict[str, Any]:
     assert isinstance(output, LossSums)
     output.cross_entropy.backward()
     assert all(p.grad is not None for p in model.parameters())
-    gate = sharded(model.moe_layers()[0].experts.gate.grad).full_tensor()
+    gate = sharded(model.moe_layers()[0].experts.get_parameter("gate").grad).full_tensor()
     return {"by expert": gate.abs().sum((1, 2)).tolist()}
 
 

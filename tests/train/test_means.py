@@ -14,7 +14,7 @@ from moetrain.checkpoint.manifest import read_manifest
 from moetrain.settings import Resolved
 from moetrain.train.means import RunningMeans
 from moetrain.train.state import TrainState
-from moetrain.train.step import StepReport
+from moetrain.train.step_report import StepReport
 from tests.support.ranks import run_ranks
 from tests.support.runs import Changes, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import spoil_gradients

@@ -185,7 +185,7 @@ def test_what_is_there_is_neither_taken_for_dense_nor_written_over(
 ) -> None:
     upcycled(dense, tmp_path / "moe")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "moe").rglob("*")}
-    many = {"num_experts": 4, "top_k": 2}
+    many: dict[str, Any] = {"num_experts": 4, "top_k": 2}
     assert upcycle(UpcycleSettings(from_=str(dense), to=str(tmp_path / "moe"), **many)) == 2
     assert "moe: is there already" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "moe").rglob("*")} == before
