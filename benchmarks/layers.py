@@ -355,9 +355,9 @@ def megablocks(shape: Shape, weights: Weights, choice: Tensor | None) -> Layer:
         mlp.w2.copy_(weights.down.flatten(0, 1))
 
     def forward(x: Tensor) -> Tensor:
-        out = layer(x.unsqueeze(1)).squeeze(1)
+        out: Tensor = layer(x.unsqueeze(1)).squeeze(1)
         moe.clear_load_balancing_loss()  # a list of the module's, which would grow without end
-        return out  # type: ignore[no-any-return]
+        return out
 
     version = importlib.metadata.version("megablocks")
     parameters, router = list(layer.parameters()), layer.router.layer.weight

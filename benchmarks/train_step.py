@@ -176,7 +176,8 @@ class _TransformersStep:
 
     def __init__(self, model: nn.Module, config: Resolved, batch: MicroBatch) -> None:
         optim = config.optim
-        self.model, self.batch, self.max_norm = model.train(), batch, optim.clip_grad_norm
+        self.model: Any = model.train()  # transformers' own methods are not a Module's
+        self.batch, self.max_norm = batch, optim.clip_grad_norm
         decays = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -192,7 +193,7 @@ class _TransformersStep:
         self.labels = batch.targets.masked_fill(~batch.valid, -100)
 
     def _forward(self, experts: str) -> Any:
-        self.model.set_experts_implementation(experts)  # type: ignore[operator]
+        self.model.set_experts_implementation(experts)
         return self.model(
             input_ids=self.batch.tokens,
             labels=self.labels,
@@ -204,7 +205,7 @@ class _TransformersStep:
     def loss_with(self, experts: str) -> float:
         """Returns the cross-entropy, in nats, without the balance loss."""
         output = self._forward(experts)
-        weight = self.model.config.router_aux_loss_coef  # type: ignore[union-attr]
+        weight = self.model.config.router_aux_loss_coef
         loss: Tensor = output.loss - weight * output.aux_loss
         return loss.item()
 

@@ -51,8 +51,8 @@ def test_a_command_into_head_prints_no_traceback_and_keeps_its_exit_code(
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", module, *arguments]
     # An error writes to standard error alone; elsewhere that must stay empty.
-    streams = {"stdout": writing, "stderr": subprocess.PIPE} if code == 0 else {"stderr": writing}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, check=False, **streams)  # type: ignore[call-overload]
+    out, err = (writing, subprocess.PIPE) if code == 0 else (None, writing)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, check=False, stdout=out, stderr=err)
     os.close(writing)
     assert done.returncode == code, done.stderr
     assert not done.stderr

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -38,14 +38,14 @@ def server() -> Iterator[FileServer]:
 
 def settings(tmp_path: Path, **changes: object) -> CacheSettings:
     """A cache of the test's own that gives up soon."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "dir": str(tmp_path / "cache"),
         "timeout_seconds": 0.5,
         "num_retries": 2,
         "pause_seconds": 0.01,
         **changes,
     }
-    return CacheSettings(**chosen)  # type: ignore[arg-type]
+    return CacheSettings(**chosen)
 
 
 def remote(server: FileServer, tmp_path: Path, **changes: object) -> ShardFiles:

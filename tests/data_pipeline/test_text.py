@@ -20,6 +20,7 @@ from data_pipeline import (
     ValidationBatches,
     build_shards,
 )
+from data_pipeline.settings import SourceSettings
 from tests.data_pipeline.conftest import build, write_corpus
 
 BATCH = 12
@@ -34,7 +35,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def batches_of(
-    text: Path, *, tokenizer: str = "bytes", num_workers: int = 0, **more: object
+    text: Path, *, tokenizer: str = "bytes", num_workers: int = 0, **more: Any
 ) -> GlobalBatches:
     return GlobalBatches(
         ShardFolder.open(text, tokenizer=tokenizer),
@@ -42,7 +43,7 @@ def batches_of(
         global_batch_size=BATCH,
         seed=3,
         data=DataSettings(num_workers=num_workers),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
@@ -140,8 +141,8 @@ def test_reading_in_any_order_finds_the_same(text: Path) -> None:
 def test_several_sources_are_mixed_as_tokens_are(tmp_path: Path) -> None:
     for number, name in enumerate(("one", "two")):
         write_corpus(tmp_path / name, seed=number)
-    sources = {name: {"corpus": str(tmp_path / name)} for name in ("one", "two")}
-    settings = BuildSettings(to=str(tmp_path / "text"), tokenizer="none", sources=sources)  # type: ignore[arg-type]
+    sources = {name: SourceSettings(corpus=str(tmp_path / name)) for name in ("one", "two")}
+    settings = BuildSettings(to=str(tmp_path / "text"), tokenizer="none", sources=sources)
     build_shards(settings, progress=False)
     folder = ShardFolder.open(tmp_path / "text", tokenizer="bytes")
     data = DataSettings(weights={"one": 3.0, "two": 1.0})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +166,8 @@ def test_a_bad_setting_ends_the_command_with_nothing_written(
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", _random(TINY))
     (tmp_path / "run" / "config").touch()
-    settings = ExportSettings(**{"run": "run", "to": "theirs", **change})  # type: ignore[arg-type]
+    values: dict[str, Any] = {"run": "run", "to": "theirs", **change}
+    settings = ExportSettings(**values)
     assert export(settings) == 2
     assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

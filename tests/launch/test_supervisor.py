@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -109,7 +109,7 @@ def supervised(nodes: Nodes, folder: Path, *, device: str = "cpu", **launch: Any
     )
     return Supervisor(
         config,
-        nodes,  # type: ignore[arg-type]
+        cast(RayCluster, nodes),  # it stands in for what a supervisor asks of a cluster
         refit=lambda num_ranks: replace(
             config, launch=replace(config.launch, num_workers=num_ranks)
         ),

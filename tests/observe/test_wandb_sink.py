@@ -102,7 +102,7 @@ def test_loads_become_a_histogram_of_fair_shares_for_all_layers_and_for_each(
 ) -> None:
     logged: list[dict[str, Any]] = []
     _fake(monkeypatch, log=lambda values, step: logged.append(values))
-    sys.modules["wandb"].Histogram = wandb.Histogram  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys.modules["wandb"], "Histogram", wandb.Histogram, raising=False)
     sink = WandbSink(
         WandbSettings(mode="offline"),
         run_name="toy",

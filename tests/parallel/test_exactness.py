@@ -178,7 +178,7 @@ def train_with_mask(
         # Torch then fills what it allocates and doesn't write with nan. Its setting is a property
         # that the module gets when it is imported, which no checker of types sees.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # as said
         assert torch.empty(3).isnan().all()
     reports = []
     for step in range(steps):

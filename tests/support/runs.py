@@ -33,7 +33,7 @@ def write_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
-def tiny_values(folder: Path, *, shards: Path, **changes: Any) -> dict[str, Any]:
+def tiny_values(folder: Path, *, shards: Path | str, **changes: Any) -> dict[str, Any]:
     """Returns the plain configuration of a tiny run; `a__b=x` changes a.b."""
     values: dict[str, Any] = {
         "model": {
@@ -59,7 +59,9 @@ def tiny_values(folder: Path, *, shards: Path, **changes: Any) -> dict[str, Any]
     return values
 
 
-def tiny_config(folder: Path, *, shards: Path, num_workers: int = 1, **changes: Any) -> Resolved:
+def tiny_config(
+    folder: Path, *, shards: Path | str, num_workers: int = 1, **changes: Any
+) -> Resolved:
     """Returns a resolved tiny configuration."""
     config = validated(tiny_values(folder, shards=shards, **changes), Config)
     return resolve(config, num_workers=num_workers, now=datetime(2026, 1, 1))

@@ -262,7 +262,7 @@ def test_a_stage_that_never_begins_and_a_weight_that_is_no_number_are_refused(
 
 
 def test_shards_at_a_url_are_left_where_they_are(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, shards="s3://bucket/shards")  # type: ignore[arg-type]
+    config = tiny_config(tmp_path, shards="s3://bucket/shards")
     assert config.data.dir == "s3://bucket/shards"
     here = replace(config, data=replace(config.data, dir="here"))
     config = resolve(here, num_workers=1, now=datetime(2026, 1, 1))
