@@ -39,6 +39,7 @@ def change_shard(folder: ShardFolder, change: Callable[[list[Member]], None]) ->
     with tarfile.open(path) as tar:
         files = [(info, tar.extractfile(info)) for info in tar]
         members = [Member(info, file.read()) for info, file in files if file is not None]
+    assert len(members) == len(files), "a shard holds files alone"
     change(members)
     with tarfile.open(path, "w") as tar:
         for member in members:
