@@ -85,9 +85,9 @@ def outcome(module: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
     if module.startswith("data_pipeline."):
         try:
-            command.run_command(work, settings_type=tree, module=module, about="")
-        except SystemExit as ended:
-            return int(str(ended.code)), got
+            command.run_command(got.append, settings_type=tree, module=module, about="")
+        except SystemExit as exited:
+            return int(str(exited.code)), got
         return 0, got
     files = config_dir() if issubclass(tree, Config) else None
     with pytest.raises(SystemExit) as ended:

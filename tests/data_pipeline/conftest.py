@@ -6,6 +6,7 @@ import tarfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,16 +31,16 @@ def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[
     return texts
 
 
-def build(corpus: Path | dict[str, Path], to: Path, **settings: object) -> ShardFolder:
+def build(corpus: Path | dict[str, Path], to: Path, **settings: Any) -> ShardFolder:
     """A folder of byte tokens with small shards, unless told otherwise, of one source or more."""
-    given: dict[str, object] = (
+    given: dict[str, Any] = (
         {"sources": {name: {"corpus": str(path)} for name, path in corpus.items()}}
         if isinstance(corpus, dict)
         else {"corpus": str(corpus)}
     )
     chosen = {"tokenizer": "bytes", "shard_tokens": 5000, "validation_fraction": 0.2, **settings}
     return build_shards(
-        BuildSettings(to=str(to), **given, **chosen),  # type: ignore[arg-type]
+        BuildSettings(to=str(to), **given, **chosen),
         progress=False,
     )
 

@@ -43,7 +43,7 @@ def save_dataset(folder: Path, shards: list[list[str]]) -> None:
             pa.ipc.new_stream(file, schema) as to,
         ):
             to.write_table(table)
-    state = {
+    state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": "81ae67ba3f255627",
         "_format_columns": None,

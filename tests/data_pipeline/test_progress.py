@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from data_pipeline import progress
 from data_pipeline.progress import byte_progress
 
 WORK = """
@@ -47,7 +47,7 @@ def test_log_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with byte_progress("building", num_bytes=60_000_000, shown=True) as counter:
         for _ in range(5):
             now[0] += 4.0

@@ -1,5 +1,6 @@
 """Text tokenised while training: the same batches by any ranks, workers and restarts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_pipeline import (
     ValidationBatches,
     build_shards,
 )
+from data_pipeline.settings import SourceSettings
 from tests.data_pipeline.conftest import build, write_corpus
 
 BATCH = 12
@@ -33,7 +35,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def batches_of(
-    text: Path, *, tokenizer: str = "bytes", num_workers: int = 0, **more: object
+    text: Path, *, tokenizer: str = "bytes", num_workers: int = 0, **more: Any
 ) -> GlobalBatches:
     return GlobalBatches(
         ShardFolder.open(text, tokenizer=tokenizer),
@@ -41,7 +43,7 @@ def batches_of(
         global_batch_size=BATCH,
         seed=3,
         data=DataSettings(num_workers=num_workers),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
@@ -139,8 +141,8 @@ def test_reading_in_any_order_finds_the_same(text: Path) -> None:
 def test_several_sources_are_mixed_as_tokens_are(tmp_path: Path) -> None:
     for number, name in enumerate(("one", "two")):
         write_corpus(tmp_path / name, seed=number)
-    sources = {name: {"corpus": str(tmp_path / name)} for name in ("one", "two")}
-    settings = BuildSettings(to=str(tmp_path / "text"), tokenizer="none", sources=sources)  # type: ignore[arg-type]
+    sources = {name: SourceSettings(corpus=str(tmp_path / name)) for name in ("one", "two")}
+    settings = BuildSettings(to=str(tmp_path / "text"), tokenizer="none", sources=sources)
     build_shards(settings, progress=False)
     folder = ShardFolder.open(tmp_path / "text", tokenizer="bytes")
     data = DataSettings(weights={"one": 3.0, "two": 1.0})
@@ -203,13 +205,13 @@ def test_a_source_that_was_left_out_for_a_while_goes_on_where_it_was(tmp_path: P
         write_corpus(tmp_path / name, seed=number)
     build({name: tmp_path / name for name in ("one", "two")}, tmp_path / "text", tokenizer="none")
 
-    def mixed(weights: dict[str, float], position: dict[str, Any] | None) -> GlobalBatches:
+    def mixed(weights: Mapping[str, float], position: dict[str, Any] | None) -> GlobalBatches:
         return GlobalBatches(
             ShardFolder.open(tmp_path / "text", tokenizer="bytes"),
             seq_len=SEQ_LEN,
             global_batch_size=BATCH,
             seed=0,
-            data=DataSettings(weights=weights),
+            data=DataSettings(weights=dict(weights)),
             position=position,
         )
 

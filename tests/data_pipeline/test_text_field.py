@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def test_shards_of_an_older_program_hold_the_usual_field(tmp_path: Path) -> None
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "x.jsonl").write_text("".join(f'{{"text": "text {n}"}}\n' for n in range(40)))
-    settings = {"corpus": str(corpus), "to": str(tmp_path / "to"), "tokenizer": "bytes"}
-    build_shards(BuildSettings(**settings), progress=False)  # type: ignore[arg-type]
+    settings = BuildSettings(corpus=str(corpus), to=str(tmp_path / "to"), tokenizer="bytes")
+    build_shards(settings, progress=False)
     index = json.loads((tmp_path / "to" / "index.json").read_text())
     for source in index["build"]["sources"].values():
         del source["text_field"]
@@ -133,8 +134,8 @@ def test_shards_of_an_older_program_hold_the_usual_field(tmp_path: Path) -> None
         for key in ("left_out_examples", "unknown_endings", "ending_examples"):
             del source[key]
     (tmp_path / "to" / "index.json").write_text(json.dumps(index))
-    for field in ({}, {"text_field": "text"}):
-        assert existing_shards(BuildSettings(**settings, **field)) is not None  # type: ignore[arg-type]
+    for same in (settings, replace(settings, text_field="text")):
+        assert existing_shards(same) is not None
 
 
 def test_trainer_builds_each_field_into_a_folder_of_its_own(

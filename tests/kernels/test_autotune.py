@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -120,14 +121,15 @@ def test_one_that_raises_is_left_out_with_its_reason(
         fastest({"broken": broken}, key="other", cache=cache)
 
 
-def _measure_in_a_process(cache: Path, name: str, barrier: object) -> str:
+def _measure_in_a_process(cache: Path, name: str, barrier: Barrier) -> str:
+    calls = 0
+
     def wait_then_work() -> None:
         nonlocal calls
         calls += 1
         if calls == 6:  # the last call: both processes have found no entry
-            barrier.wait(timeout=60)  # type: ignore[attr-defined]
+            barrier.wait(timeout=60)
 
-    calls = 0
     later = {"a": "b", "b": "a"}[name]
     seconds = {name: 0.0, later: 1.0}
     now = 0.0
@@ -227,7 +229,8 @@ def test_forward_and_backward_are_measured_and_leave_nothing_behind(cache: Path)
 
     def slow(x: Tensor, gates: Tensor, copies: Copies, *weights: Tensor) -> Tensor:
         total = gates.sum() + sum(weight.sum() for weight in weights)
-        return SlowBackward.apply(x * total)  # type: ignore[no-any-return, no-untyped-call]
+        apply: Callable[..., Tensor] = SlowBackward.apply
+        return apply(x * total)
 
     def quick(x: Tensor, gates: Tensor, copies: Copies, *weights: Tensor) -> Tensor:
         time.sleep(0.01)

@@ -51,8 +51,8 @@ def known(events: list[dict[str, Any]], **rest: Any) -> Account:
     return found
 
 
-def times(events: list[dict[str, Any]], **rest: Any) -> dict[str, float]:
-    """Returns what there is of each kind of time."""
+def times(events: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
+    """Returns what there is of each kind of time, to compare with."""
     seconds = known(events, **rest).seconds
     return {kind: pytest.approx(value) for kind, value in seconds.items() if value}
 

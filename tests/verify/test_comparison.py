@@ -65,7 +65,8 @@ def test_each_expert_is_compared_by_itself_and_by_its_global_id() -> None:
         for (where, a), (_, b) in zip(parts(name, ours), parts(name, theirs), strict=True)
     )
     assert found is not None
-    assert (found.where, found.relative) == (f"{name} of expert 2", pytest.approx(1.0))
+    assert found.where == f"{name} of expert 2"
+    assert found.relative == pytest.approx(1.0)
     assert not found.passes
     swapped = theirs[[1, 0, 2, 3]]
     assert difference("", swapped[0], theirs[0], allowed=1e-4).relative > 0.9
