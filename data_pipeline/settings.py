@@ -10,7 +10,7 @@ import re
 from dataclasses import field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -146,6 +146,7 @@ class DataSettings:
 
     dir: PathText | None = None
     corpus: PathText = "stdlib"
+    corpus_options: dict[str, Any] = field(default_factory=dict)
     text_field: TextField = TEXT_FIELD
     tokenizer: PathText = "bytes"
     weights: dict[str, float | None] = field(default_factory=dict)
@@ -167,10 +168,12 @@ class DataSettings:
 class SourceSettings:
     """One source of a build: where its text is, and what the index says of it.
 
-    `text_field` is the field of JSON and tables; none given: the build's.
+    `text_field` is the field of JSON and tables; none given: the build's. `corpus_options` are the
+    settings of a data source of an extension.
     """
 
     corpus: PathText
+    corpus_options: dict[str, Any] = field(default_factory=dict)
     text_field: TextField | None = None
     language: str | None = None
     licence: str | None = None
@@ -190,12 +193,14 @@ class BuildSettings:
     (of bytes, for text) at which a shard is full. `num_processes` tokenise; none given: as many
     as there are cores, where the tokenizer is slow enough to need them. `on_corrupt` says what
     becomes of input that can't be read, `on_changed` what becomes of shards that are there and
-    whose text isn't what it was.
+    whose text isn't what it was. `extensions` are modules of the user's own, which may register
+    tokenizers and data sources; `corpus_options` are such a source's settings.
     """
 
     to: PathText
     tokenizer: PathText
     corpus: PathText | None = None
+    corpus_options: dict[str, Any] = field(default_factory=dict)
     text_field: TextField = TEXT_FIELD
     name: str | None = None
     language: str | None = None
@@ -207,6 +212,7 @@ class BuildSettings:
     num_processes: Count | None = None
     on_corrupt: OnCorrupt = OnCorrupt.fail
     on_changed: OnChanged = OnChanged.fail
+    extensions: list[str] = field(default_factory=list)
 
 
 def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
@@ -234,7 +240,10 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
     else:
         name = source_name(settings.corpus) if settings.name is None else settings.name
         source = SourceSettings(
-            corpus=settings.corpus, language=settings.language, licence=settings.licence
+            corpus=settings.corpus,
+            corpus_options=settings.corpus_options,
+            language=settings.language,
+            licence=settings.licence,
         )
         sources = {name: source}
     for name in sources:
