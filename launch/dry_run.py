@@ -6,7 +6,7 @@ Of a run nothing is begun: no folder, no lock, no shards, no rank, no Ray of its
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_pipeline import Corpus, DataSettings
+from data_pipeline import DataSettings, PlannedBuild
 from launch.folders import require_folder
 from launch.plan import Plan
 from launch.run_lock import require_free
@@ -28,8 +28,8 @@ class Rehearsal:
     """Of the checkpoint that it would go on from."""
     is_elsewhere: bool
     """Whether that would have to be fetched first."""
-    found: Prepared | Corpus
-    """Its shards, or what they would be built of."""
+    found: Prepared | PlannedBuild
+    """Its shards, or the build of those that aren't there."""
 
     @property
     def preview(self) -> Preview:
@@ -47,10 +47,12 @@ class Rehearsal:
             yield from self.found.lines()
         else:
             yield from self.preview.lines()
+            corpus, since = self.found.corpus, self.found.change
             yield (
-                f"source {self.found.description}: {short(self.preview.tokens)} tokens; its shards "
-                f"would be built first, in {self.config.data.dir}, of about "
-                f"{self.found.num_bytes / 1e6:,.1f} MB of text"
+                f"source {corpus.description}: {short(self.preview.tokens)} tokens; its shards "
+                f"would be built first, in {self.found.settings.to}, of about "
+                f"{corpus.num_bytes / 1e6:,.1f} MB of text"
+                f"{f', which has changed since it was built ({since})' if since else ''}"
             )
         yield f"run: {self.config.run_dir}, {self._beginning()}"
 

@@ -28,7 +28,7 @@ from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
 from moetrain.settings import Resolved
 from moetrain.settings.validation import validated
-from moetrain.train.changes import as_plain, history
+from moetrain.train.changes import as_plain
 
 _ORIGINS = (EventKind.import_, EventKind.upcycle, EventKind.branch)
 """Events that say what a run began with; a branch began with it too."""
@@ -73,11 +73,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
             replace(
                 manifest,
                 config=as_plain(config),
-                state={
-                    **manifest.state,
-                    "branched_from": origin,
-                    "changes": history(manifest.state, read_events(run_dir / "events.jsonl")),
-                },
+                state={**manifest.state, "branched_from": origin},
             ),
         )
         _write_settings(staged, config, to=to, note=f"Branched from {run_dir} at {manifest.step}.")

@@ -31,9 +31,8 @@ _BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD = 4  # for each process, so that none waits for the writer
 
 _UNGUARDED = (
-    "A script that builds shards, or trains on text, must do so below `if __name__ == "
-    '"__main__":`, since each process that tokenises imports it; or give num_processes=1 '
-    "(data.num_workers=0 in training), and there are none"
+    'A script that builds shards must do so below `if __name__ == "__main__":`, since each '
+    "process that tokenises imports it; or give num_processes=1, and there are none"
 )
 
 _Tag = TypeVar("_Tag")
@@ -118,7 +117,7 @@ class Encoder:
                 ) from error
             raise ChildProcessError(
                 "a process that tokenises was killed, as for want of memory; give fewer with "
-                "num_processes=… (data.num_workers=… in training)"
+                "num_processes=…"
             ) from error
 
     def _encoded(

@@ -6,7 +6,7 @@ from pathlib import Path
 from data_pipeline.settings import DataError
 from data_pipeline.tokenizers.tokenizer import TOKENIZERS, Tokenizer, TokenizerEntry
 
-_KINDS = "the path of a tokenizer.json, and, to build with, bpe:N and none"
+_KINDS = "the path of a tokenizer.json, and, to build with, bpe:N"
 
 
 def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokenizer:
@@ -77,8 +77,6 @@ def tokenizer_again(
 
 
 def _no_tokenizer(spec: str) -> str:
-    if spec == "none":
-        return "tokenizer='none' keeps text as text: nothing is encoded with it; give another"
     if spec.startswith("bpe:"):
         return (
             f"tokenizer={spec!r} is trained on a corpus, by data_pipeline.build; elsewhere give "

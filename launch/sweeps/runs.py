@@ -19,8 +19,7 @@ import yaml
 
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checks import ConfigError
-from moetrain.observe import read_events
-from moetrain.train.changes import Change, Kind, changes, history, kind_of, leaves
+from moetrain.train.changes import Change, Kind, changes, kind_of, leaves
 from moetrain.train.prepare import newest_manifest
 
 _DECIDES = (Kind.function, Kind.order, Kind.recipe)
@@ -40,13 +39,13 @@ class Trained:
     """The values that settings had in the run's first steps, where it went on with others."""
 
     @classmethod
-    def of(cls, manifest: Manifest, events: Iterable[Mapping[str, Any]] = ()) -> "Trained":
-        """Returns what a checkpoint says, and of one of an older version the run's events."""
+    def of(cls, manifest: Manifest) -> "Trained":
+        """Returns what a checkpoint says."""
         return cls(
             settings=manifest.config,
             text=manifest.state.get("data") or None,
             is_untrained=manifest.step == 0,
-            earlier=_earlier(history(manifest.state, events), before=manifest.step),
+            earlier=_earlier(manifest.state.get("changes", ()), before=manifest.step),
         )
 
 
@@ -71,7 +70,7 @@ class Wanted:
 def trained(run_dir: Path) -> Trained | None:
     """Returns what the run in a folder was trained with, None where there is no run."""
     if manifest := newest_manifest(run_dir):
-        return Trained.of(manifest, read_events(run_dir / "events.jsonl"))
+        return Trained.of(manifest)
     try:
         plain = yaml.safe_load((run_dir / "config.yaml").read_text())
     except (FileNotFoundError, NotADirectoryError):

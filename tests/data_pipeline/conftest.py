@@ -47,21 +47,16 @@ def build(corpus: Path | dict[str, Path], to: Path, **settings: Any) -> ShardFol
 
 def documents_of(folder: ShardFolder, split: str, *, source: str | None = None) -> list[str]:
     """The texts of a split of a source (the first) in stored order, read without our reader."""
-    entry = folder.index.tokenizer
-    tokenizer = None if entry is None else tokenizer_of(files_of(folder), entry)
+    tokenizer = tokenizer_of(files_of(folder), folder.index.tokenizer)
     texts = []
     for shard in folder.source(source or folder.sources[0]).splits[split].shards:
         with tarfile.open(folder.path / shard.file) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 assert file is not None
-                content = file.read()
-                if tokenizer is None:
-                    texts.append(content.decode())
-                else:
-                    tokens = np.load(io.BytesIO(content))
-                    assert tokens[-1] == tokenizer.end_of_document
-                    texts.append(tokenizer.decode(tokens[:-1]))
+                tokens = np.load(io.BytesIO(file.read()))
+                assert tokens[-1] == tokenizer.end_of_document
+                texts.append(tokenizer.decode(tokens[:-1]))
     return texts
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_pipeline import DataError
-from data_pipeline.building.builder import build_shards, open_or_build
+from data_pipeline.building.builder import build_shards
+from data_pipeline.building.training_shards import open_or_build
 from data_pipeline.corpora.corpus import kept_documents, open_corpus
 from data_pipeline.corpora.raw_documents import LeftOut
 from data_pipeline.settings import BuildSettings, DataSettings, OnCorrupt, SourceSettings

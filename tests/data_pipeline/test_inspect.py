@@ -157,7 +157,7 @@ def test_every_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(name in str(damaged.value) for name in found)
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "none", "bpe:300"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_sound_folder_shows_the_beginnings_of_its_documents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
 ) -> None:

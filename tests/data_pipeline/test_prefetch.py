@@ -99,7 +99,6 @@ class Counted:
     """Batches that say how far was read, and fail at one sample."""
 
     global_batch_size = 4
-    max_readers = None
 
     def __init__(self, failing: int | None = None) -> None:
         self.started: list[int] = []

@@ -83,7 +83,7 @@ def at_call(number: int, act: Callable[[], None], work: Callable[[], object]) ->
     return num_calls
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "none", "bpe:300"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
     sources = write_sources(tmp_path, num_documents=100)
     settings = {"tokenizer": tokenizer, "shard_tokens": 2000, "num_processes": 1}

@@ -118,7 +118,8 @@ def test_each_source_is_validated_by_itself(whole: Path, shards: Path) -> None:
     assert last["validation/loss"] == last["validation/code/loss"]
     for source in folder.sources:
         bits = last[f"validation/{source}/loss"] / np.log(2)
-        bits /= folder.bytes_per_token("validation", source=source)
+        num_bytes = folder.num_bytes("validation", source=source)
+        bits *= folder.num_tokens("validation", source=source) / num_bytes
         assert last[f"validation/{source}/bits_per_byte"] == pytest.approx(bits)
 
 
@@ -344,35 +345,6 @@ def assert_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
         assert mine["train/tokens"] == other["train/tokens"]
         for name in ("train/loss", "router/load_balance_loss"):
             assert mine[name] == pytest.approx(other[name], rel=1e-5)
-
-
-def test_text_trains_like_its_tokens_would_and_goes_on_bit_for_bit(
-    tmp_path: Path, shards: Path
-) -> None:
-    """Text tokenised while training, on real ranks; stopped, and gone on."""
-    corpora: dict[str, SourceSettings] = {**ShardFolder.open(shards).index.build.sources}
-    text = tmp_path / "text"
-    build_shards(
-        BuildSettings(sources=corpora, tokenizer="none", to=str(text), validation_fraction=0.2),
-        progress=False,
-    )
-    changes: dict[str, Any] = {
-        "data__packing": "stream",
-        "data__tokenizer": "bytes",
-        "train__validate_every_steps": 8,
-    }
-    assert run(tmp_path / "whole", text, **changes).finished
-    run(tmp_path / "stopped", text, stop_at=3, **changes)
-    assert run(tmp_path / "stopped", text, attempt=2, **changes).finished
-    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
-    assert_same_tensors(tmp_path / "stopped", tmp_path / "whole")
-    last = metrics_of(tmp_path / "whole")[-1]
-    assert last["data/prose/share"] == 30 / 64
-    # The whole validation split, as of tokens: the same number of tokens stands behind a byte.
-    for source in ("prose", "code"):
-        tokens = ShardFolder.open(shards).bytes_per_token("validation", source=source)
-        bits = last[f"validation/{source}/loss"] / np.log(2) / tokens
-        assert last[f"validation/{source}/bits_per_byte"] == pytest.approx(bits)
 
 
 def test_batches_of_which_no_token_counts_are_passed_over(tmp_path: Path, shards: Path) -> None:
