@@ -157,6 +157,7 @@ def corpora_of(settings: BuildSettings, *, named_by: NamedBy) -> dict[str, Corpu
             source.corpus,
             on_corrupt=settings.on_corrupt,
             text_field=source.text_field or TEXT_FIELD,
+            options=source.corpus_options,
             outputs=outputs,
             setting=f"sources.{name}.corpus" if settings.sources else named_by,
             sources=settings.sources,
@@ -194,6 +195,7 @@ def build_demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[
     return {
         "format_version": FORMAT_VERSION,
         "sources": {name: source.corpus for name, source in sources.items()},
+        "corpus_options": {name: source.corpus_options for name, source in sources.items()},
         "text_fields": {name: source.text_field for name, source in sources.items()},
         "tokenizer": settings.tokenizer,
         "fingerprint": None if tokenizer is None else tokenizer.fingerprint,

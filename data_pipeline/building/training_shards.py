@@ -94,6 +94,7 @@ def opened_or_planned(data: DataSettings, *, progress: bool = False) -> ShardFol
         return _of_text(data, progress=progress) if is_text(data.dir) else open_folder(data)
     build = BuildSettings(
         corpus=data.corpus,
+        corpus_options=data.corpus_options,
         text_field=data.text_field,
         tokenizer=data.tokenizer,
         to=resolved_dir(data),
@@ -111,16 +112,17 @@ def opened_or_planned(data: DataSettings, *, progress: bool = False) -> ShardFol
 def _of_text(data: DataSettings, *, progress: bool) -> ShardFolder | PlannedBuild:
     """The shards in the cache of the text as it is now, or the build of them."""
     assert data.dir is not None
+    built = cache_folder(data.cache) / "built"
     build = BuildSettings(
         corpus=str(Path(data.dir).absolute()),
         text_field=data.text_field,
         tokenizer=resolved_tokenizer(data.tokenizer),
-        to="",
+        to=str(built),
         on_corrupt=data.on_corrupt,
     )
     key = hashlib.sha256(json.dumps(build_demands(build, tokenizer_given(build))).encode())
     name = f"{source_name(str(build.corpus))}-{key.hexdigest()[:12]}"
-    folder = cache_folder(data.cache) / "built" / name
+    folder = built / name
     build = replace(build, to=str(folder / "1"))
     corpora = corpora_of(build, named_by=NamedBy.data_dir)
     numbers, change = _numbers(folder), None

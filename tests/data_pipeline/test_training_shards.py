@@ -139,8 +139,11 @@ def test_of_two_that_need_it_at_once_one_builds_and_the_other_waits(
         UnfinishedBuild.keep = kept_when_allowed
         built(of(corpus))
 
+    def refused(self: UnfinishedBuild, shard: Any) -> None:
+        raise AssertionError("it is built already")
+
     def other() -> None:
-        UnfinishedBuild.keep = None
+        UnfinishedBuild.keep = refused
         sys.stderr = told.open("w")
         open_or_build(of(corpus))
 
