@@ -13,8 +13,6 @@ what a shard holds to `shards`, and which documents are in it to `builder`.
       replaced/         what was NAME, for a moment
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,11 +20,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.locks import locked
 from data_pipeline.shards.index import ShardEntry
 
 
@@ -238,47 +237,16 @@ def unfinished_build(folder: Path, *, tell: Callable[[str], None]) -> Iterator[U
     At the end the finished shards are kept, where there are any, and all else is removed.
     """
     path = hidden_folder(folder)
-    with _locked(path, tell=tell):
+    with locked(
+        path / "lock",
+        waiting=lambda: tell(f"waiting for the process that builds in {path}"),
+        optional=True,  # where a cluster's file system has no locks, one builder is up to the user
+    ):
         unfinished = UnfinishedBuild(path)
         try:
             yield unfinished
         finally:
             unfinished.close()
-
-
-@contextmanager
-def _locked(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
-    while True:
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            file = (path / "lock").open("w")
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
-        with file:
-            _wait_for(file, tell=lambda: tell(f"waiting for the process that builds in {path}"))
-            if _is_at(file, path / "lock"):
-                yield
-                return
-
-
-def _wait_for(file: IO[str], *, tell: Callable[[], None]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        tell()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        # A file system without locks, as some of clusters are: then one builder is up to the user.
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is still the one at its path: who held its lock may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def write_to_disk(path: Path, content: bytes) -> None:
