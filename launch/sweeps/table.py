@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+from data_pipeline.atomic_files import write_file
 from data_pipeline.commands.shell import unquoted
 from launch.dry_run import Rehearsal
 from launch.sweeps.runs import Wanted, differences, listed, trained
@@ -135,7 +136,8 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
          "command": list(r.trial.command), "run": str(r.trial.run_dir), "end": r.end}
         for r in ordered
     ]  # fmt: skip
-    (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = "".join(json.dumps(line) + "\n" for line in lines)
+    write_file(folder / "trials.jsonl", found, durable=False)
     ends = [r.end for r in ordered]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
     text = f"sweep     {counts}; {folder}\n" + _table(ordered)
@@ -143,7 +145,8 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
         if r.other_settings:
             text += f"\n{r.trial.run_dir.name} is another run than trial {r.trial.number}: "
             text += r.other_settings
-    (folder / "table.txt").write_text(text + "\n", errors="backslashreplace")
+    table = (text + "\n").encode(errors="backslashreplace")
+    write_file(folder / "table.txt", table, durable=False)
     return text
 
 

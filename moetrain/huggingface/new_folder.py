@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline import DataError
+from data_pipeline.atomic_files import name_folder, sync_tree
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
@@ -59,19 +60,8 @@ def new_folder(to: Path) -> Iterator[Path]:
     staged.mkdir(parents=True)
     try:
         yield staged
-        for path in sorted(staged.rglob("*"), reverse=True):  # what is in a folder before it
-            _sync(path)
-        _sync(staged)
-        os.rename(staged, to)
-        _sync(to.parent)
+        sync_tree(staged)
+        name_folder(staged, to)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

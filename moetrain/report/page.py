@@ -5,12 +5,12 @@ every name, value and reason is escaped. Leaves the curves to figures.py, and wh
 time_line.py.
 """
 
-import os
 from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic_files import write_file
 from moetrain.observe import duration
 from moetrain.report import figures, time_line
 from moetrain.report.run_record import RunRecord, read_run
@@ -29,14 +29,8 @@ def render_report(run_dir: Path | str) -> Path:
     The file appears whole or not at all. Raises OSError where it can't be written.
     """
     path = Path(run_dir) / "report.html"
-    unfinished = path.with_name(f"report.html.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(
-            page(read_run(Path(run_dir))), encoding="utf-8", errors="backslashreplace"
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    text = page(read_run(Path(run_dir)))
+    write_file(path, text.encode(errors="backslashreplace"), durable=False)
     return path
 
 
