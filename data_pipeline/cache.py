@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data_pipeline.locks import LockHeldError, is_at, locked
+from data_pipeline.quantities import binary_size
 from data_pipeline.settings import DataError, UnavailableError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -131,9 +132,9 @@ class FileCache:
                 if not self._evict(path, num_bytes=1):
                     disk = os.statvfs(self._folder)
                     raise UnavailableError(
-                        f"{self._folder} has no room for {name}: {size} bytes needed, "
-                        f"{disk.f_bavail * disk.f_frsize} free; free some, or name a folder on a "
-                        "larger disk with data.cache.dir=DIR"
+                        f"{self._folder} has no room for {name}: {binary_size(size)} needed, "
+                        f"{binary_size(disk.f_bavail * disk.f_frsize)} free; free some, or name a "
+                        "folder on a larger disk with data.cache.dir=DIR"
                     ) from error
 
     def _reserve(self, part: BinaryIO, path: Path, size: int) -> None:

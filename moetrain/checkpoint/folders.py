@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.atomic_files import name_folder, remove_leftovers, write_file
+from data_pipeline.quantities import decimal_size
 from moetrain.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -314,10 +315,9 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """Raises OSError before anything is written where the disk can't hold so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        needed, left = num_bytes / 2**20, free / 2**20
+        needed, left = decimal_size(num_bytes), decimal_size(free)
         raise OSError(
-            errno.ENOSPC,
-            f"No space left: {needed:.1f} MiB are needed, {left:.1f} MiB are free in {folder}",
+            errno.ENOSPC, f"No space left: {needed} are needed, {left} are free in {folder}"
         )
 
 

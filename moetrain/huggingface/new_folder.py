@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_pipeline import DataError
 from data_pipeline.atomic_files import name_folder, sync_tree
+from data_pipeline.quantities import decimal_size
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
@@ -44,8 +45,8 @@ def require_new(to: Path, *, num_bytes: int) -> None:
         raise ConfigError(
             "to",
             to,
-            f"{num_bytes / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free there: "
-            "use another disk",
+            f"{decimal_size(num_bytes)} are to be written, and {decimal_size(free)} are free "
+            "there: use another disk",
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.atomic_files import write_file
+from data_pipeline.quantities import decimal_size
 from moetrain.checkpoint.folders import (
     ATTEMPT,
     LATEST,
@@ -114,7 +115,7 @@ def fetch_newer(
         nonlocal said
         if done == total or time.monotonic() > said + _SAY_SECONDS:
             said = time.monotonic()
-            say(f"downloading a checkpoint: {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
+            say(f"downloading a checkpoint: {decimal_size(done)} of {decimal_size(total)}")
 
     fetched = fetch_newest(
         open_remote(settings.upload_to, run=run),
