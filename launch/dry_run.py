@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline import DataSettings, PlannedBuild
+from data_pipeline.quantities import count, decimal_size
 from launch.folders import require_folder
 from launch.plan import Plan
 from launch.run_lock import require_free
@@ -15,7 +16,7 @@ from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
 from moetrain.settings import Resolved
 from moetrain.train.prepare import Prepared, newest_manifest, rehearse
-from moetrain.train.preview import Preview, preview_of, short
+from moetrain.train.preview import Preview, preview_of
 from moetrain.train.resume import require_done_alike
 
 
@@ -49,9 +50,9 @@ class Rehearsal:
             yield from self.preview.lines()
             corpus, since = self.found.corpus, self.found.change
             yield (
-                f"source {corpus.description}: {short(self.preview.tokens)} tokens; its shards "
+                f"source {corpus.description}: {count(self.preview.tokens)} tokens; its shards "
                 f"would be built first, in {self.found.settings.to}, of about "
-                f"{corpus.num_bytes / 1e6:,.1f} MB of text"
+                f"{decimal_size(corpus.num_bytes)} of text"
                 f"{f', which has changed since it was built ({since})' if since else ''}"
             )
         yield f"run: {self.config.run_dir}, {self._beginning()}"

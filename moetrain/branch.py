@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.quantities import decimal_size
 from data_pipeline.settings import PathText
 from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.folders import Save, commit, next_attempt, staged_folder
@@ -83,7 +84,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
     size = sum(entry.size for entry in manifest.files.values())
     how = "hard links: no room of its own" if linked else "a copy"
     print(
-        f"branched  {run_dir} at step {manifest.step}: {size / 2**20:,.1f} MiB, {how}\n"
+        f"branched  {run_dir} at step {manifest.step}: {decimal_size(size)}, {how}\n"
         f"to        {to}, with the settings of that run: add those that are to change\n"
         f"next      {training_command(to)}"
     )

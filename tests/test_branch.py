@@ -96,7 +96,7 @@ def test_where_links_cannot_be_made_the_checkpoint_is_copied(
 
     monkeypatch.setattr(os, "link", refuse)  # what a second file system answers
     assert branched(trained, tmp_path / "b", step=6) == 0
-    assert "MiB, a copy" in capsys.readouterr().out
+    assert "B, a copy" in capsys.readouterr().out
     placed = tmp_path / "b/checkpoints/step_00000006"
     verify_all(placed, read_manifest(placed))
     assert (placed / "rank_00000.safetensors").stat().st_nlink == 1

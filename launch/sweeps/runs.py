@@ -5,18 +5,17 @@ Its newest checkpoint does, and before the first one its `config.yaml`. Reads ru
 leaves what settings mean to `moetrain.train.changes`.
 """
 
-import fcntl
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_pipeline.locks import LockHeldError, owned
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checks import ConfigError
 from moetrain.train.changes import Change, Kind, changes, kind_of, leaves
@@ -238,38 +237,17 @@ def held(folder: Path, names: Collection[str]) -> Iterator[None]:
 
     Two would give the same number to trials of their own. Raises ConfigError where one has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[Path, int] = {}
-    try:
+    with ExitStack() as stack:
         for name in sorted(names):
             path = folder / f".{name}.lock"
-            files[path] = _locked(path, name)
+            try:
+                stack.enter_context(owned(path))
+            except LockHeldError as error:
+                raise ConfigError(
+                    "run.name",
+                    name,
+                    f"process {error.owner} runs a sweep of this name: wait for it, or stop it, or "
+                    "use another run.name",
+                ) from None
+            stack.callback(path.unlink, missing_ok=True)  # while it is held
         yield
-    finally:
-        for path, file in files.items():
-            path.unlink(missing_ok=True)  # while it is held, so that nobody has it meanwhile
-            os.close(file)
-
-
-def _locked(path: Path, name: str) -> int:
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 20).decode() or "unknown"
-            os.close(file)
-            raise ConfigError(
-                "run.name",
-                name,
-                f"process {holder} runs a sweep of this name: wait for it, or stop it, or use "
-                "another run.name",
-            ) from None
-        try:
-            if os.stat(path).st_ino == os.fstat(file).st_ino:
-                os.ftruncate(file, 0)
-                os.write(file, str(os.getpid()).encode())
-                return file
-        except FileNotFoundError:
-            pass
-        os.close(file)  # the one that it belonged to has just taken it away

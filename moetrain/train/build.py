@@ -42,6 +42,7 @@ from moetrain.parallel import (
     build_meshes,
     parallelize,
     resolve_topology,
+    settle_backend,
 )
 from moetrain.registries import CALLBACKS, SINKS
 from moetrain.settings import Resolved
@@ -301,6 +302,7 @@ def build_model(
         ranks_per_node=config.cluster.gpus_per_node,
     )
     meshes = build_meshes(topology, device=device, timeout_seconds=timeout_seconds)
+    dtype = compute_dtype(config.train.dtype, device)
     with torch.device("meta"):
         model = Transformer(config.model)
     model = parallelize(
@@ -309,8 +311,15 @@ def build_model(
         config.parallel,
         seed=config.seed,
         device=device,
-        compute_dtype=compute_dtype(config.train.dtype, device),
+        compute_dtype=dtype,
         activity=activity,
+    )
+    settle_backend(
+        model,
+        meshes,
+        num_tokens=config.train.micro_batch_size * config.train.seq_len,
+        device=device,
+        dtype=dtype,
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)

@@ -18,11 +18,12 @@ from data_pipeline import (
 )
 from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus_files import is_shard_folder, is_text
+from data_pipeline.quantities import count
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved
-from moetrain.train.preview import Preview, preview_of, short
+from moetrain.train.preview import Preview, preview_of
 from moetrain.train.resume import require_no_restart, require_same_model
 
 
@@ -65,7 +66,7 @@ class Prepared:
             )
         for source, plan in self.plan.items():
             first, *later = plan.weights.items()
-            text = f"source {source}: {short(plan.tokens)} tokens, {first[1]:.4g} of the samples"
+            text = f"source {source}: {count(plan.tokens)} tokens, {first[1]:.4g} of the samples"
             text += "".join(f", {weight:.4g} from step {step} on" for step, weight in later)
             cut = plan.packing["num_cut_tokens"] / plan.packing["num_tokens"]
             text += f"; {plan.epochs:.3g} epochs by the end"

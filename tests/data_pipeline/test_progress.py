@@ -52,7 +52,7 @@ def test_log_gets_a_line_now_and_then(
         for _ in range(5):
             now[0] += 4.0
             counter.advance(8_000_000)
-    assert capsys.readouterr().err == "building: 24 of 60 MB, 2.0 MB/s, 18 s left\n"
+    assert capsys.readouterr().err == "building: 24.0 MB of 60.0 MB, 2.0 MB/s, 18 s left\n"
 
 
 def test_nothing_is_shown_where_nothing_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -444,7 +444,7 @@ def test_full_disk_without_files_to_delete_is_named(
 ) -> None:
     (small_disk / "other").write_bytes(bytes(7 * 2**19))
     files = remote(server, tmp_path, dir=str(small_disk))
-    said = rf"{small_disk} has no room for .*a\.tar: 1048576 bytes needed, 524288 free.*cache\.dir="
+    said = rf"{small_disk} has no room for .*a\.tar: 1 MiB needed, 512 KiB free.*cache\.dir="
     with pytest.raises(UnavailableError, match=said):
         read(files)
     assert {path.name for path in small_disk.iterdir()} <= {"other", "lock"}

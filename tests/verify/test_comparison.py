@@ -122,7 +122,7 @@ def test_tolerances_grow_with_the_root_of_the_sums_and_stay_below_one_lost_token
 )
 def test_a_model_too_large_is_refused_with_overrides_that_fit(name: str) -> None:
     large = validated(compose_preset(f"model={name}"), Config)
-    with pytest.raises(ConfigError, match=r"needs about [\d,]+ GiB") as refused:
+    with pytest.raises(ConfigError, match=r"needs about [\d.,]+ [GT]iB") as refused:
         require_memory(large, num_ranks=4, available=16.0)
     overrides = str(refused.value).partition("for example with ")[2].split()
     assert overrides
