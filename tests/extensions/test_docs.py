@@ -35,7 +35,7 @@ def run(folder: Path, module: str, *words: str) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [sys.executable, "-m", module, *words],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=200, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
 
 
