@@ -207,7 +207,7 @@ def test_a_full_disk_is_foreseen_before_anything_is_written(tmp_path: Path) -> N
     short, enough = run_ranks(foresee, 2, tmp_path)[1]
     assert short is not None
     assert "checkpoint of step 2" in short
-    assert "No space left: 160 bytes are needed, 159 bytes are free" in short
+    assert "No space left: 32.0 kB are needed, 32.0 kB are free" in short
     assert "checkpoint.keep_last" in short
     assert "run.dir" in short
     assert enough is None

@@ -75,7 +75,7 @@ def test_it_says_what_would_be_trained_and_stops(dry: Any, capsys: Any, tmp_path
         "4 micro-batches of 2 sequences a step"
     )
     assert memory.startswith("memory: up to ")
-    for part in ("(weights 0.182, gradients 0.182, optimizer 0.363, gathered", "activations"):
+    for part in ("(weights 186 KiB, gradients 186 KiB, optimizer 372 KiB, gathered", "activations"):
         assert part in memory
     assert source.startswith("source corpus: 2.05 k tokens, 1 of the samples; ")
     assert "epochs by the end" in source
