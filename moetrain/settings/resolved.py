@@ -24,8 +24,6 @@ class ResolvedRun(RunSettings):
     """A run with its name; `dir` is absolute, because ranks may run elsewhere."""
 
     name: FolderName = field()
-    extensions: dict[str, str] = field(default_factory=dict)
-    """The modules whose names the settings use: version and SHA-256 of the source of each."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))

@@ -84,6 +84,9 @@ class RunSettings:
     dir: PathText = "runs"
     """The folder that holds the runs."""
     device: Annotated[str, AfterValidator(one_of("auto", "cpu", "cuda"))] = "auto"
+    extensions: dict[str, str] = field(default_factory=dict)
+    """Version and SHA-256 of the source of each extension: written into a run's configuration by
+    the command, whatever is given."""
     threads_per_rank: PositiveInt | None = None
     """Threads that a rank computes with on a CPU. None: its machine's cores over the run's ranks
     there, and one in the trials of a sweep that run side by side."""
