@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -75,7 +75,6 @@ class Sweeps:
         run: str,
         step: int = 8,
         text: str = "",
-        events: Sequence[dict[str, Any]] = (),
         state: Mapping[str, Any] | None = None,
         **values: Any,
     ) -> None:
@@ -89,7 +88,7 @@ class Sweeps:
             config=as_plain(config), mesh={}, tensors={}, read=lambda *_: torch.empty(0),
         )  # fmt: skip
         last = {"event": "finish" if step == 8 else "stop"}
-        lines = "".join(json.dumps(line) + "\n" for line in ({"event": "start"}, *events, last))
+        lines = "".join(json.dumps(line) + "\n" for line in ({"event": "start"}, last))
         (self.folder / "runs" / run / "events.jsonl").write_text(lines)
         record = {"step": step, "train/cross_entropy": 2.0, "validation/loss": 1.5}
         (self.folder / "runs" / run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
@@ -198,16 +197,6 @@ def test_a_run_is_what_its_checkpoint_says_and_not_a_file_that_was_rewritten(
     assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-1"]
 
 
-def test_a_run_that_went_on_with_other_settings_is_neither_trial_s(sweeps: Sweeps) -> None:
-    """By hand, from step 3 on; and one that went back to its own settings there."""
-    changed = {"event": "settings_changed", "step": 3, "changes": {"optim.lr": [1e-3, 3e-2]}}
-    resumed = {"event": "resume", "step": 3}
-    sweeps.train("s-1", optim__lr=3e-2, events=[resumed, changed])
-    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-3"]
-    sweeps.train("s-4", optim__lr=1e-3, events=[resumed, changed, resumed])
-    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-2", "s-4"]
-
-
 def test_a_checkpoint_holds_with_what_its_run_went_on_otherwise(
     sweeps: Sweeps, tmp_path: Path
 ) -> None:
@@ -220,16 +209,6 @@ def test_a_checkpoint_holds_with_what_its_run_went_on_otherwise(
     run = trained(to)
     assert run is not None
     assert run.earlier == {"optim.lr": 1e-3}
-
-
-def test_a_branch_knows_what_the_events_of_an_older_run_tell(
-    sweeps: Sweeps, tmp_path: Path
-) -> None:
-    changed = {"event": "settings_changed", "step": 3, "changes": {"optim.lr": [1e-3, 3e-2]}}
-    sweeps.train("s-1", optim__lr=3e-2, events=[{"event": "resume", "step": 3}, changed])
-    to = tmp_path / "runs/s-2"
-    assert branch(BranchSettings(run=str(tmp_path / "runs/s-1"), to=str(to))) == 0
-    assert sweeps.names(optim__lr=[3e-2, 1e-3]) == ["s-3", "s-4"]
 
 
 def test_another_text_makes_another_trial(sweeps: Sweeps) -> None:
@@ -358,7 +337,7 @@ def test_a_restart_of_new_runs_is_refused_before_any_begins(sweeps: Sweeps, grou
 
 
 def test_a_dry_sweep_tells_how_far_its_runs_are(sweeps: Sweeps) -> None:
-    sweeps.train("s-1", optim__lr=1e-3, state={"samples": 64})
+    sweeps.train("s-1", optim__lr=1e-3)
     lines = dry_sweep(sweeps.combinations(optim__lr=[1e-3, 3e-3])).splitlines()
     assert "run is" in lines[0]
     assert [line.split()[2] for line in lines[1:3]] == ["done", "new"]

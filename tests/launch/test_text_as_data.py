@@ -57,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_shards_of_the_text_and_resumes_on_them_only(folder: Path) -> None:
     begun = command(folder)
     assert begun.returncode == 0, begun.stderr
