@@ -199,7 +199,8 @@ def train_with_mask(
             meshes=meshes,
             learning_rate=0.1,
         )
-        reports.append(dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()})
+        figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
+        reports.append(figures | figures.pop("metric_sums"))  # an extension's, by their names
     biases = np.stack([moe.router.bias.numpy() for moe in model.moe_layers()])
     weights = gathered(dict(model.named_parameters()))
     return {"reports": reports, "gradients": seen, "bias": biases, "weights": weights}
