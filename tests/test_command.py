@@ -326,7 +326,7 @@ def test_the_variants_of_the_documentation_compose_as_they_stand_there(
     for name, text in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    commands = re.findall(r"^python -m moetrain (.*)$", section, re.M)
+    commands = re.findall(r"^moetrain train (.*)$", section, re.M)
     assert len(commands) == 4
     composed: dict[str, list[Config]] = {}
     for command in commands:
