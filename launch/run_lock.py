@@ -1,4 +1,4 @@
-"""One command on a machine trains a run at a time: the lock in the run's folder."""
+"""The lock in a run folder: one command on a machine trains a run at a time."""
 
 import fcntl
 import os
@@ -11,11 +11,12 @@ from moetrain.checks import ConfigError
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps other commands on this machine off it, even past a kill.
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Makes a run folder and locks it against other commands on this machine; a kill releases the
+    lock.
 
-    Raises ConfigError where another command holds it. On other machines the number of the attempt
-    is the fence.
+    Raises ConfigError if another command holds it. On other machines the attempt number is the
+    fence.
     """
     with named_folder(run_dir):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def require_free(run_dir: Path) -> None:
-    """Raises ConfigError where another command on this machine trains a run."""
+    """Raises ConfigError if another command on this machine trains a run."""
     try:
         lock = os.open(run_dir / "lock", os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
@@ -49,7 +50,7 @@ def require_free(run_dir: Path) -> None:
 
 
 def _in_use(run_dir: Path, *, holder: str) -> ConfigError:
-    """Returns what is said of a run that another process is training."""
+    """Returns the error for a run that another process is training."""
     return ConfigError(
         "run.name",
         run_dir.name,

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from data_pipeline.commands.command_line import as_one_run
 from data_pipeline.commands.shell import unquoted
-from launch.sweeps.sweep import Elsewhere, run_trial
+from launch.sweeps.sweep import ExternalLauncher, run_trial
 from launch.sweeps.table import Result, Trial
 from moetrain.sweeping.demands import JOBLIB
 
@@ -34,7 +34,7 @@ class Batches(Protocol):
         combinations: Sequence[Any],
         *,
         varied: Sequence[dict[str, str]],
-        elsewhere: Elsewhere | None,
+        elsewhere: ExternalLauncher | None,
     ) -> list[Result]:
         """Trains a batch, by a launcher if one is given; raises SweepEnded where that is all.
 

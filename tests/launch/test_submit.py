@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch.submit.__main__ import passed_on
+from launch.submit.__main__ import training_arguments
 from launch.submit.job import entrypoint
 from moetrain.checks import ConfigError
 from tests.launch.test_launching import TINY, alive, kinds, rank_pids, reached, wait_for
@@ -375,12 +375,12 @@ class TestBeforeAnythingIsSubmitted:
     )
     def test_a_secret_is_refused(self, argument: str) -> None:
         with pytest.raises(ConfigError, match=r"=\[redacted\]: looks like a secret"):
-            passed_on([argument])
+            training_arguments([argument])
 
     def test_all_but_the_submission_s_own_settings_are_passed_on(self) -> None:
         kept = ["-m", "+model=8x7b", "data.tokenizer=mixtral-v1", "launch.pass_env=[WANDB_API_KEY]"]
         own = ["launch.address=auto", "submit.python=python3", "++submit.stop_seconds=9"]
-        assert passed_on([*own, *kept]) == kept
+        assert training_arguments([*own, *kept]) == kept
 
 
 def test_the_shell_of_a_job_says_the_code_of_a_command_that_was_stopped_with_it(
