@@ -27,9 +27,9 @@ def closing_lines(
     if not outcome.finished:
         yield f"stopped   at step {outcome.step} of {config.train.num_steps}, saved"
     if "validation/loss" in known:
-        yield f"loss      {known['validation/loss']:.3f} nats a token on held-out text"
+        yield f"loss      {known['validation/loss']:.3f} nats/token on held-out text"
     elif (loss := final_loss(records)) is not None:
-        yield f"loss      {loss:.3f} nats a token in training, over the last tenth of the steps"
+        yield f"loss      {loss:.3f} nats/token in training, over the last tenth of the steps"
     for source, baselines in shards.baselines.items():
         if bits := known.get(f"validation/{source}/bits_per_byte"):
             bigram, zlib = baselines.byte_bigram_bits_per_byte, baselines.zlib_bits_per_byte
@@ -50,13 +50,13 @@ def closing_lines(
     yield f"run       {run_dir}"
     opened = f"open {shlex.quote(str(run_dir / 'report.html'))}"
     if TRIAL_VARIABLE in os.environ:  # the user typed the sweep's command, not the trial's
-        yield f"next      {opened if outcome.finished else 'the same sweep goes on from here'}"
+        yield f"next      {opened if outcome.finished else 'the same sweep resumes from here'}"
     elif outcome.finished:
         more = training_on(config, step=outcome.step)
         line = f"next      {opened}; train on with {name} {more}"
         yield f"{line}; or try {sweep_to_try(config)}" if _may_be_swept(config) else line
     else:
-        yield f"next      the same command with {name} goes on from here"
+        yield f"next      the same command with {name} resumes from here"
 
 
 def _may_be_swept(config: Resolved) -> bool:

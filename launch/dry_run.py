@@ -68,7 +68,7 @@ class DryRun:
         fetched = f", fetched from {self.config.checkpoint.upload_to}" if self.is_elsewhere else ""
         if self.is_complete:
             return f"which has all its {steps} steps{fetched}"
-        return f"which would go on from step {self.newest.step}{fetched}"
+        return f"which would resume from step {self.newest.step}{fetched}"
 
 
 def dry_run(config: Resolved, plan: Plan, *, data: DataSettings) -> int:

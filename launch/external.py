@@ -139,7 +139,7 @@ def _how_to_meet(rank: ExternalRank, arguments: Sequence[str]) -> str:
         command = shlex.join([*line.split(), *redacted_arguments(list(arguments))])
         how = f"use `{command}`"
     elif line:
-        how = f"begin with `{line}` and go on as before"
+        how = f"set it by `{line}` and run the same command"
         how += "" if here else ", HOST being the first rank's"
     else:
         how = "set MASTER_ADDR, the first rank's host, and MASTER_PORT for all of them"
@@ -155,7 +155,7 @@ def _rank_of(
     rank, size = _number(environ, launcher.rank), _number(environ, launcher.world_size)
     if rank >= size:
         raise ConfigError(
-            launcher.rank, rank, f"is no rank of {size} ({launcher.world_size}={size})"
+            launcher.rank, rank, f"isn't a rank of {size} ({launcher.world_size}={size})"
         )
     # RANK and WORLD_SIZE are often set for Slurm's tasks by hand, without the others.
     local = task and task.world_size == size

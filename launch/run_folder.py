@@ -60,7 +60,7 @@ def _fetch(config: Resolved) -> None:
             "checkpoint.resume",
             "never",
             f"run {name} has checkpoints in {config.checkpoint.upload_to}: use another run.name, "
-            "or auto to go on from them",
+            "or auto to resume from them",
         )
 
     def demand(manifest: Manifest) -> None:

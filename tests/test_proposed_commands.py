@@ -228,4 +228,4 @@ def test_what_can_t_be_swept_or_is_a_trial_is_not_told_to_be(
         assert "or try" not in line
     monkeypatch.setenv(TRIAL_VARIABLE, "1")
     assert last() == f"next      open {tmp_path}/report.html"
-    assert last(finished=False) == "next      the same sweep goes on from here"
+    assert last(finished=False) == "next      the same sweep resumes from here"

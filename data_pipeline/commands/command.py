@@ -38,7 +38,7 @@ _FAILED = 1
 _BAD_INPUT = 2
 _STOPPED = 75
 
-_GOES_ON = "; the same command goes on from what is finished"
+_GOES_ON = "; the same command resumes from what is finished"
 
 
 def run_command(

@@ -62,7 +62,7 @@ def require_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] 
             known = " or ".join(plugins.get(at, ()))
             raise ConfigCompositionException(
                 f"{at}={value}: nothing is run because a configuration names it"
-                + (f"; only {known} may stand there" if known else ": leave it out")
+                + (f"; only {known} are allowed there" if known else ": leave it out")
             )
     if OmegaConf.select(config, "hydra.job.env_set"):
         raise ConfigCompositionException(

@@ -78,7 +78,7 @@ def require_access(address: str, *, allow_unauthenticated: bool) -> str:
             raise ConfigError(
                 "launch.address",
                 _named(given, address),
-                "this Ray cluster takes commands from anybody who reaches that port, and runs any "
+                "this Ray cluster accepts commands from anybody who reaches that port and runs any "
                 f"code for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or "
                 "insist with launch.allow_unauthenticated=true",
             )
@@ -89,14 +89,14 @@ def require_access(address: str, *, allow_unauthenticated: bool) -> str:
         raise ConfigError(
             "launch.address",
             _named(given, address),
-            "this Ray cluster wants a token, and none is in reach: set RAY_AUTH_TOKEN or "
+            "this Ray cluster requires a token, and none is set here: set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH, or copy the cluster's ~/.ray/auth_token here",
         )
     if not _accepts(target, question, token=tokens.get_raw_token(ignore_auth_mode=True)):
         raise ConfigError(
             "launch.address",
             _named(given, address),
-            "this Ray cluster doesn't take the token that is in reach here (RAY_AUTH_TOKEN, else "
+            "this Ray cluster rejects the token that is set here (RAY_AUTH_TOKEN, else "
             "the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token): use the cluster's own",
         )
     send_tokens()

@@ -41,7 +41,7 @@ def ask(
         if len(answers) < len(where) and time.monotonic() > deadline:
             late = sorted({where[r] for r in references if r not in answers})
             seconds = f"{START_TIMEOUT_SECONDS:.0f} s"
-            reason = f"no process of a rank within {seconds} on {', '.join(late)}"
+            reason = f"no rank process within {seconds} on {', '.join(late)}"
             raise WorkersLost(Failure(kind=FailureKind.died, reason=reason, node=late[0]))
     return [answers[reference] for reference in references]
 
@@ -64,7 +64,7 @@ def answer(reference: Any) -> Any:
     except ray.exceptions.RayActorError as error:
         preempted = bool(getattr(error, "preempted", False))
         if SUDDENLY in str(error) and not preempted:
-            reason = "its process ended suddenly: it was killed, or it crashed"
+            reason = "its process ended suddenly: it was killed or crashed"
             return Failure(kind=FailureKind.died, reason=reason)
         if "ModuleNotFoundError" in str(error):
             reason = str(error).strip().splitlines()[-1]

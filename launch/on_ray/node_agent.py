@@ -62,7 +62,7 @@ def aws_warning() -> str | None:
     lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     token = _request(f"{base}/latest/api/token", method="PUT", headers=lifetime)
     try:
-        return "EC2 will take this spot instance: " + _request(
+        return "EC2 will interrupt this spot instance: " + _request(
             f"{base}/latest/meta-data/spot/instance-action",
             headers={"X-aws-ec2-metadata-token": token},
         )
@@ -80,7 +80,7 @@ def gcp_warning() -> str | None:
     host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/preempted"
     taken = _request(url, headers={"Metadata-Flavor": "Google"}).strip().upper() == "TRUE"
-    return "Compute Engine will take this instance" if taken else None
+    return "Compute Engine will preempt this instance" if taken else None
 
 
 def _request(url: str, *, headers: dict[str, str], method: str = "GET") -> str:

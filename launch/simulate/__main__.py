@@ -101,19 +101,19 @@ def as_json(settings: SimulateSettings, rows: list[Row]) -> str:
 def as_text(settings: SimulateSettings, rows: list[Row]) -> str:
     """Returns the settings and the rows as a table."""
     given = (
-        f"failures   {settings.failures_per_1000_node_days:g} per 1,000 node-days, noticed in "
+        f"failures   {settings.failures_per_1000_node_days:g} per 1,000 node-days, detected in "
         f"{_duration(settings.detect_seconds)}"
     )
     if settings.hang_share:
         given += (
-            f", {settings.hang_share:.1%} of them hangs, noticed in "
+            f", {settings.hang_share:.1%} of them hangs, detected in "
             f"{_duration(settings.hang_detect_seconds)}"
         )
     given += (
         f"; training again {_duration(settings.restart_seconds)} later\n"
         f"saves      training waits {_duration(settings.save_seconds)}; safe "
         f"{_duration(settings.durable_seconds)} after the beginning\n"
-        f"target     {settings.target:.4g} of all time; the restart that still allows it stands in "
+        f"target     {settings.target:.4g} of all time; the longest restart that allows it is in "
         "the table"
     )
     head = ["nodes", "GPUs", "failure every", "save every"]
@@ -132,7 +132,7 @@ def as_text(settings: SimulateSettings, rows: list[Row]) -> str:
             "was expected"
         )
     if settings.check and any(row.sample is None for row in rows):
-        lines.append("– not simulated: too many saves lie between two failures")
+        lines.append("– not simulated: too many saves between two failures")
     return "\n".join([given, "", *lines])
 
 

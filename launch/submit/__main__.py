@@ -72,9 +72,9 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
             raise ConfigError(
                 "launch.address",
                 jobs.address,
-                "this Ray cluster takes jobs from anybody who reaches that port, and runs any code "
-                f"for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or insist "
-                "with launch.allow_unauthenticated=true",
+                "this Ray cluster accepts jobs from anybody who reaches that port and runs any "
+                f"code for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or "
+                "insist with launch.allow_unauthenticated=true",
             )
         job = attached or _submitted(config, arguments, jobs)
     except (JobsUnavailable, OSError) as error:

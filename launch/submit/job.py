@@ -81,7 +81,7 @@ class JobWatch:
         """Forwards a stop; returns whether that was possible: a driver that hasn't started can't
         get it."""
         if not again:
-            _say(f"stopping {self._job}: it saves first; once more ends it at once")
+            _say(f"stopping {self._job}: it checkpoints first; once more ends it at once")
             self._ask(lambda: self._jobs.stop(self._job))
             return 1
         if state.driver_pid is None:
@@ -107,7 +107,7 @@ class JobWatch:
                         "the job may go on"
                     ) from error
                 if self._asked > 1:
-                    raise JobUnreachable("left without an answer; the job may go on") from error
+                    raise JobUnreachable("gave up waiting; the job may still run") from error
                 time.sleep(RETRY_SECONDS)
             except JobRefused as error:
                 raise JobUnreachable(

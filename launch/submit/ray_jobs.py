@@ -167,7 +167,7 @@ def _translated() -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise JobRefused(
-            "the cluster wants a token: set RAY_AUTH_TOKEN, or copy the head node's "
+            "the cluster requires a token: set RAY_AUTH_TOKEN, or copy the head node's "
             "~/.ray/auth_token here"
         ) from error
     except (RuntimeError, ValueError) as error:

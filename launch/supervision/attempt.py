@@ -99,7 +99,7 @@ class Attempt:
         """Tells the ranks to stop or to move, if there is a reason."""
         if self._stop_requested() and not self._stopping:
             self._stopping = True
-            self._display.say("stopping: saving after this step")
+            self._display.say("stopping: checkpointing after this step")
             self._call_ranks(lambda actor: actor.stop.remote())
         if self._stopping or time.monotonic() < self._look_at:
             return
@@ -122,8 +122,8 @@ class Attempt:
             taken.add(f"of this command ({leaving[self._own_node]})")
         if taken:
             self._forced = self._moving = True
-            self._move = f"node {', '.join(sorted(taken))} will be taken away"
-            self._display.say(f"{self._move}: saving after this step")
+            self._move = f"node {', '.join(sorted(taken))} will be preempted"
+            self._display.say(f"{self._move}: checkpointing after this step")
             self._call_ranks(lambda actor: actor.stop.remote())
 
     def _grow(self) -> None:
@@ -131,12 +131,12 @@ class Attempt:
         self._looks = self._looks + 1 if self._may_grow() else 0
         if self._looks >= GROW_AFTER_LOOKS and not self._moving:
             self._moving = True
-            self._move = "there is room for more ranks again"
+            self._move = "there is room for a larger layout again"
             self._display.say(f"{self._move}: moving at the next checkpoint")
             self._call_ranks(lambda actor: actor.move.remote(True))
         elif not self._looks and self._moving:
             self._moving = False
-            self._display.say("the room for more ranks is gone again: staying")
+            self._display.say("the room for a larger layout is gone: staying")
             self._call_ranks(lambda actor: actor.move.remote(False))
 
     def _call_ranks(self, tell: Callable[[Any], object]) -> None:
@@ -203,7 +203,7 @@ class Attempt:
         others = len(working) - len(found_culprits)
         waiting = f"; {others} other {'rank waits' if others == 1 else 'ranks wait'}"
         waiting = waiting if others else ""
-        lines = [f"no sign of life for {self._pulse.timeout(self._hang_timeout):.0f} s: {what}\n"]
+        lines = [f"no progress for {self._pulse.timeout(self._hang_timeout):.0f} s: {what}\n"]
         for rank, worker in sorted(working.items()):
             said = silent.get(rank) or f"in {self._pulse.doing(rank)}"
             lines.append(f"===== {_named(worker)} {said}\n{stacks.get(rank, 'no stacks')}\n")

@@ -71,7 +71,7 @@ class Budget:
         if len(alike) >= REPEATS and failure.kind != FailureKind.lost:
             where = "before the first step" if failure.step is None else f"at step {failure.step}"
             return (
-                f"failed {len(alike)} times in the same way {where}, with nothing gained since "
+                f"failed {len(alike)} times in the same way {where}, without progress since "
                 f"the checkpoint of step {self._saved}: {failure.reason}"
             )
         most = self._settings.max_failures

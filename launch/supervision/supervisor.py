@@ -83,9 +83,9 @@ class Supervisor:
             except ClusterError:
                 if moved is None:
                     raise
-                return self._stopped(f"{moved}, and there is no other place")
+                return self._stopped(f"{moved}, and no other node has room")
             if found is None:
-                return self._stopped("stopped while waiting for a place")
+                return self._stopped("stopped while waiting for nodes")
             ended = self._attempt(*found, again=again)
             again = True
             if isinstance(ended, Outcome):
@@ -113,7 +113,7 @@ class Supervisor:
         if failure.kind in NODES_OWN and announced:
             failure = replace(failure, kind=FailureKind.preempted)
         if failure.kind == FailureKind.died and self._nodes.is_gone(failure.node):
-            lost = f"node {failure.node} is gone; {failure.reason}"
+            lost = f"node {failure.node} is lost; {failure.reason}"
             failure = replace(failure, kind=FailureKind.lost, reason=lost)
         saved = self._saved_step()
         self._event(
@@ -130,7 +130,7 @@ class Supervisor:
             raise RunFailed(reason)
         if not self._stop_requested():
             self._event(EventKind.restart, step=saved)
-            self._display.say(f"{failure.reason}; starting again from step {saved}")
+            self._display.say(f"{failure.reason}; restarting from step {saved}")
         return failure
 
     def _stopped(self, reason: str) -> Outcome:
@@ -165,7 +165,7 @@ class Supervisor:
             if not said:
                 said = True
                 ranks = _counted(settings.num_workers, "rank")
-                self._display.phase(f"waiting for a place for {ranks}")
+                self._display.phase(f"waiting for nodes for {ranks}")
             time.sleep(POLL_SECONDS)
         return None
 

@@ -120,10 +120,10 @@ class Sweep:
             self._stops += 1
             codes |= {t.number: STOPPED for t in waiting.values() if _has_begun(t)}
             told = "stop" if elsewhere.num_at_once else "jobs go on in their queue: scancel stops"
-            self._say(f"stopped; {told} them after saving, and the same command goes on")
+            self._say(f"stopped; {told} them after a checkpoint, and the same command resumes")
         except Exception as error:  # a launcher may raise anything for a lost job
             self._say(f"{type(error).__name__}: {error}")
-            self._say("other jobs may go on; after them, the same command finds what is done")
+            self._say("other jobs may still run; after them, the same command finds what is done")
         codes |= self._done_before(
             [t for t in waiting.values() if t.number not in codes], quietly=True
         )

@@ -76,7 +76,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if isinstance(record, dict):
                 yield line, record
             else:
-                logger.warning("%s, line %d is no JSON object; passed over", path, number)
+                logger.warning("%s, line %d isn't a JSON object; skipped", path, number)
 
 
 def _plain(value: Any, *, depth: int = 0) -> Any:

@@ -19,14 +19,14 @@ from moetrain.observe.events import read_events, timestamps
 
 KINDS = {
     "training": "steps that count",
-    "saving": "training stood still for a checkpoint",
+    "saving": "training waited for a checkpoint",
     "validation": "validation",
     "starting": "from a start on request to the first step",
     "ending": "from the last save to the end",
-    "redone": "steps that were lost, and trained again where the run went on",
-    "detecting": "from the last sign of progress to the notice of a failure",
+    "redone": "steps that were lost, and trained again after the resume",
+    "detecting": "from the last progress to the detection of a failure",
     "restarting": "from a failure or a move to the next step",
-    "down": "nobody at work after a failed or killed run",
+    "down": "nothing ran after a failed or killed run",
 }
 """Kinds of a run's time."""
 

@@ -109,7 +109,7 @@ class Tally:
             new.write_text(json.dumps(sign) + "\n")  # not synced: it may be lost with the machine
             os.replace(new, self._run_dir / SIGN_OF_LIFE)
         except OSError as error:
-            logger.warning("no sign of life left: %s", error)
+            logger.warning("no heartbeat written: %s", error)
 
 
 def read_sign(run_dir: Path) -> dict[str, Any] | None:

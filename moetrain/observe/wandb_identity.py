@@ -26,7 +26,7 @@ def wandb_run_id(run_dir: Path) -> tuple[str, str | None]:
         other = Path(was) / "wandb"
         if _read(other / RUN_ID) == known and not _is_the_same(other, folder):
             known = ""
-            told = f"this folder is a copy of {was}: it gets a W&B run of its own"
+            told = f"this folder is a copy of {was}: it gets its own W&B run"
         else:
             told = (
                 f"this folder was {was}, and goes on in its W&B run {known}; if that one is still "

@@ -39,7 +39,7 @@ _MODES = {
 _OURS = {
     "WANDB_NAME": "the run's name is run.name",
     "WANDB_RUN_ID": "the id is kept in the run's folder",
-    "WANDB_RESUME": "a run that goes on always does so in its own W&B run",
+    "WANDB_RESUME": "a resumed run always uses its own W&B run",
 }
 """What is decided here, whatever the environment says."""
 
@@ -130,7 +130,7 @@ class WandbSink(Sink):
         except BaseException as error:  # whatever it is, training matters more
             self._broken = True
             self._run = None
-            self._tell(f"W&B could not {what}; going on without it: {_brief(error)}")
+            self._tell(f"W&B could not {what}; continuing without it: {_brief(error)}")
 
     def _tell(self, text: str) -> None:
         logger.warning("%s", text)
@@ -146,7 +146,7 @@ def wandb_mode(
     """
     for name, asked in _asked_modes(environ):
         if asked is None:
-            tell(f"{name}={environ[name]} in the environment means nothing to W&B: passed over")
+            tell(f"{name}={environ[name]} in the environment means nothing to W&B: ignored")
         elif settings.mode == "auto":
             return asked
         elif asked != settings.mode:
@@ -157,7 +157,7 @@ def wandb_mode(
     if settings.mode != "disabled":
         for name, reason in _OURS.items():
             if environ.get(name):
-                tell(f"{name} in the environment doesn't count: {reason}")
+                tell(f"{name} in the environment is ignored: {reason}")
     return "offline" if settings.mode == "auto" else settings.mode
 
 

@@ -203,7 +203,7 @@ def _draw_loss(ax: Axes, run: RunRecord) -> None:
             label="validation",
         )
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy, nats a token")
+    ax.set_ylabel("cross-entropy, nats/token")
     _scale_y(ax, [s.values for s in (training, validation) if s])
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper right")

@@ -121,7 +121,7 @@ def test_an_older_run_of_the_name_is_looked_at(
     dry: Any, begun: Path, tmp_path: Path, capsys: Any
 ) -> None:
     assert dry(begun) == 0
-    assert "runs/tiny, which would go on from step 4\n" in capsys.readouterr().out
+    assert "runs/tiny, which would resume from step 4\n" in capsys.readouterr().out
     assert dry(begun, train__num_steps=4) == 0
     said = capsys.readouterr().out
     assert "runs/tiny, which has all its 4 steps\n" in said

@@ -128,7 +128,7 @@ class TestExitCodes:
             assert "finish" not in kinds(tmp_path), "while it trains"
             rest, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-        assert "nats a token on held-out text" in rest
+        assert "nats/token on held-out text" in rest
         assert metrics_of(tmp_path) == undisturbed
 
     def test_what_only_the_job_can_know_to_be_wrong_gives_2(
@@ -213,7 +213,7 @@ class TestConnections:
         assert f"no connection to {road.address}" in errors
         assert "connected again" in errors
         assert (seen + rest).count("step 1/60") == 1, "the log goes on where it was"
-        assert "nats a token on held-out text" in rest
+        assert "nats/token on held-out text" in rest
         assert metrics_of(tmp_path) == undisturbed
 
     def test_a_connection_that_stays_lost_ends_the_waiting_with_the_command_to_go_on(

@@ -245,5 +245,5 @@ def test_a_move_that_is_called_off_too_late_is_a_move(
         may_grow=lambda: not ray.get(actor.is_told_to_move.remote()),
     )
     assert at_work.watch() == Moved(
-        reason="there is room for more ranks again", step=20, forced=False, ends=False
+        reason="there is room for a larger layout again", step=20, forced=False, ends=False
     )

@@ -295,7 +295,7 @@ def test_a_copied_run_folder_gets_a_wandb_run_of_its_own(tmp_path: Path) -> None
     shutil.copytree(run, copy)
     second, told = wandb_run_id(copy)
     assert second != first
-    assert told == f"this folder is a copy of {run}: it gets a W&B run of its own"
+    assert told == f"this folder is a copy of {run}: it gets its own W&B run"
     # Both keep what they have from then on.
     assert wandb_run_id(copy) == (second, None)
     assert wandb_run_id(run) == (first, None)
