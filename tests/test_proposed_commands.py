@@ -190,7 +190,7 @@ def test_what_a_run_ends_with_goes_onto_the_command_just_given(
             resolve(combination.settings, num_workers=1, now=datetime.now())
     stopped = Outcome(finished=False, step=1, last={})
     *_, line = closing_lines(config, stopped, shards, run_dir)
-    word = re.fullmatch(r"next +the same command with (.*) goes on from here", line)
+    word = re.fullmatch(r"next +the same command with (.*) resumes from here", line)
     assert word
     code, (one,), message = front(*given, *shlex.split(word[1]))
     assert (code, message, one.settings.run.name) == (0, "", name)
