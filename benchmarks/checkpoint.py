@@ -27,7 +27,7 @@ from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.config import resolve
 from moetrain.optim import allocate_state
-from moetrain.settings import CheckpointSettings, Config
+from moetrain.settings import CheckpointSettings, Config, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.build import build_model
 from moetrain.train.state import checkpoint_tensors
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_table(title, ["", "seconds", "GB/s", "times as fast as plain"], rows)
 
 
-def _config(folder: str, *, num_layers: int, num_ranks: int) -> Config:
+def _config(folder: str, *, num_layers: int, num_ranks: int) -> Resolved:
     """Returns a configuration whose model has 16 M parameters beside those of its layers."""
     values = {
         "model": {
@@ -113,7 +113,7 @@ def _config(folder: str, *, num_layers: int, num_ranks: int) -> Config:
     return resolve(validated(values, Config), num_workers=num_ranks, now=datetime.now())
 
 
-def _measure_as_rank(job: tuple[Config, str, int], _: Any) -> dict[str, Any]:
+def _measure_as_rank(job: tuple[Resolved, str, int], _: Any) -> dict[str, Any]:
     """Returns, as one of the ranks, the seconds of each round of each way to save and to load."""
     config, folder, rounds = job
     rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -147,7 +147,7 @@ def moetrain(
     device, dtype = weights.gate.device, weights.gate.dtype
     layer = MoELayer(model_settings(shape, experts=experts)).to(device, dtype)
     layer.router.weight.copy_(weights.router)
-    layer.experts.gate.copy_(weights.gate)
+    layer.experts.get_parameter("gate").copy_(weights.gate)
     layer.experts.up.copy_(weights.up)
     layer.experts.down.copy_(weights.down)
     if choice is not None:
@@ -355,9 +355,9 @@ def megablocks(shape: Shape, weights: Weights, choice: Tensor | None) -> Layer:
         mlp.w2.copy_(weights.down.flatten(0, 1))
 
     def forward(x: Tensor) -> Tensor:
-        out = layer(x.unsqueeze(1)).squeeze(1)
+        out: Tensor = layer(x.unsqueeze(1)).squeeze(1)
         moe.clear_load_balancing_loss()  # a list of the module's, which would grow without end
-        return out  # type: ignore[no-any-return]
+        return out
 
     version = importlib.metadata.version("megablocks")
     parameters, router = list(layer.parameters()), layer.router.layer.weight
@@ -389,7 +389,7 @@ class Limit:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        product: Callable[..., Tensor] = torch.mm,
+        product: Callable[..., object] = torch.mm,
     ) -> None:
         self.product = product
         rows, dim, hidden = shape.rows, shape.dim, shape.hidden

@@ -24,6 +24,7 @@ from benchmarks.layers import (
     balanced_choice,
 )
 from benchmarks.timing import (
+    Pass,
     machine,
     peak_memory,
     print_record,
@@ -171,7 +172,7 @@ def measure(
     clear()
     load = _load(weights, x, choice, shape)
 
-    passes = {"limit": Limit(shape, dtype=dtype, device=device), **steps}
+    passes: dict[str, Pass] = {"limit": Limit(shape, dtype=dtype, device=device), **steps}
     if device.type == "cpu" and dtype == torch.float32:
         # A stricter one: torch.mm leaves speed that oneDNN has on some processors.
         passes[ONEDNN] = Limit(shape, dtype=dtype, device=device, product=_onednn)

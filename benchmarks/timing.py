@@ -84,7 +84,7 @@ def _allocations(run: Pass) -> list[int]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     return [change for _, change in sorted(changes, key=lambda c: c[0])]  # stable in time
 

@@ -7,7 +7,7 @@ exchanges nothing, and four bare all-to-alls of the fewest bytes. How: docs/perf
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -144,7 +144,9 @@ def _measure_as_rank(job: tuple[Shape, str, int], _: object) -> dict[str, Any]:
     mine = Weights(weights.router, weights.gate[local], weights.up[local], weights.down[local])
 
     layer = _layer(shape, mine)
-    layer.exchange = AllToAllExchange(num_experts=shape.experts, group=dist.group.WORLD, layer=0)
+    group = dist.group.WORLD
+    assert group is not None
+    layer.exchange = AllToAllExchange(num_experts=shape.experts, group=group, layer=0)
     if routing == "forced":
         forced = balanced_choice(shape, cpu)
         layer.router.select = lambda scores: forced
@@ -159,7 +161,7 @@ def _measure_as_rank(job: tuple[Shape, str, int], _: object) -> dict[str, Any]:
     for name, settings in OTHER_WAYS.items():
         other = _layer(shape, mine)
         other.exchange = AllToAllExchange(
-            num_experts=shape.experts, group=dist.group.WORLD, layer=0, settings=settings
+            num_experts=shape.experts, group=group, layer=0, settings=settings
         )
         other.router.select = layer.router.select
         passes[name] = _step(other, x, dy)
@@ -221,7 +223,8 @@ def _layer_without_exchange(shape: Shape, mine: Weights, counts: Tensor) -> MoEL
 
 def _spied_choice(layer: MoELayer) -> list[Tensor]:
     """Returns a list whose only element is the newest choice of experts, [tokens, top_k]."""
-    select, seen = layer.router.select, []
+    select = layer.router.select
+    seen: list[Tensor] = []
 
     def spy(scores: Tensor) -> Tensor:
         seen[:] = [select(scores)]
@@ -274,7 +277,7 @@ def _bare_exchange(away: int, incoming: int, dim: int) -> Callable[[], None]:
 
 
 @contextmanager
-def counting(dim: int) -> Any:
+def counting(dim: int) -> Iterator[Sent]:
     """Counts what torch.distributed's collectives send to other ranks, while it lasts."""
     sent, originals = Sent(), {name: getattr(dist, name) for name in COLLECTIVES}
 
@@ -291,10 +294,10 @@ def counting(dim: int) -> Any:
         sent.metadata += others * (width - of_rows) * input.element_size()
         return originals["all_to_all_single"](output, input, *args, **kwargs)
 
-    def counted_all_gather(outputs: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def counted_all_gather(tensor_list: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         sent.collectives += 1
-        sent.metadata += (dist.get_world_size() - 1) * input.numel() * input.element_size()
-        return originals["all_gather"](outputs, input, *args, **kwargs)
+        sent.metadata += (dist.get_world_size() - 1) * tensor.numel() * tensor.element_size()
+        return originals["all_gather"](tensor_list, tensor, *args, **kwargs)
 
     def uncounted(name: str) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,13 +29,14 @@ from moetrain.command import config_dir
 from moetrain.config import resolve
 from moetrain.model import Transformer
 from moetrain.parallel import join_ranks
-from moetrain.settings import Config, ModelSettings
+from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import validated
-from moetrain.train.build import Trainer, build_trainer
+from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, RankPlace
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.rank import keep_freed_memory
 from moetrain.train.step import train_step
+from moetrain.train.trainer import Trainer
 
 TOKENIZERS = {257: "bytes", 32000: "mixtral-v1"}  # by size of the vocabulary
 EXPERTS = ("eager", "grouped_mm")
@@ -119,7 +121,7 @@ def measure(
     losses |= {name: theirs.loss_with(name) for name in EXPERTS}
     passes: dict[str, Callable[[], object]] = {"moetrain": our_step(trainer, micro_batches)}
     for name in EXPERTS:
-        passes[name] = lambda name=name: theirs.step_with(name)
+        passes[name] = partial(theirs.step_with, name)
     taken = time_in_turn(passes, rounds=rounds, warmup=2, device=device)
     trainer.close(0)
 
@@ -172,9 +174,10 @@ def our_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> Callable[
 class _TransformersStep:
     """What Trainer does in a step: loss with the balance loss, clipping, fused AdamW."""
 
-    def __init__(self, model: nn.Module, config: Config, batch: MicroBatch) -> None:
+    def __init__(self, model: nn.Module, config: Resolved, batch: MicroBatch) -> None:
         optim = config.optim
-        self.model, self.batch, self.max_norm = model.train(), batch, optim.clip_grad_norm
+        self.model: Any = model.train()  # transformers' own methods are not a Module's
+        self.batch, self.max_norm = batch, optim.clip_grad_norm
         decays = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -190,7 +193,7 @@ class _TransformersStep:
         self.labels = batch.targets.masked_fill(~batch.valid, -100)
 
     def _forward(self, experts: str) -> Any:
-        self.model.set_experts_implementation(experts)  # type: ignore[operator]
+        self.model.set_experts_implementation(experts)
         return self.model(
             input_ids=self.batch.tokens,
             labels=self.labels,
@@ -202,8 +205,8 @@ class _TransformersStep:
     def loss_with(self, experts: str) -> float:
         """Returns the cross-entropy, in nats, without the balance loss."""
         output = self._forward(experts)
-        weight = self.model.config.router_aux_loss_coef  # type: ignore[union-attr]
-        loss: Tensor = output.loss - weight * output.aux_loss  # type: ignore[operator]
+        weight = self.model.config.router_aux_loss_coef
+        loss: Tensor = output.loss - weight * output.aux_loss
         return loss.item()
 
     def step_with(self, experts: str) -> float:
@@ -217,7 +220,7 @@ class _TransformersStep:
         return float(loss.item())
 
 
-def configured(case: Case, *, device: torch.device, folder: Path) -> Config:
+def configured(case: Case, *, device: torch.device, folder: Path) -> Resolved:
     """Returns the resolved configuration of the preset and its experiment, cut to the case."""
     files = config_dir()
     values = yaml.safe_load((files / "experiment" / f"{case.model}.yaml").read_text())
@@ -255,7 +258,7 @@ def _same_in_transformers(model: Transformer) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     settings: ModelSettings = model.settings
-    oracle = MixtralForCausalLM(
+    oracle: nn.Module = MixtralForCausalLM(
         MixtralConfig(
             vocab_size=settings.vocab_size,
             hidden_size=settings.dim,

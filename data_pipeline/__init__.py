@@ -3,13 +3,14 @@
 Knows no model and no process group: ranks are two integers, batches are numpy arrays.
 """
 
-from data_pipeline.building.builder import (
-    build_shards,
+from data_pipeline.building.builder import build_shards
+from data_pipeline.building.training_shards import (
+    PlannedBuild,
+    builds_shards,
     open_folder,
     open_or_build,
-    shards_or_corpus,
+    opened_or_planned,
 )
-from data_pipeline.corpora.corpus import Corpus
 from data_pipeline.reading.batches import Batch, GlobalBatches
 from data_pipeline.reading.held_out import ValidationBatches
 from data_pipeline.reading.mixture import Stage
@@ -38,13 +39,13 @@ __all__ = [
     "Baselines",
     "Batch",
     "BuildSettings",
-    "Corpus",
     "DataError",
     "DataSettings",
     "GlobalBatches",
     "OnCorrupt",
     "Packing",
     "PackingReport",
+    "PlannedBuild",
     "Prefetcher",
     "ShardFolder",
     "Stage",
@@ -54,11 +55,12 @@ __all__ = [
     "UnavailableError",
     "ValidationBatches",
     "build_shards",
+    "builds_shards",
     "open_folder",
     "open_or_build",
+    "opened_or_planned",
     "resolved_dir",
     "resolved_tokenizer",
-    "shards_or_corpus",
     "tokenizer_json",
     "tokenizer_named",
     "without_secrets",

@@ -7,6 +7,7 @@ from data_pipeline.building.builder import build_shards
 from data_pipeline.building.existing import existing_shards
 from data_pipeline.commands.command import run_command
 from data_pipeline.corpora.raw_documents import reading_report
+from data_pipeline.quantities import decimal_size, duration
 from data_pipeline.settings import BuildSettings
 from data_pipeline.shards.index import SourceEntry
 from data_pipeline.shards.unfinished import hidden_folder
@@ -25,9 +26,10 @@ def build(settings: BuildSettings) -> None:
         print(_summary(source))
     num_bytes = sum(folder.num_bytes(split) for split in ("train", "validation"))
     # Only part of the text was worked on in this time where an earlier start had begun.
-    speed = "since it went on" if goes_on else f"{num_bytes / seconds / 1e6:.1f} MB/s"
+    speed = "since it went on" if goes_on else f"{decimal_size(num_bytes / seconds)}/s"
     print(
-        f"{settings.to} is complete: {num_bytes / 1e6:.1f} MB of text in {seconds:.1f} s ({speed})"
+        f"{settings.to} is complete: {decimal_size(num_bytes)} of text in {duration(seconds)} "
+        f"({speed})"
     )
 
 

@@ -10,16 +10,17 @@ would cost minutes.
 """
 
 import errno
-import fcntl
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data_pipeline.locks import LockHeldError, is_at, locked
+from data_pipeline.quantities import binary_size
 from data_pipeline.settings import DataError, UnavailableError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -99,20 +100,12 @@ class FileCache:
     def _own_part(self, sha256: str) -> Iterator[BinaryIO]:
         """The unfinished file, locked; it is gone afterwards, renamed or deleted."""
         path = self._folder / f"{sha256}{_PART}"
-        while True:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is(file, path):
-                break
-            file.close()  # who had it before renamed it, or gave up
-        try:
-            yield file
-        finally:
-            if _is(file, path):
-                path.unlink()
-            # Closing alone keeps the lock where a process forked meanwhile has the file too.
-            fcntl.flock(file, fcntl.LOCK_UN)
-            file.close()
+        with locked(path, mode=0o644) as file:
+            try:
+                yield file
+            finally:
+                if is_at(file, path):
+                    path.unlink()
 
     def _fill(
         self,
@@ -139,15 +132,15 @@ class FileCache:
                 if not self._evict(path, num_bytes=1):
                     disk = os.statvfs(self._folder)
                     raise UnavailableError(
-                        f"{self._folder} has no room for {name}: {size} bytes needed, "
-                        f"{disk.f_bavail * disk.f_frsize} free; free some, or name a folder on a "
-                        "larger disk with data.cache.dir=DIR"
+                        f"{self._folder} has no room for {name}: {binary_size(size)} needed, "
+                        f"{binary_size(disk.f_bavail * disk.f_frsize)} free; free some, or name a "
+                        "folder on a larger disk with data.cache.dir=DIR"
                     ) from error
 
     def _reserve(self, part: BinaryIO, path: Path, size: int) -> None:
         """Gives the unfinished file its full size, on disk and within the bound."""
         while True:
-            with self._all_locked():
+            with locked(self._folder / "lock"):
                 used = sum(entry.size for entry in self._entries() if entry.path != path)
                 excess = used + size - self._max_bytes
                 if excess <= 0 or self._evict(path, num_bytes=excess):
@@ -176,32 +169,12 @@ class FileCache:
                     entries.append(_Entry(status.st_mtime_ns, status.st_size, path))
         return sorted(entries)
 
-    @contextmanager
-    def _all_locked(self) -> Iterator[None]:
-        with (self._folder / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _is(file: BinaryIO, path: Path) -> bool:
-    """Whether a path still leads to an open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
 
 def _deleted(path: Path) -> bool:
     """Deletes a file, unless a living process is writing it; whether it did."""
     try:
-        with path.open("rb") as file:
-            if path.suffix == _PART:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(file, path):
-                path.unlink()
-            return True
-    except (BlockingIOError, FileNotFoundError):
+        with locked(path, wait=False, create=False) if path.suffix == _PART else nullcontext():
+            path.unlink()
+    except (LockHeldError, FileNotFoundError):
         return False
+    return True

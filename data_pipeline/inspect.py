@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, field
 from enum import StrEnum
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict
@@ -19,9 +19,6 @@ from data_pipeline.shards.reader import ShardFolder
 from data_pipeline.shards.verification import damaged_files, open_table, tokenizer_of
 from data_pipeline.storage import ShardFiles, open_files
 
-# No character of UTF-8 is longer.
-_BYTES_PER_CHARACTER = 4
-
 
 class Format(StrEnum):
     """For people, or one JSON object."""
@@ -35,7 +32,7 @@ class InspectSettings:
     """`dir` is the folder; `verify` reads every byte of it.
 
     `num_samples` documents of each source, drawn by `seed`, are shown up to their first
-    `sample_tokens` tokens (characters, in a folder of text).
+    `sample_tokens` tokens.
     """
 
     dir: PathText
@@ -79,7 +76,7 @@ def _contents(files: ShardFiles, index: Index) -> dict[str, Any]:
     num_bytes = sum(shard.num_bytes for shard in shards_of(index))
     return {
         "dir": files.location,
-        "tokenizer": index.tokenizer and asdict(index.tokenizer),
+        "tokenizer": asdict(index.tokenizer),
         "dtype": index.dtype,
         "build": asdict(index.build),
         "sources": [
@@ -127,7 +124,7 @@ def _samples(
     total = int(ends[-1])
     random = np.random.default_rng([settings.seed, number])
     drawn = random.choice(total, size=min(settings.num_samples, total), replace=False)
-    tokenizer = None if index.tokenizer is None else tokenizer_of(files, index.tokenizer)
+    tokenizer, dtype = tokenizer_of(files, index.tokenizer), np.dtype(index.dtype)
     samples = []
     for document in sorted(drawn.tolist()):
         place = int(ends.searchsorted(document, side="right"))
@@ -136,34 +133,22 @@ def _samples(
         offset, length, _ = table[document - int(ends[place])].tolist()  # from the end, so below 0
         with files.open(shard.file, size=shard.size, sha256=shard.sha256) as file:
             file.seek(offset)
-            if tokenizer is None:
-                text = _text_beginning(file, length, num_characters=settings.sample_tokens)
-                is_cut = len(text.encode()) < length
-            else:
-                dtype = np.dtype(index.dtype)
-                shown = min(length, settings.sample_tokens)
-                text = tokenizer.decode(np.frombuffer(file.read(shown * dtype.itemsize), dtype))
-                is_cut = shown < length
+            shown = min(length, settings.sample_tokens)
+            text = tokenizer.decode(np.frombuffer(file.read(shown * dtype.itemsize), dtype))
+        cut = shown < length
         samples.append(
-            {"split": split, "file": shard.file, "length": length, "text": text, "cut": is_cut}
+            {"split": split, "file": shard.file, "length": length, "text": text, "cut": cut}
         )
     return samples
-
-
-def _text_beginning(file: BinaryIO, length: int, *, num_characters: int) -> str:
-    content = file.read(min(length, _BYTES_PER_CHARACTER * num_characters))
-    return content.decode("utf-8", errors="ignore")[:num_characters]
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
     """The report for people."""
     made_by = report["tokenizer"]
-    what = (
-        f"tokenizer {made_by['name']}, vocabulary {made_by['vocab_size']:,}, {report['dtype']}"
-        if made_by
-        else "text, not tokenised"
+    yield (
+        f"{report['dir']}: tokenizer {made_by['name']}, vocabulary {made_by['vocab_size']:,}, "
+        f"{report['dtype']}"
     )
-    yield f"{report['dir']}: {what}"
     for source in report["sources"]:
         yield f"{source['name']}: {source['description']}"
         yield (
@@ -188,10 +173,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield "not verified (verify=true reads every byte)"
     elif not report["damaged"]:
         yield "every file verified"
-    unit = "tokens" if made_by else "bytes"
     for source in report["sources"]:
         for sample in source.get("samples", []):
-            yield f"--- {source['name']}, {sample['split']}: {sample['length']:,} {unit}"
+            yield f"--- {source['name']}, {sample['split']}: {sample['length']:,} tokens"
             yield sample["text"] + (" […cut]" if sample["cut"] else "")
 
 

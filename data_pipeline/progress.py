@@ -19,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from data_pipeline.quantities import decimal_size, duration
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -80,14 +82,14 @@ class _Lines:
     def advance(self, num_bytes: int) -> None:
         self._done += num_bytes
         now = time.monotonic()
-        if now - self._printed < _SECONDS_BETWEEN_LINES:
+        if now - self._printed < _SECONDS_BETWEEN_LINES or self._done == self._done_printed:
             return
         # Since the last line: a build that goes on skims what it had finished.
         speed = (self._done - self._done_printed) / (now - self._printed)
         self._printed, self._done_printed = now, self._done
         left = max(self._total - self._done, 0) / speed
         print(
-            f"{self._what}: {self._done / 1e6:.0f} of {self._total / 1e6:.0f} MB, "
-            f"{speed / 1e6:.1f} MB/s, {left:.0f} s left",
+            f"{self._what}: {decimal_size(self._done)} of {decimal_size(self._total)}, "
+            f"{decimal_size(speed)}/s, {duration(left, whole=True)} left",
             file=sys.stderr,
         )

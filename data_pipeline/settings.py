@@ -10,7 +10,7 @@ import re
 from dataclasses import field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -112,10 +112,11 @@ class StageSettings:
 class CacheSettings:
     """How shards come from a remote folder, and where they are kept meanwhile.
 
-    `dir` is a folder on a local disk; none given: `~/.cache/moetrain/shards`. It is kept under
-    `max_gib`. A file that can't be downloaded, or of which nothing comes for `timeout_seconds`, is
-    tried again `num_retries` times, after random pauses of at most `pause_seconds`, then twice as
-    long each time, up to a minute.
+    `dir` is a folder on a local disk; none given: `~/.cache/moetrain/shards`. What is downloaded
+    is kept under `max_gib`; `built` in it has the shards of text that `data.dir` names. A file
+    that can't be downloaded, or of which nothing comes for `timeout_seconds`, is tried again
+    `num_retries` times, after random pauses of at most `pause_seconds`, then twice as long each
+    time, up to a minute.
     """
 
     dir: PathText | None = None
@@ -129,10 +130,11 @@ class CacheSettings:
 class DataSettings:
     """The `data.*` part of the training configuration.
 
-    `dir` is a folder of shards that exists, here or at a URL. Without it the shards of `corpus`
-    and `tokenizer` are taken from `data/` in the working directory, and built there when missing,
-    from the `text_field` of JSON and tables; `on_changed` says what becomes of those whose text
-    has changed since. Shards of text are tokenised while training, with `tokenizer`.
+    `dir` is a folder of shards that exists, here or at a URL; or text, a file or folder here,
+    whose shards are built once into the cache. Without it the shards of `corpus` are taken from
+    `data/` in the working directory, and built there when missing; `on_changed` says what becomes
+    of those whose text has changed since. Either is built with `tokenizer`, from the `text_field`
+    of JSON and tables.
 
     Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
     1 / `temperature` (1: in proportion; larger: more even); `stages` change the weights later.
@@ -140,12 +142,13 @@ class DataSettings:
     A source that would be read more than `max_epochs` times ends the command before it starts.
 
     `mask_documents` keeps attention inside a document. `shuffle_window` counts shards among which
-    sequences are mixed at a time; none given: a whole epoch. `num_workers` threads (processes
-    for text) read `prefetch_batches` global batches ahead.
+    sequences are mixed at a time; none given: a whole epoch. `num_workers` threads read
+    `prefetch_batches` global batches ahead.
     """
 
     dir: PathText | None = None
     corpus: PathText = "stdlib"
+    corpus_options: dict[str, Any] = field(default_factory=dict)
     text_field: TextField = TEXT_FIELD
     tokenizer: PathText = "bytes"
     weights: dict[str, float | None] = field(default_factory=dict)
@@ -167,10 +170,12 @@ class DataSettings:
 class SourceSettings:
     """One source of a build: where its text is, and what the index says of it.
 
-    `text_field` is the field of JSON and tables; none given: the build's.
+    `text_field` is the field of JSON and tables; none given: the build's. `corpus_options` are the
+    settings of a data source of an extension.
     """
 
     corpus: PathText
+    corpus_options: dict[str, Any] = field(default_factory=dict)
     text_field: TextField | None = None
     language: str | None = None
     licence: str | None = None
@@ -183,19 +188,20 @@ class BuildSettings:
     Either `corpus` is the only source, described by `name`, `language` and `licence`, or
     `sources` has several by name. `text_field` names the field of JSON objects, or the column of
     tables, that holds the text, `a.b` one inside another. `to` is the folder to make. `tokenizer`
-    is a name, the path of a `tokenizer.json`, `bpe:N` (N ids, trained on the text itself), or
-    `none` (the text is kept as text); `end_of_document` names the token of a `tokenizer.json`
-    that ends a document.
+    is a name, the path of a `tokenizer.json`, or `bpe:N` (N ids, trained on the text itself);
+    `end_of_document` names the token of a `tokenizer.json` that ends a document.
     `validation_fraction` is the share of documents held out, `shard_tokens` the number of tokens
-    (of bytes, for text) at which a shard is full. `num_processes` tokenise; none given: as many
+    at which a shard is full. `num_processes` tokenise; none given: as many
     as there are cores, where the tokenizer is slow enough to need them. `on_corrupt` says what
     becomes of input that can't be read, `on_changed` what becomes of shards that are there and
-    whose text isn't what it was.
+    whose text isn't what it was. `extensions` are modules of the user's own, which may register
+    tokenizers and data sources; `corpus_options` are such a source's settings.
     """
 
     to: PathText
     tokenizer: PathText
     corpus: PathText | None = None
+    corpus_options: dict[str, Any] = field(default_factory=dict)
     text_field: TextField = TEXT_FIELD
     name: str | None = None
     language: str | None = None
@@ -207,6 +213,7 @@ class BuildSettings:
     num_processes: Count | None = None
     on_corrupt: OnCorrupt = OnCorrupt.fail
     on_changed: OnChanged = OnChanged.fail
+    extensions: list[str] = field(default_factory=list)
 
 
 def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
@@ -234,7 +241,10 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
     else:
         name = source_name(settings.corpus) if settings.name is None else settings.name
         source = SourceSettings(
-            corpus=settings.corpus, language=settings.language, licence=settings.licence
+            corpus=settings.corpus,
+            corpus_options=settings.corpus_options,
+            language=settings.language,
+            licence=settings.licence,
         )
         sources = {name: source}
     for name in sources:
@@ -250,7 +260,7 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
 
 
 def resolved_dir(settings: DataSettings) -> str:
-    """The absolute path of the shard folder that the settings mean, there or not, or its URL."""
+    """The absolute path of the shards or text that the settings mean, there or not; or its URL."""
     if settings.dir is not None:
         is_path = "://" not in settings.dir and not settings.dir.startswith("pipe:")
         return str(Path(settings.dir).absolute()) if is_path else settings.dir

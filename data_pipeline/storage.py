@@ -126,8 +126,7 @@ class RemoteFiles:
         self._folder = folder.rstrip("/")
         self._protocol = folder.partition("://")[0]
         self._settings = cache
-        folder_of_cache = _default_cache() if cache.dir is None else Path(cache.dir).absolute()
-        self._cache = FileCache(folder_of_cache, max_bytes=int(cache.max_gib * 2**30))
+        self._cache = FileCache(cache_folder(cache), max_bytes=int(cache.max_gib * 2**30))
         self._filesystems = {os.getpid(): self._new_filesystem()}
 
     @property
@@ -277,7 +276,10 @@ class RemoteFiles:
             ) from error
 
 
-def _default_cache() -> Path:
+def cache_folder(settings: CacheSettings) -> Path:
+    """The folder of the cache; raises DataError where none is given and there is no home folder."""
+    if settings.dir is not None:
+        return Path(settings.dir).absolute()
     home = home_folder()
     if home is None:
         raise DataError(

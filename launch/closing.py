@@ -8,8 +8,9 @@ from statistics import median
 
 from data_pipeline import ShardFolder
 from data_pipeline.commands.shell import as_typed, text_setting
+from data_pipeline.quantities import duration
 from launch.external import external_rank
-from moetrain.observe import Account, duration, final_loss, read_metrics, run_account
+from moetrain.observe import Account, final_loss, read_metrics, run_account
 from moetrain.settings import Resolved
 from moetrain.train.control import Outcome
 from moetrain.train.resume import training_on

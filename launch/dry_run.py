@@ -6,7 +6,8 @@ Begins nothing of a run: no folder, no lock, no shards, no rank, no Ray of its o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_pipeline import Corpus, DataSettings
+from data_pipeline import DataSettings, PlannedBuild
+from data_pipeline.quantities import count, decimal_size
 from launch.folders import require_folder
 from launch.plan import Plan
 from launch.run_lock import require_free
@@ -15,7 +16,7 @@ from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
 from moetrain.settings import Resolved
 from moetrain.train.prepare import Prepared, newest_manifest, rehearse
-from moetrain.train.preview import Preview, preview_of, short
+from moetrain.train.preview import Preview, preview_of
 from moetrain.train.resume import require_done_alike
 
 
@@ -28,8 +29,8 @@ class DryRun:
     """The step of the checkpoint from which it would resume."""
     is_elsewhere: bool
     """Whether that checkpoint would have to be downloaded first."""
-    found: Prepared | Corpus
-    """Its shards, or the text they would be built from."""
+    found: Prepared | PlannedBuild
+    """Its shards, or the build of missing ones."""
 
     @property
     def preview(self) -> Preview:
@@ -47,10 +48,12 @@ class DryRun:
             yield from self.found.lines()
         else:
             yield from self.preview.lines()
+            corpus, since = self.found.corpus, self.found.change
             yield (
-                f"source {self.found.description}: {short(self.preview.tokens)} tokens; its shards "
-                f"would be built first, in {self.config.data.dir}, of about "
-                f"{self.found.num_bytes / 1e6:,.1f} MB of text"
+                f"source {corpus.description}: {count(self.preview.tokens)} tokens; its shards "
+                f"would be built first, in {self.found.settings.to}, of about "
+                f"{decimal_size(corpus.num_bytes)} of text"
+                f"{f', which has changed since it was built ({since})' if since else ''}"
             )
         yield f"run: {self.config.run_dir}, {self._beginning()}"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ def run_external(
     if leads:
         with stops_at_once():
             prepared = prepared_run(config, data)
+            config = prepared.config
     kept = ExitStack()  # until this process ends
     if leads:
         kept.enter_context(lock_run(config.run_dir))
@@ -57,20 +58,20 @@ def run_external(
     except (RuntimeError, OSError) as error:
         print(f"moetrain: {_no_meeting(external, error)}", file=sys.stderr)
         _leave(FAILED)
-    agreed: list[object] = [None, None]
+    agreed: list[Any] = [None] * 3
     if prepared and (good := complete_save(config)):
         report_complete(config, prepared, good, report=report)
     elif prepared:
         for line in prepared.lines():
             print(line, file=sys.stderr)
         open_run(config, prepared)
-        agreed = [config.run.name, begin_attempt(config)]
+        agreed = [config.run.name, begin_attempt(config), config.data]
     dist.broadcast_object_list(agreed)
-    if agreed[0] is None:  # the run has all its steps
+    name, attempt, shards = agreed
+    if name is None:  # the run has all its steps
         dist.barrier()
         _leave(DONE)
-    name, attempt = str(agreed[0]), int(str(agreed[1]))
-    config = replace(config, run=replace(config.run, name=name))
+    config = replace(config, run=replace(config.run, name=name), data=shards)
     kept.enter_context(logging_to(config.run_dir, rank=rank))
     control = Control()
     stop = StopRequest(on_stop=control.request_stop)

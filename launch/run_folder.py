@@ -10,10 +10,11 @@ from pathlib import Path
 import yaml
 
 from data_pipeline import DataSettings, ShardFolder
+from data_pipeline.atomic_files import remove_leftovers, write_file
 from launch.closing import closing_lines
 from launch.folders import require_folder
 from launch.run_lock import lock_run
-from moetrain.checkpoint.folders import Save, replace_text
+from moetrain.checkpoint.folders import Save
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import (
@@ -118,7 +119,8 @@ def open_run(config: Resolved, prepared: Prepared) -> Path:
     """Writes a run's configuration and start into its folder; returns the folder."""
     run_dir = config.run_dir
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
-    replace_text(run_dir / "config.yaml", text)
+    remove_leftovers(run_dir)
+    write_file(run_dir / "config.yaml", text)
     _record_start(config, prepared)
     return run_dir
 

@@ -6,12 +6,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import NoReturn
 
-from data_pipeline.commands.stops import INSISTENT, detach_terminal, stop_signals
+from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from moetrain.exit_codes import FAILED, STOPPED
 
 SAME_STOP_SECONDS = 1.0
@@ -34,8 +34,7 @@ class StopRequest:
         """Returns whether a stop was requested."""
         return self._event.is_set()
 
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self) -> AbstractContextManager[None]:
         """Handles the signals within the context."""
 
         def handle(signum: int, _: FrameType | None) -> None:
@@ -48,16 +47,10 @@ class StopRequest:
                 self._event.set()
                 self._told()
 
-        before = {s: signal.signal(s, handle) for s in stop_signals()}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+        return signals_handled(stop_signals(), handle)
 
 
-@contextmanager
-def stops_at_once() -> Iterator[None]:
+def stops_at_once() -> AbstractContextManager[None]:
     """Within the context, a signal ends the command as a stop; the same command starts over.
 
     Reports all signals but Ctrl-C, which the caller reports.
@@ -68,10 +61,4 @@ def stops_at_once() -> Iterator[None]:
         print("moetrain: stopped, with nothing of a run begun", file=sys.stderr)
         raise SystemExit(STOPPED)
 
-    heard = [s for s in stop_signals() if s != signal.SIGINT]
-    before = {s: signal.signal(s, handle) for s in heard}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    return signals_handled((s for s in stop_signals() if s != signal.SIGINT), handle)

@@ -5,6 +5,7 @@ Owns the driver's path through a run. Ranks do everything else.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from data_pipeline import DataError, DataSettings
@@ -33,15 +34,15 @@ def start(
     plan: Plan,
     *,
     data: DataSettings,
-    refit: Callable[[int], Resolved | None],
+    refit: Callable[[Resolved, int], Resolved | None],
     report: Callable[[Path], object],
 ) -> int:
     """Runs a resolved configuration to its end; returns the exit code.
 
     `data` is the data part before it was resolved: it says whether shards may be built. `refit`
-    returns the configuration for fewer ranks, None if no layout fits them. `report` is called with
-    the run folder at the end. Raises ConfigError or DataError for bad input, before anything of the
-    run is written.
+    returns a configuration for fewer ranks, None if no layout fits them. `report` is called
+    with the run folder at the end. Raises ConfigError or DataError for bad input, before
+    anything of the run is written.
     """
     if plan.external:
         run_external(config, plan.external, data=data, report=report)
@@ -52,18 +53,18 @@ def start(
     with stops_at_once():
         prepared = prepared_run(config, data)
         with lock_run(run_dir), stop.on_signals():
-            return _run(config, plan, prepared, stop=stop, refit=refit, report=report)
+            return _run(plan, prepared, stop=stop, refit=refit, report=report)
 
 
 def _run(
-    config: Resolved,
     plan: Plan,
     prepared: Prepared,
     *,
     stop: StopRequest,
-    refit: Callable[[int], Resolved | None],
+    refit: Callable[[Resolved, int], Resolved | None],
     report: Callable[[Path], object],
 ) -> int:
+    config = prepared.config
     if good := complete_save(config):
         return report_complete(config, prepared, good, report=report)
     run_dir = open_run(config, prepared)
@@ -80,7 +81,7 @@ def _run(
             if plan.mode == "inline":
                 outcome = run_inline(config, display, stop)
             else:
-                outcome = run_on_ray(config, display, stop, refit=refit)
+                outcome = run_on_ray(config, display, stop, refit=partial(refit, config))
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event(EventKind.fail, reason=str(error))
         print(f"moetrain: {redacted_text(with_way_out(str(error), error))}", file=sys.stderr)

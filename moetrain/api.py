@@ -133,11 +133,8 @@ def batches(config: Config, *, start: int = 0) -> Iterator[Batch]:
     shards = open_or_build(config.data, progress=True)
     require_vocabulary(config, shards.tokenizer)
     source, size = global_batches(config, shards, position=None), config.train.global_batch_size
-    try:
-        for step in range(start, config.train.num_steps):
-            yield source.read(step * size, rank=0, num_ranks=1)
-    finally:
-        source.close()
+    for step in range(start, config.train.num_steps):
+        yield source.read(step * size, rank=0, num_ranks=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.quantities import decimal_size
 from data_pipeline.settings import PathText
 from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.folders import Save, commit, next_attempt, staged_folder
@@ -28,7 +29,7 @@ from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
 from moetrain.settings import Resolved
 from moetrain.settings.validation import validated
-from moetrain.train.changes import as_plain, history
+from moetrain.train.changes import as_plain
 
 _ORIGINS = (EventKind.import_, EventKind.upcycle, EventKind.branch)
 """Events that say what a run began with; a branch began with it too."""
@@ -73,11 +74,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
             replace(
                 manifest,
                 config=as_plain(config),
-                state={
-                    **manifest.state,
-                    "branched_from": origin,
-                    "changes": history(manifest.state, read_events(run_dir / "events.jsonl")),
-                },
+                state={**manifest.state, "branched_from": origin},
             ),
         )
         _write_settings(staged, config, to=to, note=f"Branched from {run_dir} at {manifest.step}.")
@@ -87,7 +84,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
     size = sum(entry.size for entry in manifest.files.values())
     how = "hard links: no room of its own" if linked else "a copy"
     print(
-        f"branched  {run_dir} at step {manifest.step}: {size / 2**20:,.1f} MiB, {how}\n"
+        f"branched  {run_dir} at step {manifest.step}: {decimal_size(size)}, {how}\n"
         f"to        {to}, with the settings of that run: add those that are to change\n"
         f"next      {training_command(to)}"
     )

@@ -61,7 +61,8 @@ def check(config: Config) -> None:
             f"would be saved: use {max(1, kept // every) * every} or {-(-kept // every) * every}",
         )
     for name in config.checkpoint.accept_changes:
-        if name not in (known := function_settings()):
+        known = function_settings()
+        if name not in known and name.rpartition(".")[0] not in known:  # an option of an extension
             raise ConfigError(
                 "checkpoint.accept_changes",
                 name,

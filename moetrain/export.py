@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.progress import byte_progress
+from data_pipeline.quantities import decimal_size
 from data_pipeline.settings import PathText
 from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.tensor_files import CheckpointReader
@@ -100,7 +101,7 @@ def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> 
             )
     kind = "Mixtral" if config.model.is_moe else "Mistral"
     print(
-        f"exported  {folder} as {kind}: {len(placed)} tensors of {dtype}, {size / 1e9:.3g} GB in "
+        f"exported  {folder} as {kind}: {len(placed)} tensors of {dtype}, {decimal_size(size)} in "
         f"{len(files)} {'file' if len(files) == 1 else 'files'}\n"
         f"to        {to}\n"
         f"next      AutoModelForCausalLM.from_pretrained({str(to)!r}), or vllm serve {to}"

@@ -6,6 +6,8 @@ kind. Built-in ones are registered in the same way.
 
 from collections.abc import Callable
 
+from data_pipeline.corpora.data_source import DATA_SOURCES, DataSource
+from data_pipeline.tokenizers.tokenizer import TOKENIZERS, Tokenizer
 from moetrain.kernels import ExpertFunction
 from moetrain.model import Choice, LossSums, Transformer
 from moetrain.model.router import Router
@@ -34,6 +36,7 @@ __all__ = [
     "TOKEN_AXES",
     "Callback",
     "Choice",
+    "DataSource",
     "ExpertFunction",
     "Groups",
     "Loss",
@@ -51,9 +54,11 @@ __all__ = [
     "ScheduleSettings",
     "Sink",
     "StepReport",
+    "Tokenizer",
     "Trainer",
     "Transformer",
     "register_callback",
+    "register_data_source",
     "register_expert_function",
     "register_metric",
     "register_objective",
@@ -61,6 +66,7 @@ __all__ = [
     "register_router",
     "register_schedule",
     "register_sink",
+    "register_tokenizer",
 ]
 
 
@@ -121,3 +127,18 @@ def register_sink(name: str, *, options: type | None = None) -> Callable[[type[S
     It is made as `MySink(options, run_dir=Path, config=dict, resume_step=int | None)` on one rank.
     """
     return SINKS.register(name, options=options)
+
+
+def register_tokenizer(name: str) -> Callable[[Callable[[], Tokenizer]], Callable[[], Tokenizer]]:
+    """Returns the decorator of what makes the tokenizer that `tokenizer` names.
+
+    Its `name` must be the name that it is registered by.
+    """
+    return TOKENIZERS.register(name)
+
+
+def register_data_source(
+    name: str, *, options: type | None = None
+) -> Callable[[type[DataSource]], type[DataSource]]:
+    """Returns the decorator of a `DataSource` that `corpus` or `data.corpus` may name."""
+    return DATA_SOURCES.register(name, options=options)

@@ -2,7 +2,6 @@
 
 import sys
 from datetime import datetime
-from functools import partial
 
 from data_pipeline import DataError
 from launch.dry_run import dry_run
@@ -31,7 +30,7 @@ def train(config: Config) -> int:
             resolved,
             plan,
             data=config.data,
-            refit=partial(refit, resolved),
+            refit=refit,
             report=render_report,
         )
     except (ConfigError, DataError) as error:

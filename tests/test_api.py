@@ -16,6 +16,7 @@ from tests.support.commands import train_command
 from tests.support.huggingface_folders import loaded
 from tests.support.ranks import CONTEXT
 from tests.support.runs import metrics_of, tiny_config, write_shards
+from tests.support.tensors import sharded
 
 ROOT = Path(__file__).parents[1]
 CHANGES: dict[str, Any] = {
@@ -55,7 +56,7 @@ def take_steps(config: Resolved) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Trains a configuration; returns the losses, and the weights that it began with."""
     with api.training(config) as training:
         named = training.model.named_parameters()
-        began = {name: p.full_tensor().detach().clone() for name, p in named}
+        began = {name: sharded(p).full_tensor().detach().clone() for name, p in named}
         return [training.step(batch).cross_entropy for batch in training.batches()], began
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain import branch as command
 from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint.manifest import read_manifest, verify_all
 from moetrain.huggingface.run_facts import read_facts
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.settings.validation import validated
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
@@ -66,7 +65,7 @@ def test_a_branch_notes_where_it_came_from(trained: Path, tmp_path: Path) -> Non
     manifest = read_manifest(new / "checkpoints/step_00000003")
     assert manifest.state["branched_from"] == {"run": "tiny", "step": 3, "attempt": 1}
     assert (new / "config.yaml").read_text().startswith(f"# Branched from {old} at 3.\n")
-    facts = read_facts(new, manifest=manifest, config=validated(manifest.config, Config))
+    facts = read_facts(new, manifest=manifest, config=validated(manifest.config, Resolved))
     assert facts.origins == ("It was branched from tiny.",)
     # A branch of a branch knows both.
     assert branch(BranchSettings(run=str(new), to=str(second))) == 0
@@ -95,9 +94,9 @@ def test_where_links_cannot_be_made_the_checkpoint_is_copied(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(command.os, "link", refuse)  # what a second file system answers
+    monkeypatch.setattr(os, "link", refuse)  # what a second file system answers
     assert branched(trained, tmp_path / "b", step=6) == 0
-    assert "MiB, a copy" in capsys.readouterr().out
+    assert "B, a copy" in capsys.readouterr().out
     placed = tmp_path / "b/checkpoints/step_00000006"
     verify_all(placed, read_manifest(placed))
     assert (placed / "rank_00000.safetensors").stat().st_nlink == 1

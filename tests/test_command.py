@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 import data_pipeline.commands.command
 from data_pipeline.commands.settings_tree import is_text, paths, type_at
 from data_pipeline.settings import BuildSettings
-from launch.simulate.__main__ import SimulateSettings
+from launch.simulate.settings import SimulateSettings
 from launch.submit.__main__ import SubmitConfig
 from moetrain.command import Combination, config_dir, run_command
 from moetrain.config import check

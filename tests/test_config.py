@@ -254,7 +254,9 @@ def compose_preset(*overrides: str) -> dict[str, Any]:
     register(Config, name="schema")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", list(overrides))
-    return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def layout(config: Config) -> tuple[int | None, ...]:

@@ -152,3 +152,15 @@ PRIVATE = {
 def test_private_parts_of_a_library_are_used_in_one_file(part: str) -> None:
     users = {p.relative_to(ROOT).as_posix() for p in SOURCES if part in p.read_text()}
     assert users == {PRIVATE[part]}
+
+
+@pytest.mark.parametrize(
+    ("call", "file"),
+    [
+        ("fcntl.flock(", "data_pipeline/locks.py"),
+        ("os.replace(", "data_pipeline/atomic_files.py"),
+    ],
+)
+def test_locks_and_atomic_files_are_made_in_one_place(call: str, file: str) -> None:
+    users = {p.relative_to(ROOT).as_posix() for p in SOURCES if call in p.read_text()}
+    assert users == {file}

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import pwd
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -25,7 +26,7 @@ from moetrain.checks import ConfigError
 from moetrain.command import config_dir, run_command
 from moetrain.export import ExportSettings
 from moetrain.import_hf import ImportSettings
-from moetrain.kernels.autotune import default_cache, fastest
+from moetrain.parallel.kernel_choice import default_cache, fastest
 from moetrain.report.__main__ import ReportSettings
 from moetrain.settings import Config
 from moetrain.upcycle.__main__ import UpcycleSettings
@@ -85,9 +86,9 @@ def outcome(module: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
     if module.startswith("data_pipeline."):
         try:
-            command.run_command(work, settings_type=tree, module=module, about="")
-        except SystemExit as ended:
-            return int(str(ended.code)), got
+            command.run_command(got.append, settings_type=tree, module=module, about="")
+        except SystemExit as exited:
+            return int(str(exited.code)), got
         return 0, got
     files = config_dir() if issubclass(tree, Config) else None
     with pytest.raises(SystemExit) as ended:
@@ -208,17 +209,17 @@ def test_without_a_home_the_cache_of_shards_must_be_given(tmp_path: Path) -> Non
     open_files(url, cache=CacheSettings(dir=str(tmp_path)))
 
 
+def _told(seconds: Mapping[str, float], names: Sequence[str]) -> Mapping[str, float]:
+    return {name: seconds[name] for name in names}
+
+
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_backends_are_measured_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert default_cache() is None
-    calls = {"a": 0}
-
-    def count() -> None:
-        calls["a"] += 1
-
-    assert fastest({"a": count}, key="x", cache=None) == "a"
-    assert calls["a"]
+    for best, other in ("ab", "ba"):
+        seconds = {best: 1.0, other: 2.0}
+        assert fastest("ab", key="x", measured=partial(_told, seconds), cache=None) == best
 
 
 @pytest.mark.usefixtures("homeless")

@@ -32,7 +32,7 @@ from moetrain.checks import ConfigError
 from moetrain.config import check, resolve
 from moetrain.huggingface.run_folder import training_command
 from moetrain.import_hf import shards_command
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.train.control import Outcome
 from moetrain.train.prepare import require_vocabulary
 from moetrain.train.resume import _require_restart, _ways_to_another_model
@@ -199,7 +199,7 @@ def test_what_a_run_ends_with_goes_onto_the_command_just_given(
 def test_a_rank_is_not_told_to_start_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config: Config = tiny_config(tmp_path, shards=tmp_path)
+    config: Resolved = tiny_config(tmp_path, shards=tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     outcome = Outcome(finished=True, step=8, last={})
     shards = cast(Any, Namespace(baselines={}))
@@ -218,12 +218,13 @@ def test_what_can_t_be_swept_or_is_a_trial_is_not_told_to_be(
     shards = cast(Any, Namespace(baselines={}))
 
     def last(finished: bool = True, **changes: Any) -> str:
-        config: Config = tiny_config(tmp_path, shards=tmp_path, **changes)
+        config: Resolved = tiny_config(tmp_path, shards=tmp_path, **changes)
         outcome = Outcome(finished=finished, step=6, last={})
         return list(closing_lines(config, outcome, shards, tmp_path))[-1]
 
     for group in ("schedule", "optim"):
-        line = last(**{f"{group}__restart_from": 4})
+        changes: dict[str, Any] = {f"{group}__restart_from": 4}
+        line = last(**changes)
         assert "train on with" in line
         assert "or try" not in line
     monkeypatch.setenv(TRIAL_VARIABLE, "1")

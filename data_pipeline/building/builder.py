@@ -6,17 +6,17 @@ each step to the file that is named for it.
 
 import errno
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.building.baselines import BaselineCounter
-from data_pipeline.building.bpe_training import bpe_size, trained_tokenizer
+from data_pipeline.building.bpe_training import trained_tokenizer
 from data_pipeline.building.encoding import Encoder, num_encoding_processes, require_guarded_script
 from data_pipeline.building.existing import (
+    NamedBy,
+    build_demands,
     build_entry,
     corpora_of,
     existing_shards,
@@ -24,24 +24,13 @@ from data_pipeline.building.existing import (
     tokenizer_given,
 )
 from data_pipeline.building.splits import split_of
-from data_pipeline.building.text_record import (
-    SourceText,
-    write_text_record,
-)
+from data_pipeline.building.text_record import SourceText, write_text_record
 from data_pipeline.corpora.corpus import Corpus, Document, kept_documents
-from data_pipeline.corpora.raw_documents import FAILURES, LeftOut, counts_text, reading_report
+from data_pipeline.corpora.raw_documents import FAILURES, LeftOut, counts_text
 from data_pipeline.progress import ByteCounter, byte_progress, tell
-from data_pipeline.settings import (
-    TEXT_FIELD,
-    BuildSettings,
-    DataError,
-    DataSettings,
-    resolved_dir,
-    sources_of,
-)
+from data_pipeline.settings import BuildSettings, DataError, sources_of
 from data_pipeline.shards.index import (
     FORMAT_VERSION,
-    INDEX_NAME,
     SPLITS,
     TOKENIZER_NAME,
     Index,
@@ -61,9 +50,6 @@ from data_pipeline.shards.unfinished import (
 from data_pipeline.shards.writer import SplitWriter
 from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry, token_dtype
 
-# What stands before the names of a build's settings in a run's.
-_OF_A_RUN = "data."
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
@@ -75,64 +61,15 @@ class _Item:
     is_finished: bool
 
 
-def open_or_build(settings: DataSettings, *, progress: bool = True) -> ShardFolder:
-    """The shards to train on: those in `settings.dir`, else the corpus's own, built when missing.
-
-    Raises DataError where `settings.dir` is given and is no shard folder.
-    """
-    if settings.dir is not None:
-        return open_folder(settings)
-    build = _build_of(settings)
-    is_new = not Path(build.to, INDEX_NAME).exists()
-    shards = build_shards(build, progress=progress, prefix=_OF_A_RUN)
-    for source in shards.index.sources if is_new else ():
-        if any(source.num_left_out.values()) or source.unknown_endings:
-            tell(f"{source.name}: {reading_report(asdict(source))}", shown=progress)
-    return shards
-
-
-def shards_or_corpus(settings: DataSettings) -> ShardFolder | Corpus:
-    """The shards that `open_or_build` would open, else the corpus that it would build them of."""
-    if settings.dir is not None:
-        return open_folder(settings)
-    build = _build_of(settings)
-    existing = existing_shards(build, prefix=_OF_A_RUN)
-    if existing is not None and not hidden_folder(build.to).exists():
-        return existing
-    (corpus,) = corpora_of(build, prefix=_OF_A_RUN).values()
-    return corpus
-
-
-def _build_of(settings: DataSettings) -> BuildSettings:
-    return BuildSettings(
-        corpus=settings.corpus,
-        text_field=settings.text_field,
-        tokenizer=settings.tokenizer,
-        to=resolved_dir(settings),
-        on_corrupt=settings.on_corrupt,
-        on_changed=settings.on_changed,
-    )
-
-
-def open_folder(settings: DataSettings) -> ShardFolder:
-    """The shards that the settings mean, which are there; raises DataError where they aren't."""
-    return ShardFolder.open(
-        resolved_dir(settings),
-        on_corrupt=settings.on_corrupt,
-        tokenizer=settings.tokenizer,
-        cache=settings.cache,
-    )
-
-
 def build_shards(
-    settings: BuildSettings, *, progress: bool = True, prefix: str = ""
+    settings: BuildSettings, *, progress: bool = True, named_by: NamedBy = NamedBy.corpus
 ) -> ShardFolder:
     """Makes the shard folder `settings.to`, or opens it where it is there and the same.
 
     The same text and settings give the same bytes in every file but `text.json`, which has the
     times of the text's files, whatever the number of processes and however often the build was
     stopped and started again. The folder is built in a hidden one beside its place and renamed when
-    complete. `prefix` is what stands before the names of settings where they were given: `data.`.
+    complete. `named_by` is the setting that named the text, for messages.
 
     Raises DataError for a corpus or tokenizer there is none of, a source without documents to
     train on, and a place that holds something else, or shards whose text has changed since, unless
@@ -141,19 +78,19 @@ def build_shards(
     require_guarded_script()
     say = partial(tell, shown=progress)
     folder = Path(settings.to).absolute()
-    existing = existing_shards(settings, progress=progress, prefix=prefix)
+    existing = existing_shards(settings, progress=progress, named_by=named_by)
     if existing is not None and not hidden_folder(folder).exists():
         return existing
-    corpora = corpora_of(settings, prefix=prefix)
+    corpora = corpora_of(settings, named_by=named_by)
     tokenizer = tokenizer_given(settings)
-    with refusing_place(settings, prefix):
+    with refusing_place(settings, named_by):
         hidden_folder(folder).mkdir(parents=True, exist_ok=True)
     with unfinished_build(folder, tell=say) as unfinished:
         # By a process that was waited for, or killed then.
-        existing = existing_shards(settings, progress=progress, say=say, prefix=prefix)
+        existing = existing_shards(settings, progress=progress, say=say, named_by=named_by)
         if existing is not None:
             return existing
-        other = unfinished.claim(_demands(settings, tokenizer))
+        other = unfinished.claim(build_demands(settings, tokenizer))
         if other is not None:
             say(f"{unfinished.path} was of a build with {other}; beginning anew")
         if unfinished.num_finished():
@@ -190,12 +127,13 @@ def _write(
     progress: bool,
 ) -> None:
     """Writes all that isn't finished yet; raises TextChanged where what is no longer fits."""
-    if bpe_size(settings):
+    if tokenizer is None:
         tokenizer = trained_tokenizer(unfinished, corpora, settings, progress=progress)
+    num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
     num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
     seen: set[bytes] = set()
     with (
-        _encoder(tokenizer, settings) as encoder,
+        Encoder(tokenizer, num_processes=num_processes) as encoder,
         byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
     ):
         sources, texts = list[SourceEntry](), dict[str, SourceText]()
@@ -204,39 +142,30 @@ def _write(
                 unfinished, name, corpus, encoder, settings, seen=seen, counter=counter
             )
             sources.append(entry)
-    if tokenizer is not None and tokenizer.definition is not None:
+    if tokenizer.definition is not None:
         (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
     index = Index(
         format_version=FORMAT_VERSION,
         build=build_entry(settings),
-        tokenizer=None if tokenizer is None else _tokenizer_entry(tokenizer),
-        dtype=None if tokenizer is None else token_dtype(tokenizer.vocab_size).name,
+        tokenizer=_tokenizer_entry(tokenizer),
+        dtype=token_dtype(tokenizer.vocab_size).name,
         sources=tuple(sources),
     )
     write_text_record(unfinished.shards, texts)
     write_index(index, unfinished.shards)
 
 
-def _encoder(
-    tokenizer: Tokenizer | None, settings: BuildSettings
-) -> AbstractContextManager[Encoder | None]:
-    if tokenizer is None:
-        return nullcontext()
-    num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
-    return Encoder(tokenizer, num_processes=num_processes)
-
-
 def _write_source(
     unfinished: UnfinishedBuild,
     name: str,
     corpus: Corpus,
-    encoder: Encoder | None,
+    encoder: Encoder,
     settings: BuildSettings,
     *,
     seen: set[bytes],
     counter: ByteCounter,
 ) -> tuple[SourceEntry, SourceText]:
-    """Writes the shards of one source, after those finished; text where there is no encoder."""
+    """Writes the shards of one source, after those finished."""
     finished = {split: unfinished.finished(f"{name}-{split}") for split in SPLITS}
     left_out, baselines, documents_hash = LeftOut(), BaselineCounter(), DocumentHash()
     documents = kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen)
@@ -256,10 +185,10 @@ def _write_source(
             )
             for split in SPLITS
         }
-        for item, tokens in encoder.encoded(to_encode) if encoder else zip(items, repeat(None)):
+        for item, tokens in encoder.encoded(to_encode):
             content = item.document.content
             documents_hash.add(item.number, item.document.digest)
-            if not item.is_finished:
+            if tokens is not None:
                 writers[item.split].write(
                     tokens, content=content, number=item.number, digest=item.document.digest
                 )
@@ -318,19 +247,3 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
         fingerprint=tokenizer.fingerprint,
         file=None if tokenizer.definition is None else TOKENIZER_NAME,
     )
-
-
-def _demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What decides the bytes of a shard, and so whether a build can be gone on with."""
-    sources = sources_of(settings)
-    fields = {n: s.text_field for n, s in sources.items() if s.text_field != TEXT_FIELD}
-    return {
-        "format_version": FORMAT_VERSION,
-        "sources": {name: source.corpus for name, source in sources.items()},
-        # Only what isn't usual: a build that an older program began can be gone on with.
-        **({"text_fields": fields} if fields else {}),
-        "tokenizer": settings.tokenizer,
-        "fingerprint": None if tokenizer is None else tokenizer.fingerprint,
-        "validation_fraction": settings.validation_fraction,
-        "shard_tokens": settings.shard_tokens,
-    }

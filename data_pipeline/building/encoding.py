@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.commands.stops import INSISTENT
+from data_pipeline.extensions import load_extensions
 from data_pipeline.settings import DataError
 from data_pipeline.tokenizers.named import tokenizer_again
-from data_pipeline.tokenizers.tokenizer import Tokenizer, token_dtype
+from data_pipeline.tokenizers.tokenizer import TOKENIZERS, Tokenizer, token_dtype
 
 # Large enough that sending costs little beside encoding, small enough to share out a small corpus.
 _BATCH_BYTES = 256 * 1024
@@ -30,9 +31,8 @@ _BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD = 4  # for each process, so that none waits for the writer
 
 _UNGUARDED = (
-    "A script that builds shards, or trains on text, must do so below `if __name__ == "
-    '"__main__":`, since each process that tokenises imports it; or give num_processes=1 '
-    "(data.num_workers=0 in training), and there are none"
+    'A script that builds shards must do so below `if __name__ == "__main__":`, since each '
+    "process that tokenises imports it; or give num_processes=1, and there are none"
 )
 
 _Tag = TypeVar("_Tag")
@@ -74,7 +74,12 @@ class Encoder:
                 # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_process,
-                initargs=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
+                initargs=(
+                    tokenizer.name,
+                    tokenizer.definition,
+                    tokenizer.end_of_document,
+                    None if tokenizer.definition else TOKENIZERS.module_of(tokenizer.name),
+                ),
             )
             self._started = _submitted(self._pool, int)  # whatever it is, it starts the first
 
@@ -112,7 +117,7 @@ class Encoder:
                 ) from error
             raise ChildProcessError(
                 "a process that tokenises was killed, as for want of memory; give fewer with "
-                "num_processes=… (data.num_workers=… in training)"
+                "num_processes=…"
             ) from error
 
     def _encoded(
@@ -194,7 +199,9 @@ def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_process(name: str, definition: str | None, end_of_document: int) -> None:
+def _start_process(
+    name: str, definition: str | None, end_of_document: int, extension: str | None
+) -> None:
     """Leaves stops to the parent, and ends this process when the parent is gone, killed or not."""
     os.setpgrp()  # a Ctrl-C, and a scheduler's SIGTERM, go to the whole group of processes
     for signum in (signal.SIGUSR1, signal.SIGHUP):  # and Slurm's warning to each of a job
@@ -213,6 +220,7 @@ def _start_process(name: str, definition: str | None, end_of_document: int) -> N
     threading.Thread(target=end_after_parent, daemon=True).start()
     # One process a core is enough; the package `tokenizers` would start as many threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    load_extensions([extension] if extension else [])
     _of_process.append(
         tokenizer_again(name, definition=definition, end_of_document=end_of_document)
     )

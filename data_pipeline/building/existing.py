@@ -4,7 +4,9 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.building.bpe_training import bpe_size
 from data_pipeline.building.text_record import read_text_record, text_change
@@ -12,7 +14,14 @@ from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus import Corpus, open_corpus
 from data_pipeline.corpora.raw_documents import FAILURES
 from data_pipeline.settings import TEXT_FIELD, BuildSettings, DataError, OnChanged, sources_of
-from data_pipeline.shards.index import INDEX_NAME, BuildEntry, TextEntry, encodable
+from data_pipeline.shards.index import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    BuildEntry,
+    Index,
+    TextEntry,
+    encodable,
+)
 from data_pipeline.shards.reader import ShardFolder
 from data_pipeline.shards.unfinished import hidden_folder
 from data_pipeline.storage import without_secrets
@@ -26,12 +35,20 @@ _NO_PLACE = (
 )
 
 
+class NamedBy(StrEnum):
+    """The setting that names the text of a build, for messages: of a build itself, or of a run."""
+
+    corpus = "corpus"
+    data_corpus = "data.corpus"
+    data_dir = "data.dir"
+
+
 def existing_shards(
     settings: BuildSettings,
     *,
     progress: bool = False,
     say: Callable[[str], None] | None = None,
-    prefix: str = "",
+    named_by: NamedBy = NamedBy.corpus,
 ) -> ShardFolder | None:
     """The folder `settings.to` where it was built with these settings, of the text as it is now.
 
@@ -45,32 +62,29 @@ def existing_shards(
             "give a folder on one, and copy it there when it is complete (data.dir may be on a "
             "server)"
         )
-    with refusing_place(settings, prefix):
+    with refusing_place(settings, named_by):
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return None
-    place = f"{'data.dir' if prefix else 'to'}={settings.to!r}"
-    another = "give other shards by data.dir" if prefix else "give another folder"
+    of_build = named_by is NamedBy.corpus
+    place = f"{'to' if of_build else 'data.dir'}={settings.to!r}"
+    another = "give another folder" if of_build else "give other shards by data.dir"
     if not (folder / INDEX_NAME).is_file():
         raise DataError(f"{place} is there and is no shard folder; move it away, or {another}")
     shards = ShardFolder.open(folder, on_corrupt=settings.on_corrupt)
     index = shards.index
-    wanted, found = (encodable(asdict(entry)) for entry in (build_entry(settings), index.build))
-    if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
-        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
-    for key, value in wanted.items():
-        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
-        if repr(found[key]) != repr(value):
-            raise DataError(
-                f"{place} holds shards built with {key}={found[key]!r}, not "
-                f"{key}={value!r}; {another}, or remove that one"
-            )
+    if differing := differing_setting(settings, index):
+        key, found, wanted = differing
+        raise DataError(
+            f"{place} holds shards built with {key}={found!r}, not {key}={wanted!r}; {another}, or "
+            "remove that one"
+        )
     tokenizer = tokenizer_given(settings)
-    if tokenizer and index.tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
+    if tokenizer and tokenizer.fingerprint != index.tokenizer.fingerprint:
         raise DataError(
             f"{place} holds shards of another version of tokenizer={settings.tokenizer!r}; "
             f"{another}, or remove that one"
         )
-    change = _text_change(settings, folder, progress=progress, prefix=prefix)
+    change = _text_change(settings, folder, progress=progress, named_by=named_by)
     if change is None:
         return shards
     if settings.on_changed is OnChanged.rebuild:
@@ -84,8 +98,20 @@ def existing_shards(
     )
 
 
+def differing_setting(settings: BuildSettings, index: Index) -> tuple[str, Any, Any] | None:
+    """A setting in which shards were built otherwise: its name, theirs and the wanted; or None."""
+    wanted, found = (encodable(asdict(entry)) for entry in (build_entry(settings), index.build))
+    if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
+        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
+    for key, value in wanted.items():
+        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
+        if repr(found[key]) != repr(value):
+            return key, found[key], value
+    return None
+
+
 @contextmanager
-def refusing_place(settings: BuildSettings, prefix: str) -> Iterator[None]:
+def refusing_place(settings: BuildSettings, named_by: NamedBy) -> Iterator[None]:
     """Raises DataError where no folder can be where the shards are to be."""
     try:
         yield
@@ -93,26 +119,29 @@ def refusing_place(settings: BuildSettings, prefix: str) -> Iterator[None]:
         if error.errno not in _NO_PLACE:
             raise
         what, way_out = f"to={settings.to!r}", "give a folder of a disk that you may write to"
-        if prefix:  # a run has no such setting
-            what = f"the folder for shards of {prefix}corpus={settings.corpus!r}"
-            way_out = f"start in another folder, or give shards that are there by {prefix}dir=…"
+        if named_by is not NamedBy.corpus:  # a run has no such setting
+            what = f"the folder for shards of {named_by}={settings.corpus!r}"
+            way_out = "start in another folder, or give shards that are there by data.dir=…"
+        if named_by is NamedBy.data_dir:
+            way_out = "name a folder that you may write to with data.cache.dir=DIR"
         raise DataError(
             f"{what} can't be made: {error.filename}: {error.strerror}; {way_out}"
         ) from error
 
 
 def _text_change(
-    settings: BuildSettings, folder: Path, *, progress: bool, prefix: str
+    settings: BuildSettings, folder: Path, *, progress: bool, named_by: NamedBy
 ) -> str | None:
     """How the text differs from that of the shards in a folder; None where it doesn't.
 
-    Of shards of a version that kept no record nothing is known, and they are taken as they are.
+    Of shards whose record was removed nothing is known, and they are taken as they are.
     """
     before = read_text_record(folder, sources=sources_of(settings))
     if before is None:
         return None
     try:
-        return text_change(folder, before, corpora_of(settings, prefix=prefix), progress=progress)
+        corpora = corpora_of(settings, named_by=named_by)
+        return text_change(folder, before, corpora, progress=progress)
     except DataError as error:
         raise DataError(
             f"{error}; {folder} holds the shards that were built from it before: "
@@ -120,7 +149,7 @@ def _text_change(
         ) from error
 
 
-def corpora_of(settings: BuildSettings, *, prefix: str) -> dict[str, Corpus]:
+def corpora_of(settings: BuildSettings, *, named_by: NamedBy) -> dict[str, Corpus]:
     """The texts of the sources by name; what is built isn't part of them."""
     outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
     return {
@@ -128,8 +157,9 @@ def corpora_of(settings: BuildSettings, *, prefix: str) -> dict[str, Corpus]:
             source.corpus,
             on_corrupt=settings.on_corrupt,
             text_field=source.text_field or TEXT_FIELD,
+            options=source.corpus_options,
             outputs=outputs,
-            setting=f"sources.{name}.corpus" if settings.sources else f"{prefix}corpus",
+            setting=f"sources.{name}.corpus" if settings.sources else named_by,
             sources=settings.sources,
         )
         for name, source in sources_of(settings).items()
@@ -137,8 +167,8 @@ def corpora_of(settings: BuildSettings, *, prefix: str) -> dict[str, Corpus]:
 
 
 def tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
-    """The tokenizer that the settings name; None where it is to be trained, and for text."""
-    if bpe_size(settings) or settings.tokenizer == "none":
+    """The tokenizer that the settings name; None where it is to be trained."""
+    if bpe_size(settings):
         if settings.end_of_document is not None:
             raise DataError(
                 f"end_of_document={settings.end_of_document!r} is for a tokenizer.json, not for "
@@ -157,3 +187,18 @@ def build_entry(settings: BuildSettings) -> BuildEntry:
         shard_tokens=settings.shard_tokens,
         on_corrupt=settings.on_corrupt,
     )
+
+
+def build_demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What decides the bytes of a shard, and so whether a build can be gone on with."""
+    sources = sources_of(settings)
+    return {
+        "format_version": FORMAT_VERSION,
+        "sources": {name: source.corpus for name, source in sources.items()},
+        "corpus_options": {name: source.corpus_options for name, source in sources.items()},
+        "text_fields": {name: source.text_field for name, source in sources.items()},
+        "tokenizer": settings.tokenizer,
+        "fingerprint": None if tokenizer is None else tokenizer.fingerprint,
+        "validation_fraction": settings.validation_fraction,
+        "shard_tokens": settings.shard_tokens,
+    }

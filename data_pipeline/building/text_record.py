@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipeline.atomic_files import write_file
 from data_pipeline.corpora.corpus import Corpus, kept_documents
 from data_pipeline.corpora.corpus_files import CorpusFile
 from data_pipeline.corpora.raw_documents import LeftOut
 from data_pipeline.progress import byte_progress
 from data_pipeline.settings import DataError
-from data_pipeline.shards.unfinished import DocumentHash, write_to_disk
+from data_pipeline.shards.unfinished import DocumentHash
 
 TEXT_NAME = "text.json"
 
@@ -36,7 +37,7 @@ class SourceText:
 def write_text_record(folder: Path, texts: Mapping[str, SourceText]) -> None:
     """Writes `text.json` into a folder, whole or not at all."""
     record = {name: asdict(text) for name, text in texts.items()}
-    write_to_disk(folder / TEXT_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(folder / TEXT_NAME, json.dumps(record, indent=1) + "\n")
 
 
 def read_text_record(folder: Path, *, sources: Iterable[str]) -> dict[str, SourceText] | None:

@@ -30,6 +30,7 @@ from data_pipeline.commands.settings_tree import plain_reason
 from data_pipeline.commands.shell import escape_output
 from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from data_pipeline.commands.stops import detach_terminal, stop_signals
+from data_pipeline.extensions import load_extensions, load_installed
 from data_pipeline.settings import DataError
 
 Settings = TypeVar("Settings")
@@ -173,7 +174,9 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
     if missing:
         raise DataError(f"{missing[0]} must be given: add {missing[0]}=…")
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        if "extensions" in plain:
+            plain["extensions"] = _extensions(plain["extensions"])
         settings: Settings = TypeAdapter(settings_type).validate_python(plain)
         return settings
     except ValidationError as error:
@@ -185,6 +188,16 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
             raise DataError(f"{key} must be given: add {key}=…") from error
         reason = plain_reason(first["msg"])
         raise DataError(f"{key}={first['input']!r} can't be: {reason}") from error
+
+
+def _extensions(names: list[str]) -> list[str]:
+    """Imports what the user names and has installed: settings may name what is in there."""
+    try:
+        loaded = load_extensions(names)
+        load_installed()
+    except ValueError as error:
+        raise DataError(f"extensions={names}: {error}") from error
+    return loaded
 
 
 def _unknown(key: str, settings_type: type[Any]) -> str:

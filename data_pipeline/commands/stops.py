@@ -4,7 +4,9 @@ import errno
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Sent twice, they end a command at once."""
@@ -20,6 +22,20 @@ def stop_signals() -> list[signal.Signals]:
     """
     heard = [s for s in _WARNINGS if signal.getsignal(s) is not signal.SIG_IGN]
     return [*INSISTENT, *heard]
+
+
+@contextmanager
+def signals_handled(
+    signums: Iterable[int], handle: Callable[[int, FrameType | None], object]
+) -> Iterator[None]:
+    """Handles some signals with `handle` within the context, then restores the previous
+    handlers."""
+    before = {signum: signal.signal(signum, handle) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def detach_terminal(signum: int) -> None:

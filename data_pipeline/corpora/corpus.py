@@ -9,10 +9,11 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus_files import (
@@ -22,6 +23,7 @@ from data_pipeline.corpora.corpus_files import (
     found_files,
     is_shard_folder,
 )
+from data_pipeline.corpora.data_source import DATA_SOURCES, open_data_source
 from data_pipeline.corpora.raw_documents import (
     FAILURES,
     LeftOut,
@@ -82,12 +84,14 @@ def open_corpus(
     *,
     on_corrupt: OnCorrupt,
     text_field: str = "text",
+    options: Mapping[str, Any] = MappingProxyType({}),
     outputs: Iterable[Path] = (),
     setting: str = "corpus",
     sources: Collection[str] = (),
 ) -> Corpus:
     """The corpus that `spec` names: `stdlib`, a folder, a data set saved to disk, or a file.
 
+    Or a data source that an extension has registered, with its `options`.
     `on_corrupt` says whether a corrupt document or file ends the reading or is passed over.
     `text_field` names the text in JSON and tables. Folders that are being written, `outputs`, are
     no part of it. Messages call it by the `setting` that named it, and propose no name that
@@ -95,6 +99,16 @@ def open_corpus(
 
     Raises DataError where there is none, or no file in it, or something that can't be read.
     """
+    if spec in DATA_SOURCES.names():
+        try:
+            return open_data_source(spec, options)
+        except ValueError as error:
+            raise DataError(f"{setting}_options={dict(options)}: {error}") from error
+    if options:
+        raise DataError(
+            f"{setting}_options={dict(options)} are of a data source of an extension, and "
+            f"{setting}={spec!r} is none: leave them out, or name its module in extensions=[…]"
+        )
     if spec == "stdlib":
         return _standard_library(on_corrupt)
     if spec.startswith("pipe:"):
@@ -234,7 +248,8 @@ def _no_such_corpus(spec: str, path: Path, *, setting: str, sources: Collection[
     return (
         f"{setting}={spec!r} doesn't exist: it is neither 'stdlib' nor a file or folder here "
         f"({path.absolute()}); give 'stdlib', a folder of text files, a data set saved to disk, "
-        "or a file of text, HTML, JSON, Parquet, or a tar of such"
+        "a file of text, HTML, JSON, Parquet, or a tar of such, or a data source that a module "
+        "named in extensions=[…] registers"
     )
 
 

@@ -30,6 +30,7 @@ _RUN_FILES = ("config.yaml", "events.jsonl", "metrics.jsonl")
 # How the index of a folder of shards begins.
 _SHARDS_INDEX = "index.json"
 _SHARDS_BEGINNING = b'{\n "format_version":'
+_SHARDS_TABLE = ".documents.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,25 @@ def is_shard_folder(folder: str | Path) -> bool:
             return file.read(len(_SHARDS_BEGINNING)) == _SHARDS_BEGINNING
     except OSError:
         return False
+
+
+def is_text(where: str | Path) -> bool:
+    """Whether a path is that of text: a file, or a folder that holds others than shards.
+
+    A folder with a folder of shards in it isn't, and neither is one of shards without their index.
+    """
+    if os.path.isfile(where):
+        return True
+    try:
+        with os.scandir(where) as found:
+            entries = [entry for entry in found if not is_hidden(entry.name)]
+    except OSError:
+        return False
+    shards = is_shard_folder(where) or any(
+        entry.name.endswith(_SHARDS_TABLE) or (entry.is_dir() and is_shard_folder(entry.path))
+        for entry in entries
+    )
+    return bool(entries) and not shards
 
 
 def _is_run_folder(folder: str) -> bool:

@@ -21,9 +21,9 @@ from data_pipeline.reading.mixture import (
     used_sources,
 )
 from data_pipeline.reading.packing import PackingReport, Pieces
-from data_pipeline.reading.sources import BackgroundEncoder, ReadsDocuments, open_source
+from data_pipeline.reading.sources import open_source
 from data_pipeline.settings import DataError, DataSettings
-from data_pipeline.shards.reader import ShardFolder
+from data_pipeline.shards.reader import Documents, ShardFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +86,10 @@ class GlobalBatches:
             "data.shuffle_window": data.shuffle_window,
         }
         used = used_sources(data, sources=folder.sources)
-        self._places = {} if position is None else dict(position.get("places", {}))
-        text_tokenizer = folder.text_tokenizer
-        self._encoder: BackgroundEncoder | None = None
-        if text_tokenizer is not None:
-            self._encoder = BackgroundEncoder(text_tokenizer, num_processes=data.num_workers)
         self._sources = {
-            name: open_source(
-                folder,
-                name,
-                seq_len=seq_len,
-                seed=seed,
-                data=data,
-                encoder=self._encoder,
-                place=self._places.get(name),
-            )
-            for name in used
+            name: open_source(folder, name, seq_len=seq_len, seed=seed, data=data) for name in used
         }
-        sizes = {name: source.size for name, source in self._sources.items()}
+        sizes = self.num_sequences
         self.stages = planned_stages(data, sizes=sizes)
         self._mixture = Mixture(
             folder.sources,
@@ -119,28 +105,16 @@ class GlobalBatches:
 
     @property
     def num_sequences(self) -> dict[str, int]:
-        """The sequences in an epoch of each source that is drawn from; none for text."""
-        sources = self._sources.items() if self._encoder is None else ()
-        return {name: source.size for name, source in sources}
+        """The sequences in an epoch of each source that is drawn from."""
+        return {name: source.sequences.num_sequences for name, source in self._sources.items()}
 
     def shares(self, step: int) -> dict[str, float]:
         """The shares of the sources in the samples of a step; they add up to one."""
         return [stage for stage in self.stages if stage.from_step <= step][-1].weights
 
-    @property
-    def max_readers(self) -> int | None:
-        """How many may read at a time with profit; None for any number."""
-        return None if self._encoder is None else 1
-
     def report(self) -> dict[str, PackingReport]:
-        """What packing came to, for each source that is drawn from; none for text."""
-        reports = {name: source.report() for name, source in self._sources.items()}
-        return {name: report for name, report in reports.items() if report is not None}
-
-    def close(self) -> None:
-        """Ends the processes that tokenise text, if there are any."""
-        if self._encoder is not None:
-            self._encoder.close()
+        """What packing came to, for each source that is drawn from."""
+        return {name: source.sequences.report() for name, source in self._sources.items()}
 
     def read(self, first_sample: int, *, rank: int, num_ranks: int) -> Batch:
         """Rank's contiguous slice of the global batch that starts at global sample index.
@@ -152,18 +126,11 @@ class GlobalBatches:
         slots = slots_of_rank(self.global_batch_size, rank=rank, num_ranks=num_ranks)
         indices = np.arange(first_sample + slots.start, first_sample + slots.stop, dtype=np.int64)
         of, numbers = self._mixture.assigned(indices)
-        # Of text each rank must go through the whole global batch to know where the next begins.
-        whole = self._encoder is not None
-        first = self.drawn(first_sample) if whole else {}
-        last = self.drawn(first_sample + self.global_batch_size) if whole else {}
         parts = []
-        for name, source in self._sources.items():
+        for source in self._sources.values():
             rows = np.flatnonzero(of == source.number)
-            if len(rows) or whole:
-                found = source.pieces(
-                    numbers[rows], first=first.get(name, 0), last=last.get(name, 0)
-                )
-                parts.append((rows, *found))
+            if len(rows):
+                parts.append((rows, source.documents, source.pieces(numbers[rows])))
         return assembled(
             parts,
             sources=of.astype(np.int64),
@@ -180,16 +147,7 @@ class GlobalBatches:
 
         Raises ValueError where no step begins there.
         """
-        mixture = self._mixture.position(next_sample)
-        places = {  # and those of sources that aren't drawn from now
-            **self._places,
-            **{
-                name: place
-                for name, source in self._sources.items()
-                if (place := source.place(mixture.drawn[name])) is not None
-            },
-        }
-        return {**asdict(mixture), "order": self._order, **({"places": places} if places else {})}
+        return {**asdict(self._mixture.position(next_sample)), "order": self._order}
 
     def check_enough(self, num_samples: int) -> None:
         """Raises DataError where a source is over before that many global samples are drawn.
@@ -222,9 +180,7 @@ class GlobalBatches:
                     "the order of samples hangs on it, and some would come twice; go back to that, "
                     "or use another run.name"
                 )
-        return position_from(
-            {key: value for key, value in record.items() if key not in ("order", "places")}
-        )
+        return position_from({key: value for key, value in record.items() if key != "order"})
 
 
 def slots_of_rank(batch_size: int, *, rank: int, num_ranks: int) -> range:
@@ -238,7 +194,7 @@ def slots_of_rank(batch_size: int, *, rank: int, num_ranks: int) -> range:
 
 
 def assembled(
-    parts: Sequence[tuple[NDArray[np.int64], ReadsDocuments, Pieces]],
+    parts: Sequence[tuple[NDArray[np.int64], Documents, Pieces]],
     *,
     sources: NDArray[np.int64],
     seq_len: int,

@@ -11,12 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.building.encoding import Encoder
 from data_pipeline.reading.batches import Batch, assembled, slots_of_rank
-from data_pipeline.reading.order import Order
 from data_pipeline.reading.packing import packed
-from data_pipeline.reading.sources import ReadsDocuments
-from data_pipeline.reading.text import encoded_documents
 from data_pipeline.settings import DataError, OnCorrupt, Packing
 from data_pipeline.shards.reader import ShardFolder
 from data_pipeline.tokenizers.tokenizer import Tokenizer
@@ -37,9 +33,8 @@ class ValidationBatches:
     ranks, whatever there is left for each; 0 where the source has no validation text.
 
     `max_sequences` takes as many, evenly spread over the whole split from a first one that the
-    seed decides. Of text, whose sequences aren't known before it is tokenised, it takes documents
-    in an order that the seed decides until they fill as many. `bytes_per_token` is that of the
-    split, None where only part of it is read: then `num_bytes` counts.
+    seed decides. `bytes_per_token` is that of the split, None where only part of it is read: then
+    `num_bytes` counts.
     """
 
     def __init__(
@@ -55,37 +50,17 @@ class ValidationBatches:
     ) -> None:
         if seq_len < 1 or batch_size < 1:
             raise ValueError(f"{seq_len=} and {batch_size=} must be at least 1")
-        stored = folder.documents("validation", source=source, on_corrupt=on_corrupt)
-        self._documents: ReadsDocuments = stored
-        starts = stored.starts
-        if folder.text_tokenizer is not None:
-            order = np.arange(stored.num_documents)
-            if max_sequences is not None and len(order):
-                # Not the order of training, which has the same name in another split.
-                shuffled = Order(num_samples=len(order), seed=seed, source=f"{source} validation")
-                order = shuffled.at(order)[1]
-            with Encoder(folder.text_tokenizer, num_processes=0) as encoder:
-                encoded = encoded_documents(
-                    stored,
-                    order=order.tolist(),
-                    encoded=encoder.encoded,
-                    num_tokens=max_sequences and max_sequences * seq_len,
-                )
-            self._documents, starts = encoded, encoded.starts
-        self._starts = starts
-        self._sequences = packed(starts, seq_len=seq_len, packing=Packing.stream)
+        self._documents = folder.documents("validation", source=source, on_corrupt=on_corrupt)
+        self._starts = self._documents.starts
+        self._sequences = packed(self._starts, seq_len=seq_len, packing=Packing.stream)
         there = self._sequences.num_sequences
         self.num_sequences = there if max_sequences is None else min(there, max_sequences)
         self.num_batches = -(-self.num_sequences // batch_size)
-        if folder.text_tokenizer is None:
-            self._chosen = _spread(there, self.num_sequences, seed=seed, source=source)
-        else:
-            self._chosen = np.arange(self.num_sequences)
+        self._chosen = _spread(there, self.num_sequences, seed=seed, source=source)
         self._mean_bytes: float = folder.num_bytes("validation", source=source) / max(
-            1, starts.item(-1)
+            1, self._documents.num_tokens
         )
-        is_whole = self.num_sequences == there and len(starts) == len(stored.starts)
-        self.bytes_per_token = self._mean_bytes if is_whole else None
+        self.bytes_per_token = self._mean_bytes if self.num_sequences == there else None
         self._source = folder.sources.index(source)
         self._end_of_document = folder.tokenizer.end_of_document
         self._seq_len = seq_len

@@ -51,21 +51,6 @@ class PackingReport:
     num_padding: int
     """Places of sequences that hold no token."""
 
-    @property
-    def cut_documents_share(self) -> float:
-        """The share of the documents that are cut."""
-        return self.num_cut_documents / self.num_documents
-
-    @property
-    def cut_tokens_share(self) -> float:
-        """The share of the tokens that are in cut documents."""
-        return self.num_cut_tokens / self.num_tokens
-
-    @property
-    def padding_share(self) -> float:
-        """The share of the places that hold no token."""
-        return self.num_padding / (self.num_tokens + self.num_padding)
-
 
 class PackedDocuments(Protocol):
     """The sequences of an epoch, `num_sequences` of them in stored order."""

@@ -15,11 +15,6 @@ class ReadsBatches(Protocol):
 
     global_batch_size: int
 
-    @property
-    def max_readers(self) -> int | None:
-        """How many may read at a time with profit; None for any number."""
-        ...
-
     def read(self, first_sample: int, *, rank: int, num_ranks: int) -> Batch:
         """Rank's slice of the global batch that starts at global sample index."""
         ...
@@ -28,7 +23,7 @@ class ReadsBatches(Protocol):
 class Prefetcher:
     """Reads a rank's batches from `first_sample` on, up to `prefetch_batches` of them ahead.
 
-    `num_workers` threads, or as many as can, read whole batches; 0: the caller reads, and nothing
+    `num_workers` threads read whole batches; 0: the caller reads, and nothing
     is ahead. Neither number changes what comes out. Use from one thread; end with `close()`.
     """
 
@@ -45,8 +40,7 @@ class Prefetcher:
         self._batches = batches
         self._rank = rank
         self._num_ranks = num_ranks
-        num_threads = min(num_workers, batches.max_readers or num_workers)
-        self._threads = ThreadPoolExecutor(num_threads, "prefetch") if num_threads else None
+        self._threads = ThreadPoolExecutor(num_workers, "prefetch") if num_workers else None
         self._num_ahead = prefetch_batches
         self._next_sample = first_sample
         self._ahead: deque[Future[Batch]] = deque()

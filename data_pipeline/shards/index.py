@@ -1,12 +1,12 @@
 """The index of a shard folder: what it holds, how it was made, and the hashes to check it by.
 
 Owns the format of `index.json` and of the tables of documents beside the shards. Leaves the
-shards to `shards`, and whether the files agree with the index to `reader`.
+shards to `writer`, and whether the files agree with the index to `reader`.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.corpora.raw_documents import as_utf8
 from data_pipeline.settings import (
     SOURCE_NAME,
-    TEXT_FIELD,
     Count,
     DataError,
     Fraction,
@@ -48,7 +47,6 @@ class ShardEntry:
 
     `documents` names a `.npy` of int64 [num_documents, 3]: the byte offset of a document's tokens
     in the tar, their number (the end of the document included), and the CRC-32 of their bytes.
-    In a folder of text it is the same of the UTF-8 text and its bytes, and `num_tokens` is 0.
     `num_bytes` counts UTF-8 text.
     """
 
@@ -56,7 +54,7 @@ class ShardEntry:
     size: Count
     sha256: Sha256
     num_documents: Count
-    num_tokens: Natural
+    num_tokens: Count
     num_bytes: Count
     documents: str
     documents_sha256: Sha256
@@ -86,7 +84,7 @@ class SourceEntry:
 
     `left_out_examples` names the first few of each. `unknown_endings` counts, by ending, documents
     that were read as plain text without their ending being known, and `ending_examples` names the
-    first few. Folders that older programs built have neither names nor endings.
+    first few.
     """
 
     name: Annotated[str, Field(pattern=SOURCE_NAME)]
@@ -94,9 +92,9 @@ class SourceEntry:
     language: str | None
     licence: str | None
     num_left_out: dict[str, Natural]
-    left_out_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    unknown_endings: dict[str, Natural] = field(default_factory=dict)
-    ending_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out_examples: dict[str, tuple[str, ...]]
+    unknown_endings: dict[str, Natural]
+    ending_examples: dict[str, tuple[str, ...]]
     splits: dict[str, SplitEntry]
     baselines: Baselines
 
@@ -106,7 +104,7 @@ class TextEntry(SourceSettings):
     """A source's settings, as a record: its path is of the machine that built, and only told."""
 
     corpus: str
-    text_field: str = TEXT_FIELD  # in the folders of older programs too
+    text_field: str
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -123,15 +121,12 @@ class BuildEntry:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Index:
-    """All of `index.json`; `dtype` is numpy's name of the tokens' little-endian type.
-
-    Both it and `tokenizer` are None in a folder of text.
-    """
+    """All of `index.json`; `dtype` is numpy's name of the tokens' little-endian type."""
 
     format_version: int
     build: BuildEntry
-    tokenizer: TokenizerEntry | None
-    dtype: str | None
+    tokenizer: TokenizerEntry
+    dtype: str
     sources: tuple[SourceEntry, ...]
 
 
@@ -152,16 +147,13 @@ def encodable(value: Any) -> Any:
     return value
 
 
-def read_index(files: ShardFiles, *, tokenizer: str = "bytes") -> Index:
-    """The index of a shard folder; raises DataError where there is none, or it can't be true.
-
-    `tokenizer` is named in the command that would make shards of what is there.
-    """
+def read_index(files: ShardFiles) -> Index:
+    """The index of a shard folder; raises DataError where there is none, or it can't be true."""
     where = files.location
     try:
         text = files.read_bytes(INDEX_NAME)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(no_shards(where, tokenizer=tokenizer)) from None
+        raise DataError(no_shards(where)) from None
     return parsed_index(text, where=f"{where}/{INDEX_NAME}")
 
 
@@ -224,12 +216,12 @@ def sha256_of(path: Path) -> str:
 def _contradiction(index: Index) -> str | None:
     """What in an index can't be true, in words; None where nothing is found."""
     tokenizer = index.tokenizer
-    dtype = tokenizer and token_dtype(tokenizer.vocab_size).name
+    dtype = token_dtype(tokenizer.vocab_size).name
     if index.dtype != dtype:
-        return f"dtype {index.dtype!r}, where {tokenizer and tokenizer.name} is stored as {dtype!r}"
-    if tokenizer and tokenizer.end_of_document >= tokenizer.vocab_size:
+        return f"dtype {index.dtype!r}, where {tokenizer.name} is stored as {dtype!r}"
+    if tokenizer.end_of_document >= tokenizer.vocab_size:
         return f"end_of_document {tokenizer.end_of_document} is no id below {tokenizer.vocab_size}"
-    if tokenizer and tokenizer.file not in (None, TOKENIZER_NAME):
+    if tokenizer.file not in (None, TOKENIZER_NAME):
         return f"the tokenizer's file {tokenizer.file!r}, which is outside its folder"
     names = [source.name for source in index.sources]
     if not names:
@@ -260,12 +252,9 @@ def _split_contradiction(index: Index, source: SourceEntry, split: str) -> str |
         for name, wanted in zip((shard.file, shard.documents), expected, strict=True):
             if name != wanted:
                 return f"it names {name!r}, which is outside its folder or isn't {wanted!r}"
-        if index.dtype is None:
-            stored, fits = shard.num_bytes, shard.num_tokens == 0
-        else:
-            stored = shard.num_tokens * np.dtype(index.dtype).itemsize
-            fits = shard.num_tokens >= shard.num_documents  # each has its end
-        if not fits or shard.num_bytes < shard.num_documents:
+        stored = shard.num_tokens * np.dtype(index.dtype).itemsize
+        # Each document has its end, and is of some text.
+        if shard.num_tokens < shard.num_documents or shard.num_bytes < shard.num_documents:
             return (
                 f"{shard.file} can't have {shard.num_tokens} tokens and {shard.num_bytes} bytes "
                 f"of text in {shard.num_documents} documents"

@@ -5,21 +5,21 @@ from itertools import chain, count
 from pathlib import Path
 
 from data_pipeline.commands.shell import shell_command, text_setting
-from data_pipeline.corpora.corpus_files import is_shard_folder
+from data_pipeline.corpora.corpus_files import is_shard_folder, is_text
+from data_pipeline.corpora.text_files import is_hidden
 from data_pipeline.settings import DataError, DataSettings, resolved_dir
 
 _BUILD = ("python", "-m", "data_pipeline.build")
 
 
-def no_shards(where: str, *, tokenizer: str) -> str:
-    """The message for a path or URL without shards; `tokenizer` is what they would be made with."""
+def no_shards(where: str) -> str:
+    """The message for a path or URL without shards."""
     complaint = f"{where} is not a shard folder (data.dir): "
     path = Path(where)
     if shards := _shards_in(path):
         more = f" ({len(shards) - 1} more are there)" if len(shards) > 1 else ""
         return f"{complaint}there is one in it: {text_setting('data.dir', str(shards[0]))}{more}"
-    command = _build_command(path, tokenizer=tokenizer)
-    if command is not None:
+    if is_text(path) and (command := _build_command(path)):
         to, words = command
         return (
             f"{complaint}it holds no shards; if it is text, give {text_setting('data.dir', to)} "
@@ -35,7 +35,10 @@ def _what_is_at(where: str) -> str:
     path = Path(where)
     if path.is_symlink() and not path.exists():
         return f"it is a link to {os.readlink(path)}, which isn't there"
-    return "nothing is in it" if path.is_dir() else "there is no such folder"
+    if not path.is_dir():
+        return "there is no such folder"
+    is_empty = all(is_hidden(name) for name in os.listdir(path))
+    return "nothing is in it" if is_empty else "shards are in it, and no index.json of them"
 
 
 def _shards_in(path: Path) -> list[Path]:
@@ -45,20 +48,17 @@ def _shards_in(path: Path) -> list[Path]:
         return []
 
 
-def _build_command(path: Path, *, tokenizer: str) -> tuple[str, str] | None:
-    """A free folder, and the command that makes it of what is at a path; None for nothing there."""
+def _build_command(path: Path) -> tuple[str, str] | None:
+    """A free folder, and the command that makes it of the text at a path; None for no name."""
     try:
-        is_there = path.is_file() or any(name[0] != "." for name in os.listdir(path))
-        to = resolved_dir(DataSettings(corpus=str(path), tokenizer=tokenizer))
-    except (OSError, DataError):  # DataError: nothing of its name can be a source's
-        return None
-    if not is_there:
+        to = resolved_dir(DataSettings(corpus=str(path)))
+    except DataError:  # nothing of its name can be a source's
         return None
     places = chain([to], (f"{to}-{number}" for number in count(2)))
     free = os.path.relpath(next(place for place in places if not os.path.exists(place)))
     words = [
         text_setting("corpus", str(path)),
-        text_setting("tokenizer", tokenizer),
+        "tokenizer=bytes",
         text_setting("to", free),
     ]
     return free, " ".join([*_BUILD, *words])

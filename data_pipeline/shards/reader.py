@@ -28,7 +28,7 @@ from data_pipeline.shards.index import (
 )
 from data_pipeline.shards.maps import ShardMaps, num_mappable
 from data_pipeline.storage import ShardFiles, open_files
-from data_pipeline.tokenizers.named import tokenizer_from, tokenizer_named
+from data_pipeline.tokenizers.named import tokenizer_from
 from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry, token_dtype
 
 # How many shards one call to read holds open at a time, where the process may have many.
@@ -38,19 +38,10 @@ _SHARDS_AT_ONCE = 256
 class ShardFolder:
     """A complete folder of shards, opened by `ShardFolder.open`.
 
-    `damaged` says of each shard that was found missing or cut short what is wrong with it,
-    `text_tokenizer` is what the text of a folder of text is tokenised with, None in one of tokens.
+    `damaged` says of each shard that was found missing or cut short what is wrong with it.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        files: ShardFiles,
-        *,
-        damaged: Mapping[str, str],
-        text_tokenizer: Tokenizer | None = None,
-    ) -> None:
-        self.text_tokenizer = text_tokenizer
+    def __init__(self, index: Index, files: ShardFiles, *, damaged: Mapping[str, str]) -> None:
         self.index = index
         self.damaged = damaged
         self._files = files
@@ -63,7 +54,6 @@ class ShardFolder:
         path: str | Path,
         *,
         on_corrupt: OnCorrupt = OnCorrupt.fail,
-        tokenizer: str | None = None,
         cache: CacheSettings | None = None,
     ) -> Self:
         """Opens a folder, here or at a URL: reads its index and looks that each file is there.
@@ -71,17 +61,11 @@ class ShardFolder:
         Files on a disk must have their full size; those at a URL are checked when they come.
 
         Raises DataError naming the folder or file that isn't as it should be; to skip, shards
-        that aren't are noted in `damaged` instead. `tokenizer` names what a folder of text is to
-        be tokenised with; a folder of tokens has its own.
+        that aren't are noted in `damaged` instead.
         """
         files, damaged = open_files(str(path), cache=cache or CacheSettings()), dict[str, str]()
-        index = read_index(files, tokenizer=tokenizer or "bytes")
-        folder = cls(
-            index,
-            files,
-            damaged=damaged,
-            text_tokenizer=tokenizer_named(tokenizer) if tokenizer and not index.dtype else None,
-        )
+        index = read_index(files)
+        folder = cls(index, files, damaged=damaged)
         for shard in shards_of(index):
             files.check(shard.documents, size=table_size(shard))
             try:
@@ -111,26 +95,13 @@ class ShardFolder:
     @property
     def tokenizer(self) -> TokenizerEntry:
         """Name, vocabulary size, end of document and fingerprint of what made the tokens."""
-        if self.index.tokenizer is not None:
-            return self.index.tokenizer
-        if self.text_tokenizer is None:
-            raise DataError(
-                f"{self.location} holds text: say what to tokenise it with, by data.tokenizer"
-            )
-        return TokenizerEntry(
-            name=self.text_tokenizer.name,
-            vocab_size=self.text_tokenizer.vocab_size,
-            end_of_document=self.text_tokenizer.end_of_document,
-            fingerprint=self.text_tokenizer.fingerprint,
-        )
+        return self.index.tokenizer
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer itself, from the folder's own copy where it has one.
 
         Raises DataError where it isn't the one that made the tokens.
         """
-        if self.text_tokenizer is not None:
-            return self.text_tokenizer
         entry = self.tokenizer
         definition = None if entry.file is None else self._files.read_bytes(entry.file)
         return tokenizer_from(entry, definition=definition)
@@ -162,15 +133,10 @@ class ShardFolder:
         """Bytes of UTF-8 text of a split: of one source, or of all."""
         return sum(entry.num_bytes for entry in self._splits(split, source))
 
-    def bytes_per_token(self, split: str, *, source: str | None = None) -> float:
-        """Bytes of text that a token stands for; bits per byte = loss / ln 2 / this."""
-        return self.num_bytes(split, source=source) / self.num_tokens(split, source=source)
-
     def documents(
         self, split: str, *, source: str, on_corrupt: OnCorrupt = OnCorrupt.fail
     ) -> "Documents":
-        """The documents of a split of a source: of token ids, or of bytes in a folder of text."""
-        made_by = self.index.tokenizer
+        """The documents of a split of a source."""
         (entry,) = self._splits(split, source)
         # The shards of all sources and splits may be open together.
         share = self._num_mappable * len(entry.shards) // max(1, self._num_shards)
@@ -183,8 +149,7 @@ class ShardFolder:
             entry.shards,
             files=self._files,
             maps=maps,
-            dtype=token_dtype(made_by.vocab_size) if made_by else np.dtype(np.uint8),
-            is_text=made_by is None,
+            dtype=token_dtype(self.tokenizer.vocab_size),
             on_corrupt=on_corrupt,
             damaged=self.damaged,
         )
@@ -216,7 +181,6 @@ class Documents:
         files: ShardFiles,
         maps: ShardMaps,
         dtype: np.dtype[np.unsignedinteger],
-        is_text: bool,
         on_corrupt: OnCorrupt,
         damaged: Mapping[str, str],
     ) -> None:
@@ -224,7 +188,7 @@ class Documents:
         self._maps = maps
         self.dtype = dtype
         self._on_corrupt = on_corrupt
-        tables = [_table(files, shard, dtype=dtype, is_text=is_text) for shard in self._shards]
+        tables = [_table(files, shard, dtype=dtype) for shard in self._shards]
         table = np.concatenate([np.zeros((0, 3), np.int64), *tables])
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(table[:, 1])])
         self._begins = table[:, 0].copy()  # [documents], in bytes of the shard's file
@@ -248,11 +212,11 @@ class Documents:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, ends of documents included; bytes in a folder of text."""
+        """Tokens of all documents, ends of documents included."""
         return int(self.starts[-1])
 
     def tokens(self, document: int) -> NDArray[np.unsignedinteger]:
-        """A document's tokens [num_tokens], the end of the document included, or its bytes.
+        """A document's tokens [num_tokens], the end of the document included.
 
         Raises DataError where they aren't what was written.
         """
@@ -377,7 +341,7 @@ class Documents:
 
 
 def _table(
-    files: ShardFiles, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger], is_text: bool
+    files: ShardFiles, shard: ShardEntry, *, dtype: np.dtype[np.unsignedinteger]
 ) -> NDArray[np.int64]:
     """The table of a shard's documents [num_documents, 3], checked against hash and index."""
     name, size, sha256 = shard.documents, table_size(shard), shard.documents_sha256
@@ -388,7 +352,7 @@ def _table(
     # Not np.load, most of whose time goes to the header: a folder may have 100,000 tables.
     table = np.frombuffer(content, "<i8", offset=TABLE_HEADER_BYTES).reshape(-1, 3)
     fits = (
-        int(table[:, 1].sum()) == (shard.num_bytes if is_text else shard.num_tokens)
+        int(table[:, 1].sum()) == shard.num_tokens
         and bool((table[:, 1] > 0).all())
         and bool((table[:, 0] >= 0).all())
         and bool((table[:, 0] + table[:, 1] * dtype.itemsize <= shard.size).all())

@@ -13,20 +13,19 @@ what a shard holds to `shards`, and which documents are in it to `builder`.
       replaced/         what was NAME, for a moment
 """
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.atomic_files import name_folder, sync, sync_tree, write_file
+from data_pipeline.locks import locked
 from data_pipeline.shards.index import ShardEntry
 
 
@@ -130,7 +129,7 @@ class UnfinishedBuild:
             found, differing = {}, [""]
         if differing:
             self.discard()
-            write_to_disk(self._settings, json.dumps(wanted, indent=1).encode())
+            write_file(self._settings, json.dumps(wanted, indent=1))
             return ", ".join(f"{key}={found.get(key)!r}" for key in differing) if found else None
         self._remove_half_written()
         return None
@@ -146,11 +145,11 @@ class UnfinishedBuild:
 
     def keep(self, shard: FinishedShard) -> None:
         """Records a shard whose files have been written, once they are on disk."""
-        _fsync(self.shards / shard.entry.file)
-        _fsync(self.shards / shard.entry.documents)
-        _fsync(self.shards)
+        sync(self.shards / shard.entry.file)
+        sync(self.shards / shard.entry.documents)
+        sync(self.shards)
         record = TypeAdapter(FinishedShard).dump_json(shard)
-        write_to_disk(self._record(Path(shard.entry.file).stem), record)
+        write_file(self._record(Path(shard.entry.file).stem), record)
 
     def trained(self) -> str | None:
         """The `tokenizer.json` that was trained before; `check_trained` says whether it fits."""
@@ -163,7 +162,7 @@ class UnfinishedBuild:
     def keep_trained(self, definition: str, *, texts_hash: str) -> None:
         """Keeps a `tokenizer.json` and the hash of the texts that it was trained on."""
         record = {"texts_hash": texts_hash, "definition": definition}
-        write_to_disk(self._trained, json.dumps(record).encode())
+        write_file(self._trained, json.dumps(record))
 
     def check_trained(self, *, texts_hash: str) -> None:
         """Raises TextChanged where the kept tokenizer was trained on texts of another hash."""
@@ -182,7 +181,7 @@ class UnfinishedBuild:
         for folder in (self._records, self.shards):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            _fsync(self.path)
+            sync(self.path)
 
     def complete(self, folder: Path) -> None:
         """Gives the shards their place: all of it is on disk, then one rename.
@@ -190,12 +189,10 @@ class UnfinishedBuild:
         What stands there is put aside, and removed with the hidden folder: what is killed between
         the two goes on from the finished shards.
         """
-        for path in (*self.shards.iterdir(), self.shards):
-            _fsync(path)
+        sync_tree(self.shards)
         if folder.exists() and any(folder.iterdir()):
             folder.rename(self._replaced)
-        self.shards.rename(folder)
-        _fsync(folder.parent)
+        name_folder(self.shards, folder)
 
     def close(self) -> None:
         """Removes the folder, unless a later start can go on from it."""
@@ -238,61 +235,13 @@ def unfinished_build(folder: Path, *, tell: Callable[[str], None]) -> Iterator[U
     At the end the finished shards are kept, where there are any, and all else is removed.
     """
     path = hidden_folder(folder)
-    with _locked(path, tell=tell):
+    with locked(
+        path / "lock",
+        waiting=lambda: tell(f"waiting for the process that builds in {path}"),
+        optional=True,  # where a cluster's file system has no locks, one builder is up to the user
+    ):
         unfinished = UnfinishedBuild(path)
         try:
             yield unfinished
         finally:
             unfinished.close()
-
-
-@contextmanager
-def _locked(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
-    while True:
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            file = (path / "lock").open("w")
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
-        with file:
-            _wait_for(file, tell=lambda: tell(f"waiting for the process that builds in {path}"))
-            if _is_at(file, path / "lock"):
-                yield
-                return
-
-
-def _wait_for(file: IO[str], *, tell: Callable[[], None]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        tell()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        # A file system without locks, as some of clusters are: then one builder is up to the user.
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is still the one at its path: who held its lock may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def write_to_disk(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    _fsync(partial)
-    partial.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,11 +24,10 @@ from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry
 def damaged_files(files: ShardFiles, index: Index, *, counter: ByteCounter) -> dict[str, str]:
     """What is wrong with each file that isn't as it should be, by its name."""
     damaged: dict[str, str] = {}
-    if index.tokenizer is not None:
-        try:
-            tokenizer_of(files, index.tokenizer)
-        except (DataError, OSError) as error:
-            damaged[index.tokenizer.file or f"tokenizer {index.tokenizer.name}"] = str(error)
+    try:
+        tokenizer_of(files, index.tokenizer)
+    except (DataError, OSError) as error:
+        damaged[index.tokenizer.file or f"tokenizer {index.tokenizer.name}"] = str(error)
     for shard in shards_of(index):
         size = table_size(shard)
         wrong = {
@@ -81,37 +80,24 @@ def _check_members(files: ShardFiles, index: Index, shard: ShardEntry) -> None:
         tarfile.open(fileobj=opened, mode="r:") as tar,
     ):
         for member in tar:
-            _check_name(member, is_text=index.tokenizer is None)
-            if member.name.endswith(".json"):
-                continue
+            if not (member.isreg() and re.fullmatch(r"[0-9]{9,}\.npy", member.name)):
+                raise ValueError(f"has a member {member.name!r}, which is no 000000000.npy")
             file = tar.extractfile(member)
             assert file is not None, "a regular file"
             content = file.read()
-            payload, num_items = _payload(content, index, name=member.name)
+            payload, num_tokens = _payload(content, index, name=member.name)
             offset = member.offset_data + len(content) - len(payload)
-            found = [offset, num_items, zlib.crc32(payload)]
+            found = [offset, num_tokens, zlib.crc32(payload)]
             if next(rows, None) != found:
                 raise ValueError(f"{member.name} isn't where and what its table of documents says")
     if next(rows, None) is not None:
         raise ValueError("has fewer members than its table of documents")
-    expected = shard.num_bytes if index.tokenizer is None else shard.num_tokens
-    if int(table[:, 1].sum()) != expected:
-        raise ValueError(
-            f"holds {table[:, 1].sum()} tokens or bytes, and the index says {expected}"
-        )
-
-
-def _check_name(member: tarfile.TarInfo, *, is_text: bool) -> None:
-    kind = "bin" if is_text else "npy"
-    if not (member.isreg() and re.fullmatch(rf"[0-9]{{9,}}\.({kind}|json)", member.name)):
-        raise ValueError(f"has a member {member.name!r}, which is no 000000000.{kind} or .json")
+    if int(table[:, 1].sum()) != shard.num_tokens:
+        raise ValueError(f"holds {table[:, 1].sum()} tokens, and the index says {shard.num_tokens}")
 
 
 def _payload(content: bytes, index: Index, *, name: str) -> tuple[bytes, int]:
-    """The bytes of a member's document and its number of tokens (of bytes, for text)."""
-    if index.tokenizer is None:
-        content.decode("utf-8")  # a UnicodeDecodeError is a ValueError
-        return content, len(content)
+    """The bytes of a member's tokens, and their number."""
     file = io.BytesIO(content)
     tokens: NDArray[np.integer] = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]
     if tokens.ndim != 1 or tokens.dtype != np.dtype(index.dtype) or file.tell() != len(content):

@@ -37,9 +37,9 @@ class _OpenShard:
 class SplitWriter:
     """Writes the documents of one split of one source into numbered shards, after those finished.
 
-    A shard is closed before the document that would take it over `shard_tokens` tokens (bytes,
-    for text); a longer document has a shard to itself. `keep` is told of each shard when its files
-    are written. Use as a context manager, then ask `entry()`.
+    A shard is closed before the document that would take it over `shard_tokens` tokens; a longer
+    document has a shard to itself. `keep` is told of each shard when its files are written. Use as
+    a context manager, then ask `entry()`.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class SplitWriter:
         self._shard_tokens = shard_tokens
         self._keep = keep
         self._open: _OpenShard | None = None
-        self._num_items_open = 0
         self._closed = [shard.entry for shard in finished]
 
     def __enter__(self) -> Self:
@@ -84,26 +83,23 @@ class SplitWriter:
                 self._open.file.close()
 
     def write(
-        self, tokens: NDArray[np.integer] | None, *, content: bytes, number: int, digest: bytes
+        self, tokens: NDArray[np.integer], *, content: bytes, number: int, digest: bytes
     ) -> None:
-        """Adds a document: its tokens [num_tokens], or its text where they are None.
+        """Adds a document, by its tokens [num_tokens].
 
         `content` is the text in UTF-8, `digest` its SHA-256, `number` its place in the source.
         """
-        payload = content if tokens is None else tokens.tobytes()
-        num_items = len(content) if tokens is None else len(tokens)
-        if self._open is not None and self._num_items_open + num_items > self._shard_tokens:
+        if self._open is not None and self._open.num_tokens + len(tokens) > self._shard_tokens:
             self._open.hash.add(number, digest)
             self._close_shard()
         shard = self._open or self._open_shard()
-        kind, member = ("bin", content) if tokens is None else ("npy", _npy(tokens))
-        shard.tar.write({"__key__": f"{number:09d}", kind: member})
+        payload, member = tokens.tobytes(), _npy(tokens)
+        shard.tar.write({"__key__": f"{number:09d}", "npy": member})
         # One header block stands before a member; its tokens follow the .npy file's own header.
         offset = shard.size + _TAR_BLOCK + len(member) - len(payload)
-        shard.table.append((offset, num_items, zlib.crc32(payload)))
+        shard.table.append((offset, len(tokens), zlib.crc32(payload)))
         shard.size += _TAR_BLOCK + -(-len(member) // _TAR_BLOCK) * _TAR_BLOCK
-        self._num_items_open += num_items
-        shard.num_tokens += 0 if tokens is None else len(tokens)
+        shard.num_tokens += len(tokens)
         shard.num_bytes += len(content)
         shard.hash.add(number, digest)
 
@@ -127,7 +123,6 @@ class SplitWriter:
             # A fixed time makes the bytes reproducible; the writer's other fields are constants.
             tar=self._tar_writer(file, mtime=0),
         )
-        self._num_items_open = 0
         return self._open
 
     def _close_shard(self) -> None:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
+from data_pipeline.tokenizers.tokenizer import TOKENIZERS
+
 _FILES = {
     "mixtral-v1": "tokenizer.model.v1",
     "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3",
@@ -93,6 +95,18 @@ class MixtralTokenizer:
     def words(self) -> str:
         """The pattern of the words between which nothing else is joined."""
         return _WORDS.pattern
+
+
+@TOKENIZERS.register("mixtral-v1")
+def mixtral_v1() -> MixtralTokenizer:
+    """Returns that of 8x7B."""
+    return MixtralTokenizer("mixtral-v1")
+
+
+@TOKENIZERS.register("mixtral-v3")
+def mixtral_v3() -> MixtralTokenizer:
+    """Returns that of 8x22B."""
+    return MixtralTokenizer("mixtral-v3")
 
 
 class _IdsOfWord(dict[str, bytes]):

@@ -4,10 +4,9 @@ import difflib
 from pathlib import Path
 
 from data_pipeline.settings import DataError
-from data_pipeline.tokenizers.tokenizer import ByteTokenizer, Tokenizer, TokenizerEntry
+from data_pipeline.tokenizers.tokenizer import TOKENIZERS, Tokenizer, TokenizerEntry
 
-_NAMES = ("bytes", "mixtral-v1", "mixtral-v3")
-_KINDS = f"{', '.join(_NAMES)}, the path of a tokenizer.json, and, to build with, bpe:N and none"
+_KINDS = "the path of a tokenizer.json, and, to build with, bpe:N"
 
 
 def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokenizer:
@@ -19,7 +18,7 @@ def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokeniz
     Raises DataError for what is neither, for a `tokenizer.json` that can't be used, and for an
     `end_of_document` that isn't there.
     """
-    if spec in _NAMES:
+    if spec in TOKENIZERS.names():
         if end_of_document is not None:
             raise DataError(
                 f"end_of_document={end_of_document!r}: tokenizer={spec!r} has its own; leave it out"
@@ -35,7 +34,11 @@ def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokeniz
 
 def resolved_tokenizer(spec: str) -> str:
     """The spec of a tokenizer with its path, if it is one, made absolute."""
-    return spec if spec in _NAMES or not Path(spec).exists() else str(Path(spec).absolute())
+    return (
+        spec
+        if spec in TOKENIZERS.names() or not Path(spec).exists()
+        else str(Path(spec).absolute())
+    )
 
 
 def tokenizer_from(entry: TokenizerEntry, *, definition: bytes | None) -> Tokenizer:
@@ -44,10 +47,10 @@ def tokenizer_from(entry: TokenizerEntry, *, definition: bytes | None) -> Tokeni
     Raises DataError where it isn't the one whose fingerprint the index holds.
     """
     text = None if definition is None else definition.decode("utf-8", errors="replace")
-    if text is None and entry.name not in _NAMES:
+    if text is None and entry.name not in TOKENIZERS.names():
         raise DataError(
-            f"the index names the tokenizer {entry.name!r} and no file that defines it; "
-            "build the folder again"
+            f"the index names the tokenizer {entry.name!r} and no file that defines it: if it is "
+            "an extension's, name its module in extensions=[…]; else build the folder again"
         )
     tokenizer = tokenizer_again(entry.name, definition=text, end_of_document=entry.end_of_document)
     if tokenizer.fingerprint != entry.fingerprint:
@@ -70,16 +73,10 @@ def tokenizer_again(
 
         assert end_of_document is not None
         return JsonTokenizer(name, definition, end_of_document=end_of_document)
-    if name == "bytes":
-        return ByteTokenizer()
-    from data_pipeline.tokenizers.mixtral_tokenizer import MixtralTokenizer
-
-    return MixtralTokenizer(name)
+    return TOKENIZERS.get(name).made()
 
 
 def _no_tokenizer(spec: str) -> str:
-    if spec == "none":
-        return "tokenizer='none' keeps text as text: nothing is encoded with it; give another"
     if spec.startswith("bpe:"):
         return (
             f"tokenizer={spec!r} is trained on a corpus, by data_pipeline.build; elsewhere give "
@@ -89,7 +86,11 @@ def _no_tokenizer(spec: str) -> str:
         return (
             f"tokenizer={spec!r} doesn't exist: there is no such file, and no folder with a "
             f"tokenizer.json ({Path(spec).absolute()}); give the path of one, or one of "
-            f"{', '.join(_NAMES)}"
+            f"{', '.join(TOKENIZERS.names())}"
         )
-    nearest = difflib.get_close_matches(spec, _NAMES, n=1, cutoff=0.0)[0]
-    return f"tokenizer={spec!r} is not known; did you mean {nearest!r}? There are {_KINDS}"
+    names = TOKENIZERS.names()
+    nearest = difflib.get_close_matches(spec, names, n=1, cutoff=0.0)[0]
+    return (
+        f"tokenizer={spec!r} is not known; did you mean {nearest!r}? There are {', '.join(names)}, "
+        f"{_KINDS}; one of your own is registered by a module named in extensions=[…]"
+    )

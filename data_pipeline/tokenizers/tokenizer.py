@@ -6,7 +6,7 @@ documents end is up to whoever writes shards: a tokenizer only says which id end
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.extensions import Registry
 from data_pipeline.settings import Count, Natural, Sha256
 
 
@@ -41,6 +42,18 @@ class Tokenizer(Protocol):
         ...
 
 
+TOKENIZERS = Registry[Callable[[], Tokenizer]](
+    "tokenizer",
+    setting="tokenizer",
+    built_in={
+        "bytes": "data_pipeline.tokenizers.tokenizer",
+        "mixtral-v1": "data_pipeline.tokenizers.mixtral_tokenizer",
+        "mixtral-v3": "data_pipeline.tokenizers.mixtral_tokenizer",
+    },
+)
+"""Those that a name alone says all about; each is made without an argument."""
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class TokenizerEntry:
     """The tokenizer that made the tokens; `fingerprint` is a SHA-256 in hex.
@@ -60,6 +73,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+@TOKENIZERS.register("bytes")
 class ByteTokenizer:
     """One token a byte of UTF-8, and id 256 for the end of a document."""
 

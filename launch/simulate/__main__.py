@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
+from data_pipeline.quantities import rounded_duration
 from launch.simulate.discrete_events import Sample, fitting_failures, simulate
 from launch.simulate.expected import (
     Shares,
@@ -102,17 +103,17 @@ def as_text(settings: SimulateSettings, rows: list[Row]) -> str:
     """Returns the settings and the rows as a table."""
     given = (
         f"failures   {settings.failures_per_1000_node_days:g} per 1,000 node-days, detected in "
-        f"{_duration(settings.detect_seconds)}"
+        f"{rounded_duration(settings.detect_seconds)}"
     )
     if settings.hang_share:
         given += (
             f", {settings.hang_share:.1%} of them hangs, detected in "
-            f"{_duration(settings.hang_detect_seconds)}"
+            f"{rounded_duration(settings.hang_detect_seconds)}"
         )
     given += (
-        f"; training again {_duration(settings.restart_seconds)} later\n"
-        f"saves      training waits {_duration(settings.save_seconds)}; safe "
-        f"{_duration(settings.durable_seconds)} after the beginning\n"
+        f"; training again {rounded_duration(settings.restart_seconds)} later\n"
+        f"saves      training waits {rounded_duration(settings.save_seconds)}; safe "
+        f"{rounded_duration(settings.durable_seconds)} after the beginning\n"
         f"target     {settings.target:.4g} of all time; the longest restart that allows it is in "
         "the table"
     )
@@ -140,15 +141,15 @@ def _cells(settings: SimulateSettings, row: Row) -> list[str]:
     cells = [
         f"{row.nodes:,}",
         f"{row.nodes * settings.gpus_per_node:,}",
-        _duration(1 / failure_rate(settings, nodes=row.nodes)),
-        _duration(row.interval),
+        rounded_duration(1 / failure_rate(settings, nodes=row.nodes)),
+        rounded_duration(row.interval),
     ]
     if settings.step_seconds:
         cells.append(f"{_steps(settings, row.interval):,}")
     cells += [f"{share:.2%}" for share in asdict(row.shares).values()]
-    cells.append("none" if row.longest_restart is None else _duration(row.longest_restart))
+    cells.append("none" if row.longest_restart is None else rounded_duration(row.longest_restart))
     if settings.interval_seconds:
-        cells += [_duration(row.best), f"{row.at_best:.2%}"]
+        cells += [rounded_duration(row.best), f"{row.at_best:.2%}"]
     if settings.check and row.sample is None:
         cells += ["–"] * 3
     elif row.sample is not None:
@@ -162,15 +163,6 @@ def _cells(settings: SimulateSettings, row: Row) -> list[str]:
 
 def _steps(settings: SimulateSettings, interval: float) -> int | None:
     return None if settings.step_seconds is None else round(interval / settings.step_seconds)
-
-
-def _duration(seconds: float) -> str:
-    """Returns a time with three significant digits in a suitable unit."""
-    for unit, size, below in (("s", 1, 600), ("min", 60, 7200), ("h", 3600, 172_800)):
-        if seconds < below:
-            return f"{seconds / size:.3g} {unit}"
-    days = seconds / 86_400
-    return f"{days:.3g} days" if days < 1000 else f"{days:,.0f} days"
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@ Owns the meaning of a lost connection, a signal and a job's end. Leaves HTTP to 
 
 import re
 import shlex
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TypeVar
 
-from data_pipeline.commands.stops import INSISTENT, detach_terminal, stop_signals
+from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from launch.submit.ray_jobs import JobRefused, JobState, JobsUnavailable, RayJobs
 from moetrain.exit_codes import FAILED
 
@@ -150,18 +149,12 @@ class JobWatch:
             code = FAILED
         return code if 0 <= code <= _SIGNALLED else FAILED
 
-    @contextmanager
-    def _on_signals(self) -> Iterator[None]:
+    def _on_signals(self) -> AbstractContextManager[None]:
         def handle(signum: int, _: FrameType | None) -> None:
             detach_terminal(signum)
             self._asked = self._asked + 1 if signum in INSISTENT else max(1, self._asked)
 
-        before = {s: signal.signal(s, handle) for s in stop_signals()}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+        return signals_handled(stop_signals(), handle)
 
 
 def _say(text: str) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from data_pipeline.quantities import binary_size
 from launch.on_ray.access import is_loopback, send_tokens
 from launch.on_ray.private import MOST_WORKING_DIR_BYTES, AuthenticationTokenLoader
 
@@ -149,8 +150,8 @@ class _Client(JobSubmissionClient):
         size = len(kwargs.get("data") or b"")
         if size > MOST_WORKING_DIR_BYTES:
             raise JobRefused(
-                f"the folder to be copied has {size / 2**20:,.0f} MiB, and Ray's job server takes "
-                f"{MOST_WORKING_DIR_BYTES / 2**20:,.0f} MiB: move large files out of it, or "
+                f"the folder to be copied has {binary_size(size)}, and Ray's job server takes "
+                f"{binary_size(MOST_WORKING_DIR_BYTES)}: move large files out of it, or "
                 "name them in its .gitignore or .rayignore"
             )
         return super()._do_request(method, endpoint, timeout=REQUEST_TIMEOUT_SECONDS, **kwargs)

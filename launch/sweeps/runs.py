@@ -5,22 +5,20 @@ does, and before the first one its `config.yaml`. Reads run folders, and leaves 
 settings to `moetrain.train.changes`.
 """
 
-import fcntl
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_pipeline.locks import LockHeldError, owned
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checks import ConfigError
-from moetrain.observe import read_events
-from moetrain.train.changes import Change, Kind, changes, history, kind_of, leaves
+from moetrain.train.changes import Change, Kind, changes, kind_of, leaves
 from moetrain.train.prepare import newest_manifest
 
 _DECIDES = (Kind.function, Kind.order, Kind.recipe)
@@ -40,14 +38,13 @@ class TrainedSettings:
     """The first values of settings that a resume changed."""
 
     @classmethod
-    def of(cls, manifest: Manifest, events: Iterable[Mapping[str, Any]] = ()) -> "TrainedSettings":
-        """Returns the settings in a checkpoint, and for an older version those in the run's
-        events."""
+    def of(cls, manifest: Manifest) -> "TrainedSettings":
+        """Returns the settings in a checkpoint."""
         return cls(
             settings=manifest.config,
             text=manifest.state.get("data") or None,
             is_untrained=manifest.step == 0,
-            earlier=_earlier(history(manifest.state, events), before=manifest.step),
+            earlier=_earlier(manifest.state.get("changes", ()), before=manifest.step),
         )
 
 
@@ -72,7 +69,7 @@ class TrialSettings:
 def trained(run_dir: Path) -> TrainedSettings | None:
     """Returns the settings of the run in a folder, None if there is no run."""
     if manifest := newest_manifest(run_dir):
-        return TrainedSettings.of(manifest, read_events(run_dir / "events.jsonl"))
+        return TrainedSettings.of(manifest)
     try:
         plain = yaml.safe_load((run_dir / "config.yaml").read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -248,38 +245,17 @@ def lock_names(folder: Path, names: Collection[str]) -> Iterator[None]:
     Two sweeps would give the same number to different trials. Raises ConfigError if another sweep
     has a name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[Path, int] = {}
-    try:
+    with ExitStack() as stack:
         for name in sorted(names):
             path = folder / f".{name}.lock"
-            files[path] = _locked(path, name)
+            try:
+                stack.enter_context(owned(path))
+            except LockHeldError as error:
+                raise ConfigError(
+                    "run.name",
+                    name,
+                    f"process {error.owner} runs a sweep of this name: wait for it, or stop it, or "
+                    "use another run.name",
+                ) from None
+            stack.callback(path.unlink, missing_ok=True)  # while it is held
         yield
-    finally:
-        for path, file in files.items():
-            path.unlink(missing_ok=True)  # while it is held, so that nobody has it meanwhile
-            os.close(file)
-
-
-def _locked(path: Path, name: str) -> int:
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 20).decode() or "unknown"
-            os.close(file)
-            raise ConfigError(
-                "run.name",
-                name,
-                f"process {holder} runs a sweep of this name: wait for it, or stop it, or use "
-                "another run.name",
-            ) from None
-        try:
-            if os.stat(path).st_ino == os.fstat(file).st_ino:
-                os.ftruncate(file, 0)
-                os.write(file, str(os.getpid()).encode())
-                return file
-        except FileNotFoundError:
-            pass
-        os.close(file)  # the one that it belonged to has just taken it away

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from data_pipeline.commands.stops import INSISTENT, detach_terminal, stop_signals
+from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from launch.closing import TRIAL_VARIABLE
 from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
 from moetrain.checkpoint.remote.of_run import good_save
@@ -189,8 +189,7 @@ class Sweep:
             one.reader.join()
         return one.process.returncode
 
-    @contextmanager
-    def _on_signals(self) -> Iterator[None]:
+    def _on_signals(self) -> AbstractContextManager[None]:
         """Forwards a stop request to the trials within the context."""
 
         def handle(signum: int, _: FrameType | None) -> None:
@@ -199,12 +198,7 @@ class Sweep:
             for one in self._running:
                 one.process.send_signal(signal.SIGTERM if signum in INSISTENT else signum)
 
-        before = {s: signal.signal(s, handle) for s in stop_signals()}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+        return signals_handled(stop_signals(), handle)
 
     def _title(self, trial: Trial) -> str:
         of = f" of {self._num_trials}" if self._num_trials else ""

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+from data_pipeline.atomic_files import write_file
 from data_pipeline.commands.shell import unquoted
+from data_pipeline.quantities import count
 from launch.dry_run import DryRun
 from launch.sweeps.runs import TrialSettings, differences, listed, trained
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.observe import by_source, final_loss, model_event, read_events, read_metrics
-from moetrain.train.preview import short
 
 _NOTHING = "–"
 _ENDS = {
@@ -135,7 +136,8 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
          "command": list(r.trial.command), "run": str(r.trial.run_dir), "end": r.end}
         for r in ordered
     ]  # fmt: skip
-    (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = "".join(json.dumps(line) + "\n" for line in lines)
+    write_file(folder / "trials.jsonl", found, durable=False)
     ends = [r.end for r in ordered]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
     text = f"sweep     {counts}; {folder}\n" + _table(ordered)
@@ -143,7 +145,8 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
         if r.other_settings:
             text += f"\n{r.trial.run_dir.name} is another run than trial {r.trial.number}: "
             text += r.other_settings
-    (folder / "table.txt").write_text(text + "\n", errors="backslashreplace")
+    table = (text + "\n").encode(errors="backslashreplace")
+    write_file(folder / "table.txt", table, durable=False)
     return text
 
 
@@ -164,10 +167,10 @@ def preview_table(trials: Sequence[tuple[Trial, DryRun]]) -> str:
             str(trial.number),
             *(trial.varied.get(key, _NOTHING) for key in keys),
             rehearsal.state if any_begun else _NOTHING,
-            short(preview.parameters),
-            short(preview.active_parameters),
-            short(preview.flops_per_token, billion="G"),
-            short(preview.tokens),
+            count(preview.parameters),
+            count(preview.active_parameters),
+            count(preview.flops_per_token, billion="G"),
+            count(preview.tokens),
             str(trial.num_workers),
             f"{preview.memory.total / 2**30:.3g}",
             trial.run_dir.name,
@@ -189,10 +192,10 @@ def _table(results: Sequence[Result]) -> str:
             str(r.trial.number),
             *(r.trial.varied.get(key, _NOTHING) for key in keys),
             r.end,
-            _NOTHING if r.parameters is None else short(r.parameters),
-            _NOTHING if r.active_parameters is None else short(r.active_parameters),
+            _NOTHING if r.parameters is None else count(r.parameters),
+            _NOTHING if r.active_parameters is None else count(r.active_parameters),
             _NOTHING if r.steps is None else str(r.steps),
-            _NOTHING if r.tokens is None else short(r.tokens),
+            _NOTHING if r.tokens is None else count(r.tokens),
             _figure(r.training_loss),
             _figure(r.validation_loss),
             *(_figure(r.bits_per_byte.get(source)) for source in sources),

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.quantities import decimal_size
 from data_pipeline.settings import PathText
 from moetrain.checkpoint.folders import broken, candidates
 from moetrain.checkpoint.manifest import (
@@ -63,7 +64,7 @@ def main(settings: VerifySettings) -> int:
 def _described(manifest: Manifest) -> str:
     size = sum(entry.size for entry in manifest.files.values())
     return (
-        f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files, {len(manifest.tensors)} tensors, "
+        f"{decimal_size(size)} in {len(manifest.files)} files, {len(manifest.tensors)} tensors, "
         f"attempt {manifest.attempt}"
     )
 

@@ -8,13 +8,13 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.atomic_files import name_folder, remove_leftovers, write_file
+from data_pipeline.quantities import decimal_size
 from moetrain.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -29,8 +29,6 @@ from moetrain.checkpoint.manifest import (
 LATEST = "latest"
 ATTEMPT = "attempt"
 _CLAIM = ".attempt_"
-_KILLED_SECONDS = 60.0
-"""A small file that is being written for longer has no writer any more."""
 _NAME_CHARACTERS = 255
 """No name is longer; what is, need not be told whole."""
 _LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
@@ -176,21 +174,19 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     have been cut off at any line of this, so that every line looks whose the run is.
     """
     _require_ownership(directory, manifest)
-    _write(staged / MANIFEST, manifest_text(manifest))
-    sync_folder(staged)
+    write_file(staged / MANIFEST, manifest_text(manifest))
     target = directory / folder_name(manifest.step)
     if os.path.lexists(target):  # the same step of an older attempt, left by a fall-back
         _require_ownership(directory, manifest)
         _point_elsewhere(target)
         _put_aside(target, manifest)
-    os.rename(staged, target)
-    sync_folder(directory)
+    name_folder(staged, target)
     _require_ownership(directory, manifest)
-    replace_text(directory / LATEST, target.name)
+    write_file(directory / LATEST, target.name)
     try:
         _require_ownership(directory, manifest)
     except CheckpointError:
-        replace_text(directory / LATEST, candidates(directory)[0].name)
+        write_file(directory / LATEST, candidates(directory)[0].name)
         raise
     return target
 
@@ -200,7 +196,7 @@ def _point_elsewhere(folder: Path) -> None:
     directory = folder.parent
     if read_latest(directory) == folder.name:
         if others := [other for other in candidates(directory) if other != folder]:
-            replace_text(directory / LATEST, others[0].name)
+            write_file(directory / LATEST, others[0].name)
         else:
             (directory / LATEST).unlink()
 
@@ -287,10 +283,7 @@ def _free(directory: Path, name: str, *, attempt: int) -> Path:
 def next_attempt(directory: Path) -> int:
     """Takes the run over: returns the number of the new attempt, one above all before."""
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*.new"):  # of attempts that were killed a while ago
-        with contextlib.suppress(FileNotFoundError):
-            if leftover.stat().st_mtime < time.time() - _KILLED_SECONDS:
-                leftover.unlink()
+    remove_leftovers(directory)
     # The file may have been lost; what the attempts before have saved may not.
     attempt = max([read_attempt(directory), *(save.attempt for save in saves(directory))])
     while True:
@@ -301,7 +294,7 @@ def next_attempt(directory: Path) -> int:
         except FileExistsError:
             continue
     while read_attempt(directory) < (newest := _newest_claim(directory)):
-        replace_text(directory / ATTEMPT, str(newest))  # and look again: another may have come
+        write_file(directory / ATTEMPT, str(newest))  # and look again: another may have come
     return attempt
 
 
@@ -322,10 +315,9 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """Raises OSError before anything is written where the disk can't hold so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        needed, left = num_bytes / 2**20, free / 2**20
+        needed, left = decimal_size(num_bytes), decimal_size(free)
         raise OSError(
-            errno.ENOSPC,
-            f"No space left: {needed:.1f} MiB are needed, {left:.1f} MiB are free in {folder}",
+            errno.ENOSPC, f"No space left: {needed} are needed, {left} are free in {folder}"
         )
 
 
@@ -337,28 +329,3 @@ def with_way_out(reason: str, error: BaseException | None) -> str:
         f"{reason}; make room there, keep fewer checkpoints (checkpoint.keep_last, 2 at least), or "
         "move the run's folder to another disk and give run.dir, and start the same command again"
     )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file so that it is seen whole, old or new, whenever the writer is killed."""
-    # A name of its own: an attempt that was cut off may be writing the same file.
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    _write(new, text)
-    os.replace(new, path)
-    sync_folder(path.parent)
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.atomic_files import sync
 from moetrain.checkpoint.blocks import (
     LocalBlock,
     Staging,
@@ -37,7 +38,6 @@ from moetrain.checkpoint.folders import (
     require_space,
     saves,
     staged_folder,
-    sync_folder,
     to_delete,
 )
 from moetrain.checkpoint.manifest import (
@@ -377,7 +377,7 @@ def _write_file(
         for name in names:
             writer.write(name, parts[name].local)
             advanced()
-    sync_folder(staged)  # by each machine that has written into it
+    sync(staged)  # by each machine that has written into it
     blocks = {name: as_block(parts[name]) for name in names}
     return Written(file=file, entry=writer.entry, blocks=blocks)
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline import DataError
+from data_pipeline.atomic_files import name_folder, sync_tree
+from data_pipeline.quantities import decimal_size
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED
@@ -43,8 +45,8 @@ def require_new(to: Path, *, num_bytes: int) -> None:
         raise ConfigError(
             "to",
             to,
-            f"{num_bytes / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free there: "
-            "use another disk",
+            f"{decimal_size(num_bytes)} are to be written, and {decimal_size(free)} are free "
+            "there: use another disk",
         )
 
 
@@ -59,19 +61,8 @@ def new_folder(to: Path) -> Iterator[Path]:
     staged.mkdir(parents=True)
     try:
         yield staged
-        for path in sorted(staged.rglob("*"), reverse=True):  # what is in a folder before it
-            _sync(path)
-        _sync(staged)
-        os.rename(staged, to)
-        _sync(to.parent)
+        sync_tree(staged)
+        name_folder(staged, to)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -136,12 +136,7 @@ def _shards(
     if not wanted or location is None:
         return None, None
     try:
-        shards = ShardFolder.open(
-            location,
-            on_corrupt=OnCorrupt.skip,
-            tokenizer=config.data.tokenizer,
-            cache=config.data.cache,
-        )
+        shards = ShardFolder.open(location, on_corrupt=OnCorrupt.skip, cache=config.data.cache)
         if fingerprint and shards.fingerprint != fingerprint:
             return None, "those in their place now are others"
     except (DataError, OSError):

@@ -131,7 +131,7 @@ def _places(config: Resolved, imported: Path) -> Iterator[tuple[str, Callable[[]
         yield (
             location,
             lambda: ShardFolder.open(
-                location, on_corrupt=OnCorrupt.skip, tokenizer=data.tokenizer, cache=data.cache
+                location, on_corrupt=OnCorrupt.skip, cache=data.cache
             ).load_tokenizer(),
         )
     yield f"data.tokenizer={data.tokenizer}", lambda: tokenizer_named(data.tokenizer)

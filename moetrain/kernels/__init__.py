@@ -6,7 +6,7 @@ from moetrain.kernels.expert_function import (
     compute_experts,
     expert_function,
 )
-from moetrain.kernels.expert_swiglu import expert_swiglu
+from moetrain.kernels.expert_swiglu import expert_swiglu, refuses
 from moetrain.kernels.megablocks_ops import unavailable_because
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "expert_swiglu",
     "gather_copies",
     "group_copies",
+    "refuses",
     "sum_copies",
     "unavailable_because",
 ]

@@ -66,6 +66,7 @@ def compute_experts(
     *,
     function: ExpertFunction,
     backend: str = "auto",
+    preferred: str | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Returns for each row [rows, dim] the sum over its copies c, of expert e, of
@@ -73,11 +74,17 @@ def compute_experts(
     `gates[c] * f(row @ up[e].T, row @ gate[e].T) @ down[e]`.
 
     Weights are [experts, hidden, dim], `gates` [copies] in the order of `copies.row`; `gate` is
-    None for a function without one. Raises ValueError where a backend can't serve the function.
+    None for a function without one. `preferred` is SwiGLU's with `auto`. Raises ValueError where a
+    backend can't serve the function.
     """
     if isinstance(function, SwiGLU):
         assert gate is not None
-        return expert_swiglu(x, gates, copies, gate, up, down, backend=backend, recompute=recompute)
+        return expert_swiglu(
+            *(x, gates, copies, gate, up, down),
+            backend=backend,
+            preferred=preferred,
+            recompute=recompute,
+        )
     if backend == "megablocks":
         raise ValueError(
             "backend='megablocks' computes swiglu alone: use backend='auto' for another function"

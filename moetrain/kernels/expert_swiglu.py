@@ -1,10 +1,10 @@
 """The arithmetic of the experts: SwiGLU, each copy of a row with its own expert's matrices.
 
-Owns the choice of backend. The backends agree to rounding on every routing, experts without a
-copy included; a copy is never dropped.
+Owns which backend serves a call. The backends agree to rounding on every routing, experts without
+a copy included; a copy is never dropped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.kernels.autotune import Backend, choose_backend
 from moetrain.kernels.copies import Copies, gather_copies, sum_copies
 from moetrain.kernels.cpu_swiglu import cpu_swiglu
 from moetrain.kernels.megablocks_ops import megablocks_refuses, megablocks_swiglu
 from moetrain.settings.model import BACKENDS
+
+Backend = Callable[[Tensor, Tensor, Copies, Tensor, Tensor, Tensor], Tensor]
 
 
 def expert_swiglu(
@@ -29,22 +30,24 @@ def expert_swiglu(
     down: Float[Tensor, "experts hidden dim"],
     *,
     backend: str = "auto",
+    preferred: str | None = None,
     recompute: bool = False,
 ) -> Float[Tensor, "rows dim"]:
     """Returns for each row the sum over its copies c, of expert e, of
 
     `gates[c] * (silu(row @ gate[e].T) * (row @ up[e].T)) @ down[e]` (arXiv 2002.05202).
 
-    `gates` stand in the order of `copies.row`. With `recompute` the backward pass keeps the rows
-    alone, and computes what is `hidden` wide again. Raises ValueError where a backend can't serve
-    the shape, the device or this machine.
+    `gates` stand in the order of `copies.row`. `auto` takes the `preferred` backend, if any, and
+    where that refuses the shape the first that serves it, without measuring. With `recompute` the
+    backward pass keeps the rows alone, and computes what is `hidden` wide again. Raises ValueError
+    where a backend can't serve the shape, the device or this machine.
     """
     dtypes = {tensor.dtype for tensor in (x, gate, up, down)}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"rows and weights must be of one dtype, not {names}: cast them")
     if backend == "auto":
-        backend = _fastest(x, gates, copies, gate, up, down)
+        backend = _serving(x, copies, gate, up, down, preferred=preferred)
     if backend == "cpu":
         return cpu_swiglu(x, gates, copies, gate, up, down, recompute=recompute)
     if backend not in GROUPED:
@@ -58,24 +61,24 @@ def expert_swiglu(
     return compute(x, gates, copies, gate, up, down)
 
 
-def _fastest(
-    x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+def _serving(
+    x: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor, *, preferred: str | None
 ) -> str:
-    if x.device.type == "cpu":
-        return "cpu"
-    refusals = {
-        "megablocks": megablocks_refuses(x, copies, gate, up, down),
-        "grouped_mm": grouped_mm_refuses(x, gate),
-    }
-    able = {name: GROUPED[name] for name, reason in refusals.items() if reason is None}
-    if not able:
-        return "cpu"  # slow on a GPU, and takes any shape
-    if len(able) == 1:
-        return next(iter(able))
-    try:
-        return choose_backend(x, gates, copies, gate, up, down, candidates=able)
-    except torch.OutOfMemoryError:
-        return "grouped_mm"  # this once: it needs no memory for padding
+    names = ["cpu"] if x.device.type == "cpu" else ["megablocks", "grouped_mm", "cpu"]
+    if preferred is not None:
+        names.insert(0, preferred)
+    return next(name for name in names if refuses(name, x, copies, gate, up, down) is None)
+
+
+def refuses(
+    backend: str, x: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+) -> str | None:
+    """Returns why a backend can't serve a shape here, with the way out; None where it can."""
+    if backend == "megablocks":
+        return megablocks_refuses(x, copies, gate, up, down)
+    if backend == "grouped_mm":
+        return grouped_mm_refuses(x, gate)
+    return None  # the CPU's takes any shape, on a GPU slowly
 
 
 def grouped_mm_refuses(x: Tensor, gate: Tensor) -> str | None:

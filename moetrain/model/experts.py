@@ -40,6 +40,8 @@ class Experts(nn.Module):
         shape = (settings.num_experts, settings.ffn_hidden_dim, settings.dim)
         self.settings = settings.experts
         self.function = expert_function(settings.experts)
+        self.preferred_backend: str | None = None
+        """What `auto` takes where it serves the shape; the same on all ranks."""
         self.gate = nn.Parameter(torch.empty(shape)) if self.function.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape))
@@ -71,6 +73,7 @@ class Experts(nn.Module):
                 down,
                 function=self.function,
                 backend=self.settings.backend,
+                preferred=self.preferred_backend,
                 recompute=self.settings.recompute,
             )
 

@@ -11,7 +11,7 @@ from moetrain.observe.events import (
     read_events,
 )
 from moetrain.observe.json_lines import append_line
-from moetrain.observe.ledger import Account, Span, account, duration, run_account
+from moetrain.observe.ledger import Account, Span, account, run_account
 from moetrain.observe.metrics import (
     EXPERT_LOAD,
     GuardedSink,
@@ -45,7 +45,6 @@ __all__ = [
     "append_line",
     "baselines_by_source",
     "by_source",
-    "duration",
     "expert_load",
     "final_loss",
     "has_finished",

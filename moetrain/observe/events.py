@@ -40,7 +40,7 @@ class EventLog:
         try:
             append_line(self.path, redacted(record))
         except OSError as error:
-            logger.warning("event %r not recorded: %s", kind, error)
+            logger.warning("event '%s' not recorded: %s", kind, error)
 
 
 def read_events(path: Path | str) -> list[dict[str, Any]]:

@@ -55,18 +55,6 @@ _ALIVE = {
 Event = Mapping[str, Any]
 
 
-def duration(seconds: float) -> str:
-    """Returns a time for people: `9.4 s`, `1 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    for size, unit, below, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
-        if seconds >= size - below / 2:
-            many, rest = divmod(round(seconds / below), size // below)
-            return f"{many} {unit} {rest} {part}"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A piece of a run's time, in seconds since its first event."""

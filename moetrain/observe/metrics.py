@@ -5,7 +5,6 @@ one writer. The names of metrics are public and chosen where they are measured; 
 `step` in every record, and parses names with parts.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.atomic_files import new_file
 from moetrain.observe.json_lines import append_line, read_lines
 
 Value = TypeVar("Value")
@@ -96,17 +96,10 @@ class MetricsFile(Sink):
         """
         if not self.path.exists():
             return
-        shorter = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with shorter.open("wb") as file:
-                for line, record in read_lines(self.path):
-                    if _step_of(record) <= step:
-                        file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(shorter, self.path)
-        finally:
-            shorter.unlink(missing_ok=True)
+        with new_file(self.path) as shorter:
+            for line, record in read_lines(self.path):
+                if _step_of(record) <= step:
+                    shorter.write(line)
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float | int | None]:

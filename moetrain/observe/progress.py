@@ -24,6 +24,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from data_pipeline.quantities import count, duration
 from moetrain.observe.metrics import Record, by_source, expert_load
 from moetrain.redaction import redacted_text
 
@@ -188,7 +189,7 @@ class ProgressDisplay:
         self._line_at, self._line_step = view.seen_at, view.step
         parts = [f"step {view.step}/{self._total_steps}", *_figures(view), *_balance(view)]
         if view.seconds_left is not None and view.step < self._total_steps:
-            parts.append(f"{_duration(view.seconds_left)} left")
+            parts.append(f"{duration(view.seconds_left, whole=True)} left")
         self._say("  ".join(parts))
 
     def _render(self) -> RenderableType:
@@ -209,7 +210,7 @@ class ProgressDisplay:
         )
         rows: list[RenderableType] = [top]
         if view.phase is not None:
-            waited = f"{view.phase} · {_duration(self._clock() - view.seen_at)}"
+            waited = f"{view.phase} · {duration(self._clock() - view.seen_at, whole=True)}"
             self._spinner.update(text=Text(waited))
             rows.append(self._spinner)
         if figures := _figures(view):
@@ -236,7 +237,7 @@ class ProgressDisplay:
         if view.phase is not None:
             return ""
         since = self._clock() - view.seen_at
-        return f"{_duration(max(view.seconds_left - since, 0.0))} left"
+        return f"{duration(view.seconds_left - since, whole=True)} left"
 
 
 def load_bars(profile: Sequence[float], *, ascii_only: bool = False) -> str:
@@ -306,7 +307,7 @@ def _figures(view: _View) -> list[str]:
     if view.validation is not None:
         figures.append(f"validation {view.validation}")
     if view.tokens_per_second is not None:
-        figures.append(f"{_thousands(view.tokens_per_second)} tokens/s")
+        figures.append(f"{count(view.tokens_per_second)} tokens/s")
     return figures
 
 
@@ -318,18 +319,3 @@ def _balance(view: _View) -> list[str]:
         plural = "" if view.dead_experts == 1 else "s"
         balance.append(f"{view.dead_experts or 'no'} dead expert{plural}")
     return balance
-
-
-def _thousands(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}" if value < 1000 * limit else f"{value:.3g}"
-    return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds_left = divmod(max(round(seconds), 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours}:{minutes:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"

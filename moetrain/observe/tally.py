@@ -6,13 +6,13 @@ run is found later. Leaves the account to ledger.py.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic_files import write_file
 from moetrain.kinds import EventKind
 from moetrain.observe.events import times
 from moetrain.observe.ledger import Account, run_account
@@ -104,10 +104,8 @@ class Tally:
             return
         self._signed = now
         sign = times() | {"attempt": self._attempt, "step": step, "spent": _rounded(self.read())}
-        new = self._run_dir / f".{SIGN_OF_LIFE}.{os.getpid()}.new"
-        try:
-            new.write_text(json.dumps(sign) + "\n")  # not synced: it may be lost with the machine
-            os.replace(new, self._run_dir / SIGN_OF_LIFE)
+        try:  # it may be lost with the machine
+            write_file(self._run_dir / SIGN_OF_LIFE, json.dumps(sign) + "\n", durable=False)
         except OSError as error:
             logger.warning("no heartbeat written: %s", error)
 

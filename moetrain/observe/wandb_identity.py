@@ -7,6 +7,8 @@ import os
 import secrets
 from pathlib import Path
 
+from data_pipeline.atomic_files import write_file
+
 RUN_ID = "run_id"
 RUN_FOLDER = "run_folder"
 """The folder's path when it last used its id. Inodes and devices would not do: they differ between
@@ -34,9 +36,9 @@ def wandb_run_id(run_dir: Path) -> tuple[str, str | None]:
             )
     if not known:
         known = secrets.token_hex(8)
-        (folder / RUN_ID).write_text(known + "\n")
+        write_file(folder / RUN_ID, known + "\n")
     if was != here:
-        (folder / RUN_FOLDER).write_text(here + "\n", errors="surrogateescape")
+        write_file(folder / RUN_FOLDER, os.fsencode(here) + b"\n")
     return known, told
 
 

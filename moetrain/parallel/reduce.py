@@ -1,6 +1,7 @@
 """What all ranks tell each other, whatever their part of the work."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,3 +29,24 @@ def gather_objects(mine: T) -> list[T]:
     found: list[T] = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
+
+
+def said_by_first_rank(say: Callable[[], T]) -> T:
+    """Returns on every rank what `say` returns on the first, where alone it is called.
+
+    Where it raises, that is raised there, and a RuntimeError with it on the others.
+    """
+    said: list[Any] = [None, None]
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            said[0] = say()
+        except Exception as raised:  # the others must not wait for what will never come
+            error, said[1] = raised, f"rank 0: {type(raised).__name__}: {raised}"
+    dist.broadcast_object_list(said, src=0)
+    if error is not None:
+        raise error
+    if said[1] is not None:
+        raise RuntimeError(said[1])
+    answer: T = said[0]
+    return answer

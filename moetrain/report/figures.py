@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from data_pipeline.quantities import count
 from moetrain.report.run_record import ExpertLoads, Floats, RunRecord, Series, read_run
 
 BLUE, ORANGE, GREEN, RED, PURPLE = "#4285d4", "#e8833a", "#35a07a", "#d9566a", "#8f74d8"
@@ -338,10 +339,7 @@ def _scale_y(ax: Axes, curves: Sequence[Floats]) -> None:
 
 
 def _number(value: float, _position: int | None = None) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
+    return count(value)
 
 
 def _step_span(steps: Floats) -> tuple[float, float]:

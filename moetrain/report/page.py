@@ -5,13 +5,13 @@ value and reason is escaped. Leaves the curves to figures.py, and the account of
 time_line.py.
 """
 
-import os
 from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from moetrain.observe import duration
+from data_pipeline.atomic_files import write_file
+from data_pipeline.quantities import count, duration
 from moetrain.report import figures, time_line
 from moetrain.report.run_record import RunRecord, read_run
 
@@ -29,14 +29,8 @@ def render_report(run_dir: Path | str) -> Path:
     The file appears whole or not at all. Raises OSError if it can't be written.
     """
     path = Path(run_dir) / "report.html"
-    unfinished = path.with_name(f"report.html.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(
-            page(read_run(Path(run_dir))), encoding="utf-8", errors="backslashreplace"
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    text = page(read_run(Path(run_dir)))
+    write_file(path, text.encode(errors="backslashreplace"), durable=False)
     return path
 
 
@@ -83,24 +77,24 @@ def _headline(run: RunRecord) -> str:
     tiles = []
     parameters, active = (run.model.get(key) for key in ("parameters", "active_parameters"))
     if isinstance(parameters, int) and isinstance(active, int):
-        tiles.append(_tile("parameters", _short(parameters), f"{_short(active)} active"))
+        tiles.append(_tile("parameters", count(parameters), f"{count(active)} active"))
     step = run.get("step")
     if step:
         asked = f"of {run.num_steps:,}" if run.num_steps else ""
         tiles.append(_tile("steps", f"{step.last:,.0f}", asked))
     if tokens := run.get("train/tokens"):
-        tiles.append(_tile("tokens", _short(tokens.last)))
+        tiles.append(_tile("tokens", count(tokens.last)))
     if run.final_loss is not None:
         tiles.append(_tile("training loss", f"{run.final_loss:.3f}", "nats, last tenth"))
     if validation := run.get("validation/loss"):
         tiles.append(_tile("validation loss", f"{validation.last:.3f}", "nats a token"))
     if speed := run.get("perf/tokens_per_second"):
         middle = sorted(speed.values)[len(speed.values) // 2]
-        tiles.append(_tile("tokens a second", _short(middle), "median"))
+        tiles.append(_tile("tokens a second", count(middle), "median"))
     if violation := run.get("router/max_violation"):
         dead = run.get("router/dead_experts")
-        count = f"{dead.last:.0f}" if dead and dead.last else "no"
-        note = f"{count} dead expert{'' if count == '1' else 's'}" if dead else ""
+        num_dead = f"{dead.last:.0f}" if dead and dead.last else "no"
+        note = f"{num_dead} dead expert{'' if num_dead == '1' else 's'}" if dead else ""
         tiles.append(_tile("max violation", f"{violation.last:.2f}", note))
     if run.account and run.account.effective is not None:
         of = f"of {duration(run.account.wall)}"
@@ -168,7 +162,7 @@ def _events(events: list[dict[str, Any]]) -> str:
         for event in shown
     )
     counts = Counter(str(event.get("event", "")) for event in events)
-    summary = ", ".join(f"{count} × {kind}" for kind, count in counts.most_common(12))
+    summary = ", ".join(f"{times} × {kind}" for kind, times in counts.most_common(12))
     left_out = len(events) - len(shown)
     note = f"{summary}." + (f" The first {left_out} are left out below." if left_out else "")
     return (
@@ -205,13 +199,6 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 _STYLE = """

@@ -6,7 +6,8 @@ Owns how the account looks on the page. Leaves the sums to moetrain.observe.
 from collections import Counter
 from collections.abc import Sequence
 
-from moetrain.observe import Account, Span, duration
+from data_pipeline.quantities import duration
+from moetrain.observe import Account, Span
 from moetrain.observe.ledger import INTERRUPTED, KINDS
 
 MAX_PIECES = 600  # narrower ones couldn't be told apart

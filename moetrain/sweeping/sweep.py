@@ -12,10 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import (
-    DataError,
-    shards_or_corpus,
-)
+from data_pipeline import DataError, opened_or_planned
 from launch.dry_run import prepare_dry_run
 from launch.on_ray.cluster import ClusterError, RayCluster
 from launch.plan import cluster_address, persistent_folder
@@ -36,6 +33,7 @@ from moetrain.sweeping.trial_plan import (
     varied_before,
     varied_names,
     wanted_of,
+    with_shards,
 )
 
 
@@ -68,10 +66,7 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
     varied = varied_settings([c.overrides for c in combinations])
     if len(combinations) == 1:
         varied = [varied_before(combinations[0])]
-    texts = {}
-    for config, one in zip(resolved, combinations, strict=True):
-        found = shards_or_corpus(one.settings.data)
-        texts[config.data.dir] = getattr(found, "fingerprint", None)
+    resolved, texts = with_shards(resolved, combinations, find=opened_or_planned)
     wanted = wanted_of(
         combinations,
         resolved,

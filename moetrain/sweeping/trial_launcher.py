@@ -5,8 +5,8 @@ and a launcher starts the command where it starts things. So names, table and go
 """
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from data_pipeline.commands.command_line import as_one_run
 from data_pipeline.commands.shell import unquoted
+from data_pipeline.commands.stops import signals_handled
 from launch.sweeps.sweep import ExternalLauncher, run_trial
 from launch.sweeps.table import Result, Trial
 from moetrain.sweeping.demands import JOBLIB
@@ -178,15 +179,10 @@ class _Elsewhere:
         }
 
 
-@contextmanager
-def _stops_by_interrupt() -> Iterator[None]:
+def _stops_by_interrupt() -> AbstractContextManager[None]:
     """Has SIGTERM do what Ctrl-C does: launchers know that one."""
 
     def handle(_: int, __: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return signals_handled([signal.SIGTERM], handle)

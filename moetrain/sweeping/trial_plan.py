@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from data_pipeline import DataSettings, open_or_build, resolved_dir
+from data_pipeline import DataSettings, PlannedBuild, ShardFolder, open_or_build
 from data_pipeline.commands.shell import as_typed, shell_command, unquoted
 from launch.plan import choose_plan
 from launch.sweeps.runs import (
@@ -27,6 +27,7 @@ from moetrain.command import Combination
 from moetrain.config import check, resolve
 from moetrain.settings import CheckpointSettings, Config, Resolved
 from moetrain.train.changes import as_plain, changes
+from moetrain.train.prepare import on_shards
 from moetrain.train.resume import require_no_restart
 
 # What a trial waits at least for places: those of the one before it may not be free yet.
@@ -58,7 +59,7 @@ class TrialPlan:
         `varied` are the values that each is called by.
         """
         resolved = [resolved_as_trial(c.settings, elsewhere) for c in combinations]
-        texts = _texts([c.settings.data for c in combinations])
+        resolved, texts = with_shards(resolved, combinations, find=open_or_build)
         self._hold(combinations, {Path(config.run.dir) for config in resolved})
         self._first = self._first or combinations[0]
         self._varied |= varied_names([self._first, *combinations])
@@ -94,7 +95,7 @@ class TrialPlan:
 def wanted_of(
     combinations: Sequence[Combination[Config]],
     resolved: Sequence[Resolved],
-    texts: Mapping[str, str | None],
+    texts: Sequence[str | None],
     *,
     base: str,
     differing: Collection[str],
@@ -109,12 +110,12 @@ def wanted_of(
         TrialSettings(
             name=name,
             settings=as_plain(config),
-            text=texts[config.data.dir],
+            text=text,
             varied=frozenset(differing),
             may_be_bare=holds_values or not (name == base or in_batches),
             is_named=not in_batches and (several or holds_values),
         )
-        for name, config, holds_values in zip(names, resolved, own, strict=True)
+        for name, config, text, holds_values in zip(names, resolved, texts, own, strict=True)
     ]
 
 
@@ -168,15 +169,23 @@ def _threads(resolved: Sequence[Resolved], elsewhere: ExternalLauncher | None) -
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
-def _texts(settings: Sequence[DataSettings]) -> dict[str, str]:
-    """Returns the fingerprint of each folder of shards.
+def with_shards(
+    resolved: Sequence[Resolved],
+    combinations: Sequence[Combination[Config]],
+    *,
+    find: Callable[[DataSettings], ShardFolder | PlannedBuild],
+) -> tuple[list[Resolved], list[str | None]]:
+    """Returns the configurations with the folders of their shards, and the shards' fingerprints.
 
-    Builds those that are open to be built, which trials beside each other would all do.
+    `find` is asked once for each text: trials beside each other would all build what is missing.
+    None stands for the fingerprint of what isn't built.
     """
-    folders = {str(resolved_dir(data)): data for data in settings}
-    return {
-        folder: open_or_build(data, progress=True).fingerprint for folder, data in folders.items()
-    }
+    found: dict[tuple[str, ...], ShardFolder | PlannedBuild] = {}
+    keys = [(c.data.dir, c.data.tokenizer, c.data.text_field) for c in resolved]
+    for key, one in zip(keys, combinations, strict=True):
+        found[key] = found.get(key) or find(one.settings.data)
+    placed = [on_shards(config, found[key]) for key, config in zip(keys, resolved, strict=True)]
+    return placed, [getattr(found[key], "fingerprint", None) for key in keys]
 
 
 def varied_names(combinations: Sequence[Combination[Config]]) -> set[str]:

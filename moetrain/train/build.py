@@ -1,6 +1,8 @@
 """The composition root: settings become objects here, top to bottom, and nowhere else."""
 
 import logging
+import os
+import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -10,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches, open_folder
+from data_pipeline import (
+    DataError,
+    GlobalBatches,
+    Prefetcher,
+    ShardFolder,
+    ValidationBatches,
+    open_folder,
+)
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.remote.of_run import start_uploads
 from moetrain.checkpoint.remote.uploader import Uploader
@@ -24,7 +33,6 @@ from moetrain.observe import (
     Sink,
     Tally,
     WandbSink,
-    read_events,
 )
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import (
@@ -34,10 +42,11 @@ from moetrain.parallel import (
     build_meshes,
     parallelize,
     resolve_topology,
+    settle_backend,
 )
 from moetrain.registries import CALLBACKS, SINKS
 from moetrain.settings import Resolved
-from moetrain.train.changes import as_plain, history
+from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
 from moetrain.train.objective import build_objective
 from moetrain.train.prepare import global_batches
@@ -69,7 +78,7 @@ def build_trainer(
         timeout_seconds=patience,
         activity=control.activity,
     )
-    shards = open_folder(config.data)
+    shards = _opened_shards(config, place)
     leads = place.rank == 0  # the one rank whose sinks are built
     event = EventLog(run_dir / "events.jsonl").write if leads else _tell_nobody
     tally = Tally(run_dir if leads else None)
@@ -151,6 +160,19 @@ def _callbacks(config: Resolved, state: TrainState) -> dict[str, Callback]:
     return made
 
 
+def _opened_shards(config: Resolved, place: RankPlace) -> ShardFolder:
+    """Returns the run's shards; raises DataError where this rank's machine doesn't see them."""
+    folder = config.data.dir
+    if "://" not in folder and not os.path.exists(folder):
+        raise DataError(
+            f"data.dir={folder}: rank {place.rank}, on {socket.gethostname()}, doesn't see this "
+            "folder of shards, which was there on the machine that the run was started from: put "
+            "it on storage that all nodes share; data.cache.dir=DIR says where the shards of a "
+            "text are built"
+        )
+    return open_folder(config.data)
+
+
 def _restored(
     config: Resolved,
     checkpoints: CheckpointStore,
@@ -172,7 +194,7 @@ def _restored(
     manifest = checkpoints.load_newest(
         loading, same_model=partial(require_same_model, config), unread=unread
     )
-    state = TrainState.restored(manifest.state if manifest else {}, sources=shards.sources)
+    state = TrainState.restored(manifest.state if manifest else {})
     state.data, state.tokenizer = shards.fingerprint, shards.tokenizer.fingerprint
     return state, manifest
 
@@ -188,13 +210,12 @@ def _tell_of_resume(
     say: Callable[[str], None],
 ) -> None:
     """Tells where a run resumes, and what has changed since; changed settings are kept as state."""
-    state.changes = history(resumed_from.state, read_events(config.run_dir / "events.jsonl"))
     event(EventKind.resume, step=state.step, attempt=place.attempt)
     say(f"goes on from step {state.step}")
     if changed := told_changes(config, resumed_from):
         told = in_one_line(config, resumed_from, changed)
         values = {c.name: [c.before, c.now] for c in changed}
-        state.changes.append({"step": state.step, "changes": values})
+        state.changes = [*state.changes, {"step": state.step, "changes": values}]
         event(EventKind.settings_changed, step=state.step, reason=told, changes=values)
         say(told)
     if change := order_change(state, batches):
@@ -281,6 +302,7 @@ def build_model(
         ranks_per_node=config.cluster.gpus_per_node,
     )
     meshes = build_meshes(topology, device=device, timeout_seconds=timeout_seconds)
+    dtype = compute_dtype(config.train.dtype, device)
     with torch.device("meta"):
         model = Transformer(config.model)
     model = parallelize(
@@ -289,8 +311,15 @@ def build_model(
         config.parallel,
         seed=config.seed,
         device=device,
-        compute_dtype=compute_dtype(config.train.dtype, device),
+        compute_dtype=dtype,
         activity=activity,
+    )
+    settle_backend(
+        model,
+        meshes,
+        num_tokens=config.train.micro_batch_size * config.train.seq_len,
+        device=device,
+        dtype=dtype,
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
@@ -301,11 +330,6 @@ def order_change(state: TrainState, batches: GlobalBatches) -> str | None:
     """Returns what is told of a restored run whose samples come otherwise than they would have."""
     if not state.samples:
         return None
-    if not state.position:
-        return (
-            f"the checkpoint of step {state.step} is of a version that ordered samples otherwise: "
-            "some of this epoch may come twice"
-        )
     before, now = state.position["units"], batches.position(state.samples)["units"]
     before, now = ({name: units for name, units in u.items() if units} for u in (before, now))
     if before == now:

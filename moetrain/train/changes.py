@@ -5,14 +5,13 @@ refused at a resume, and what is told, is `prepare`'s matter.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any
 
 from data_pipeline import DataSettings
 from data_pipeline.commands.shell import as_typed
-from moetrain.kinds import EventKind
 from moetrain.redaction import redacted
 from moetrain.settings import Config, ModelSettings, OptimSettings, ScheduleSettings, TrainSettings
 
@@ -138,24 +137,6 @@ def function_settings() -> list[str]:
     """Returns the settings that decide what the weights compute."""
     names = (name for name, _ in _fields("model", ModelSettings))
     return [name for name in names if kind_of(name) is Kind.function]
-
-
-def history(state: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns with which settings a run went on otherwise, up to a checkpoint of this state.
-
-    A checkpoint of an older version doesn't hold that, but the events that the run has told do:
-    without those that it has gone back behind since.
-    """
-    if (held := state.get("changes")) is not None:
-        return list(held)
-    told: list[dict[str, Any]] = []
-    for event in events:
-        step = event.get("step") or 0
-        if event.get("event") == EventKind.resume:
-            told = [entry for entry in told if entry["step"] < step]
-        elif event.get("event") == EventKind.settings_changed and step < state.get("step", 0):
-            told.append({"step": step, "changes": event.get("changes") or {}})
-    return told
 
 
 def as_typed_value(value: Any) -> str:

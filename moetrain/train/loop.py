@@ -227,10 +227,7 @@ def write_record(trainer: Trainer, record: Mapping[str, Any]) -> None:
 
 
 def data_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns what was read of each source so far: tokens, share of the samples, and epochs.
-
-    Epochs are of those sources whose sequences are counted beforehand, which text isn't.
-    """
+    """Returns what was read of each source so far: tokens, share of the samples, and epochs."""
     state = trainer.state
     metrics: dict[str, float] = {
         f"data/{source}/tokens": tokens for source, tokens in state.source_tokens.items()

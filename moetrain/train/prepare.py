@@ -1,28 +1,29 @@
 """What can be known to be wrong before any rank starts: data, vocabulary, an older run."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_pipeline import (
-    Corpus,
     DataSettings,
     GlobalBatches,
+    PlannedBuild,
     ShardFolder,
     Tokenizer,
     TokenizerEntry,
-    open_or_build,
-    shards_or_corpus,
+    builds_shards,
+    opened_or_planned,
     tokenizer_named,
 )
 from data_pipeline.commands.shell import text_setting
-from data_pipeline.corpora.corpus_files import is_shard_folder
+from data_pipeline.corpora.corpus_files import is_shard_folder, is_text
+from data_pipeline.quantities import count
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_manifest
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved
-from moetrain.train.preview import Preview, preview_of, short
+from moetrain.train.preview import Preview, preview_of
 from moetrain.train.resume import require_no_restart, require_same_model
 
 
@@ -34,38 +35,42 @@ class SourcePlan:
     """Its share of the samples, by the step from which on it holds."""
     tokens: int
     """What it will have given at the end, in whole sequences."""
-    epochs: float | None
-    """How often the source will have been read at the end; None for text."""
-    packing: dict[str, int] | None
-    """What packing it came to, in counts; None for text."""
+    epochs: float
+    """How often the source will have been read at the end."""
+    packing: dict[str, int]
+    """What packing it came to, in counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """The shards of a run, and what it will read of each of their sources that it draws from."""
 
+    config: Resolved
+    """The run's configuration, whose `data.dir` is the folder that ranks open."""
     shards: ShardFolder
     plan: dict[str, SourcePlan]
-    vocab_size: int
-    """The model's, which may be more than the text's."""
-    preview: Preview
+
+    @property
+    def preview(self) -> Preview:
+        """What it will train."""
+        return preview_of(self.config)
 
     def lines(self) -> Iterator[str]:
         """Yields what a person is told of the model, the layout, the text and its vocabulary."""
         yield from self.preview.lines()
-        if spare := self.vocab_size - self.shards.tokenizer.vocab_size:
+        vocab_size = self.config.model.vocab_size
+        if spare := vocab_size - self.shards.tokenizer.vocab_size:
             yield (
-                f"vocabulary {self.vocab_size:,}: {self.shards.tokenizer.vocab_size:,} ids of "
+                f"vocabulary {vocab_size:,}: {self.shards.tokenizer.vocab_size:,} ids of "
                 f"{self.shards.tokenizer.name}, and {spare:,} that are in no text"
             )
         for source, plan in self.plan.items():
             first, *later = plan.weights.items()
-            text = f"source {source}: {short(plan.tokens)} tokens, {first[1]:.4g} of the samples"
+            text = f"source {source}: {count(plan.tokens)} tokens, {first[1]:.4g} of the samples"
             text += "".join(f", {weight:.4g} from step {step} on" for step, weight in later)
-            if plan.packing:
-                cut = plan.packing["num_cut_tokens"] / plan.packing["num_tokens"]
-                text += f"; {plan.epochs:.3g} epochs by the end"
-                text += f"; {cut:.1%} of its tokens are in documents that are cut"
+            cut = plan.packing["num_cut_tokens"] / plan.packing["num_tokens"]
+            text += f"; {plan.epochs:.3g} epochs by the end"
+            text += f"; {cut:.1%} of its tokens are in documents that are cut"
             yield text
 
 
@@ -77,26 +82,47 @@ def prepare(config: Resolved, data: DataSettings, *, progress: bool) -> Prepared
     order of samples; nothing but the shards is written.
     """
     newest = newest_manifest(config.run_dir)
-    _require_run(config, newest)
-    if data.dir is None:  # shards may have to be built: not for a model that can't use them
-        require_vocabulary(config, tokenizer_named(data.tokenizer))
-        if newest and _were_elsewhere(config, newest):
-            _require_built(config, newest, shards_or_corpus(data))
-    return _prepared(config, open_or_build(data, progress=progress), newest)
+    found = _found(config, data, newest, progress=progress)
+    shards = found if isinstance(found, ShardFolder) else found.build(progress=progress)
+    return _prepared(config, shards, newest)
 
 
-def rehearse(config: Resolved, data: DataSettings, *, newest: Manifest | None) -> Prepared | Corpus:
-    """Does what `prepare` does without a write: returns the corpus of shards that aren't built.
+def rehearse(
+    config: Resolved, data: DataSettings, *, newest: Manifest | None
+) -> Prepared | PlannedBuild:
+    """Does what `prepare` does without a write: returns the build of shards that aren't there.
 
     `newest` is the manifest of the checkpoint that the run would go on from.
     """
-    _require_run(config, newest)
-    if data.dir is None:
-        require_vocabulary(config, tokenizer_named(data.tokenizer))
-    found = shards_or_corpus(data)
-    if newest and _were_elsewhere(config, newest):
-        _require_built(config, newest, found)
+    found = _found(config, data, newest, progress=False)
     return _prepared(config, found, newest) if isinstance(found, ShardFolder) else found
+
+
+def on_shards(config: Resolved, found: ShardFolder | PlannedBuild) -> Resolved:
+    """Returns the configuration with a text's shards as `data.dir`, and the text as `data.corpus`.
+
+    One whose `data.dir` is a folder of shards stays as it is.
+    """
+    if not is_text(config.data.dir):
+        return config
+    folder = found.location if isinstance(found, ShardFolder) else found.settings.to
+    return replace(config, data=replace(config.data, dir=folder, corpus=config.data.dir))
+
+
+def _found(
+    config: Resolved, data: DataSettings, newest: Manifest | None, *, progress: bool
+) -> ShardFolder | PlannedBuild:
+    """Returns the shards of a run, or their build, which may take hours: not of a run it can't be.
+
+    Raises ConfigError for what is known to be wrong before shards are built.
+    """
+    _require_run(config, newest)
+    if builds_shards(data):
+        require_vocabulary(config, tokenizer_named(data.tokenizer))
+    found = opened_or_planned(data, progress=progress)
+    if isinstance(found, PlannedBuild) and newest and _were_elsewhere(config, newest):
+        _refuse_build(config, newest, found)
+    return found
 
 
 def _require_run(config: Resolved, newest: Manifest | None) -> None:
@@ -123,12 +149,7 @@ def _prepared(config: Resolved, shards: ShardFolder, newest: Manifest | None) ->
     num_samples = state.get("samples", 0) + steps * config.train.global_batch_size
     batches.check_enough(num_samples)
     plan = _plan(batches, num_samples=num_samples, seq_len=config.train.seq_len)
-    return Prepared(
-        shards=shards,
-        plan=plan,
-        vocab_size=config.model.vocab_size,
-        preview=preview_of(config),
-    )
+    return Prepared(config=on_shards(config, shards), shards=shards, plan=plan)
 
 
 def global_batches(
@@ -154,8 +175,8 @@ def _plan(batches: GlobalBatches, *, num_samples: int, seq_len: int) -> dict[str
         source: SourcePlan(
             weights={stage.from_step: stage.weights.get(source, 0.0) for stage in batches.stages},
             tokens=drawn[source] * seq_len,
-            epochs=drawn[source] / report[source].num_sequences if source in report else None,
-            packing=asdict(report[source]) if source in report else None,
+            epochs=drawn[source] / report[source].num_sequences,
+            packing=asdict(report[source]),
         )
         for source in batches.sources
     }
@@ -176,31 +197,35 @@ def _require_same_data(config: Resolved, newest: Manifest, shards: ShardFolder) 
             "in these tokens: use shards of that tokenizer, or another run.name",
         )
     if (newest.state.get("data") or shards.fingerprint) != shards.fingerprint:
+        others = f" ({text_setting('data.dir', before)})" if (before := _before(newest)) else ""
         raise ConfigError(
             "data.dir",
             shards.location,
             f"run {config.run.name} was trained on other shards up to step {newest.step}, and "
-            "where it stands means nothing in these: use those, or another run.name",
+            f"where it stands means nothing in these: use those{others}, or another run.name",
         )
 
 
 def _were_elsewhere(config: Resolved, newest: Manifest) -> bool:
     """Returns whether a run was trained on shards of another folder, which are still there."""
+    return newest.state.get("data") is not None and _before(newest) not in (None, config.data.dir)
+
+
+def _before(newest: Manifest) -> str | None:
+    """Returns the folder of the shards that a run was trained on, where they are still there."""
     before = newest.config.get("data", {}).get("dir")
-    has_seen = newest.state.get("data") is not None
-    return has_seen and before not in (None, config.data.dir) and is_shard_folder(before)
+    return before if before and is_shard_folder(before) else None
 
 
-def _require_built(config: Resolved, newest: Manifest, found: ShardFolder | Corpus) -> None:
+def _refuse_build(config: Resolved, newest: Manifest, found: PlannedBuild) -> NoReturn:
     """Raises ConfigError where shards would be built for a run that was trained on others."""
-    if isinstance(found, ShardFolder):
-        return
-    before = newest.config["data"]["dir"]
+    before = _before(newest)
+    why = f", because the text has changed since ({found.change})" if found.change else " for it"
     raise ConfigError(
-        "data.corpus",
-        config.data.corpus,
+        found.named_by,
+        found.settings.corpus,
         f"run {config.run.name} was trained on the shards in {before} up to step {newest.step}, "
-        f"and others would have to be built for it: use {text_setting('data.dir', before)}, or "
+        f"and others would have to be built{why}: use {text_setting('data.dir', str(before))}, or "
         "another run.name",
     )
 

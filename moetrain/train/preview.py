@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.quantities import binary_size, count
 from moetrain.model import active_parameters, total_parameters, training_flops_per_token
 from moetrain.settings import Resolved
 from moetrain.train.memory import PROCESS_GIB, RankMemory, expected_memory
@@ -32,14 +33,13 @@ class Preview:
     def lines(self) -> Iterator[str]:
         """Yields what a person is told."""
         yield (
-            f"model: {short(self.parameters)} parameters, {short(self.active_parameters)} active "
-            f"for a token; {short(self.flops_per_token, billion='G')}FLOPs a token"
+            f"model: {count(self.parameters)} parameters, {count(self.active_parameters)} active "
+            f"for a token; {count(self.flops_per_token, billion='G')}FLOPs a token"
         )
-        yield f"training: {self.batch} = {short(self.tokens)} tokens; {self.layout}"
-        unit, name = (GIB, "GiB") if self.memory.total >= GIB else (2**20, "MiB")
-        parts = ", ".join(f"{k} {size / unit:.3g}" for k, size in asdict(self.memory).items())
+        yield f"training: {self.batch} = {count(self.tokens)} tokens; {self.layout}"
+        parts = ", ".join(f"{k} {binary_size(size)}" for k, size in asdict(self.memory).items())
         process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
-        yield f"memory: up to {self.memory.total / unit:.3g} {name} a rank{process} ({parts})"
+        yield f"memory: up to {binary_size(self.memory.total)} a rank{process} ({parts})"
 
     def counts(self) -> dict[str, Any]:
         """Returns the figures as a run's record has them."""
@@ -73,14 +73,6 @@ def preview_of(config: Resolved) -> Preview:
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,
     )
-
-
-def short(number: float, *, billion: str = "B") -> str:
-    """Returns a number in three digits, with a letter for its size: `46.7 B`."""
-    for limit, letter in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g} {letter}"
-    return f"{number:.3g} "
 
 
 def _many(number: int, what: str) -> str:

@@ -207,7 +207,7 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
 
 
 def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:
-    samples, step = manifest.state.get("samples", 0), manifest.state.get("step", 0)
+    samples = manifest.state.get("samples", 0)
     for change in found:
         if change.kind is Kind.order and samples:  # where none has come, none can come twice
             raise ConfigError(
@@ -217,13 +217,12 @@ def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]
                 f"{manifest.step}, and the order of samples hangs on it; some would come twice: "
                 "use that, or another run.name",
             )
-    batch = config.train.global_batch_size
-    if "position" not in manifest.state and samples != step * batch:
+    if samples and not manifest.state.get("position"):
         raise ConfigError(
-            "train.global_batch_size",
-            batch,
-            f"run {config.run.name} has another up to step {manifest.step}, and its checkpoint is "
-            "of a version in which that can't change: use that, or another run.name",
+            "run.name",
+            config.run.name,
+            f"its checkpoint of step {manifest.step} is of a version before 0.1.0, which ordered "
+            "samples otherwise and doesn't say where it stands: use another run.name",
         )
 
 

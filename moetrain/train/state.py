@@ -1,6 +1,6 @@
 """All that a checkpoint must hold: counters as JSON, tensors by their global names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,13 +49,10 @@ class TrainState:
     """Means over the steps since the last record: the next one's, also of a run that goes on."""
 
     @classmethod
-    def restored(cls, counters: Mapping[str, Any], *, sources: Sequence[str]) -> "TrainState":
-        """Returns the state that `as_json` gave, of an older version, too."""
+    def restored(cls, counters: Mapping[str, Any]) -> "TrainState":
+        """Returns the state that `as_json` gave; what an imported model's lacks has its default."""
         means = RunningMeans(**counters.get("since_record", {}))
-        state = cls(**{**counters, "since_record": means})
-        if not state.source_tokens and len(sources) == 1:
-            state.source_tokens = {sources[0]: state.tokens}
-        return state
+        return cls(**{**counters, "since_record": means})
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counters by name."""

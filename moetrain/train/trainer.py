@@ -64,7 +64,6 @@ class Trainer:
             timeout_seconds=collective_timeout(self.config.launch.hang_timeout_seconds)
         )
         self.prefetcher.close()
-        self.batches.close()
         for sink in self.sinks:
             sink.close(exit_code)
 

@@ -1,12 +1,11 @@
 """The global batches that every layout trains on: the user's own text, or tokens from the seed."""
 
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import Batch, DataError, open_folder, resolved_dir
+from data_pipeline import Batch, DataError, open_folder, open_or_build, resolved_dir
 from moetrain.checks import ConfigError
 from moetrain.settings import Config
 from moetrain.train.prepare import global_batches as training_batches
@@ -16,7 +15,8 @@ from moetrain.train.prepare import require_vocabulary
 def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]:
     """Returns one global batch a step, and what they are made of.
 
-    The user's shards where they are built and fit the vocabulary, else synthetic tokens. In both
+    The user's shards where they are built and fit the vocabulary, or built now of the text that
+    `data.dir` names, else synthetic tokens. In both
     the later sequences end in padding, more and more of it: ranks and micro-batches then hold
     unlike numbers of tokens, without which a mean over each would look like the global mean.
     Raises ConfigError or DataError where `data.dir` is given and can't be used.
@@ -35,11 +35,11 @@ def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]
 
 
 def _from_shards(config: Config, *, num_steps: int) -> list[Batch]:
-    shards = open_folder(config.data)
+    given = config.data.dir is not None  # else what is missing is not worth a build
+    shards = open_or_build(config.data) if given else open_folder(config.data)
     require_vocabulary(config, shards.tokenizer)
     batches, size = training_batches(config, shards, position=None), config.train.global_batch_size
-    with closing(batches):
-        whole = [batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps)]
+    whole = (batches.read(step * size, rank=0, num_ranks=1) for step in range(num_steps))
     return [_padded(batch) for batch in whole]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from data_pipeline.quantities import binary_size, count
 from moetrain.checks import ConfigError
 from moetrain.model import total_parameters
 from moetrain.settings import Config, ModelSettings, TrainSettings
@@ -22,13 +23,13 @@ def require_memory(config: Config, *, num_ranks: int, available: float | None = 
     needed = needed_gib(config, num_ranks=num_ranks)
     if needed <= available:
         return
-    billions = total_parameters(config.model) / 1e9
     raise ConfigError(
         "model.dim",
         config.model.dim,
-        f"verifying {billions:.3g} B parameters on {config.train.global_batch_size} sequences of "
-        f"{config.train.seq_len} tokens needs about {needed:,.0f} GiB of memory, and this machine "
-        f"has {available:,.1f} GiB free: verify the same model in small, for example with "
+        f"verifying {count(total_parameters(config.model))} parameters on "
+        f"{config.train.global_batch_size} sequences of {config.train.seq_len} tokens needs about "
+        f"{binary_size(needed * GIB)} of memory, and this machine has "
+        f"{binary_size(available * GIB)} free: verify the same model in small, for example with "
         f"{_way_out(config, num_ranks=num_ranks, available=available)}",
     )
 

@@ -289,7 +289,7 @@ def test_what_was_not_said_of_a_file_is_refused(tmp_path: Path) -> None:
         r"b is torch.float32 \[1\], but torch.float32 \[\]": [("a", rows), ("b", torch.zeros(1))],
     }.items():
         with pytest.raises(ValueError, match=match):
-            attempt(*writes)  # type: ignore[arg-type]
+            attempt(*writes)
     with pytest.raises(ValueError, match="x is written, but nothing is due"):  # noqa: SIM117
         with TensorFileWriter(tmp_path / "none", {}) as writer:
             writer.write("x", rows)
@@ -466,5 +466,5 @@ def test_all_ranks_together_write_each_element_once_and_share_the_work(
         (writer,) = [rank for rank in ranks if shares[rank].writes.get(name) == block]
         loads.setdefault(tuple(ranks), dict.fromkeys(ranks, 0))[writer] += size
         largest[tuple(ranks)] = max(largest[tuple(ranks)], size)
-    for ranks, load in loads.items():
-        assert max(load.values()) - min(load.values()) <= largest[ranks]
+    for same, load in loads.items():
+        assert max(load.values()) - min(load.values()) <= largest[same]

@@ -519,7 +519,7 @@ def test_server_that_says_nothing_is_given_up_in_time(
     with file_server() as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{silent.address}")
         silent.files["/bucket"] = b""
-        silent.next_fault = lambda path: Fault.SILENT  # type: ignore[method-assign]
+        silent.next_fault = lambda path: Fault.SILENT
         remote = opened("s3://bucket/x", Patience(timeout_seconds=0.5, num_tries=2))
         with pytest.raises(RemoteUnavailableError, match=r"tried 2 times: nothing came for 0\.5 s"):
             remote.take_attempt(0)

@@ -17,11 +17,17 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import store as module
 from moetrain.checkpoint.folders import Save, candidates, read_latest, to_delete
-from moetrain.checkpoint.manifest import CheckpointError, StorageError, read_manifest, verify_files
+from moetrain.checkpoint.manifest import (
+    CheckpointError,
+    StorageError,
+    forget_cached,
+    read_manifest,
+    verify_files,
+)
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.checkpoint.tensor_files import CheckpointReader
+from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter
 from moetrain.settings import CheckpointSettings
-from tests.support.ranks import run_ranks
+from tests.support.ranks import replace_in_rank, run_ranks
 
 TIMEOUT = 3.0
 """Seconds after which a collective of the store's group gives up."""
@@ -56,7 +62,7 @@ def error_of(function: Callable[[], Any]) -> str | None:
     return None
 
 
-def before_writing(step: int, action: Callable[[], None]) -> None:
+def before_writing(step: int, action: Callable[[], object]) -> None:
     """Has something happen in the background before this rank writes its file of a step."""
     write_file = module._write_file
 
@@ -65,7 +71,7 @@ def before_writing(step: int, action: Callable[[], None]) -> None:
             action()
         return write_file(staged, parts, **others)
 
-    module._write_file = wrapped
+    replace_in_rank(module, "_write_file", wrapped)
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -144,7 +150,7 @@ def test_a_file_system_that_fails_for_now_is_told_from_what_another_attempt_woul
     assert f"[Errno {told}]" in first[1]
 
 
-def lose_rank_1(directory: Path, how: str) -> tuple[str, float, float] | None:
+def lose_rank_1(directory: Path, how: str) -> tuple[str, float, float]:
     """Saves twice; during the second save rank 1 dies or stops to answer."""
     store = open_store(directory, timeout=TIMEOUT)
     store.save(tensors(), step=1, state={})
@@ -170,7 +176,9 @@ def test_a_rank_lost_in_the_middle_of_a_save_leaves_no_other_hanging(
 ) -> None:
     first, lost, last = run_ranks(lose_rank_1, 3, tmp_path, how, may_be_lost=1)
     assert lost is None
-    for failure, waited, closed in (first, last):
+    for answer in (first, last):
+        assert answer is not None
+        failure, waited, closed = answer
         assert failure
         # One collective of ours that gives up, or finds the others gone; the rest is slack for a
         # busy machine, and less than a second wait would take.
@@ -188,7 +196,8 @@ def foresee(directory: Path) -> list[str | None]:
     needed = sum(t.nbytes for t in tensors().values())
     errors = []
     for free in (needed - 1, needed):
-        shutil.disk_usage = lambda _, free=free: usage._replace(free=free)  # type: ignore[assignment]
+        room = usage._replace(free=free)
+        replace_in_rank(shutil, "disk_usage", lambda _, room=room: room)
         store.save(tensors(), step=2 if free < needed else 3, state={})
         errors.append(error_of(store.wait))
     return errors
@@ -196,8 +205,9 @@ def foresee(directory: Path) -> list[str | None]:
 
 def test_a_full_disk_is_foreseen_before_anything_is_written(tmp_path: Path) -> None:
     short, enough = run_ranks(foresee, 2, tmp_path)[1]
+    assert short is not None
     assert "checkpoint of step 2" in short
-    assert "No space left: 0.0 MiB are needed, 0.0 MiB are free" in short
+    assert "No space left: 160 bytes are needed, 159 bytes are free" in short
     assert "checkpoint.keep_last" in short
     assert "run.dir" in short
     assert enough is None
@@ -209,7 +219,7 @@ def lose_elements(directory: Path) -> str | None:
     """Saves while rank 1 believes that it has nothing to write."""
     store = open_store(directory)
     if dist.get_rank() == 1:
-        module.places_to_write = lambda _: {}
+        replace_in_rank(module, "places_to_write", lambda _: {})
     store.save(tensors(), step=1, state={})
     return error_of(store.wait)
 
@@ -228,7 +238,7 @@ def break_tidying(directory: Path) -> str | None:
     def unreadable(_: Path, **known: Any) -> list[Save]:
         raise PermissionError(13, "Permission denied")
 
-    module.saves = unreadable
+    replace_in_rank(module, "saves", unreadable)
     store.save(tensors(), step=1, state={})
     return error_of(store.wait)
 
@@ -247,7 +257,7 @@ def test_what_fails_in_tidying_on_the_first_rank_alone_is_told_on_all(tmp_path: 
 
 def one_in_flight(directory: Path) -> dict[str, bool]:
     store, go_on = open_store(directory), threading.Event()
-    before_writing(1, lambda: go_on.wait(60) and None)
+    before_writing(1, lambda: go_on.wait(60))
     store.save(tensors(1), step=1, state={})
     seen = {"failed while it is written": store.failed}
     threading.Timer(0.3, go_on.set).start()
@@ -270,7 +280,7 @@ def tell_of_life(directory: Path) -> dict[str, int]:
         event=lambda *_, **__: None,
         alive=lambda: calls.append("alive"),
     )
-    write = module.TensorFileWriter.write
+    write = TensorFileWriter.write
 
     def slow(self: Any, name: str, tensor: torch.Tensor) -> None:  # as on a slow disk
         time.sleep(0.1)
@@ -281,10 +291,10 @@ def tell_of_life(directory: Path) -> dict[str, int]:
         work()
         return len(calls)
 
-    module.ALIVE_SECONDS = 0.3
+    replace_in_rank(module, "ALIVE_SECONDS", 0.3)
     before_writing(1, lambda: time.sleep(2))
     stuck = counted(lambda: store.save(tensors(), step=1, state={}))
-    module.TensorFileWriter.write = slow
+    TensorFileWriter.write = slow
     slowly = counted(lambda: store.save(tensors(), step=2, state={}))
     store.wait()
     load = counted(lambda: store.load_newest(lambda _: tensors(), same_model=lambda _: None))
@@ -312,7 +322,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
 def leave(directory: Path, patient: bool) -> tuple[float, bool]:
     """Leaves with a save in flight, which takes a while longer than an impatient one waits."""
     store, go_on = open_store(directory), threading.Event()
-    before_writing(1, lambda: go_on.wait(60) and None)
+    before_writing(1, lambda: go_on.wait(60))
     store.save(tensors(), step=1, state={})
     if patient:
         threading.Timer(0.3, go_on.set).start()
@@ -351,7 +361,6 @@ def test_a_checkpoint_known_to_be_damaged_is_none_that_is_kept() -> None:
 
 def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[str, Any]]]:
     """Saves steps 1 to 6, of which some rot on the disk after they are written, before tidying."""
-    forget_cached = module.forget_cached
 
     def rot(path: Path) -> None:
         step = int(path.parent.name.removeprefix("step_"))
@@ -364,7 +373,7 @@ def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[st
         forget_cached(path)
 
     store, gate = open_store(directory, keep_last=2), dist.new_group(backend="gloo")
-    module.forget_cached = rot
+    replace_in_rank(module, "forget_cached", rot)
     for step in range(1, 7):
         store.save(tensors(step), step=step, state={})
         store.wait()

@@ -6,6 +6,7 @@ import tarfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,37 +31,32 @@ def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[
     return texts
 
 
-def build(corpus: Path | dict[str, Path], to: Path, **settings: object) -> ShardFolder:
+def build(corpus: Path | dict[str, Path], to: Path, **settings: Any) -> ShardFolder:
     """A folder of byte tokens with small shards, unless told otherwise, of one source or more."""
-    given: dict[str, object] = (
+    given: dict[str, Any] = (
         {"sources": {name: {"corpus": str(path)} for name, path in corpus.items()}}
         if isinstance(corpus, dict)
         else {"corpus": str(corpus)}
     )
     chosen = {"tokenizer": "bytes", "shard_tokens": 5000, "validation_fraction": 0.2, **settings}
     return build_shards(
-        BuildSettings(to=str(to), **given, **chosen),  # type: ignore[arg-type]
+        BuildSettings(to=str(to), **given, **chosen),
         progress=False,
     )
 
 
 def documents_of(folder: ShardFolder, split: str, *, source: str | None = None) -> list[str]:
     """The texts of a split of a source (the first) in stored order, read without our reader."""
-    entry = folder.index.tokenizer
-    tokenizer = None if entry is None else tokenizer_of(files_of(folder), entry)
+    tokenizer = tokenizer_of(files_of(folder), folder.index.tokenizer)
     texts = []
     for shard in folder.source(source or folder.sources[0]).splits[split].shards:
         with tarfile.open(folder.path / shard.file) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 assert file is not None
-                content = file.read()
-                if tokenizer is None:
-                    texts.append(content.decode())
-                else:
-                    tokens = np.load(io.BytesIO(content))
-                    assert tokens[-1] == tokenizer.end_of_document
-                    texts.append(tokenizer.decode(tokens[:-1]))
+                tokens = np.load(io.BytesIO(file.read()))
+                assert tokens[-1] == tokenizer.end_of_document
+                texts.append(tokenizer.decode(tokens[:-1]))
     return texts
 
 

@@ -125,7 +125,7 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
     return Index(
         format_version=FORMAT_VERSION,
         build=BuildEntry(
-            sources={name: TextEntry(corpus="numbers") for name in splits},
+            sources={name: TextEntry(corpus="numbers", text_field="text") for name in splits},
             tokenizer="numbers",
             end_of_document=None,
             validation_fraction=0.5,
@@ -143,6 +143,9 @@ def _index(splits: Mapping[str, dict[str, SplitEntry]]) -> Index:
                 language=None,
                 licence=None,
                 num_left_out={},
+                left_out_examples={},
+                unknown_endings={},
+                ending_examples={},
                 splits=entries,
                 baselines=Baselines(byte_bigram_bits_per_byte=None, zlib_bits_per_byte=None),
             )

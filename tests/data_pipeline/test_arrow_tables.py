@@ -141,6 +141,7 @@ def test_missing_rows_of_a_parquet_file_are_seen(tmp_path: Path) -> None:
     path.write_bytes(content.replace(num_rows, b"\x16\xd2\x0f"))
     *texts, error = documents_of(path)
     assert texts == TEXTS
+    assert isinstance(error, Unread)
     assert "1 rows are missing" in f"{error.where} {error.why}"
 
 

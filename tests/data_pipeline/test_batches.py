@@ -27,7 +27,7 @@ LENGTHS = {
     name: np.random.default_rng(seed).geometric(1 / mean, number).tolist()
     for seed, (name, mean, number) in enumerate([("en", 20, 70), ("fr", 60, 15), ("de", 9, 40)])
 }
-MIXED = {
+MIXED: dict[str, Any] = {
     "weights": {"en": 0.5, "fr": 0.3, "de": 0.2},
     "stages": [StageSettings(from_step=2, weights={"en": 0.1, "de": 0.9})],
 }

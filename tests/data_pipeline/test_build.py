@@ -71,7 +71,7 @@ def test_names_that_are_not_utf8_are_escaped_in_the_index_and_what_is_printed(
     assert (source.description, source.language) == (r"text_caf\xe9", r"caf\xe9")
     assert source.left_out_examples["empty"][0] == r"caf\xe9.md"
     strict.flush()
-    printed = strict.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    printed = strict.buffer.getvalue().decode()
     assert "already holds these shards" in printed
     assert r"2 empty (caf\xe9.md; x.tar, member " in printed
 

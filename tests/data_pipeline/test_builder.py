@@ -47,7 +47,7 @@ def expected_documents(texts: list[str], split: str) -> list[str]:
     return [text for text in texts if is_of_split(text)]
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "mixtral-v1", "bpe:400", "none"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "mixtral-v1", "bpe:400"])
 def test_text_survives_the_round_trip(tmp_path: Path, tokenizer: str) -> None:
     texts = write_corpus(tmp_path / "corpus")
     folder = build(tmp_path / "corpus", tmp_path / "to", tokenizer=tokenizer, shard_tokens=1500)
@@ -200,26 +200,6 @@ def test_tokenizer_is_trained_on_training_text_of_every_source(tmp_path: Path) -
     assert "ipsum" in vocabulary
     assert "zyzzyva" in vocabulary
     assert "held" not in vocabulary
-
-
-def test_text_is_stored_as_plain_members(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path / "corpus")
-    folder = build(tmp_path / "corpus", tmp_path / "to", tokenizer="none", shard_tokens=4000)
-    assert folder.index.tokenizer is None
-    train = folder.source("corpus").splits["train"]
-    assert train.num_tokens == 0
-    assert len(train.shards) > 1
-    assert all(shard.num_bytes <= 4000 for shard in train.shards)
-    found = []
-    for shard in train.shards:
-        with tarfile.open(folder.path / shard.file) as tar:
-            assert all(name.endswith(".bin") for name in tar.getnames())
-        content = (folder.path / shard.file).read_bytes()
-        for offset, length, crc in np.load(folder.path / shard.documents).tolist():
-            text = content[offset : offset + length]
-            assert zlib.crc32(text) == crc
-            found.append(text.decode())
-    assert found == expected_documents(texts, "train")
 
 
 def test_source_without_training_text_ends_the_build(tmp_path: Path) -> None:

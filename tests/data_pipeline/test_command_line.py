@@ -103,7 +103,7 @@ def test_what_is_no_text_is_left_to_hydra() -> None:
 
 
 def test_a_sweep_takes_each_text_as_it_is_typed() -> None:
-    def swept(word: str) -> list[str]:
+    def swept(word: str) -> list[Any]:
         line = read_command_line(["-m", word], Tree)
         parsed = OverridesParser.create().parse_override(line.overrides[0])
         assert parsed.is_sweep_override(), line.overrides

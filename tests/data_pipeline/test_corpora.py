@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_pipeline import DataError
-from data_pipeline.building.builder import build_shards, open_or_build
+from data_pipeline.building.builder import build_shards
+from data_pipeline.building.training_shards import open_or_build
 from data_pipeline.corpora.corpus import kept_documents, open_corpus
 from data_pipeline.corpora.raw_documents import LeftOut
 from data_pipeline.settings import BuildSettings, DataSettings, OnCorrupt, SourceSettings
@@ -43,7 +44,7 @@ def save_dataset(folder: Path, shards: list[list[str]]) -> None:
             pa.ipc.new_stream(file, schema) as to,
         ):
             to.write_table(table)
-    state = {
+    state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": "81ae67ba3f255627",
         "_format_columns": None,

@@ -68,7 +68,7 @@ def test_options_are_typed_and_have_their_defaults() -> None:
     assert registry.default_options("mine") == {"rate": 0.5, "names": []}
     assert registry.checked_options("bare", {}) == registry.default_options("bare") == {}
     assert registry.typed_options("bare", {}) is None
-    for name, given, reason in [
+    refused: list[tuple[str, dict[str, object], str]] = [
         (
             "mine",
             {"needed": 1, "rat": 2},
@@ -77,7 +77,8 @@ def test_options_are_typed_and_have_their_defaults() -> None:
         ("mine", {"needed": "x"}, "option needed='x': must be a valid integer"),
         ("mine", {}, "option needed: "),
         ("bare", {"rate": 1}, "'bare' has no options, and was given rate"),
-    ]:
+    ]
+    for name, given, reason in refused:
         with pytest.raises(ValueError, match=reason):
             registry.checked_options(name, given)
     with pytest.raises(ValueError, match="must be a dataclass"):

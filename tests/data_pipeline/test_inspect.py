@@ -37,7 +37,9 @@ def change_shard(folder: ShardFolder, change: Callable[[list[Member]], None]) ->
     shard = index["sources"][0]["splits"]["train"]["shards"][0]
     path = folder.path / shard["file"]
     with tarfile.open(path) as tar:
-        members = [Member(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+        files = [(info, tar.extractfile(info)) for info in tar]
+        members = [Member(info, file.read()) for info, file in files if file is not None]
+    assert len(members) == len(files), "a shard holds files alone"
     change(members)
     with tarfile.open(path, "w") as tar:
         for member in members:
@@ -155,7 +157,7 @@ def test_every_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(name in str(damaged.value) for name in found)
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "none", "bpe:300"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_sound_folder_shows_the_beginnings_of_its_documents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
 ) -> None:

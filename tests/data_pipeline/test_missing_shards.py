@@ -13,9 +13,9 @@ from data_pipeline.commands.command import run_command
 from tests.data_pipeline.conftest import build, write_corpus
 
 
-def message(place: Path, *, tokenizer: str | None = None) -> str:
+def message(place: Path) -> str:
     with pytest.raises(DataError) as error:
-        ShardFolder.open(place, tokenizer=tokenizer)
+        ShardFolder.open(place)
     return str(error.value)
 
 
@@ -49,14 +49,18 @@ def test_a_folder_of_plain_text_gives_the_command_for_this_folder(
     assert len(list((tmp_path / "data").iterdir())) == 2
 
 
-def test_a_file_of_text_and_the_tokenizer_that_was_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "one {n}"}}\n' for n in range(50)))
     monkeypatch.chdir(tmp_path)
-    text = message(tmp_path / "a.jsonl", tokenizer="mixtral-v1")
-    folder = ShardFolder.open(run_as_printed(text, monkeypatch))
-    assert folder.tokenizer.name == "mixtral-v1"
+    folder = ShardFolder.open(run_as_printed(message(tmp_path / "a.jsonl"), monkeypatch))
+    assert folder.tokenizer.name == "bytes"
+
+
+def test_shards_without_their_index_are_no_text(folder: ShardFolder) -> None:
+    (folder.path / "index.json").unlink()
+    found = message(folder.path)
+    assert "shards are in it, and no index.json of them" in found
+    assert f"corpus={folder.path}" not in found
 
 
 def test_the_folder_above_shards_names_them(folder: ShardFolder, tmp_path: Path) -> None:

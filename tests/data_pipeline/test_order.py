@@ -1,5 +1,7 @@
 """The order of samples is a permutation an epoch, other for each epoch and seed, found at once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def test_each_epoch_is_a_permutation(num_samples: int, block_size: int, window: 
 
 
 @pytest.mark.parametrize("windowed", [{}, {"block_size": 10, "window": 20}])
-def test_epochs_seeds_and_sources_have_other_orders(windowed: dict[str, int]) -> None:
+def test_epochs_seeds_and_sources_have_other_orders(windowed: dict[str, Any]) -> None:
     orders = [
         epoch_of(order(1000, seed=seed, source=source, **windowed), epoch)
         for seed in (0, 1, -1)
@@ -47,7 +49,7 @@ def test_epochs_seeds_and_sources_have_other_orders(windowed: dict[str, int]) ->
 
 
 @pytest.mark.parametrize("windowed", [{}, {"block_size": 64, "window": 64}])
-def test_order_looks_random(windowed: dict[str, int]) -> None:
+def test_order_looks_random(windowed: dict[str, Any]) -> None:
     positions = epoch_of(order(4096, seed=3, **windowed))
     # Correlation of n independent pairs has standard deviation 1/√n; five of them are the bound.
     bound = 5 / np.sqrt(4096)
@@ -56,7 +58,7 @@ def test_order_looks_random(windowed: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("windowed", [{}, {"block_size": 8, "window": 2}])
-def test_a_sample_comes_anywhere_in_an_epoch(windowed: dict[str, int]) -> None:
+def test_a_sample_comes_anywhere_in_an_epoch(windowed: dict[str, Any]) -> None:
     num_epochs = 3200
     _, positions = order(64, **windowed).at(np.arange(num_epochs * 64))
     for place in (0, 31, 63):

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -98,7 +99,6 @@ class Counted:
     """Batches that say how far was read, and fail at one sample."""
 
     global_batch_size = 4
-    max_readers = None
 
     def __init__(self, failing: int | None = None) -> None:
         self.started: list[int] = []
@@ -120,7 +120,7 @@ class Counted:
 
 def test_no_more_is_read_ahead_than_was_asked() -> None:
     batches = Counted()
-    reader = ahead(batches, num_workers=8, prefetch_batches=3)  # type: ignore[arg-type]
+    reader = ahead(cast(GlobalBatches, batches), num_workers=8, prefetch_batches=3)
     assert batches.read_enough.wait(10)
     time.sleep(0.1)  # for a fourth, if there were one
     assert sorted(batches.started) == [0, 4, 8]
@@ -128,7 +128,7 @@ def test_no_more_is_read_ahead_than_was_asked() -> None:
 
 
 def test_an_error_comes_with_the_batch_that_it_belongs_to() -> None:
-    reader = ahead(Counted(failing=8), num_workers=2)  # type: ignore[arg-type]
+    reader = ahead(cast(GlobalBatches, Counted(failing=8)), num_workers=2)
     assert reader.read(0).tokens.item() == 0
     assert reader.read(4).tokens.item() == 4
     with pytest.raises(OSError, match="sample 8"):

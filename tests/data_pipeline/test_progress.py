@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from data_pipeline import progress
 from data_pipeline.progress import byte_progress
 
 WORK = """
@@ -47,12 +47,12 @@ def test_log_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with byte_progress("building", num_bytes=60_000_000, shown=True) as counter:
         for _ in range(5):
             now[0] += 4.0
             counter.advance(8_000_000)
-    assert capsys.readouterr().err == "building: 24 of 60 MB, 2.0 MB/s, 18 s left\n"
+    assert capsys.readouterr().err == "building: 24.0 MB of 60.0 MB, 2.0 MB/s, 18 s left\n"
 
 
 def test_nothing_is_shown_where_nothing_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

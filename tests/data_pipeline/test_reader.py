@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from data_pipeline import Batch, DataError, DataSettings, GlobalBatches, OnCorrupt, ShardFolder
-from data_pipeline.shards.index import sha256_of
 from data_pipeline.storage import LocalFiles
 from tests.data_pipeline.conftest import damaged
 from tests.data_pipeline.numbered import END, write_numbered
@@ -292,28 +291,7 @@ def test_what_a_folder_says_of_itself(folder: ShardFolder) -> None:
     tokens, num_bytes = folder.num_tokens("train"), folder.num_bytes("train")
     documents = folder.source("corpus").splits["train"].num_documents
     assert tokens == num_bytes + documents
-    assert folder.bytes_per_token("train", source="corpus") == num_bytes / tokens
     with pytest.raises(DataError, match="'other'"):
         folder.num_tokens("train", source="other")
     with pytest.raises(DataError, match="'test'"):
         folder.num_tokens("test")
-
-
-def test_documents_of_a_folder_of_text_are_bytes(numbered: ShardFolder) -> None:
-    expected = [numbered.documents("train", source="en").tokens(n).tobytes() for n in (0, 59)]
-
-    def as_text(index: dict[str, Any]) -> None:
-        index.update(tokenizer=None, dtype=None)
-        for split in index["sources"][0]["splits"].values():
-            split["num_tokens"] = 0
-            for shard in split["shards"]:
-                table = np.load(numbered.path / shard["documents"])
-                table[:, 1] *= 4  # bytes of a document, where there were tokens of four
-                np.save(numbered.path / shard["documents"], table)
-                shard["num_tokens"] = 0
-                shard["documents_sha256"] = sha256_of(numbered.path / shard["documents"])
-
-    change_index(numbered, as_text)
-    documents = ShardFolder.open(numbered.path).documents("train", source="en")
-    assert documents.dtype == np.uint8
-    assert [documents.tokens(number).tobytes() for number in (0, 59)] == expected

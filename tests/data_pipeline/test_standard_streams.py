@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_what_nobody_reads_is_thrown_away_and_what_was_read_is_whole(buffered: bool) -> None:
     reading, writing = os.pipe()
     with open(writing, "wb", buffering=-1 if buffered else 0) as pipe:
-        stream = io.TextIOWrapper(pipe, encoding="utf-8", write_through=not buffered)  # type: ignore[arg-type]
+        stream = io.TextIOWrapper(pipe, encoding="utf-8", write_through=not buffered)
         text = persistent_stream(stream)
         text.write("première ligne\n")
         text.flush()
@@ -51,8 +51,8 @@ def test_a_command_into_head_prints_no_traceback_and_keeps_its_exit_code(
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", module, *arguments]
     # An error writes to standard error alone; elsewhere that must stay empty.
-    streams = {"stdout": writing, "stderr": subprocess.PIPE} if code == 0 else {"stderr": writing}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, check=False, **streams)  # type: ignore[call-overload]
+    out, err = (writing, subprocess.PIPE) if code == 0 else (None, writing)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, check=False, stdout=out, stderr=err)
     os.close(writing)
     assert done.returncode == code, done.stderr
     assert not done.stderr

@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import BufferedReader
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -37,14 +38,14 @@ def server() -> Iterator[FileServer]:
 
 def settings(tmp_path: Path, **changes: object) -> CacheSettings:
     """A cache of the test's own that gives up soon."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "dir": str(tmp_path / "cache"),
         "timeout_seconds": 0.5,
         "num_retries": 2,
         "pause_seconds": 0.01,
         **changes,
     }
-    return CacheSettings(**chosen)  # type: ignore[arg-type]
+    return CacheSettings(**chosen)
 
 
 def remote(server: FileServer, tmp_path: Path, **changes: object) -> ShardFiles:
@@ -305,10 +306,15 @@ def _bodies(count: int, *, size: int = 1000) -> list[bytes]:
     return [bytes([number]) * size for number in range(count)]
 
 
+def _opened(cache: FileCache, body: bytes) -> BufferedReader:
+    def write(file: BinaryIO) -> None:
+        file.write(body)
+
+    return cache.open(sha256(body), size=len(body), name="x", write=write)
+
+
 def _get(cache: FileCache, body: bytes) -> bytes:
-    with cache.open(
-        sha256(body), size=len(body), name="x", write=lambda file: file.write(body)
-    ) as file:
+    with _opened(cache, body) as file:
         return file.read()
 
 
@@ -345,7 +351,7 @@ def test_who_waits_for_a_download_that_fails_downloads_by_itself(tmp_path: Path)
 def test_file_stays_readable_when_it_makes_room(tmp_path: Path) -> None:
     cache = FileCache(tmp_path / "cache", max_bytes=1500)
     first, second = _bodies(2)
-    with cache.open(sha256(first), size=1000, name="x", write=lambda file: file.write(first)) as f:
+    with _opened(cache, first) as f:
         _get(cache, second)
         assert cached(tmp_path) == {sha256(second)}
         assert f.read() == first
@@ -438,7 +444,7 @@ def test_full_disk_without_files_to_delete_is_named(
 ) -> None:
     (small_disk / "other").write_bytes(bytes(7 * 2**19))
     files = remote(server, tmp_path, dir=str(small_disk))
-    said = rf"{small_disk} has no room for .*a\.tar: 1048576 bytes needed, 524288 free.*cache\.dir="
+    said = rf"{small_disk} has no room for .*a\.tar: 1 MiB needed, 512 KiB free.*cache\.dir="
     with pytest.raises(UnavailableError, match=said):
         read(files)
     assert {path.name for path in small_disk.iterdir()} <= {"other", "lock"}

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from data_pipeline import BuildSettings, DataError, DataSettings, build_shards, open_or_build
-from data_pipeline.building.existing import existing_shards
 from data_pipeline.corpora.corpus import open_corpus
 from data_pipeline.corpora.raw_documents import Text
 from data_pipeline.settings import OnCorrupt, SourceSettings, resolved_dir
@@ -118,23 +117,6 @@ def test_shards_of_another_field_are_not_taken_for_the_same(tmp_path: Path) -> N
     assert documents_of(build(corpus, tmp_path / "to", text_field="content"), "train")
     with pytest.raises(DataError, match=r"'text_field': 'content'.*not.*'meta\.raw\.text'"):
         build(corpus, tmp_path / "to", text_field="meta.raw.text")
-
-
-def test_shards_of_an_older_program_hold_the_usual_field(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "x.jsonl").write_text("".join(f'{{"text": "text {n}"}}\n' for n in range(40)))
-    settings = {"corpus": str(corpus), "to": str(tmp_path / "to"), "tokenizer": "bytes"}
-    build_shards(BuildSettings(**settings), progress=False)  # type: ignore[arg-type]
-    index = json.loads((tmp_path / "to" / "index.json").read_text())
-    for source in index["build"]["sources"].values():
-        del source["text_field"]
-    for source in index["sources"]:
-        for key in ("left_out_examples", "unknown_endings", "ending_examples"):
-            del source[key]
-    (tmp_path / "to" / "index.json").write_text(json.dumps(index))
-    for field in ({}, {"text_field": "text"}):
-        assert existing_shards(BuildSettings(**settings, **field)) is not None  # type: ignore[arg-type]
 
 
 def test_trainer_builds_each_field_into_a_folder_of_its_own(

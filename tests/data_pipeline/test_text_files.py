@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def packed(content: bytes, name: str) -> bytes:
     if name.endswith((".gz", ".tgz")):
         half = len(content) // 2  # two members, as bgzip and concatenation make them
         return gzip.compress(content[:half]) + gzip.compress(content[half:])
-    compressors = {
+    compressors: dict[str, Callable[[bytes], bytes]] = {
         ".zst": zstandard.ZstdCompressor().compress,
         ".xz": lzma.compress,
         ".bz2": bz2.compress,

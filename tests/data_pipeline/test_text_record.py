@@ -13,6 +13,7 @@ from data_pipeline import BuildSettings, DataError, DataSettings, open_or_build
 from data_pipeline.building.builder import build_shards
 from data_pipeline.building.existing import existing_shards
 from data_pipeline.building.text_record import TEXT_NAME
+from data_pipeline.settings import OnChanged
 from tests.data_pipeline.conftest import build, contents, documents_of
 
 
@@ -57,7 +58,7 @@ def test_shards_of_changed_text_are_built_anew_where_that_is_asked(
 ) -> None:
     build(corpus, tmp_path / "to")
     CHANGES[change][0](corpus)
-    rebuilt = build(corpus, tmp_path / "to", on_changed="rebuild")
+    rebuilt = build(corpus, tmp_path / "to", on_changed=OnChanged.rebuild)
     assert contents(rebuilt.path) == contents(build(corpus, tmp_path / "fresh").path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "fresh", "to"]
     build(corpus, tmp_path / "to")  # and they are the shards of the text as it is
@@ -115,7 +116,7 @@ def test_a_run_on_a_corpus_that_changed(
     # As the message says, the old shards can be trained on as they are.
     *_, word = (word for word in shlex.split(str(error.value)) if word.startswith("data.dir="))
     old = open_or_build(DataSettings(dir=word.removeprefix("data.dir=")), progress=False)
-    new = open_or_build(DataSettings(corpus="corpus", on_changed="rebuild"), progress=False)
+    new = open_or_build(DataSettings(corpus="corpus", on_changed=OnChanged.rebuild), progress=False)
     assert "not yet seen" in documents_of(new, "train") + documents_of(new, "validation")
     assert old.fingerprint != new.fingerprint
 
@@ -153,17 +154,17 @@ def test_a_rebuild_that_was_killed_goes_on(
         tokenizer="bytes",
         shard_tokens=2000,
         validation_fraction=0.2,
-        on_changed="rebuild",
+        on_changed=OnChanged.rebuild,
     )
-    really_rename = Path.rename
+    really_rename = os.rename
 
-    def killed(self: Path, target: Path) -> Path:
-        if self.name == "shards":
+    def killed(source: Path, target: Path) -> None:
+        if Path(source).name == "shards":
             raise KeyboardInterrupt
-        return really_rename(self, target)
+        really_rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             build_shards(settings, progress=False)
     assert existing_shards(settings) is None  # between the two renames

@@ -187,7 +187,7 @@ def test_mixtral_fingerprint_is_the_hash_of_mistral_commons_file(
     ("spec", "message"),
     [
         ("mixtral-v2", r"'mixtral-v2'.*did you mean 'mixtral-v[13]'"),
-        ("none", "keeps text as text"),
+        ("none", "'none' is not known"),
         ("bpe:8000", "trained on a corpus"),
         ("nowhere/tokenizer.json", r"'nowhere/tokenizer.json' doesn't exist.*bytes"),
     ],

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from tests.drills.drill import Result, Site, table
 from tests.drills.hosts import no_hosts_because
 from tests.torture.__main__ import processor
 
-PLACES = {"single": single_host.DRILLS, "cluster": cluster.DRILLS}
+PLACES: dict[str, Mapping[str, Callable[[Any], Result]]] = {
+    "single": single_host.DRILLS,
+    "cluster": cluster.DRILLS,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +42,7 @@ def main(arguments: list[str]) -> int:
         values[name] = value
     if values["where"] not in PLACES or not values["rounds"].isdigit():
         return wrong(" ".join(arguments))
-    drills: dict[str, Callable[[Any], Result]] = {**PLACES[values["where"]]}
+    drills = PLACES[values["where"]]
     chosen = values["only"].split(",") if values["only"] else list(drills)
     if unknown := [name for name in chosen if name not in drills]:
         return wrong(f"only={','.join(unknown)}: there are {', '.join(drills)}")

@@ -6,6 +6,7 @@ site/ambush.py strikes, inside the rank.
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 SITE = Path(__file__).with_name("site")
 VARIABLE = "MOETRAIN_DRILL"
@@ -71,6 +72,6 @@ def variables(folder: Path, *, python_path: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{SITE}:{python_path}", VARIABLE: str(folder / "fault.json")}
 
 
-def on(point: str, action: str, **changes: object) -> Fault:
+def on(point: str, action: str, **changes: Any) -> Fault:
     """Returns a fault that acts at one of the points."""
-    return replace(POINTS[point], action=action, **changes)  # type: ignore[arg-type]
+    return replace(POINTS[point], action=action, **changes)

@@ -151,3 +151,19 @@ def test_what_cannot_be_is_refused_with_a_way_out(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         configuration(tmp_path, lab, **changes)
+
+
+def test_another_option_of_a_router_is_another_model_unless_it_is_accepted(
+    lab: Path, tmp_path: Path
+) -> None:
+    few = {"train__num_steps": 3, "train__validate_every_steps": 3}
+    run_ranks(train, 2, lab, configuration(tmp_path, lab, **few), None, 1)
+    more = {"train__num_steps": 4, "model__router__options": {"temperature": 3.0}}
+    with pytest.raises(
+        AssertionError, match=r"temperature is 2\.0.*accept_changes='.model\.router"
+    ) as told:
+        run_ranks(train, 2, lab, configuration(tmp_path, lab, **more), None, 2)
+    assert "extensions='[my_lab]'" in str(told.value), "the proposed branch needs it, too"
+    accepted = {"checkpoint__accept_changes": ["model.router.options.temperature"]}
+    config = configuration(tmp_path, lab, **more, **accepted)
+    assert run_ranks(train, 2, lab, config, None, 3)[0].finished

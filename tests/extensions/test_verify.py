@@ -19,7 +19,7 @@ def verify(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "moetrain", "verify", "+model=toy", *TINY, *words],
         cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=200, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -159,7 +159,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("published", [MIXTRAL, MISTRAL], ids=["mixtral", "mistral"])
 def test_every_spelling_is_the_same_model(published: dict[str, Any], spelling: str) -> None:
     model = imported_model(published | SPELLINGS[spelling])
-    dense = {} if published is MIXTRAL else {"num_experts": 1, "top_k": 1}
+    dense: dict[str, Any] = {} if published is MIXTRAL else {"num_experts": 1, "top_k": 1}
     assert model.settings == dataclasses.replace(TINY, **dense)
     assert not model.notes
 

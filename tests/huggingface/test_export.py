@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def _exportable(checkpoint: Path, *, drop_router_bias: bool = False) -> list[Ten
 
 def test_a_selection_bias_is_refused_unless_it_may_be_dropped(tmp_path: Path) -> None:
     model = _random(TINY)
-    model.layers[1].feed_forward.router.bias[2] = -0.25
+    model.moe_layers()[1].router.bias[2] = -0.25
     checkpoint = write_run(tmp_path / "run", model)
     with pytest.raises(
         ConfigError, match=r"layers\.1\.feed_forward\.router\.bias is -0\.25 for exp"
@@ -72,10 +73,9 @@ def test_a_selection_bias_is_refused_unless_it_may_be_dropped(tmp_path: Path) ->
 def test_a_tensor_more_or_less_than_the_model_has_is_refused(tmp_path: Path, change: str) -> None:
     model, name = _random(TINY), "layers.1.feed_forward.router.weight"
     extra = {"model.layers.1.attention.q_norm.weight": torch.ones(40)} if change == "more" else {}
-    router = model.layers[1].feed_forward.router
+    router = model.moe_layers()[1].router
     if change == "fewer":
-        del router.weight
-        router.weight = None
+        router.register_parameter("weight", None)
     elif change == "another shape":
         router.weight = torch.nn.Parameter(torch.ones(24, 3))
     checkpoint = write_run(tmp_path / "run", model, extra=extra)
@@ -123,7 +123,7 @@ def test_a_number_that_the_dtype_has_not_is_refused(
 ) -> None:
     model = _random(TINY)
     with torch.no_grad():
-        model.layers[0].feed_forward.experts.down[1, 3, 5] = value
+        model.moe_layers()[0].experts.down[1, 3, 5] = value
     checkpoint = write_run(tmp_path / "run", model)
     with pytest.raises(ConversionError, match=message) as error:
         exported(checkpoint, tmp_path / "theirs", TINY, dtype="float16")
@@ -166,7 +166,8 @@ def test_a_bad_setting_ends_the_command_with_nothing_written(
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", _random(TINY))
     (tmp_path / "run" / "config").touch()
-    settings = ExportSettings(**{"run": "run", "to": "theirs", **change})  # type: ignore[arg-type]
+    values: dict[str, Any] = {"run": "run", "to": "theirs", **change}
+    settings = ExportSettings(**values)
     assert export(settings) == 2
     assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -72,6 +72,11 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05d}-of-*.safetensors"))
 
 
+def leave_a_dangling_link(folder: Path) -> None:
+    shard(folder, 3).unlink()
+    (folder / "model-00003-of-99999.safetensors").symlink_to("x")
+
+
 def truncate(folder: Path) -> None:
     path = shard(folder, 2)
     os.truncate(path, path.stat().st_size - 8)
@@ -153,7 +158,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "a dangling link, as of a cache": (
         "sharded",
-        lambda f: (shard(f, 3).unlink(), (f / "model-00003-of-99999.safetensors").symlink_to("x")),
+        leave_a_dangling_link,
         "; missing: model-00003-of-",
     ),
     "a pointer of Git LFS": ("sharded", git_lfs_pointer, "run git lfs pull in that folder"),
@@ -299,7 +304,10 @@ def test_a_stack_that_is_asked_for_by_rows_is_put_together_again(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = imported(saved / "fused", tmp_path / "whole")
-    monkeypatch.setitem(write_checkpoint.__kwdefaults__, "max_piece_bytes", 2000)
+    defaults = write_checkpoint.__kwdefaults__
+    assert defaults is not None
+    assert "max_piece_bytes" in defaults
+    monkeypatch.setitem(defaults, "max_piece_bytes", 2000)
     pieces = imported(saved / "fused", tmp_path / "pieces")
     first, second = loaded(whole, TINY).state_dict(), loaded(pieces, TINY).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)

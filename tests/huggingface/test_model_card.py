@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from data_pipeline import BuildSettings, ShardFolder, build_shards
+from data_pipeline.settings import SourceSettings
 from launch.run_folder import open_run
 from moetrain.checkpoint.manifest import Manifest, read_manifest
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.model import active_parameters, total_parameters
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.prepare import prepare
 from tests.support.ranks import run_ranks
@@ -37,9 +38,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer="bytes",
         to=str(folder / "shards"),
         validation_fraction=0.2,
-        sources={  # type: ignore[arg-type]
-            "code": {"corpus": str(folder / "code"), "licence": "PSF-2.0"},
-            "prose": {"corpus": str(folder / "prose"), "licence": "CC0-1.0", "language": "en"},
+        sources={
+            "code": SourceSettings(corpus=str(folder / "code"), licence="PSF-2.0"),
+            "prose": SourceSettings(corpus=str(folder / "prose"), licence="CC0-1.0", language="en"),
         },
     )
     build_shards(settings, progress=False)
@@ -63,7 +64,7 @@ def card_of(to: Path, run_dir: Path, *, step: int = STEPS, **changes: Any) -> st
 
 
 def written(to: Path, run_dir: Path, manifest: Manifest) -> str:
-    config = validated(manifest.config, Config)
+    config = validated(manifest.config, Resolved)
     write_model_card(to, run_dir=run_dir, manifest=manifest, config=config, dtype="bfloat16")
     return (to / "README.md").read_text()
 
@@ -84,7 +85,7 @@ def test_figures_are_those_of_the_runs_files(trained: Path, tmp_path: Path) -> N
     run_dir = trained / "runs/tiny"
     card, last = card_of(tmp_path, run_dir), metrics_of(trained)[-1]
     manifest = read_manifest(run_dir / "checkpoints/step_00000006")
-    model = validated(manifest.config, Config).model
+    model = validated(manifest.config, Resolved).model
     loads = last["router/expert_load"][1]
     for first, second in {
         "parameters": f"{total_parameters(model):,}",

@@ -54,10 +54,10 @@ def test_hugging_face_to_ours_and_back_changes_no_bit(
     torch.manual_seed(0)
     theirs = save_oracle(tmp_path / "first", settings, dtype=dtype)
     fill_with_any_bits(theirs)
-    theirs.save_pretrained(tmp_path / "theirs", **FORMS[form])  # type: ignore[operator]
+    theirs.save_pretrained(tmp_path / "theirs", **FORMS[form])
     is_sharded = "max_shard_size" in FORMS[form]
     assert (tmp_path / "theirs" / "model.safetensors").exists() != is_sharded
-    theirs.save_pretrained(tmp_path / "published")  # type: ignore[operator]
+    theirs.save_pretrained(tmp_path / "published")
 
     checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     exported(checkpoint, tmp_path / "ours", settings)

@@ -15,9 +15,10 @@ from data_pipeline import (
     tokenizer_named,
 )
 from data_pipeline.tokenizers.json_tokenizer import train_bpe
+from data_pipeline.tokenizers.mixtral_tokenizer import MixtralTokenizer
 from moetrain.checks import ConfigError
 from moetrain.huggingface.tokenizer import TokenIds, write_tokenizer
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from tests.support.runs import tiny_config
 
 HARD = [
@@ -84,7 +85,7 @@ def bpe_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def a_run(folder: Path, *, vocab_size: int, **data: Any) -> Config:
+def a_run(folder: Path, *, vocab_size: int, **data: Any) -> Resolved:
     """A resolved configuration; there is no checkpoint, for none is read."""
     changes = {f"data__{key}": value for key, value in data.items()}
     return tiny_config(folder, shards=folder / "none", model__vocab_size=vocab_size, **changes)
@@ -145,7 +146,8 @@ def test_every_piece_of_mixtral_has_its_id(tmp_path: Path) -> None:
         config = a_run(tmp_path, vocab_size=ours.vocab_size)
         write_tokenizer(to, config=config, tokenizer=name, fingerprint=None)
         theirs = loaded(to)
-        pieces = ours.pieces()  # type: ignore[attr-defined]
+        assert isinstance(ours, MixtralTokenizer)
+        pieces = ours.pieces()
         assert theirs.convert_ids_to_tokens(range(ours.vocab_size)) == pieces
         texts = [piece.replace("▁", " ") for piece in pieces]
         assert theirs(texts)["input_ids"] == [ours.encode(text).tolist() for text in texts]

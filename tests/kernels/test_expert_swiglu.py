@@ -1,5 +1,8 @@
 """Each backend of the experts' arithmetic against a dense loop in float64, forward and backward."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,8 +58,16 @@ def dense_loop(copies: Copies, x: Tensor, gates: Tensor, *weights: Tensor) -> Te
     return torch.zeros_like(x).index_add(0, copies.row, y)
 
 
-def check(copies: Copies, tensors: list[Tensor], **options: object) -> None:
-    out = expert_swiglu(*tensors[:2], copies, *tensors[2:], **options)  # type: ignore[arg-type]
+def swiglu(
+    copies: Copies, tensors: Sequence[Tensor], *, backend: str, recompute: bool = False
+) -> Tensor:
+    """`expert_swiglu` of the tensors in the order of `NAMES`."""
+    x, gates, gate, up, down = tensors
+    return expert_swiglu(x, gates, copies, gate, up, down, backend=backend, recompute=recompute)
+
+
+def check(copies: Copies, tensors: list[Tensor], *, backend: str, recompute: bool = False) -> None:
+    out = swiglu(copies, tensors, backend=backend, recompute=recompute)
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, tensors, grad)
     exact = [t.detach().double().requires_grad_() for t in tensors]
@@ -106,9 +117,9 @@ def test_takes_transposed_weights(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_takes_stride_zero_gradients(backend: str) -> None:
     copies, tensors = problem(*choices("random"))
-    out = expert_swiglu(*tensors[:2], copies, *tensors[2:], backend=backend)
+    out = swiglu(copies, tensors, backend=backend)
     ours = torch.autograd.grad(out.sum(), tensors)
-    out = expert_swiglu(*tensors[:2], copies, *tensors[2:], backend=backend)
+    out = swiglu(copies, tensors, backend=backend)
     theirs = torch.autograd.grad(out, tensors, torch.ones_like(out))
     for mine, dense in zip(ours, theirs, strict=True):
         assert torch.equal(mine, dense)
@@ -122,11 +133,10 @@ def test_reads_no_memory_that_it_did_not_write(
 ) -> None:
     """Poisons every buffer that torch hands out unwritten: a nan that is left over shows."""
     for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(place, name)
 
-        def poisoned(
-            *args: object, make: object = getattr(place, name), **kwargs: object
-        ) -> Tensor:
-            out: Tensor = make(*args, **kwargs)  # type: ignore[operator]
+        def poisoned(*args: object, make: Any = original, **kwargs: object) -> Tensor:
+            out: Tensor = make(*args, **kwargs)
             return out.fill_(float("nan")) if out.is_floating_point() else out
 
         monkeypatch.setattr(place, name, poisoned)
@@ -138,7 +148,7 @@ def test_recomputation_changes_no_bit() -> None:
     copies, tensors = problem(*choices("random"))
     results = []
     for again in (False, True):
-        out = expert_swiglu(*tensors[:2], copies, *tensors[2:], backend="cpu", recompute=again)
+        out = swiglu(copies, tensors, backend="cpu", recompute=again)
         results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
     for kept, redone in zip(*results, strict=True):
         assert torch.equal(kept, redone)
@@ -153,11 +163,7 @@ def test_recomputation_keeps_nothing_as_wide_as_hidden(backend: str) -> None:
         kept: list[Tensor] = []
 
         def forward(recompute: bool = recompute, kept: list[Tensor] = kept) -> None:
-            kept.append(
-                expert_swiglu(
-                    *tensors[:2], copies, *tensors[2:], backend=backend, recompute=recompute
-                )
-            )
+            kept.append(swiglu(copies, tensors, backend=backend, recompute=recompute))
 
         forward()  # what a first call allocates for good
         held[recompute] = held_memory(forward, cpu)
@@ -172,7 +178,7 @@ def test_bfloat16_is_as_close_as_its_rounding(backend: str) -> None:
     copies, tensors = problem(*choices("random"))
     low = [t.detach().bfloat16().requires_grad_() for t in tensors]
     low[1] = tensors[1]
-    out = expert_swiglu(*low[:2], copies, *low[2:], backend=backend)
+    out = swiglu(copies, low, backend=backend)
     expected = dense_loop(copies, *(t.detach().double() for t in low))
     # Five roundings to 8 bits on the way: g, u, h, y and their sum.
     bound = 5 * 2**-8 * expected.abs().max().item()
@@ -184,26 +190,24 @@ def test_bfloat16_is_as_close_as_its_rounding(backend: str) -> None:
 def test_a_shape_that_a_backend_cannot_serve_is_refused_with_the_reason() -> None:
     copies, tensors = problem(*choices("random"), dim=7)
     with pytest.raises(ValueError, match=r"whole 16 bytes; dim=7 .* multiples of 4"):
-        expert_swiglu(*tensors[:2], copies, *tensors[2:], backend="grouped_mm")
+        swiglu(copies, tensors, backend="grouped_mm")
     with pytest.raises(ValueError, match="choose one of auto, megablocks"):
-        expert_swiglu(*tensors[:2], copies, *tensors[2:], backend="fastest")
+        swiglu(copies, tensors, backend="fastest")
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "megablocks", "auto"])
 def test_dtypes_that_differ_or_have_no_products_are_refused(backend: str) -> None:
     copies, tensors = problem(*choices("random"), dim=16, hidden=32)
     with pytest.raises(ValueError, match="must be of one dtype, not bfloat16, float32"):
-        expert_swiglu(
-            tensors[0], tensors[1], copies, *(t.bfloat16() for t in tensors[2:]), backend=backend
-        )
+        swiglu(copies, [*tensors[:2], *(t.bfloat16() for t in tensors[2:])], backend=backend)
     if backend == "grouped_mm":
         double = [t.double() for t in tensors]
         with pytest.raises(ValueError, match=r"no products of torch\.float64"):
-            expert_swiglu(*double[:2], copies, *double[2:], backend=backend)
+            swiglu(copies, double, backend=backend)
 
 
 def test_counts_that_lie_are_refused() -> None:
     copies, tensors = problem(*choices("random"))
     copies = copies._replace(counts=copies.counts + 1)
     with pytest.raises(ValueError, match="but there are 74 copies"):
-        expert_swiglu(*tensors[:2], copies, *tensors[2:], backend="cpu")
+        swiglu(copies, tensors, backend="cpu")

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,7 @@ def copies_of(chosen: list[list[int]], *, num_experts: int) -> tuple[Copies, Ten
         num_groups=num_experts,
         num_copies=None if num_copies == choices.numel() else num_copies,
     )
-    experts = torch.arange(num_experts).repeat_interleave(copies.counts.cpu())
-    return copies, experts
+    return copies, torch.arange(num_experts).repeat_interleave(copies.counts.cpu())
 
 
 def inputs(num_rows: int, num_copies: int, num_experts: int, dim: int, hidden: int) -> list[Tensor]:
@@ -170,7 +170,7 @@ def test_block_indices_over_255_reach_the_right_expert() -> None:
 def test_block_indices_over_32767_reach_the_right_expert() -> None:
     """32,770 block columns: past what an int16 can count. In float16, and one weight for three."""
     num_experts, last = 32_770, 32_769
-    half = {"dtype": torch.float16, "device": DEVICE}
+    half: dict[str, Any] = {"dtype": torch.float16, "device": DEVICE}
     weight = torch.zeros(num_experts, 128, 128, **half)  # 1 GiB
     weight[[0, last]] = torch.randn(2, 128, 128, **half) / math.sqrt(128)
     copies, experts = copies_of([[last], [0]], num_experts=num_experts)

@@ -1,17 +1,25 @@
-"""The backends on a CUDA device: against float64 on the CPU, and the choice between them."""
+"""The backends on a CUDA device: against float64 on the CPU, and how long they take."""
 
-import json
-from pathlib import Path
+import functools
+from typing import Any
 
 import pytest
 import torch
 
-from moetrain.kernels import expert_swiglu, unavailable_because
-from tests.kernels.test_expert_swiglu import choices, dense_loop, problem
+from moetrain.kernels import Copies, expert_swiglu, refuses, unavailable_because
+from moetrain.kernels.autotune import ExpertShape, seconds_of_backends
+from tests.kernels.test_expert_swiglu import choices, dense_loop, problem, swiglu
 
 pytestmark = pytest.mark.gpu
 
 CASES = ["random", "no rows", "one row", "all rows on one expert", "300 experts"]
+
+
+def on_gpu(copies: Copies) -> Copies:
+    tensors: dict[str, Any] = {
+        k: v.cuda() for k, v in copies._asdict().items() if isinstance(v, torch.Tensor)
+    }
+    return copies._replace(**tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,11 +37,9 @@ def test_equals_float64(case: str, backend: str, recompute: bool, dtype: torch.d
     grad = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, exact, grad)
 
-    here = copies._replace(
-        **{k: v.cuda() for k, v in copies._asdict().items() if isinstance(v, torch.Tensor)}
-    )
+    here = on_gpu(copies)
     mine = [t.cuda().requires_grad_() for t in low]
-    out = expert_swiglu(*mine[:2], here, *mine[2:], backend=backend, recompute=recompute)
+    out = swiglu(here, mine, backend=backend, recompute=recompute)
     ours = torch.autograd.grad(out, mine, grad.to("cuda", dtype))
     # At most six roundings on the way to a gradient; float32 products may be TF32, of 10 bits.
     eps = 6 * (2**-8 if dtype == torch.bfloat16 else 2**-10)
@@ -42,17 +48,16 @@ def test_equals_float64(case: str, backend: str, recompute: bool, dtype: torch.d
         assert error <= eps * truth.norm() + 1e-30
 
 
-def test_auto_measures_once_and_keeps_its_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_are_timed_on_the_device() -> None:
     if reason := unavailable_because("cuda"):
         pytest.skip(reason)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    copies, tensors = problem(*choices("random"), dim=128, hidden=256)
-    here = copies._replace(
-        **{k: v.cuda() for k, v in copies._asdict().items() if isinstance(v, torch.Tensor)}
-    )
-    x, gates, gate, up, down = (t.detach().cuda() for t in tensors)
-    expert_swiglu(x, gates, here, gate, up, down, backend="auto")
-    (choice,) = json.loads((tmp_path / "moetrain" / "backends.json").read_text()).values()
-    assert choice["fastest"] in ("megablocks", "grouped_mm")
+    shape = ExpertShape(
+        rows=1024, choices=2, exchanged=True, dim=128, hidden=256, experts=4,
+        dtype=torch.bfloat16, device=torch.device("cuda"),
+    )  # fmt: skip
+    names = ("megablocks", "grouped_mm")
+    assert [refuses(name, *shape.outline()) for name in names] == [None, None]
+    candidates = {name: functools.partial(expert_swiglu, backend=name) for name in names}
+    seconds = seconds_of_backends(shape, candidates)
+    assert set(seconds) == set(names)
+    assert all(taken > 0 for taken in seconds.values())

@@ -2,10 +2,13 @@
 
 from launch.failure import Failure
 from launch.supervision.budget import NODE_FAILURES, NODE_MEMORY_SECONDS, Budget
+from moetrain.kinds import FailureKind
 from moetrain.settings import LaunchSettings
 
 
-def died(step: int | None, *, kind: str = "died", node: str | None = None) -> Failure:
+def died(
+    step: int | None, *, kind: FailureKind = FailureKind.died, node: str | None = None
+) -> Failure:
     return Failure(kind=kind, reason="gone", step=step, node=node)
 
 
@@ -29,31 +32,33 @@ def test_progress_forgives_failures() -> None:
 
 def test_preemptions_are_counted_apart_and_not_forgiven() -> None:
     count = budget(failures=0, preemptions=2)
-    assert count.count(died(1, kind="preempted"), saved_step=1) is None
+    assert count.count(died(1, kind=FailureKind.preempted), saved_step=1) is None
     assert count.count_preemption() is None
-    reason = count.count(died(9, kind="preempted"), saved_step=9)
+    reason = count.count(died(9, kind=FailureKind.preempted), saved_step=9)
     assert "launch.max_preemptions=2" in str(reason)
 
 
 def test_an_error_of_the_code_is_final() -> None:
-    assert budget().count(died(1, kind="error"), saved_step=0) == "gone"
+    assert budget().count(died(1, kind=FailureKind.error), saved_step=0) == "gone"
 
 
 def test_the_same_failure_at_the_same_step_ends_the_run_early() -> None:
     count = budget(failures=100)
-    assert count.count(died(7, kind="memory"), saved_step=5) is None
-    assert count.count(died(7, kind="memory"), saved_step=5) is None
-    reason = str(count.count(died(7, kind="memory"), saved_step=5))
+    assert count.count(died(7, kind=FailureKind.memory), saved_step=5) is None
+    assert count.count(died(7, kind=FailureKind.memory), saved_step=5) is None
+    reason = str(count.count(died(7, kind=FailureKind.memory), saved_step=5))
     assert "3 times in the same way at step 7" in reason
     assert "gone" in reason
 
 
 def test_failures_at_the_same_step_that_differ_are_chance() -> None:
     count = budget(failures=100)
-    for kind in ("died", "memory", "hung", "died", "hung"):
+    for kind in map(FailureKind, ("died", "memory", "hung", "died", "hung")):
         assert count.count(died(7, kind=kind), saved_step=5) is None
     for _ in range(10):
-        assert count.count(died(7, kind="lost"), saved_step=5) is None, "nodes that go are chance"
+        assert count.count(died(7, kind=FailureKind.lost), saved_step=5) is None, (
+            "nodes that go are chance"
+        )
 
 
 def test_a_node_that_failed_repeatedly_is_left_out() -> None:
@@ -61,7 +66,7 @@ def test_a_node_that_failed_repeatedly_is_left_out() -> None:
     for step, node in ((1, "a"), (2, "b")):
         count.count(died(step, node=node), saved_step=step)
     assert count.node_failures == {"a": 1, "b": 1}
-    for kind in ("memory", "service", "peer"):
+    for kind in map(FailureKind, ("memory", "service", "peer")):
         count.count(died(4, kind=kind, node="a"), saved_step=4)
     assert count.left_out == set(), "what isn't the node's fault"
     count.count(died(5, node="a"), saved_step=5)

@@ -148,8 +148,8 @@ def test_of_the_ranks_of_another_launcher_the_first_alone_speaks(
     for rank, lines in ((0, 6), (1, 0)):
         for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, str(value))
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "1")
         assert dry(launch__mode="auto") == 0
         assert len(capsys.readouterr().out.splitlines()) == lines
 

@@ -32,7 +32,9 @@ MPI = {
 
 
 def numbers(rank: ExternalRank | None) -> tuple[int, ...] | None:
-    return rank and (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size)
+    if rank is None:
+        return None
+    return (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size)
 
 
 def test_tasks_of_plain_srun_are_ranks_that_meet_on_the_first_node() -> None:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +21,17 @@ HERE = Doing(phase="forward", step=3)
 
 
 @contextmanager
-def in_thread(work: object) -> Iterator[str]:
+def in_thread(work: Callable[[], object]) -> Iterator[str]:
     """Runs work() in a thread under a function of the training function's name; gives its stack."""
 
     def run_rank() -> None:
-        work()  # type: ignore[operator]
+        work()
 
     thread = threading.Thread(target=run_rank, daemon=True)
     thread.start()
     time.sleep(0.3)
-    frame = sys._current_frames()[thread.ident]  # type: ignore[index]
+    assert thread.ident is not None
+    frame = sys._current_frames()[thread.ident]
     yield f"thread {thread.name}:\n{''.join(traceback.format_stack(frame))}"
 
 

@@ -109,6 +109,10 @@ def kinds(folder: Path, *, name: str = "tiny") -> list[str]:
     return [event["event"] for event in events_of(folder, name)]
 
 
+def has_begun(folder: Path, attempt: int) -> bool:
+    return kinds(folder).count("attempt") == attempt
+
+
 def test_a_rank_killed_while_it_starts_is_replaced(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -383,7 +387,7 @@ def test_failures_without_progress_use_up_the_budget(tmp_path: Path, shards: Pat
     overrides = [*RAY, "launch.max_failures=1", "checkpoint.every_steps=1000"]
     with started(tmp_path, shards, *overrides, "train.num_steps=100000") as process:
         for attempt in (1, 2):
-            wait_for(lambda n=attempt: kinds(tmp_path).count("attempt") == n, f"attempt {attempt}")
+            wait_for(partial(has_begun, tmp_path, attempt), f"attempt {attempt}")
             wait_for(reached(tmp_path, 3), "step 3")
             time.sleep(0.5)
             os.kill(rank_pids(tmp_path)[0], signal.SIGKILL)

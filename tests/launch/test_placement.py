@@ -12,7 +12,9 @@ def nodes(*rooms: int) -> list[Node]:
 
 
 def placed(shares: list[Share] | None) -> list[tuple[str, int]] | None:
-    return shares and [(share.node.address, share.num_ranks) for share in shares]
+    if shares is None:
+        return None
+    return [(share.node.address, share.num_ranks) for share in shares]
 
 
 def test_ranks_of_one_node_are_neighbours_and_nodes_come_in_order() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray._raylet import InnerGcsClient
+from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # compiled, no types
 
 from launch.on_ray import private
 

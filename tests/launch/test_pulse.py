@@ -37,7 +37,6 @@ class AgentsKept(RayCluster):
         return agent
 
 
-@ray.remote(max_concurrency=2, num_cpus=0)
 class Rank:
     """Says what it is told to say."""
 
@@ -83,7 +82,8 @@ def node(cluster: AgentsKept, monkeypatch: pytest.MonkeyPatch) -> Node:
 @pytest.fixture
 def ranks(cluster: AgentsKept, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Worker]]:
     monkeypatch.setattr(pulse, "REPORT_SECONDS", REPORT_SECONDS)
-    actors = [Rank.remote() for _ in range(2)]
+    actor_class: Any = ray.remote(Rank)
+    actors = [actor_class.options(max_concurrency=2, num_cpus=0).remote() for _ in range(2)]
     pids = ray.get([actor.heartbeat.remote("starting", 0) for actor in actors])
     place = Node(id="here", address="127.0.0.1", room=2)
     yield [

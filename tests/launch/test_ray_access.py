@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def head(folder: Path, *, port: int, token: str | None, num_cpus: int = 1) -> It
 
         host = wait_for(address, "head node")
         for door in (port, port + 1):
-            wait_for(lambda door=door: answers(host, door), f"port {door}")
+            wait_for(partial(answers, host, door), f"port {door}")
         yield f"{host}:{port}"
     finally:
         for pid in family_of(process.pid):  # politely it would take half a minute

@@ -22,7 +22,7 @@ from moetrain.command import run_command
 LLAMA_3_NODES = 16_384 // 8
 LLAMA_3_RATE = 1000 * 419 / (54 * LLAMA_3_NODES)
 
-BLOCKING = {"save_seconds": 60.0, "durable_seconds": 60.0}
+BLOCKING: dict[str, Any] = {"save_seconds": 60.0, "durable_seconds": 60.0}
 POINTS: list[tuple[dict[str, Any], int, float | None]] = [
     # Settings, nodes, and the interval if it isn't the best one.
     ({}, 16, None),

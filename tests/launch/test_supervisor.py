@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -20,6 +20,8 @@ from launch.supervision import attempt, supervisor
 from launch.supervision.attempt import Attempt, Moved
 from launch.supervision.pulse import NodeWatch
 from launch.supervision.supervisor import Supervisor
+from moetrain.checkpoint.remote.of_run import take_over
+from moetrain.kinds import FailureKind
 from moetrain.observe import ProgressDisplay
 from moetrain.settings import (
     ModelSettings,
@@ -107,7 +109,7 @@ def supervised(nodes: Nodes, folder: Path, *, device: str = "cpu", **launch: Any
     )
     return Supervisor(
         config,
-        nodes,  # type: ignore[arg-type]
+        cast(RayCluster, nodes),  # it stands in for what a supervisor asks of a cluster
         refit=lambda num_ranks: replace(
             config, launch=replace(config.launch, num_workers=num_ranks)
         ),
@@ -121,7 +123,7 @@ def placed(found: tuple[Resolved, list[Share]] | None) -> list[str]:
     return [share.node.id for share in found[1] for _ in range(share.num_ranks)]
 
 
-def died(node: Node, *, kind: str = "died", step: int | None = None) -> Failure:
+def died(node: Node, *, kind: FailureKind = FailureKind.died, step: int | None = None) -> Failure:
     return Failure(kind=kind, reason="gone", step=step, node=node.address)
 
 
@@ -131,21 +133,21 @@ class TestDevice:
     def test_gpus_that_join_while_a_run_waits_are_what_it_runs_on(self, tmp_path: Path) -> None:
         nodes = Nodes(A, gpus=(self.G,), gpus_join_at=3)
         run = supervised(nodes, tmp_path, device="auto", wait_for_nodes_seconds=60)
-        assert placed(run._find_place(patient=False)) == ["g", "g", "g"]
+        assert placed(run._find_place(resuming=False)) == ["g", "g", "g"]
         assert nodes.requested == [(3, False), (3, False), (0, True)]
 
     def test_a_run_that_waits_for_gpus_asks_an_autoscaler_for_those(self, tmp_path: Path) -> None:
         nodes = Nodes(A, B, C)
         run = supervised(nodes, tmp_path, device="cuda", wait_for_nodes_seconds=1)
         with pytest.raises(ClusterError, match="each rank needs a free GPU"):
-            run._find_place(patient=False)
+            run._find_place(resuming=False)
         assert set(nodes.requested) == {(3, True)}
 
     def test_a_run_stays_on_what_it_began_on(self, tmp_path: Path) -> None:
         nodes = Nodes(A, B, C, gpus=(self.G,), gpus_join_at=2)
         run = supervised(nodes, tmp_path, device="auto")
-        assert placed(run._find_place(patient=False)) == ["a", "b", "c"]
-        assert placed(run._find_place(patient=True)) == ["a", "b", "c"]
+        assert placed(run._find_place(resuming=False)) == ["a", "b", "c"]
+        assert placed(run._find_place(resuming=True)) == ["a", "b", "c"]
         assert nodes.has_gpus()
 
 
@@ -154,19 +156,19 @@ class TestFailures:
         self, tmp_path: Path
     ) -> None:
         run = supervised(Nodes(A, B, C), tmp_path, elastic=True)
-        assert placed(run._find_place(patient=False)) == ["a", "b", "c"]
+        assert placed(run._find_place(resuming=False)) == ["a", "b", "c"]
         for _ in range(2):
             assert run._recover(died(C)).kind == "died"
-        assert placed(run._find_place(patient=True)) == ["a", "b"]
+        assert placed(run._find_place(resuming=True)) == ["a", "b"]
         assert not run._may_grow(2), "the bad node is no room"
 
-    @pytest.mark.parametrize("kind", ["died", "lost", "hung"])
+    @pytest.mark.parametrize("kind", [FailureKind.died, FailureKind.lost, FailureKind.hung])
     def test_what_becomes_of_a_node_that_will_be_taken_away_is_no_failure(
-        self, tmp_path: Path, kind: str
+        self, tmp_path: Path, kind: FailureKind
     ) -> None:
         nodes = Nodes(A, B, C)
         run = supervised(nodes, tmp_path, max_failures=0)
-        run._find_place(patient=False)
+        run._find_place(resuming=False)
         nodes.leaving = {"c": "Ray drains it"}
         assert run._recover(died(C, kind=kind)).kind == "preempted"
         with pytest.raises(supervisor.RunFailed, match="1 failures"):
@@ -177,7 +179,7 @@ class TestTakingOver:
     def test_a_file_system_that_fails_for_a_moment_is_waited_for(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run, take_over = supervised(Nodes(A, B, C), tmp_path), supervisor.take_over
+        run = supervised(Nodes(A, B, C), tmp_path)
         hiccups = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "I/O error")]
 
         def hesitate(*arguments: Any, **others: Any) -> int:
@@ -204,7 +206,6 @@ class TestTakingOver:
         assert len(tries) == 1
 
 
-@ray.remote(max_concurrency=3, num_cpus=0)
 class Rank:
     """Ends because it was told to move, but only when that is taken back: it was ending already."""
 
@@ -231,7 +232,9 @@ def test_a_move_that_is_called_off_too_late_is_a_move(
     local_ray: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempt, "CLUSTER_LOOK_SECONDS", 0.1)
-    actor, place = Rank.remote(), Node(id="here", address="127.0.0.1", room=1)
+    actor_class: Any = ray.remote(Rank)
+    actor = actor_class.options(max_concurrency=3, num_cpus=0).remote()
+    place = Node(id="here", address="127.0.0.1", room=1)
     worker = Worker(rank=0, actor=actor, node=place, pid=0, place=None)
     at_work = Attempt(
         {actor.run.remote(): worker},

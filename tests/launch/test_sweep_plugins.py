@@ -80,9 +80,14 @@ def command(
     monkeypatch.setattr(sys, "argv", ["moetrain", f"run.dir={folder}/runs", *words])
     GlobalHydra.instance().clear()
     got: list[Any] = []
+
+    def train(config: Config) -> int:
+        got.append(config)
+        return 0
+
     with pytest.raises(SystemExit) as ended:
         run_command(
-            lambda config: got.append(config) or 0, tree=Config, module="moetrain",
+            train, tree=Config, module="moetrain",
             files=config_dir(), batches=batches,
         )  # fmt: skip
     return int(str(ended.value.code)), got

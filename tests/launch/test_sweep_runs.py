@@ -25,7 +25,7 @@ from moetrain.settings import Config
 from moetrain.settings.validation import validated
 from moetrain.sweeping.sweep import dry_sweep, planned
 from moetrain.train.changes import as_plain
-from tests.support.runs import tiny_values, write_shards
+from tests.support.runs import Changes, tiny_values, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_what_decides_the_result_makes_another_trial_and_is_told(
 def test_what_decides_nothing_may_change(sweeps: Sweeps) -> None:
     sweeps.train("s-1", optim__lr=1e-3)
     sweeps.begin("s-2", optim__lr=3e-3)
-    free = {"checkpoint__every_steps": 2, "observe__log_every_steps": 4}
-    layout = {"train__micro_batch_size": 2, "model__experts__backend": "cpu"}
+    free: Changes = {"checkpoint__every_steps": 2, "observe__log_every_steps": 4}
+    layout: Changes = {"train__micro_batch_size": 2, "model__experts__backend": "cpu"}
     assert sweeps.names(optim__lr=[1e-3, 3e-3], **free, **layout) == ["s-1", "s-2"]
 
 
@@ -300,7 +300,7 @@ def test_trials_of_several_folders_are_each_found_in_their_own(sweeps: Sweeps) -
 def test_a_trial_is_found_where_its_checkpoints_are_uploaded_to(
     sweeps: Sweeps, tmp_path: Path
 ) -> None:
-    there = {"checkpoint__upload_to": f"file://{tmp_path}/away"}
+    there: Changes = {"checkpoint__upload_to": f"file://{tmp_path}/away"}
     sweeps.train("s-1", optim__lr=1e-3, **there)
     name = f"{next((tmp_path / 'runs/s-1/checkpoints').glob('step_*')).name}_attempt_1"
     (tmp_path / "away/s-1/checkpoints").mkdir(parents=True)
@@ -350,7 +350,7 @@ def test_a_sweep_reduced_to_one_value_calls_its_trial_by_it(
 @pytest.mark.parametrize("group", ["schedule", "optim"])
 def test_a_restart_of_new_runs_is_refused_before_any_begins(sweeps: Sweeps, group: str) -> None:
     sweeps.train("s-1", optim__lr=1e-3)
-    again = {f"{group}__restart_from": 4}
+    again: Changes = {f"{group}__restart_from": 4}
     with pytest.raises(ConfigError, match=rf"{group}.restart_from=4: run s-2 has no checkpoint"):
         sweeps.trials(optim__lr=[1e-3, 3e-3], **again)
     sweeps.train("s-1", optim__lr=1e-3, **again)

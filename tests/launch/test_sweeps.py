@@ -203,11 +203,11 @@ class TestTable:
         assert found == [{"b": "x"}, {"b": "y", "d": "4"}]
 
     def test_done_before_the_rest_and_better_before_worse(self, tmp_path: Path) -> None:
-        done = {"exit_code": 0, "steps": 9, "training_loss": 1.0}
+        done: dict[str, Any] = {"exit_code": 0, "steps": 9, "training_loss": 1.0}
         results = [
             Result(trial=trial(1, tmp_path, lr="1"), exit_code=-9, training_loss=0.1),
-            Result(trial=trial(2, tmp_path, lr="2"), validation_loss=3.0, **done),  # type: ignore[arg-type]
-            Result(trial=trial(3, tmp_path, lr="3"), validation_loss=2.5, **done),  # type: ignore[arg-type]
+            Result(trial=trial(2, tmp_path, lr="2"), validation_loss=3.0, **done),
+            Result(trial=trial(3, tmp_path, lr="3"), validation_loss=2.5, **done),
             Result(trial=trial(4, tmp_path, lr="4"), exit_code=None),
             Result(trial=trial(5, tmp_path, lr="5"), exit_code=75, training_loss=0.2),
         ]

@@ -12,7 +12,7 @@ from moetrain.checkpoint.remote.folder import RemoteUnavailableError
 from moetrain.checkpoint.remote.of_run import is_newer_there, take_over
 from moetrain.checks import ConfigError
 from tests.support.commands import train_command
-from tests.support.runs import events_of, metrics_of, tiny_config, write_shards
+from tests.support.runs import Changes, events_of, metrics_of, tiny_config, write_shards
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def test_a_run_at_its_beginning_is_not_replaced_by_another_ones_upload(
     tmp_path: Path, shards: Path, bucket: Path
 ) -> None:
     moetrain(tmp_path, shards, bucket, train__num_steps=2, schedule__warmup_steps=0)
-    upload_to = {"checkpoint__upload_to": f"file://{bucket}"}
+    upload_to: Changes = {"checkpoint__upload_to": f"file://{bucket}"}
     settings = tiny_config(tmp_path, shards=shards, **upload_to).checkpoint
     with pytest.raises(ConfigError, match="the one here stands at its beginning"):
         is_newer_there(settings, run="tiny", good=Save(0, 1))
@@ -119,7 +119,7 @@ def test_a_run_at_its_beginning_is_not_replaced_by_another_ones_upload(
 
 
 def test_an_outage_ends_a_start_but_not_a_restart(tmp_path: Path, shards: Path) -> None:
-    gone = {"checkpoint__upload_to": f"file://{tmp_path}/bucket"}
+    gone: Changes = {"checkpoint__upload_to": f"file://{tmp_path}/bucket"}
     config = tiny_config(tmp_path, shards=shards, **gone)
     take = partial(take_over, config.checkpoint, run="tiny", directory=tmp_path / "checkpoints")
     with pytest.raises(RemoteUnavailableError, match="bucket is no folder on this machine"):

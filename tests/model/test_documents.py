@@ -11,6 +11,7 @@ from moetrain.model import Documents, Transformer
 from moetrain.settings import ModelSettings
 from tests.model.test_transformer import SHAPES, SMALL, _initialised, tolerance
 from tests.support.ranks import run_ranks
+from tests.support.tensors import grad_of
 from tests.support.transformers_oracle import copy_weights, oracle_for
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_a_packed_sequence_is_its_documents_each_alone(name: str) -> None:
     ours.cross_entropy.backward()
     loss.backward()
     for (key, p), q in zip(packed.named_parameters(), single.parameters(), strict=True):
-        error = (p.grad - q.grad).norm() / q.grad.norm()
+        error = (grad_of(p) - grad_of(q)).norm() / grad_of(q).norm()
         assert error < 4 * tolerance(settings), key
 
 
@@ -99,7 +100,8 @@ def test_nothing_of_a_document_reaches_another() -> None:
 def test_rotary_positions_begin_anew_at_each_document() -> None:
     """Relative positions hide a wrong offset from the logits, so the tables are looked at."""
     model, seen = _initialised(SMALL), []
-    model.layers[0].attention.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    attention = model.get_submodule("layers.0.attention")
+    attention.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     tokens = torch.randint(0, 101, (1, 38))
     model(tokens)
     model(tokens, documents=documents_of([[5, 33]]))
@@ -131,11 +133,11 @@ def test_loss_and_gradients_equal_transformers_with_a_block_diagonal_mask(name: 
     loss.backward()
     gradients = oracle_for(settings)
     for target, source in zip(gradients.parameters(), oracle.parameters(), strict=True):
-        target.data = source.grad
+        target.data = grad_of(source)
     reference = Transformer(settings)
     copy_weights(gradients, reference)
     for (key, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        error = (ours.grad - theirs).norm() / theirs.norm()
+        error = (grad_of(ours) - theirs).norm() / theirs.norm()
         assert error < 4 * tolerance(settings), key
 
 
@@ -151,7 +153,7 @@ def peak_gib_of_a_step(lengths: list[int]) -> tuple[float, float]:
         torch.nn.init.normal_(weight)
     tokens, targets = torch.randint(0, 64, (2, 1, sum(lengths)))
     model(tokens, targets, documents=documents_of([lengths])).cross_entropy.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(grad_of(p).isfinite().all() for p in model.parameters())
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return before / 2**20, after / 2**20  # Linux counts KiB
 
@@ -178,10 +180,10 @@ def test_torchs_kernel_for_documents_of_any_lengths_equals_one_after_the_other()
     exact = [torch.randn(3, heads, 38, 64, device=device) for heads in (4, 2, 2)]
     exact = [x.bfloat16().float().requires_grad_() for x in exact]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    expected, ours = attend_documents(*exact, documents), attend_documents(*rounded, documents)
+    expected, ours = (attend_documents(q, k, v, documents) for q, k, v in (exact, rounded))
     grad = torch.randn_like(expected)
     expected.backward(grad)
     ours.backward(grad.bfloat16())
-    pairs = [(ours, expected), *((x.grad, y.grad) for x, y in zip(rounded, exact, strict=True))]
+    pairs = [(ours, expected), *zip(map(grad_of, rounded), map(grad_of, exact), strict=True)]
     for half, full in pairs:
         assert (half.float() - full).norm() < 4 * torch.finfo(torch.bfloat16).eps * full.norm()

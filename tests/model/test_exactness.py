@@ -7,10 +7,11 @@ import torch
 
 from moetrain.checks import ConfigError
 from moetrain.config import check
-from moetrain.model import MoELayer, load_balance_loss
+from moetrain.model import load_balance_loss
 from moetrain.settings import Config, ExpertsSettings, RouterSettings
 from moetrain.settings.validation import validated
 from tests.model.test_transformer import SMALL, _initialised
+from tests.support.tensors import grad_of
 from tests.test_config import toy
 
 
@@ -35,7 +36,7 @@ def test_the_routers_gradient_is_that_of_its_gates(normalize_gates: bool) -> Non
         load_balance_loss_weight=0.0, z_loss_weight=0.0, normalize_gates=normalize_gates
     )
     settings = dataclasses.replace(SMALL, dim=16, ffn_hidden_dim=16, router=router)
-    layer = _initialised(settings).layers[0].feed_forward
+    layer = _initialised(settings).moe_layers()[0]
     x, grad = torch.randn(2, 30, 16)
     out, _ = layer(x, torch.ones(30, dtype=torch.bool))
     out.backward(grad)
@@ -53,17 +54,17 @@ def test_the_routers_gradient_is_that_of_its_gates(normalize_gates: bool) -> Non
         takes = (chosen == expert).any(-1, keepdim=True)
         expected = expected + takes * gates[:, [expert]] * (hidden @ exact["experts.down"][expert])
     expected.backward(grad.double())
-    error = (layer.router.weight.grad - weight.grad).norm() / weight.grad.norm()
+    error = (grad_of(layer.router.weight) - grad_of(weight)).norm() / grad_of(weight).norm()
     # Reductions of 16, 16 and 16 there and back, and a sum over 30 tokens.
     assert error < 4 * torch.finfo(torch.float32).eps * (6 * 16 + 30) ** 0.5
 
 
 @pytest.mark.trap(5)
 def test_a_lone_normalised_gate_teaches_the_router_nothing_which_is_why_it_is_refused() -> None:
-    layer = _initialised(dataclasses.replace(SMALL, top_k=1)).layers[0].feed_forward
+    layer = _initialised(dataclasses.replace(SMALL, top_k=1)).moe_layers()[0]
     out, _ = layer(torch.randn(30, SMALL.dim), torch.ones(30, dtype=torch.bool))
     out.sum().backward()
-    assert layer.router.weight.grad.abs().max() == 0
+    assert grad_of(layer.router.weight).abs().max() == 0
     with pytest.raises(ConfigError, match=r"model\.router\.normalize_gates=True: .* learn nothing"):
         check(validated(toy(model__top_k=1), Config))
     router = {"normalize_gates": False}
@@ -80,7 +81,7 @@ def test_a_whole_layer_takes_gradients_of_stride_zero(backend: str) -> None:
     )
 
     def gradients(spelt_out: bool) -> list[torch.Tensor]:
-        layer: MoELayer = _initialised(settings).layers[0].feed_forward
+        layer = _initialised(settings).moe_layers()[0]
         torch.manual_seed(2)
         x = torch.randn(30, settings.dim, requires_grad=True)
         out, _ = layer(x, torch.ones(30, dtype=torch.bool))
@@ -88,7 +89,7 @@ def test_a_whole_layer_takes_gradients_of_stride_zero(backend: str) -> None:
             out.backward(torch.ones_like(out))
         else:
             out.sum().backward()
-        return [x.grad, *(p.grad for p in layer.parameters())]  # type: ignore[list-item]
+        return [grad_of(x), *map(grad_of, layer.parameters())]
 
     for ours, expected in zip(gradients(False), gradients(True), strict=True):
         assert torch.equal(ours, expected)

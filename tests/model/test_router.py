@@ -45,10 +45,10 @@ def all_valid(*shape: int) -> Tensor:
 def assert_same_choice(ours: Router, oracle: torch.nn.Module, oracle_bias: bool) -> None:
     """Compares chosen experts and their gates; the order of a token's experts is free."""
     with torch.no_grad():
-        oracle.weight.copy_(ours.weight)
+        oracle.get_parameter("weight").copy_(ours.weight)
         if oracle_bias:
             ours.bias.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
-            oracle.e_score_correction_bias.copy_(ours.bias)
+            oracle.get_buffer("e_score_correction_bias").copy_(ours.bias)
     routing = ours(tokens(), all_valid(TOKENS))
     _, gates, experts = oracle(tokens())
     for gate, expert, our_gate, our_expert in zip(

@@ -1,6 +1,7 @@
 """The decoder against transformers' models, and its losses against plain torch."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from moetrain.model import Transformer, chunked_cross_entropy, load_balance_loss, total_parameters
 from moetrain.settings import ModelSettings, RouterSettings
+from tests.support.tensors import grad_of
 from tests.support.transformers_oracle import copy_weights, oracle_for
 
 SMALL = ModelSettings(
@@ -47,7 +49,7 @@ def tolerance(settings: ModelSettings) -> float:
     layer about four products with reductions no longer than `ffn_hidden_dim`, and the head.
     """
     additions = (4 * settings.num_layers + 1) * max(settings.ffn_hidden_dim, settings.dim)
-    return torch.finfo(torch.float32).eps * additions**0.5
+    return torch.finfo(torch.float32).eps * math.sqrt(additions)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -72,13 +74,13 @@ def test_logits_loss_and_gradients_equal_transformers(name: str) -> None:
     loss.backward()
     gradients = oracle_for(settings)
     for target, source in zip(gradients.parameters(), oracle.parameters(), strict=True):
-        target.data = source.grad
+        target.data = grad_of(source)
     reference = Transformer(settings)
     copy_weights(gradients, reference)
     for (key, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         if settings.top_k == 1 and "router" in key:
             continue  # the only gate is 1 whatever the logits: both gradients are rounding
-        error = (ours.grad - theirs).norm() / theirs.norm().clamp_min(1e-12)
+        error = (grad_of(ours) - theirs).norm() / theirs.norm().clamp_min(1e-12)
         assert error < 4 * tolerance(settings), key  # the way back and the way there
 
 
@@ -105,12 +107,12 @@ def test_chunked_cross_entropy_equals_torch_with_gradients(chunk_size: int) -> N
     targets, valid = torch.randint(0, 29, (33,)), torch.rand(33) > 0.3
     ours = chunked_cross_entropy(hidden, head, targets, valid, chunk_size=chunk_size)
     (ours / 7).backward()
-    gradients = hidden.grad, head.grad
+    gradients = grad_of(hidden), grad_of(head)
     hidden.grad = head.grad = None
     expected = F.cross_entropy((hidden @ head.t())[valid], targets[valid], reduction="sum")
     (expected / 7).backward()
     torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(gradients, (hidden.grad, head.grad))
+    torch.testing.assert_close(gradients, (grad_of(hidden), grad_of(head)))
 
 
 def test_balance_loss_is_one_when_balanced_and_rises_when_an_expert_takes_all() -> None:
@@ -136,12 +138,12 @@ def test_router_learns_from_the_main_loss_alone() -> None:
     tokens, targets = torch.randint(0, 101, (2, 2, 20))
     model(tokens, targets).cross_entropy.backward()
     for layer in model.moe_layers():
-        assert layer.router.weight.grad.abs().sum() > 0
+        assert grad_of(layer.router.weight).abs().sum() > 0
 
 
 def test_gates_without_normalisation_are_the_full_softmax() -> None:
     settings = dataclasses.replace(SMALL, top_k=1, router=RouterSettings(normalize_gates=False))
-    router = _initialised(settings).layers[0].feed_forward.router
+    router = _initialised(settings).moe_layers()[0].router
     x = torch.randn(30, SMALL.dim)
     routing = router(x, torch.ones(30, dtype=torch.bool))
     expected = (x @ router.weight.t()).softmax(-1).max(-1)
@@ -153,7 +155,7 @@ def test_gates_without_normalisation_are_the_full_softmax() -> None:
 def test_routing_is_float32_in_a_bfloat16_model() -> None:
     settings = dataclasses.replace(SMALL, dim=64)
     torch.manual_seed(0)
-    router = _initialised(settings).layers[0].feed_forward.router
+    router = _initialised(settings).moe_layers()[0].router
     router.bias.fill_(1 / 3)
     router = router.bfloat16()
     assert torch.equal(router.bias, torch.full((SMALL.num_experts,), 1 / 3)), "not even rounded"
@@ -166,7 +168,7 @@ def test_routing_is_float32_in_a_bfloat16_model() -> None:
 
 def test_the_selection_bias_moves_the_choice_but_not_the_gates() -> None:
     biased = dataclasses.replace(SMALL, router=RouterSettings(bias_update_rate=0.1))
-    router = _initialised(biased).layers[0].feed_forward.router
+    router = _initialised(biased).moe_layers()[0].router
     x, valid = torch.randn(64, SMALL.dim), torch.ones(64, dtype=torch.bool)
     before = router(x, valid)
     router.update_bias(before.statistics.counts, rate=100.0)

@@ -1,11 +1,24 @@
 """Runs made of chance: their events as a real run would write them, and the truth about them."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
-SPENT = ("training", "saving", "validation")
+
+class Seconds(defaultdict[str, float]):
+    """Seconds of each kind. A Counter counts whole numbers."""
+
+    def __init__(self, *spent: Mapping[str, float]) -> None:
+        """Adds up what each of `spent` has."""
+        super().__init__(float)
+        for one in spent:
+            self.add(one)
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        for kind, seconds in spent.items():
+            self[kind] += seconds
 
 
 class InventedHistory:
@@ -23,11 +36,11 @@ class InventedHistory:
         self._ranks = "ranks" if chance.random() < 0.3 else None  # else where the driver is
         if self._ranks:
             self.happened["two machines"] += 1
-        self._date_off: Counter[str] = Counter()
+        self._date_off = Seconds()  # of each machine
         self._booted = {"driver-1": chance.uniform(0, 1e6), "ranks": chance.uniform(0, 1e6)}
-        self._truth: Counter[str] = Counter()
+        self._truth = Seconds()
         # Of each checkpoint that counts: its step, and what went to it since the one before it.
-        self._saved: list[tuple[int, Counter[str]]] = [(0, Counter())]
+        self._saved: list[tuple[int, Seconds]] = [(0, Seconds())]
         self._attempt = 0
         self._broken = self._date_set_unseen = False
         self._sign: dict[str, Any] | None = None
@@ -39,9 +52,9 @@ class InventedHistory:
         else:
             self._live(after=ended, to_the_end=True)
 
-    def truth(self) -> Counter[str]:
+    def truth(self) -> Seconds:
         """Returns the seconds of each kind."""
-        return sum((spent for _, spent in self._saved), start=self._truth)
+        return Seconds(self._truth, *(spent for _, spent in self._saved))
 
     def _live(self, *, after: str, to_the_end: bool = False) -> str:
         """Goes from a start to an end; returns which."""
@@ -80,7 +93,7 @@ class InventedHistory:
         self._tell("training", by_ranks=True, step=step, attempt=self._attempt)
         self.interruptions += self._broken
         self._broken = False
-        begun, saves, since = Counter[str](), 0, Counter[str]()
+        begun, saves, since = Seconds(), 0, Seconds()
         last_alive = self._now
         for _ in range(chance.randint(1, 40)):
             since["training"] += self._pass(0.5, 5)
@@ -93,13 +106,13 @@ class InventedHistory:
                     self.happened["failure in a save"] += 1
                     return self._fail(step, since, saved_to=self._saved[-1][0])
                 since["saving"] += self._pass(0, 3)
-                begun += since
+                begun.add(since)
                 self._tell("save", by_ranks=True, step=step, spent=dict(begun))
                 self._saved.append((step, since))
-                since, saves, last_alive = Counter(), saves + 1, self._now
+                since, saves, last_alive = Seconds(), saves + 1, self._now
             if chance.random() < 0.5:
                 self._sign = self._times(by_ranks=True) | {
-                    "attempt": self._attempt, "step": step, "spent": dict(begun + since),
+                    "attempt": self._attempt, "step": step, "spent": dict(Seconds(begun, since)),
                 }  # fmt: skip
                 last_alive = self._now
             self._maybe_set_a_date()
@@ -110,10 +123,10 @@ class InventedHistory:
         if how in ("stop", "move", "finish"):
             if self._saved[-1][0] < step:
                 since["saving"] += self._pass(0, 3)
-                self._tell("save", by_ranks=True, step=step, spent=dict(begun + since))
-                self._saved.append((step, Counter()))
+                self._tell("save", by_ranks=True, step=step, spent=dict(Seconds(begun, since)))
+                self._saved.append((step, Seconds()))
             since["ending"] += self._pass(0, 9)
-            self._saved[-1][1].update(since)
+            self._saved[-1][1].add(since)
             self._tell(how, step=step)
             return how
         if how == "failure":
@@ -156,7 +169,7 @@ class InventedHistory:
         self._tell("failure", silent_seconds=silent)
         return "failure"
 
-    def _fail(self, step: int, since: Counter[str], *, saved_to: int) -> str:
+    def _fail(self, step: int, since: Seconds, *, saved_to: int) -> str:
         self._lose(since, step, saved_to)
         silent = self._pass(0, 20)
         self._truth["detecting"] += silent
@@ -164,7 +177,7 @@ class InventedHistory:
         self._broken = True
         return "failure"
 
-    def _lose(self, spent: Counter[str], step: int, saved_to: int) -> None:
+    def _lose(self, spent: Seconds, step: int, saved_to: int) -> None:
         self._truth["redone"] += sum(spent.values())
         self.redone_steps += step - saved_to
 

@@ -17,7 +17,7 @@ def test_non_finite_values_become_null_and_keys_keep_their_order(tmp_path: Path)
 
 def test_numpy_scalars_are_numbers_too(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    metrics.write({"step": np.int64(3), "x": np.float32(0.5), "y": np.float64("nan")})  # type: ignore[dict-item]
+    metrics.write({"step": np.int64(3), "x": np.float32(0.5), "y": np.float64("nan")})
     assert read_metrics(metrics.path) == [{"step": 3, "x": 0.5, "y": None}]
 
 

@@ -38,6 +38,6 @@ def test_an_unknown_choice_names_value_choices_and_the_nearest() -> None:
 
 def test_unknown_keys_and_impossible_intervals_are_refused() -> None:
     with pytest.raises(ValidationError, match="log_every"):
-        ObserveSettings(log_every=3)  # type: ignore[call-arg]
+        ObserveSettings(log_every=3)  # type: ignore[call-arg]  # which is tested
     with pytest.raises(ValidationError, match="log_every_steps"):
         ObserveSettings(log_every_steps=0)

@@ -2,15 +2,16 @@
 
 import json
 import time
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
+from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, Tally, events, read_sign, run_account, tally
-from moetrain.settings import Config
-from tests.support.ranks import run_ranks
+from moetrain.settings import Resolved
+from tests.support.ranks import replace_in_rank, run_ranks
 from tests.support.runs import events_of, tiny_config, train_as_rank, write_shards
 
 HOUR = 3600.0
@@ -22,25 +23,25 @@ class SetDates(datetime):
     asked = 0
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime:
+    def now(cls, tz: tzinfo | None = None) -> Self:
         cls.asked += 1
         jump = HOUR if cls.asked < 9 else -HOUR
         return super().now(tz) + timedelta(seconds=jump * (cls.asked > 2))
 
 
-def train_with_set_dates(config: Config) -> float:
+def train_with_set_dates(config: Resolved) -> float:
     """Starts and trains a run twice, the first time to step 5; returns how long it all took."""
-    events.datetime = SetDates  # type: ignore[misc,attr-defined]
-    tally.SIGN_EVERY_SECONDS = 0.0
-    run_dir = Path(config.run.dir, str(config.run.name))
+    replace_in_rank(events, "datetime", SetDates)
+    replace_in_rank(tally, "SIGN_EVERY_SECONDS", 0.0)
+    run_dir = config.run_dir
     run_dir.mkdir(parents=True)
     began = time.monotonic()
     write = EventLog(run_dir / "events.jsonl").write
-    write("start")
+    write(EventKind.start)
     train_as_rank(config, 5, 1)
-    write("start", last_sign=read_sign(run_dir))  # with no word of the end, as after a kill
+    write(EventKind.start, last_sign=read_sign(run_dir))  # with no word of the end, as after a kill
     train_as_rank(config, None, 2)
-    write("finish")
+    write(EventKind.finish)
     return time.monotonic() - began
 
 
@@ -75,7 +76,9 @@ def test_a_run_whose_date_is_set_while_it_trains_accounts_for_its_time(tmp_path:
     assert shares[-1] == pytest.approx(found.effective, rel=0.5)
 
 
-def test_a_sign_of_life_is_left_now_and_then(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_sign_of_life_is_left_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tally, "SIGN_EVERY_SECONDS", 0.2)
     kept = Tally(tmp_path)
     kept.begin(3)
@@ -93,7 +96,7 @@ def test_a_sign_of_life_is_left_now_and_then(tmp_path: Path, monkeypatch: Any) -
     assert [path.name for path in tmp_path.iterdir()] == ["last_sign.json"]
 
 
-def test_no_sign_of_life_stops_training(tmp_path: Path, caplog: Any) -> None:
+def test_no_sign_of_life_stops_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = Tally(tmp_path / "gone")
     kept.begin(1)
     kept.sign(1)

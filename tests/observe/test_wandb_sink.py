@@ -102,7 +102,7 @@ def test_loads_become_a_histogram_of_fair_shares_for_all_layers_and_for_each(
 ) -> None:
     logged: list[dict[str, Any]] = []
     _fake(monkeypatch, log=lambda values, step: logged.append(values))
-    sys.modules["wandb"].Histogram = wandb.Histogram  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys.modules["wandb"], "Histogram", wandb.Histogram, raising=False)
     sink = WandbSink(
         WandbSettings(mode="offline"),
         run_name="toy",
@@ -124,7 +124,10 @@ def test_loads_become_a_histogram_of_fair_shares_for_all_layers_and_for_each(
 
 @pytest.mark.parametrize("key", [None, "0" * 40])
 def test_online_without_key_or_network_falls_back_to_offline_in_bounded_time(
-    tmp_path: Path, key: str | None, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    tmp_path: Path,
+    key: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(wandb_sink, "ONLINE_START_SECONDS", 2.0)
     # A port that nobody listens on, so that the test is the same on a machine with a network.
@@ -160,7 +163,10 @@ class _ServiceGone(BaseException):
     ids=lambda error: type(error).__name__,
 )
 def test_a_wandb_that_raises_anything_is_told_of_once_and_then_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, error: BaseException
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
 ) -> None:
     calls: list[str] = []
 
@@ -216,7 +222,7 @@ def test_metrics_that_are_no_numbers_stop_no_sink_and_the_numbers_beside_them_ar
     _fake(monkeypatch, log=lambda values, step: logged.append((step, values)))
     told: list[str] = []
     sink, file = _sink(tmp_path, told=told), MetricsFile(tmp_path / "metrics.jsonl")
-    record = {"step": 1, **ODD, **NUMBERS, 3: 4}
+    record: dict[Any, Any] = {"step": 1, **ODD, **NUMBERS, 3: 4}
     cyclic: dict[str, Any] = {}
     record["itself"] = cyclic
     cyclic["itself"] = cyclic
@@ -328,7 +334,7 @@ def test_one_run_folder_under_two_names_keeps_its_wandb_run(tmp_path: Path) -> N
 
 
 def test_no_wandb_installed_is_warned_of_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an import of it then raises
     sink = _sink(tmp_path)
@@ -344,7 +350,9 @@ def test_disabled_touches_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unwritable_run_folder_stops_nothing(tmp_path: Path, caplog: Any) -> None:
+def test_an_unwritable_run_folder_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "run").write_text("a file where a folder should be")
     sink = _sink(tmp_path / "run")
     sink.write({"step": 1})

@@ -1,6 +1,7 @@
 """Schedules as curves, and the optimizer's groups and state."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from moetrain.optim import allocate_state, build_optimizer, learning_rate, state
 from moetrain.settings import OptimSettings, ScheduleSettings
 
 
-def curve(num_steps: int = 1000, **settings: object) -> list[float]:
-    schedule = ScheduleSettings(**settings)  # type: ignore[arg-type]
+def curve(num_steps: int = 1000, **settings: Any) -> list[float]:
+    schedule = ScheduleSettings(**settings)
     return [
         learning_rate(step, peak=2.0, num_steps=num_steps, settings=schedule)
         for step in range(num_steps)

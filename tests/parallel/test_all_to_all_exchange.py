@@ -14,7 +14,7 @@ from benchmarks.timing import held_memory
 from moetrain.kernels import Copies, expert_swiglu, gather_copies, sum_copies
 from moetrain.parallel import AllToAllExchange, any_rank
 from moetrain.settings import ExchangeSettings
-from tests.support.ranks import run_ranks
+from tests.support.ranks import replace_in_rank, run_ranks, world_group
 
 NUM_EXPERTS, DIM, TOP_K = 8, 10, 3
 
@@ -77,7 +77,7 @@ def exchange_as_rank(case: str, settings: ExchangeSettings) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         wire = Wire(monkeypatch)
         exchange = AllToAllExchange(
-            num_experts=NUM_EXPERTS, group=dist.group.WORLD, layer=7, settings=settings
+            num_experts=NUM_EXPERTS, group=world_group(), layer=7, settings=settings
         )
 
         def beside_the_experts() -> Tensor:
@@ -158,7 +158,7 @@ def count_host_reads(settings: ExchangeSettings) -> list[str]:
     x = torch.randn(len(experts), DIM, requires_grad=True)
     gates = torch.rand(len(experts), TOP_K, requires_grad=True)
     exchange = AllToAllExchange(
-        num_experts=NUM_EXPERTS, group=dist.group.WORLD, layer=0, settings=settings
+        num_experts=NUM_EXPERTS, group=world_group(), layer=0, settings=settings
     )
     reads: list[str] = []
     originals = {name: getattr(Tensor, name) for name in READS}
@@ -227,7 +227,7 @@ def hold_as_rank(settings: ExchangeSettings) -> tuple[int, int]:
     x = torch.randn(len(experts), DIM, requires_grad=True)
     gates = torch.rand(len(experts), 2, requires_grad=True)
     weights = [torch.randn(2, 64 * DIM, DIM, requires_grad=True) for _ in range(3)]
-    exchange = AllToAllExchange(num_experts=8, group=dist.group.WORLD, layer=0, settings=settings)
+    exchange = AllToAllExchange(num_experts=8, group=world_group(), layer=0, settings=settings)
     received = []
 
     def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
@@ -259,7 +259,7 @@ def test_rounds_keep_nothing_of_what_a_rank_received() -> None:
 def live_transfers() -> list[int]:
     """Returns how many transfers live after each of some steps, without the garbage collector."""
     experts = choices("uneven", dist.get_rank())
-    exchange = AllToAllExchange(num_experts=NUM_EXPERTS, group=dist.group.WORLD, layer=0)
+    exchange = AllToAllExchange(num_experts=NUM_EXPERTS, group=world_group(), layer=0)
     gc.collect()
     gc.disable()
     living: list[int] = []
@@ -270,7 +270,7 @@ def live_transfers() -> list[int]:
         made.append(weakref.ref(result := real(*arguments)))
         return result
 
-    exchange._transfer = transfer  # type: ignore[method-assign]
+    replace_in_rank(exchange, "_transfer", transfer)
     for _ in range(3):
         x = torch.randn(len(experts), DIM, requires_grad=True)
         gates = torch.rand(len(experts), TOP_K, requires_grad=True)
@@ -290,9 +290,9 @@ def warn_as_rank() -> list[str]:
     """Returns what a rank says when all tokens go to the last one's experts."""
     said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("moetrain.parallel").addHandler(handler)
-    exchange = AllToAllExchange(num_experts=8, group=dist.group.WORLD, layer=5)
+    exchange = AllToAllExchange(num_experts=8, group=world_group(), layer=5)
     x, experts = torch.randn(10, DIM), torch.tensor([[6, 7]] * 10)
     gates = torch.ones(10, 2)
     for _ in range(2):
@@ -312,7 +312,7 @@ def test_an_imbalance_is_told_once_with_layer_rank_and_counts() -> None:
 
 def disagree_as_rank() -> str:
     """Rank 1 has rows of another width."""
-    exchange = AllToAllExchange(num_experts=4, group=dist.group.WORLD, layer=2)
+    exchange = AllToAllExchange(num_experts=4, group=world_group(), layer=2)
     x = torch.randn(3, DIM + dist.get_rank())
     try:
         exchange.run(x, torch.tensor([[0, 2]] * 3), torch.ones(3, 2), compute=lambda rows, *_: rows)
@@ -329,7 +329,7 @@ def test_ranks_that_disagree_are_told_before_a_token_travels() -> None:
 
 def lose_a_peer() -> str:
     """Rank 1 leaves while rank 0 computes; rank 0 says what it was doing."""
-    exchange = AllToAllExchange(num_experts=4, group=dist.group.WORLD, layer=3)
+    exchange = AllToAllExchange(num_experts=4, group=world_group(), layer=3)
 
     def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
         if dist.get_rank() == 1:

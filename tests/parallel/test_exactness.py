@@ -18,6 +18,7 @@ from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.step import train_step
 from tests.parallel.test_layouts import CPU, MODEL, RTOL, gathered
 from tests.support.ranks import run_ranks
+from tests.support.tensors import grad_of, sharded
 
 SEQUENCES, SEQ_LEN = 4, 16
 
@@ -57,7 +58,7 @@ def norm_and_gradients(expert: int, replicate: int) -> dict[str, Any]:
     gradients = Gradients(model.parameters(), meshes, max_norm=0.25)
     tokens = share(text())
     (model(tokens[:, :-1], tokens[:, 1:]).cross_entropy / (SEQUENCES * SEQ_LEN)).backward()
-    named = {n: p.grad for n, p in model.named_parameters()}
+    named = {n: grad_of(p) for n, p in model.named_parameters()}
     before = {n: g.copy() for n, g in gathered(named).items()}  # not a view of what is clipped
     norm = gradients.clip()
     return {"norm": norm, "before": before, "after": gathered(named)}
@@ -95,11 +96,10 @@ def layer_beside_a_loop(expert: int) -> float:
     )
     tokens = share(text())
     model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.backward()
-    gate, up, down = (
-        w.full_tensor().detach() for w in (moe.experts.gate, moe.experts.up, moe.experts.down)
-    )
+    weights = [sharded(w) for w in (moe.experts.gate, moe.experts.up, moe.experts.down)]
+    gate, up, down = (w.full_tensor().detach() for w in weights)
     assert len(gate) == MODEL.num_experts
-    assert len(moe.experts.gate.to_local()) == MODEL.num_experts // expert > 1
+    assert len(weights[0].to_local()) == MODEL.num_experts // expert > 1
     errors = []
     for x, chosen, gates, out in zip(
         seen["x"], seen["experts"], seen["gates"], seen["out"], strict=True
@@ -130,7 +130,7 @@ def gradients_by_expert(chosen: list[int], recompute: str) -> dict[str, Any]:
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert not missing, missing
     return {
-        plain_name(n): p.grad.full_tensor().abs().sum((1, 2)).tolist()
+        plain_name(n): sharded(p.grad).full_tensor().abs().sum((1, 2)).tolist()
         for n, p in model.named_parameters()
         if p.ndim == 3
     }
@@ -172,12 +172,13 @@ def train_with_mask(
     optimizer = build_optimizer(model.parameters(), OptimSettings(name="sgd", lr=0.1))
     seen: dict[str, Any] = {}
     optimizer.register_step_pre_hook(
-        lambda *_: seen.update(gathered({n: p.grad for n, p in model.named_parameters()}))
+        lambda *_: seen.update(gathered({n: grad_of(p) for n, p in model.named_parameters()}))
     )
     if poison:
-        # Torch then fills what it allocates and doesn't write with nan.
+        # Torch then fills what it allocates and doesn't write with nan. Its setting is a property
+        # that the module gets when it is imported, which no checker of types sees.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # as said
         assert torch.empty(3).isnan().all()
     reports = []
     for step in range(steps):

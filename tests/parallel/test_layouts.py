@@ -24,6 +24,7 @@ from moetrain.settings import (
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.step import train_step
 from tests.support.ranks import run_ranks
+from tests.support.tensors import grad_of
 
 CPU = torch.device("cpu")
 # Weights large enough on the balance and z losses for a wrong scale of theirs to show.
@@ -129,7 +130,9 @@ def train_steps(
     seen: dict[str, Any] = {}
 
     def remember_gradients(*_: object) -> None:
-        seen["gradients"] = gathered({plain_name(n): p.grad for n, p in model.named_parameters()})
+        seen["gradients"] = gathered(
+            {plain_name(n): grad_of(p) for n, p in model.named_parameters()}
+        )
 
     optimizer.register_step_pre_hook(remember_gradients)
     generator = torch.Generator().manual_seed(5)

@@ -16,6 +16,7 @@ from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.step import train_step
 from tests.parallel.test_layouts import CPU, MODEL
 from tests.support.ranks import run_ranks
+from tests.support.tensors import sharded
 
 
 def build(
@@ -37,10 +38,16 @@ def text(seed: int = 0) -> Tensor:
     return torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(seed))
 
 
+def whole_gradients(model: Transformer) -> dict[str, Any]:
+    """Returns every parameter's gradient, of all ranks together; collective."""
+    named = ((plain_name(n), sharded(p.grad)) for n, p in model.named_parameters())
+    return {name: gradient.full_tensor().numpy() for name, gradient in named}
+
+
 def initial_weights(expert: int, seed: int) -> dict[str, Any]:
     """Returns the full initial weights as this rank sees them gathered."""
     model, _ = build(expert=expert, seed=seed)
-    return {n: p.full_tensor().detach().numpy() for n, p in model.named_parameters()}
+    return {n: sharded(p).full_tensor().detach().numpy() for n, p in model.named_parameters()}
 
 
 @pytest.mark.trap(14)
@@ -86,8 +93,7 @@ def gradients_with_unstable_choice(recompute: str, expert: int) -> dict[str, Any
     tokens = text()
     output = model(tokens[:, :-1], tokens[:, 1:])
     output.cross_entropy.backward()
-    named = {plain_name(n): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
-    return {"gradients": named, "choices": sum(made.values())}
+    return {"gradients": whole_gradients(model), "choices": sum(made.values())}
 
 
 @pytest.mark.trap(8)
@@ -105,12 +111,11 @@ def tied_logits(recompute: str) -> dict[str, Any]:
     model, _ = build(expert=2, recompute=recompute)
     for moe in model.moe_layers():
         with torch.no_grad():
-            moe.router.weight.to_local().zero_()
+            sharded(moe.router.weight).to_local().zero_()
     tokens = text(dist.get_rank())
     output = model(tokens[:, :-1], tokens[:, 1:])
     output.cross_entropy.backward()
-    grads = {plain_name(n): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
-    return {"counts": output.routing.counts.numpy(), "gradients": grads}
+    return {"counts": output.routing.counts.numpy(), "gradients": whole_gradients(model)}
 
 
 @pytest.mark.trap(8)
@@ -128,7 +133,7 @@ def train_in(dtype_name: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     moe = model.moe_layers()[0]
     moe.register_forward_hook(lambda m, args, out: seen.update(x=str(args[0].dtype)))
-    model.layers[0].attention.register_forward_hook(
+    model.get_submodule("layers.0.attention").register_forward_hook(
         lambda m, args, out: seen.update(rotary={str(table.dtype) for table in args[1]})
     )
     moe.router.register_forward_hook(
@@ -177,7 +182,7 @@ def all_tokens_to_one_rank() -> dict[str, Any]:
     assert isinstance(output, LossSums)
     output.cross_entropy.backward()
     assert all(p.grad is not None for p in model.parameters())
-    gate = model.moe_layers()[0].experts.gate.grad.full_tensor()
+    gate = sharded(model.moe_layers()[0].experts.get_parameter("gate").grad).full_tensor()
     return {"by expert": gate.abs().sum((1, 2)).tolist()}
 
 

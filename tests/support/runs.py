@@ -13,6 +13,9 @@ from moetrain.settings.validation import validated
 from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
 
+Changes = dict[str, Any]
+"""What differs from the tiny configuration: `a__b` names the setting a.b."""
+
 TIMING = ("perf/", "memory/", "checkpoint/")
 
 
@@ -30,7 +33,7 @@ def write_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
-def tiny_values(folder: Path, *, shards: Path, **changes: Any) -> dict[str, Any]:
+def tiny_values(folder: Path, *, shards: Path | str, **changes: Any) -> dict[str, Any]:
     """Returns the plain configuration of a tiny run; `a__b=x` changes a.b."""
     values: dict[str, Any] = {
         "model": {
@@ -56,7 +59,9 @@ def tiny_values(folder: Path, *, shards: Path, **changes: Any) -> dict[str, Any]
     return values
 
 
-def tiny_config(folder: Path, *, shards: Path, num_workers: int = 1, **changes: Any) -> Resolved:
+def tiny_config(
+    folder: Path, *, shards: Path | str, num_workers: int = 1, **changes: Any
+) -> Resolved:
     """Returns a resolved tiny configuration."""
     config = validated(tiny_values(folder, shards=shards, **changes), Config)
     return resolve(config, num_workers=num_workers, now=datetime(2026, 1, 1))
@@ -75,7 +80,7 @@ def train_as_rank(config: Resolved, stop_at: int | None, attempt: int) -> Outcom
                 control.request_stop()
             beat(phase, step)
 
-        control.heartbeat, control.publish = stop_in_time, publish  # type: ignore[method-assign]
+        control.heartbeat, control.publish = stop_in_time, publish
     place = RankPlace(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

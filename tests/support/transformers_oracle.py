@@ -54,8 +54,10 @@ def oracle_for(settings: ModelSettings) -> nn.Module:
         "eos_token_id": None,
         "attn_implementation": "eager",
     }
+    model: nn.Module
     if not settings.is_moe:
-        return MistralForCausalLM(MistralConfig(**shape)).eval()
+        model = MistralForCausalLM(MistralConfig(**shape))
+        return model.eval()
     shape["num_experts_per_tok"] = settings.top_k
     router = settings.router
     if settings.qk_norm:

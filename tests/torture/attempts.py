@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.train.control import Control, Outcome, RankPlace
 from moetrain.train.rank import run_rank
 
@@ -142,7 +142,7 @@ class Attempt:
                     self._answers[rank] = end.recv()
 
 
-def train(config: Config, number: int) -> Outcome:
+def train(config: Resolved, number: int) -> Outcome:
     """Trains as one rank of an already joined world."""
     import torch.distributed as dist
 

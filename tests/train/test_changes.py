@@ -27,7 +27,8 @@ FUNCTION = {
     "top_k", "vocab_size", "rope_theta", "norm_eps", "num_shared_experts", "num_dense_layers",
     "dense_ffn_hidden_dim", "qk_norm", "router.score_function", "router.normalize_gates",
     "router.routed_scaling_factor", "router.num_groups", "router.top_groups",
-    "router.force_balance",
+    "router.force_balance", "router.name", "router.options", "experts.function",
+    "experts.options",
 }  # fmt: skip
 RECIPE = {
     "max_seq_len", "router.load_balance_loss_weight", "router.load_balance_scope",

@@ -8,7 +8,7 @@ import pytest
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import read_manifest
 from tests.support.ranks import run_ranks
-from tests.support.runs import tiny_config, write_shards
+from tests.support.runs import Changes, tiny_config, write_shards
 from tests.train.test_runs import load, load_as_rank, run
 
 
@@ -22,7 +22,7 @@ def test_the_selection_bias_stays_float32_through_a_bfloat16_run_and_its_checkpo
     tmp_path: Path, shards: Path
 ) -> None:
     rate = 1 / 3  # bfloat16 would round it
-    changes = {"train__dtype": "bfloat16", "model__router__bias_update_rate": rate}
+    changes: Changes = {"train__dtype": "bfloat16", "model__router__bias_update_rate": rate}
     run(tmp_path, shards, stop_at=1, **changes)
     newest = candidates(tmp_path / "runs/tiny/checkpoints")[0]
     biases = {n: e for n, e in read_manifest(newest).tensors.items() if n.endswith("router.bias")}
@@ -42,8 +42,8 @@ def test_the_selection_bias_stays_float32_through_a_bfloat16_run_and_its_checkpo
 @pytest.mark.trap(11)
 def test_a_checkpoint_says_the_same_whatever_layout_wrote_it(tmp_path: Path, shards: Path) -> None:
     """Counters, names, shapes and dtypes: nothing in it depends on one rank's sizes."""
-    sgd = {"optim__name": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9}
-    layouts = {
+    sgd: Changes = {"optim__name": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9}
+    layouts: dict[str, tuple[int, Changes]] = {
         "one": (1, {}),
         "spread": (4, {"parallel__expert_degree": 4}),
         "both": (4, {"parallel__expert_degree": 2, "parallel__data_replicate_degree": 2}),

@@ -17,11 +17,22 @@ from moetrain.train.changes import as_plain
 from moetrain.train.prepare import prepare
 from moetrain.train.resume import require_done_alike, require_same_model, told_changes
 from tests.support.ranks import run_ranks
-from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
+from tests.support.runs import (
+    Changes,
+    events_of,
+    metrics_of,
+    tiny_config,
+    train_as_rank,
+    write_shards,
+)
 from tests.train.test_runs import assert_same_tensors, load
 
 STOP = 4
-MODEL = {"model__num_experts": 8, "model__router__num_groups": 4, "model__router__top_groups": 2}
+MODEL: Changes = {
+    "model__num_experts": 8,
+    "model__router__num_groups": 4,
+    "model__router__top_groups": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +152,7 @@ def test_a_setting_that_changes_what_the_weights_compute_has_to_be_accepted(
 def test_weights_of_another_shape_can_not_be_accepted(
     tmp_path: Path, shards: Path, manifest: Manifest
 ) -> None:
-    accept = {"checkpoint__accept_changes": ["model.ffn_hidden_dim"]}
+    accept: Changes = {"checkpoint__accept_changes": ["model.ffn_hidden_dim"]}
     wider = tiny_config(tmp_path, shards=shards, **MODEL, **accept, model__ffn_hidden_dim=64)
     with pytest.raises(ConfigError, match="its tensors have other shapes") as refused:
         require_same_model(wider, manifest)
@@ -169,7 +180,7 @@ def test_another_order_of_samples_is_refused(
     tmp_path: Path, shards: Path, manifest: Manifest
 ) -> None:
     for setting, value in (("seed", 3), ("train__seq_len", 16), ("data__shuffle_window", 2)):
-        config = tiny_config(tmp_path, shards=shards, **MODEL, **{setting: value})
+        config = tiny_config(tmp_path, shards=shards, **MODEL | {setting: value})
         with pytest.raises(ConfigError, match="some would come twice"):
             require_same_model(config, manifest)
 
@@ -178,7 +189,7 @@ def test_a_checkpoint_of_step_0_is_bound_to_no_recipe_but_to_its_model(
     tmp_path: Path, shards: Path, manifest: Manifest
 ) -> None:
     imported = replace(manifest, step=0, state={"step": 0, "samples": 0, "tokens": 0})
-    free = {"seed": 3, "optim__lr": 1e-4, "optim__name": "sgd"}
+    free: Changes = {"seed": 3, "optim__lr": 1e-4, "optim__name": "sgd"}
     config = tiny_config(tmp_path, shards=shards, **MODEL, **free)
     require_same_model(config, imported)
     assert told_changes(config, imported) == []
@@ -271,7 +282,7 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
     faster = tiny_config(tmp_path, shards=shards, **MODEL, optim__name="sgd", optim__lr=0.5)
     with pytest.raises(ConfigError, match=r"use optim.name=adamw optim.lr=[0-9.e-]+, add"):
         require_same_model(faster, manifest)
-    betas = {"optim__betas": (0.8, 0.99), "optim__eps": 1e-6, "optim__weight_decay": 0.0}
+    betas: Changes = {"optim__betas": (0.8, 0.99), "optim__eps": 1e-6, "optim__weight_decay": 0.0}
     require_same_model(tiny_config(tmp_path, shards=shards, **MODEL, **betas), manifest)
     still = MODEL | RESTARTED | {"optim__momentum": 0.0, "train__num_steps": 12}
     with pytest.raises(ConfigError, match=r"optim.momentum=0.9.*optim.restart_from=10 to go on"):
@@ -324,7 +335,7 @@ def test_a_restart_is_of_the_step_that_the_run_stands_at(
     with pytest.raises(ConfigError, match="leave it out"):
         demand(4, at_0)
     # The run had this restart when its newest checkpoint was saved; of others it must stand there.
-    sgd = {"optim__name": "sgd", "optim__momentum": 0.9}
+    sgd: Changes = {"optim__name": "sgd", "optim__momentum": 0.9}
     demand(4, newest(gone_on / "restarted"), **sgd)
     demand(10, newest(gone_on / "restarted"), **sgd)
     there = gone_on / "restarted"

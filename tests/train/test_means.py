@@ -11,11 +11,12 @@ import torch
 
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import read_manifest
+from moetrain.settings import Resolved
 from moetrain.train.means import RunningMeans
 from moetrain.train.state import TrainState
-from moetrain.train.step import StepReport
+from moetrain.train.step_report import StepReport
 from tests.support.ranks import run_ranks
-from tests.support.runs import metrics_of, tiny_config, train_as_rank, write_shards
+from tests.support.runs import Changes, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import spoil_gradients
 
 BY_TOKENS = (
@@ -66,13 +67,12 @@ def test_of_one_step_the_mean_is_its_value_and_of_skipped_steps_alone_the_last_o
     assert means.values(skipped)["train/loss"] == math.inf
 
 
-def test_a_checkpoint_from_before_there_were_means_begins_them_anew() -> None:
-    old = TrainState(step=7, tokens=9).as_json()
-    del old["since_record"]
-    assert TrainState.restored(old, sources=["a"]).since_record == RunningMeans()
+def test_means_are_restored_and_an_imported_model_has_none() -> None:
+    imported = {"imported_dtype": "bfloat16"}
+    assert TrainState.restored(imported).since_record == RunningMeans()
     state = TrainState(source_tokens={"a": 7})
     state.since_record.add(report(1 / 3, tokens=7))
-    assert TrainState.restored(json.loads(json.dumps(state.as_json())), sources=["a"]) == state
+    assert TrainState.restored(json.loads(json.dumps(state.as_json()))) == state
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Sequences of whole documents: each step has other tokens.
-UNEVEN = {"data__packing": "best_fit", "model__router__bias_update_rate": 0.5}
-SGD = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
+UNEVEN: Changes = {"data__packing": "best_fit", "model__router__bias_update_rate": 0.5}
+SGD: Changes = {
+    "optim__name": "sgd",
+    "optim__lr": 0.1,
+    "model__router__bias_update_rate": 0.0,
+}
 
 
-def train_in_turn(*runs: Any) -> None:
-    """Trains as a rank: one run after the other, of (configuration, steps to spoil, stop)."""
+Turn = tuple[Resolved, list[int] | None, int | None]
+"""A configuration, the steps to spoil, and the step to stop at."""
+
+
+def train_in_turn(runs: list[Turn]) -> None:
+    """Trains as a rank: one run after the other."""
     for attempt, (config, spoiled, stop_at) in enumerate(runs, start=1):
         if spoiled:
             spoil_gradients(config, spoiled)
@@ -112,17 +120,18 @@ def test_a_record_is_the_mean_since_the_last_one_also_over_a_stop_and_in_other_l
 ) -> None:
     """Two runs have a step that is not finite on rank 1; another stops between two records."""
 
-    def config(name: str, every: int, *, num_workers: int = 2, **changes: Any) -> Any:
+    def config(name: str, every: int, *, num_workers: int = 2, **changes: Any) -> Resolved:
         changes = UNEVEN | {"observe__log_every_steps": every} | changes
         return tiny_config(tmp_path / name, shards=shards, num_workers=num_workers, **changes)
 
-    run_ranks(
-        train_in_turn, 2, (config("one", 1), None, None), (config("few", 3), None, None),
+    runs: list[Turn] = [
+        (config("one", 1), None, None), (config("few", 3), None, None),
         (config("parts", 3), None, 5), (config("parts", 3), None, None),
         (config("pair", 3, **SGD), None, None),
         # Last, since what spoils the steps stays.
         (config("spoiled", 1), [2], None), (config("spoiled few", 3), [2], None),
-    )  # fmt: skip
+    ]  # fmt: skip
+    run_ranks(train_in_turn, 2, runs)
     for one, few in (("one", "few"), ("spoiled", "spoiled few")):
         every_step, means = metrics_of(tmp_path / one), metrics_of(tmp_path / few)
         tokens = [record["train/tokens"] for record in every_step]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moetrain.model import head_activations
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.train.memory import expected_memory
 from tests.support.ranks import run_ranks
 from tests.support.runs import tiny_config
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def measured(configs: dict[str, Config], folder: str) -> dict[str, int]:
+def measured(configs: dict[str, Resolved], folder: str) -> dict[str, int]:
     """Returns the bytes of tensors that a rank holds at most in a step of each run."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -45,7 +45,7 @@ def measured(configs: dict[str, Config], folder: str) -> dict[str, int]:
     from moetrain.train.micro_batch import MicroBatch
     from moetrain.train.step import train_step
 
-    def train(config: Config) -> None:
+    def train(config: Resolved) -> None:
         model, optimizer, gradients, meshes = build_model(
             config,
             device=torch.device("cpu"),
@@ -79,7 +79,7 @@ def measured(configs: dict[str, Config], folder: str) -> dict[str, int]:
     return peaks
 
 
-def configured(folder: Path, *, num_workers: int, **changes: Any) -> Config:
+def configured(folder: Path, *, num_workers: int, **changes: Any) -> Resolved:
     batch = {"train__global_batch_size": 16 * num_workers}
     return tiny_config(folder, shards=folder, num_workers=num_workers, **SIZES | batch | changes)
 
@@ -103,6 +103,6 @@ def test_a_rank_holds_no_more_than_expected_and_all_that_is_whole(
             assert whole / MIB <= peak / MIB, name
 
 
-def of_head(config: Config) -> float:
+def of_head(config: Resolved) -> float:
     tokens = 8 * config.train.seq_len
     return head_activations(config.model, tokens=tokens, width=4, norm=3)

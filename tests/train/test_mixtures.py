@@ -16,12 +16,19 @@ from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checks import ConfigError
 from moetrain.config import resolve
-from moetrain.settings import Config
+from moetrain.settings import Config, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.control import Outcome
 from moetrain.train.prepare import global_batches, prepare
 from tests.support.ranks import run_ranks
-from tests.support.runs import events_of, metrics_of, tiny_config, tiny_values, train_as_rank
+from tests.support.runs import (
+    Changes,
+    events_of,
+    metrics_of,
+    tiny_config,
+    tiny_values,
+    train_as_rank,
+)
 from tests.train.test_runs import assert_same_tensors
 
 MIXTURE: dict[str, Any] = {
@@ -65,8 +72,7 @@ def run(
     **changes: Any,
 ) -> Outcome:
     config = tiny_config(folder, shards=shards, num_workers=world, **MIXTURE | changes)
-    outcome: Outcome = run_ranks(train_as_rank, world, config, stop_at, attempt)[0]
-    return outcome
+    return run_ranks(train_as_rank, world, config, stop_at, attempt)[0]
 
 
 def of_data(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +118,8 @@ def test_each_source_is_validated_by_itself(whole: Path, shards: Path) -> None:
     assert last["validation/loss"] == last["validation/code/loss"]
     for source in folder.sources:
         bits = last[f"validation/{source}/loss"] / np.log(2)
-        bits /= folder.bytes_per_token("validation", source=source)
+        num_bytes = folder.num_bytes("validation", source=source)
+        bits *= folder.num_tokens("validation", source=source) / num_bytes
         assert last[f"validation/{source}/bits_per_byte"] == pytest.approx(bits)
 
 
@@ -131,7 +138,7 @@ def test_another_layout_reads_the_same_tokens_and_finds_the_same_losses(
 def test_documents_are_masked_in_training_and_validation_where_that_is_set(
     tmp_path: Path, shards: Path
 ) -> None:
-    one_step = {"train__num_steps": 1, "data__stages": [], "optim__lr": 1e-30}
+    one_step: Changes = {"train__num_steps": 1, "data__stages": [], "optim__lr": 1e-30}
     one_step |= {"schedule__warmup_steps": 0}
     records = []
     for masked in (True, False):
@@ -148,9 +155,9 @@ def test_stopped_and_gone_on_equals_never_stopped_bit_for_bit(
     tmp_path: Path, shards: Path, whole: Path
 ) -> None:
     """In the first stage, with other threads reading and another window to read ahead."""
-    validated_at = {"train__validate_every_steps": 8}
+    validated_at: Changes = {"train__validate_every_steps": 8}
     run(tmp_path, shards, stop_at=3, data__num_workers=0, **validated_at)
-    reading = {"data__num_workers": 3, "data__prefetch_batches": 5}
+    reading: Changes = {"data__num_workers": 3, "data__prefetch_batches": 5}
     assert run(tmp_path, shards, attempt=2, **reading, **validated_at).finished
     assert metrics_of(tmp_path) == metrics_of(whole)
     assert_same_tensors(tmp_path, whole)
@@ -170,7 +177,7 @@ def test_weights_changed_between_restarts_neither_repeat_nor_skip_a_sample(
 ) -> None:
     stop = run(tmp_path, shards, world=1, stop_at=3, data__stages=[])
     assert not stop.finished
-    changed = {"data__weights": {"code": 1.0, "prose": 1.0}, "data__stages": []}
+    changed: Changes = {"data__weights": {"code": 1.0, "prose": 1.0}, "data__stages": []}
     changed |= {"train__global_batch_size": 4, "train__num_steps": 9}
     assert run(tmp_path, shards, world=1, attempt=2, **changed).finished
     (event,) = [e for e in events_of(tmp_path) if e["event"] == "data_order"]
@@ -198,12 +205,18 @@ def test_what_decides_the_order_of_samples_cannot_change(
 
 
 def test_what_does_not_decide_it_can(whole: Path, shards: Path) -> None:
-    free = {"data__mask_documents": False, "data__num_workers": 0, "train__global_batch_size": 4}
+    free: Changes = {
+        "data__mask_documents": False,
+        "data__num_workers": 0,
+        "train__global_batch_size": 4,
+    }
     free |= {"data__weights": {"prose": 1.0}, "data__stages": [], "train__num_steps": 20}
     config = tiny_config(whole, shards=shards, **MIXTURE | free)
     prepared = prepare(config, config.data, progress=False)
     # 30 sequences were drawn in 8 steps of 8, and 12 steps of 4 follow.
-    num_sequences = prepared.plan["prose"].packing["num_sequences"]
+    packing = prepared.plan["prose"].packing
+    assert packing is not None
+    num_sequences = packing["num_sequences"]
     assert prepared.plan["prose"].epochs == pytest.approx((30 + 48) / num_sequences)
 
 
@@ -250,7 +263,7 @@ def test_a_stage_that_never_begins_and_a_weight_that_is_no_number_are_refused(
 
 
 def test_shards_at_a_url_are_left_where_they_are(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, shards="s3://bucket/shards")  # type: ignore[arg-type]
+    config = tiny_config(tmp_path, shards="s3://bucket/shards")
     assert config.data.dir == "s3://bucket/shards"
     here = replace(config, data=replace(config.data, dir="here"))
     config = resolve(here, num_workers=1, now=datetime(2026, 1, 1))
@@ -275,7 +288,7 @@ def test_damaged_sequences_are_skipped_and_counted_over_ranks_and_restarts(
     tmp_path: Path, shards: Path
 ) -> None:
     harmed = damage(shards, tmp_path / "harmed")
-    prose = {"data__weights": {"prose": 1.0}, "data__stages": [], "train__num_steps": 12}
+    prose: Changes = {"data__weights": {"prose": 1.0}, "data__stages": [], "train__num_steps": 12}
     skip = prose | {"data__on_corrupt": "skip"}
     run(tmp_path, harmed, **skip)
     counts = [r.get("data/corrupt_sequences", 0) for r in metrics_of(tmp_path)]
@@ -289,31 +302,31 @@ def test_damaged_sequences_are_skipped_and_counted_over_ranks_and_restarts(
     assert of_data(metrics_of(tmp_path / "parts")) == of_data(metrics_of(tmp_path))
 
 
-def forget_position(config: Config) -> dict[str, Any]:
+def forget_position(config: Resolved) -> dict[str, Any]:
     """Saves as a version without mixtures did, and goes on from there."""
     from moetrain.train import state
 
     as_json = state.TrainState.as_json
     new = ("position", "source_tokens", "corrupt_sequences", "tokenizer")
-    state.TrainState.as_json = lambda self: {  # type: ignore[method-assign]
-        k: v for k, v in as_json(self).items() if k not in new
-    }
+    state.TrainState.as_json = lambda self: {k: v for k, v in as_json(self).items() if k not in new}
     train_as_rank(config, 3, 1)
-    state.TrainState.as_json = as_json  # type: ignore[method-assign]
+    state.TrainState.as_json = as_json
     return {}
 
 
 def test_a_checkpoint_from_before_there_were_mixtures_still_loads(
     tmp_path: Path, shards: Path
 ) -> None:
-    one = {"data__weights": {"prose": 1.0}, "data__stages": [], "data__packing": "stream"}
+    one: Changes = {"data__weights": {"prose": 1.0}, "data__stages": [], "data__packing": "stream"}
     build_shards(
         BuildSettings(corpus=str(shards.parent / "prose"), tokenizer="bytes",
                       to=str(tmp_path / "prose"), validation_fraction=0.2), progress=False,
     )  # fmt: skip
     config = tiny_config(tmp_path, shards=tmp_path / "prose", **MIXTURE | one)
     run_ranks(forget_position, 1, config)
-    assert prepare(config, config.data, progress=False).plan["prose"].epochs > 0
+    epochs = prepare(config, config.data, progress=False).plan["prose"].epochs
+    assert epochs is not None
+    assert epochs > 0
     assert run(tmp_path, tmp_path / "prose", world=1, attempt=2, **one).finished
     last = metrics_of(tmp_path)[-1]
     assert last["data/prose/tokens"] == last["train/tokens"]
@@ -332,35 +345,6 @@ def assert_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
         assert mine["train/tokens"] == other["train/tokens"]
         for name in ("train/loss", "router/load_balance_loss"):
             assert mine[name] == pytest.approx(other[name], rel=1e-5)
-
-
-def test_text_trains_like_its_tokens_would_and_goes_on_bit_for_bit(
-    tmp_path: Path, shards: Path
-) -> None:
-    """Text tokenised while training, on real ranks; stopped, and gone on."""
-    corpora = ShardFolder.open(shards).index.build.sources
-    text = tmp_path / "text"
-    build_shards(
-        BuildSettings(sources=corpora, tokenizer="none", to=str(text), validation_fraction=0.2),
-        progress=False,
-    )
-    changes: dict[str, Any] = {
-        "data__packing": "stream",
-        "data__tokenizer": "bytes",
-        "train__validate_every_steps": 8,
-    }
-    assert run(tmp_path / "whole", text, **changes).finished
-    run(tmp_path / "stopped", text, stop_at=3, **changes)
-    assert run(tmp_path / "stopped", text, attempt=2, **changes).finished
-    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
-    assert_same_tensors(tmp_path / "stopped", tmp_path / "whole")
-    last = metrics_of(tmp_path / "whole")[-1]
-    assert last["data/prose/share"] == 30 / 64
-    # The whole validation split, as of tokens: the same number of tokens stands behind a byte.
-    for source in ("prose", "code"):
-        tokens = ShardFolder.open(shards).bytes_per_token("validation", source=source)
-        bits = last[f"validation/{source}/loss"] / np.log(2) / tokens
-        assert last[f"validation/{source}/bits_per_byte"] == pytest.approx(bits)
 
 
 def test_batches_of_which_no_token_counts_are_passed_over(tmp_path: Path, shards: Path) -> None:

@@ -15,8 +15,11 @@ import torch.distributed as dist
 
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import CheckpointError, read_manifest
-from moetrain.settings import Config
+from moetrain.model import random_stream
+from moetrain.optim import learning_rate
+from moetrain.settings import Resolved
 from moetrain.train import loop, micro_batch, rank
+from moetrain.train.build import build_trainer
 from tests.support.ranks import run_ranks
 from tests.support.runs import events_of, metrics_of, tiny_config, train_as_rank, write_shards
 from tests.train.test_runs import assert_same_tensors
@@ -40,10 +43,9 @@ def changed(module: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def each_trainer(change: Callable[[Any], None]) -> Iterator[None]:
     """Changes each trainer in this process after its checkpoint has been loaded."""
-    build = rank.build_trainer
 
     def build_and_change(*arguments: Any, **options: Any) -> Any:
-        trainer = build(*arguments, **options)
+        trainer = build_trainer(*arguments, **options)
         change(trainer)
         return trainer
 
@@ -79,17 +81,16 @@ def read_from_the_start(trainer: Any) -> None:
 
 @contextmanager
 def schedule_from_the_start() -> Iterator[None]:
-    rate = loop.learning_rate
-    with changed(loop, "learning_rate", lambda step, **rest: rate(step - STOP, **rest)):
+
+    with changed(loop, "learning_rate", lambda step, **rest: learning_rate(step - STOP, **rest)):
         yield
 
 
 @contextmanager
 def noise_from_the_start() -> Iterator[None]:
-    stream = micro_batch.random_stream
 
     def restarted(seed: int, kind: str, sample: int) -> int:
-        return stream(seed, kind, sample - SAMPLES)
+        return random_stream(seed, kind, sample - SAMPLES)
 
     with changed(micro_batch, "random_stream", restarted):
         yield
@@ -105,12 +106,12 @@ FORGETTING: dict[str, Callable[[], Any]] = {
 }
 
 
-def train_whole_and_begin(whole: Config, begun: Config) -> None:
+def train_whole_and_begin(whole: Resolved, begun: Resolved) -> None:
     train_as_rank(whole, None, 1)
     train_as_rank(begun, STOP, 1)
 
 
-def go_on_forgetting(configs: dict[str, Config]) -> None:
+def go_on_forgetting(configs: dict[str, Resolved]) -> None:
     for part, config in configs.items():
         with FORGETTING[part]():
             train_as_rank(config, None, 2)
@@ -121,7 +122,7 @@ def resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without a stop in `whole`, and in the folders of FORGETTING those that had one."""
     top = tmp_path_factory.mktemp("resumed")
 
-    def config(name: str) -> Config:
+    def config(name: str) -> Resolved:
         return tiny_config(top / name, shards=shards, num_workers=2, **TELLING)
 
     run_ranks(train_whole_and_begin, 2, config("whole"), config("begun"))
@@ -152,7 +153,7 @@ def test_what_a_checkpoint_forgets_changes_the_curve(resumed: Path, part: str) -
 # ── Other ranks ───────────────────────────────────────────────────────────────────────────────
 
 
-def train_and_keep_tokens(config: Config, stop_at: int | None, attempt: int) -> dict[int, Any]:
+def train_and_keep_tokens(config: Resolved, stop_at: int | None, attempt: int) -> dict[int, Any]:
     """Trains as a rank; returns tokens, targets and mask of its part of each step."""
     seen: dict[int, Any] = {}
 
@@ -234,7 +235,7 @@ def test_what_is_kept_of_a_run_and_where_its_stalls_are_told(tmp_path: Path, sha
     assert all(0 < seconds < 60 for seconds in stalls.values())
 
 
-def train_until_a_save_fails(config: Config) -> tuple[str, tuple[str, int]]:
+def train_until_a_save_fails(config: Resolved) -> tuple[str, tuple[str, int]]:
     """Trains as a rank; from the save of step 6 on rank 1 can't write a file of any size."""
     phases: list[tuple[str, int]] = []
 

@@ -17,7 +17,7 @@ from moetrain.checks import ConfigError
 from moetrain.export import ExportSettings, export
 from moetrain.model import active_parameters
 from moetrain.report import render_report
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.settings.validation import validated
 from moetrain.train import loop
 from moetrain.train.control import Outcome
@@ -29,8 +29,9 @@ from tests.support.huggingface_folders import (
     loaded,
     tensors_in,
 )
-from tests.support.ranks import run_ranks
+from tests.support.ranks import replace_in_rank, run_ranks
 from tests.support.runs import (
+    Changes,
     events_of,
     metrics_of,
     tiny_config,
@@ -47,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     folder: Path, shards: Path, *, world: int = 2, stop_at: int | None = None, attempt: int = 1,
     **changes: Any,
-) -> Any:  # fmt: skip
+) -> Outcome:  # fmt: skip
     config = tiny_config(folder, shards=shards, num_workers=world, **changes)
     return run_ranks(train_as_rank, world, config, stop_at, attempt)[0]
 
@@ -85,7 +86,7 @@ def test_stopped_and_gone_on_equals_never_stopped_bit_for_bit(
     assert_same_tensors(parts, whole)
 
 
-DEEPSEEK = {
+DEEPSEEK: Changes = {
     "model__num_layers": 3, "model__num_dense_layers": 1, "model__dense_ffn_hidden_dim": 48,
     "model__num_shared_experts": 1, "model__router__score_function": "sigmoid",
     "model__router__num_groups": 2, "model__router__load_balance_scope": "sequence",
@@ -97,7 +98,7 @@ def test_jitter_resumes_bit_for_bit_and_is_the_same_in_every_layout(
     tmp_path: Path, shards: Path
 ) -> None:
     whole, parts, moved = (tmp_path / name for name in ("whole", "parts", "moved"))
-    sgd = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
+    sgd: Changes = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
     run(whole, shards, **DEEPSEEK, **sgd)
     run(parts, shards, stop_at=5, **DEEPSEEK, **sgd)
     assert run(parts, shards, attempt=2, **DEEPSEEK, **sgd).finished
@@ -105,7 +106,7 @@ def test_jitter_resumes_bit_for_bit_and_is_the_same_in_every_layout(
     assert_same_tensors(parts, whole)
     assert np.shape(metrics_of(whole)[0]["router/expert_load"]) == (2, 4), "of the MoE layers"
 
-    other = {"parallel__expert_degree": 2, "parallel__recompute": "full"}
+    other: Changes = {"parallel__expert_degree": 2, "parallel__recompute": "full"}
     run(moved, shards, world=4, train__micro_batch_size=1, **DEEPSEEK, **sgd, **other)
     for ours, expected in zip(metrics_of(moved), metrics_of(whole), strict=True):
         assert ours["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
@@ -155,7 +156,7 @@ def test_a_padded_vocabulary_trains_and_comes_back_from_hugging_face_as_it_was(
     settings = ExportSettings(run=str(tmp_path / "runs/tiny"), to=str(exported))
     settings = dataclasses.replace(settings, drop_router_bias=True)
     assert export(settings) == 0
-    back = validated(read_manifest(imported(exported, again)).config, Config)
+    back = validated(read_manifest(imported(exported, again)).config, Resolved)
     assert back.model.vocab_size == 320
     assert export(ExportSettings(run=str(again), to=str(tmp_path / "second"))) == 0
     assert_bitwise_equal(tensors_in(tmp_path / "second"), tensors_in(exported))
@@ -177,7 +178,7 @@ def test_a_vocabulary_that_is_too_small_for_the_text_is_refused(
     )
 
 
-def train_with_odd_metrics(config: Config, attempt: int) -> Outcome:
+def train_with_odd_metrics(config: Resolved, attempt: int) -> Outcome:
     """Trains as a rank whose records have more than numbers in them, with the real W&B."""
     measured = loop.metric_record
     odd = {"odd/text": "fast", "odd/nested": {"a": [1]}, "odd/array": np.ones(2), "odd/call": print}
@@ -185,7 +186,7 @@ def train_with_odd_metrics(config: Config, attempt: int) -> Outcome:
     def with_odd_ones(*arguments: Any) -> dict[str, Any]:
         return measured(*arguments) | odd | {"odd/tensor": torch.tensor(2.0), "odd/nan": np.nan}
 
-    loop.metric_record = with_odd_ones
+    replace_in_rank(loop, "metric_record", with_odd_ones)
     os.environ["WANDB_MODE"] = "onlin"
     return train_as_rank(config, None, attempt)
 
@@ -221,7 +222,7 @@ def test_a_checkpoint_from_before_a_setting_was_there_is_of_a_model_with_its_def
 def test_a_finished_run_trains_on_as_if_it_had_not_finished(tmp_path: Path, shards: Path) -> None:
     """Between the two stands a validation, whose forward pass has no backward one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    constant = {"schedule__name": "constant"}
+    constant: Changes = {"schedule__name": "constant"}
     run(whole, shards, train__validate_every_steps=4, **constant)
     assert run(parts, shards, train__num_steps=4, **constant).finished
     assert run(parts, shards, attempt=2, train__validate_every_steps=4, **constant).finished
@@ -256,7 +257,7 @@ def test_going_on_in_another_layout_keeps_the_curve(
     tmp_path: Path, shards: Path, world: int, degrees: dict[str, Any]
 ) -> None:
     """SGD: the same tokens, and the same losses up to rounding, whatever the layout."""
-    sgd = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
+    sgd: Changes = {"optim__name": "sgd", "optim__lr": 0.1, "model__router__bias_update_rate": 0.0}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run(whole, shards, **sgd)
     run(moved, shards, stop_at=4, **sgd)
@@ -266,7 +267,7 @@ def test_going_on_in_another_layout_keeps_the_curve(
         assert ours["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
 
 
-def load_as_rank(config: Any) -> dict[str, np.ndarray]:
+def load_as_rank(config: Resolved) -> dict[str, np.ndarray]:
     """Restores a run as a rank of any layout; returns every checkpointed tensor, gathered."""
     from moetrain.train import rank, state
     from moetrain.train.control import Outcome
@@ -279,7 +280,7 @@ def load_as_rank(config: Any) -> dict[str, np.ndarray]:
             restored[name] = full.detach().clone().numpy()
         return Outcome(finished=False, step=0, last={})
 
-    rank.train = gather
+    replace_in_rank(rank, "train", gather)
     train_as_rank(config, None, 2)
     return restored
 
@@ -291,11 +292,12 @@ def test_weights_and_optimizer_state_are_equal_in_every_layout(
     run(tmp_path, shards, stop_at=4)
     saved = load(candidates(tmp_path / "runs/tiny/checkpoints")[0])
     assert sum(name.endswith("exp_avg_sq") for name in saved) > 20
-    for world, degrees in (
+    layouts: list[tuple[int, Changes]] = [
         (1, {}),
         (4, {"parallel__expert_degree": 4}),
         (4, {"parallel__expert_degree": 2, "parallel__data_replicate_degree": 2}),
-    ):
+    ]
+    for world, degrees in layouts:
         config = tiny_config(tmp_path, shards=shards, num_workers=world, **degrees)
         for restored in run_ranks(load_as_rank, world, config):
             assert restored.keys() == saved.keys()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetrain.settings import Config
+from moetrain.settings import Resolved
 from moetrain.train import stragglers
 from moetrain.train.stragglers import (
     MARGIN,
@@ -117,7 +117,7 @@ def test_nothing_measured_is_no_straggler() -> None:
 # ── Real ranks ────────────────────────────────────────────────────────────────────────────────
 
 
-def train_slowed(config: Config, slow_rank: int | None) -> dict[str, Any]:
+def train_slowed(config: Resolved, slow_rank: int | None) -> dict[str, Any]:
     """Trains as a rank, one of which is stopped most of the time, as if its core were shared."""
     import torch.distributed as dist
 

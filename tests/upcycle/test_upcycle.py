@@ -18,7 +18,7 @@ from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.huggingface.model_card import write_model_card
 from moetrain.huggingface.tokenizer import write_tokenizer
 from moetrain.model import initial_values
-from moetrain.settings import Config, ModelSettings
+from moetrain.settings import ModelSettings, Resolved
 from moetrain.settings.validation import validated
 from moetrain.upcycle.__main__ import UpcycleSettings, upcycle
 from tests.support.huggingface_folders import loaded
@@ -50,7 +50,7 @@ def upcycled(dense: Path, to: Path, **settings: Any) -> Path:
 
 
 def settings_of(checkpoint: Path) -> ModelSettings:
-    return validated(read_manifest(checkpoint).config, Config).model
+    return validated(read_manifest(checkpoint).config, Resolved).model
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_same_numbers_come_on_any_day(dense: Path, tmp_path: Path) -> None:
 def test_an_export_finds_tokenizer_and_origin(dense: Path, tmp_path: Path) -> None:
     checkpoint = upcycled(dense, tmp_path / "moe")
     manifest = read_manifest(checkpoint)
-    config = validated(manifest.config, Config)
+    config = validated(manifest.config, Resolved)
     before = read_manifest(dense / "checkpoints/step_00000016")
     assert manifest.config["data"] == before.config["data"]
     ids = write_tokenizer(
@@ -185,7 +185,7 @@ def test_what_is_there_is_neither_taken_for_dense_nor_written_over(
 ) -> None:
     upcycled(dense, tmp_path / "moe")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "moe").rglob("*")}
-    many = {"num_experts": 4, "top_k": 2}
+    many: dict[str, Any] = {"num_experts": 4, "top_k": 2}
     assert upcycle(UpcycleSettings(from_=str(dense), to=str(tmp_path / "moe"), **many)) == 2
     assert "moe: is there already" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "moe").rglob("*")} == before

@@ -5,12 +5,12 @@ Owns that each file there is seen whole or not at all, whenever the writer is ki
 
 import os
 import threading
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipeline.atomic_files import new_file
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checkpoint.remote.folder import SETTING, RemoteUnavailableError
 
@@ -47,34 +47,26 @@ class DiskFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """By rename."""
-        with self._told(), self._written(name, lambda file: file.write(data)) as new:
-            os.replace(new, self._folder / name)
+        with self._told(), self._new_file(name) as file:
+            file.write(data)
 
     def create(self, name: str, data: bytes) -> bool:
         """By a hard link, which never replaces; by a look first where a disk has none."""
-        with self._told(), self._written(name, lambda file: file.write(data)) as new:
-            path = self._folder / name
+        with self._told():
+            new = self._new_file(name, replace=False)
             try:
-                os.link(new, path)
+                with new as file:
+                    file.write(data)
             except FileExistsError:
                 return False
-            except OSError:
-                if path.exists():
-                    return False
-                os.replace(new, path)
             return True
 
     def upload(self, name: str, path: Path) -> None:
         """Copied, and then renamed."""
-
-        def copy(file: BinaryIO) -> None:
-            with path.open("rb") as source:
-                while piece := source.read(_PIECE_BYTES):
-                    self._require_running()
-                    file.write(piece)
-
-        with self._told(), self._written(name, copy) as new:
-            os.replace(new, self._folder / name)
+        with self._told(), path.open("rb") as source, self._new_file(name) as file:
+            while piece := source.read(_PIECE_BYTES):
+                self._require_running()
+                file.write(piece)
 
     def pieces(self, name: str, *, start: int, stop: int) -> Iterator[bytes]:
         """Read in order."""
@@ -107,26 +99,10 @@ class DiskFolder:
         if self._stopped.is_set():
             raise CheckpointError(f"{self.location}: given up, since the run ends")
 
-    @contextmanager
-    def _written(self, name: str, fill: Callable[[BinaryIO], object]) -> Iterator[Path]:
-        """A file beside the one to be, filled and on the disk; gone afterwards."""
+    def _new_file(self, name: str, *, replace: bool = True) -> AbstractContextManager[BinaryIO]:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of this writer alone: threads, and machines that share the disk, may write one name.
-        new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-        try:
-            with new.open("wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            yield new
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        finally:
-            new.unlink(missing_ok=True)
+        return new_file(path, replace=replace)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from data_pipeline.atomic_files import name_folder, write_file
 from moetrain.checkpoint.folders import (
     Save,
     in_order,
     remove,
     require_space,
-    sync_folder,
     with_way_out,
 )
 from moetrain.checkpoint.manifest import (
@@ -168,7 +168,7 @@ class _Fetch:
             pass
         shutil.rmtree(self.staged, ignore_errors=True)
         self.staged.mkdir()
-        _write(self.staged / MANIFEST, manifest)
+        write_file(self.staged / MANIFEST, manifest)
         return False
 
     def _require_sizes(self, sizes: Mapping[str, int]) -> None:
@@ -223,13 +223,11 @@ class _Fetch:
 
     def _commit(self) -> None:
         """Gives the checkpoint its name; what had it, damaged or of another attempt, moves."""
-        sync_folder(self.staged)
         if os.path.lexists(self._target):
             replaced = f"replaced_{self._target.name}_attempt_{self._save.attempt}"
             remove(self._target.with_name(replaced))
             os.rename(self._target, self._target.with_name(replaced))
-        os.rename(self.staged, self._target)
-        sync_folder(self._target.parent)
+        name_folder(self.staged, self._target)
 
 
 def _delete_staged(directory: Path, *, but: Save) -> None:
@@ -238,10 +236,3 @@ def _delete_staged(directory: Path, *, but: Save) -> None:
     for folder in directory.glob(f"{_STAGED}*"):
         if folder.name != kept:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NoReturn
 
+from data_pipeline.atomic_files import write_file
+from data_pipeline.quantities import decimal_size
 from moetrain.checkpoint.folders import (
     ATTEMPT,
     LATEST,
     Save,
     newest_good,
     next_attempt,
-    replace_text,
     to_delete,
 )
 from moetrain.checkpoint.manifest import Manifest, folder_name, read_manifest
@@ -114,7 +115,7 @@ def fetch_newer(
         nonlocal said
         if done == total or time.monotonic() > said + _SAY_SECONDS:
             said = time.monotonic()
-            say(f"downloading a checkpoint: {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
+            say(f"downloading a checkpoint: {decimal_size(done)} of {decimal_size(total)}")
 
     fetched = fetch_newest(
         open_remote(settings.upload_to, run=run),
@@ -127,7 +128,7 @@ def fetch_newer(
         progress=progress,
     )
     if fetched is not None:
-        replace_text(directory / LATEST, fetched.name)
+        write_file(directory / LATEST, fetched.name)
         event(EventKind.download, checkpoint=fetched.name, reason=f"newest in {settings.upload_to}")
 
 
@@ -166,7 +167,7 @@ def take_over(
         log.warning("attempt %d is not known in %s: %s", attempt, settings.upload_to, error)
         return attempt
     if taken > attempt:
-        replace_text(directory / ATTEMPT, str(taken))
+        write_file(directory / ATTEMPT, str(taken))
     return taken
 
 

@@ -52,7 +52,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             with suppress(FileNotFoundError):  # the drill has no fault of this kind
                 _Ambush(json.loads(self._path.read_text())).listen(module.Activity)
 
-        spec.loader.exec_module = execute_and_listen  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_listen
         return spec
 
 

@@ -143,7 +143,9 @@ def test_a_pod_that_ends_has_the_time_that_a_save_may_take() -> None:
     head, worker = (pod_templates()[name]["spec"] for name in ("head", "worker"))
     assert head["terminationGracePeriodSeconds"] > int(ray_env()["RAY_JOB_STOP_WAIT_TIME_S"])
     [*_, drain] = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    seconds = int(re.search(r"deadline-remaining-seconds (\d+)", drain)[1])  # type: ignore[index]
+    found = re.search(r"deadline-remaining-seconds (\d+)", drain)
+    assert found is not None
+    seconds = int(found[1])
     assert f"sleep {seconds}" in drain
     assert worker["terminationGracePeriodSeconds"] > seconds
 

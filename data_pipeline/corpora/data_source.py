@@ -1,0 +1,76 @@
+"""Data sources of extensions: documents from anywhere, as a corpus that a build reads."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.corpora.corpus_files import CorpusFile
+from data_pipeline.corpora.raw_documents import RawDocument, Text
+from data_pipeline.extensions import Registry
+
+DATA_SOURCES = Registry[Any]("data source", setting="corpus", built_in={})
+
+
+class DataSource(ABC):
+    """Documents that are not files of text: of a database, or of a format of one's own."""
+
+    num_bytes = 0
+    """About how many bytes of text it holds, for the display; 0 where nobody knows."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+        """Its own settings: an object of the dataclass it is registered with."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yields each document: where it stands, for messages, and its text.
+
+        Always the same ones in the same order. DataError ends the build with its message.
+        """
+
+    @abstractmethod
+    def version(self) -> str:
+        """Says which text it is: shards are built anew where it isn't the one they were built of.
+
+        A number, a date, a hash.
+        """
+
+
+@dataclass(frozen=True)
+class SourceCorpus:
+    """A data source as a corpus."""
+
+    name: str
+    source: DataSource
+    options: Mapping[str, Any]
+
+    @property
+    def description(self) -> str:
+        """Its name and options."""
+        given = f" {json.dumps(dict(self.options))}" if self.options else ""
+        return f"data source {self.name}{given}"
+
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        """What stands for its files in the record of what shards were built from."""
+        version = f"{self.description}, version {self.source.version()}"
+        return (CorpusFile(name=version, size=0, mtime_ns=0),)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how many bytes of text it holds."""
+        return self.source.num_bytes
+
+    def raw_documents(self) -> Iterator[RawDocument]:
+        """Yields each document's text."""
+        for where, text in self.source.documents():
+            yield Text(where=where, text=text)
+
+
+def open_data_source(name: str, options: Mapping[str, Any]) -> SourceCorpus:
+    """Returns the corpus of a registered data source; ValueError for options that can't be."""
+    checked = DATA_SOURCES.checked_options(name, options)
+    source: DataSource = DATA_SOURCES.get(name).made(DATA_SOURCES.typed_options(name, checked))
+    return SourceCorpus(name, source, checked)

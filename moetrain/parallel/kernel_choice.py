@@ -1,0 +1,166 @@
+"""Which expert backend `auto` takes in a run: measured by one rank, told to all others.
+
+Owns that the ranks can't disagree, and the file of choices, `~/.cache/moetrain/backends.json`. A
+choice stays what it was, so that a run repeated takes the same kernels; it is forgotten by deleting
+the file. Leaves the timing to moetrain/kernels/autotune.py.
+"""
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.atomic_files import write_file
+from data_pipeline.locks import locked
+from moetrain.kernels import expert_swiglu, refuses
+from moetrain.kernels.autotune import ExpertShape, machine, seconds_of_backends
+from moetrain.model import Transformer
+from moetrain.parallel.mesh import Meshes
+from moetrain.parallel.reduce import gather_objects, said_by_first_rank
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[Sequence[str]], Mapping[str, float]]
+"""The seconds of each of some backends that runs."""
+
+
+def settle_backend(
+    model: Transformer,
+    meshes: Meshes,
+    *,
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    among: Sequence[str] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Has all experts of a model use one backend, where the setting leaves it to `auto`.
+
+    All ranks call it, before the first step. `num_tokens` is what each rank takes through the model
+    at once, in `dtype`; `among`, which backends are tried, by itself those for the kind of device.
+    """
+    settings = model.settings
+    if among is None:
+        among = ("cpu",) if device.type == "cpu" else ("megablocks", "grouped_mm")
+    has_choice = settings.is_moe and settings.experts.function == "swiglu"
+    if not has_choice or settings.experts.backend != "auto" or len(among) == 1:
+        return  # all ranks have these in common, so that none waits for another
+    degree = meshes.topology.expert
+    rows, choices = num_tokens, settings.top_k
+    if degree > 1:  # a row comes for each expert, on average of all ranks as many as go
+        rows, choices = rows * choices, 1
+    shape = ExpertShape(
+        rows=rows,
+        choices=choices,
+        exchanged=degree > 1,
+        dim=settings.dim,
+        hidden=settings.ffn_hidden_dim,
+        experts=settings.num_experts // degree,
+        dtype=dtype,
+        device=device,
+    )
+
+    def measured(names: Sequence[str]) -> Mapping[str, float]:
+        candidates = {name: functools.partial(expert_swiglu, backend=name) for name in names}
+        return seconds_of_backends(shape, candidates, clock=clock)
+
+    outline = shape.outline()
+    backend = backend_of_all_ranks(
+        [name for name in among if refuses(name, *outline) is None],
+        key=shape.key,
+        device=machine(device),
+        measured=measured,
+        cache=default_cache(),
+    )
+    for moe in model.moe_layers():
+        moe.experts.preferred_backend = backend
+
+
+def backend_of_all_ranks(
+    able: Sequence[str], *, key: str, device: str, measured: Measure, cache: Path | None
+) -> str:
+    """Returns one backend on all ranks: the first rank's choice of those that all can run.
+
+    All ranks call it, each with the backends that it is able to run; what else they differ in is
+    the first rank's alone, its cache too. Where they have none in common it is `cpu`, which is slow
+    on a GPU and takes any shape. RuntimeError on all ranks where the first can't choose.
+    """
+    ranks = gather_objects((device, tuple(able)))
+    common = [name for name in ranks[0][1] if all(name in names for _, names in ranks)]
+
+    def chosen() -> str:
+        for rank, (other, _) in enumerate(ranks):
+            if other != ranks[0][0]:
+                logger.warning(
+                    "rank %d computes with %s and rank 0 with %s: the expert backend is chosen by "
+                    "what rank 0 measures",
+                    *(rank, other, ranks[0][0]),
+                )
+        if len(common) < 2:
+            return common[0] if common else "cpu"
+        try:
+            return fastest(common, key=key, measured=measured, cache=cache)
+        except torch.OutOfMemoryError:
+            # This once. grouped_mm needs no memory for padding.
+            return "grouped_mm" if "grouped_mm" in common else common[0]
+
+    return said_by_first_rank(chosen)
+
+
+def fastest(candidates: Sequence[str], *, key: str, measured: Measure, cache: Path | None) -> str:
+    """Returns the candidate that takes the least time, from the cache where it has the key.
+
+    A cache that can't be read or written, or None, is no reason to fail. Of two runs that measure
+    at once the first to write decides for both. Raises what `measured` does.
+    """
+    known = str(_read(cache).get(key, {}).get("fastest"))
+    if known in candidates:
+        return known
+    seconds = measured(candidates)
+    best = min(seconds, key=lambda name: seconds[name])
+    logger.info("%s is the fastest of %s for %s", best, seconds, key)
+    kept = _write(cache, key, best, seconds)
+    return kept if kept in candidates else best  # the file's may be of other candidates
+
+
+def default_cache() -> Path | None:
+    """Returns the file of choices: in XDG_CACHE_HOME, or else in ~/.cache; None without a home."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~") or (os.environ.get("HOME") == "" and folder == "/.cache"):
+        return None
+    return Path(folder) / "moetrain" / "backends.json"
+
+
+def _read(cache: Path | None) -> dict[str, dict[str, Any]]:
+    """Returns the file's entries; none where it is missing or isn't what this module writes."""
+    if cache is None:
+        return {}
+    try:
+        entries = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
+
+
+def _write(cache: Path | None, key: str, best: str, seconds: Mapping[str, float]) -> str:
+    """Adds an entry, by replacing the file as a whole; returns the choice that stands in it."""
+    if cache is None:
+        return best
+    try:
+        with locked(cache.with_suffix(".lock")):
+            entries = _read(cache)
+            if str(entries.get(key, {}).get("fastest")) not in seconds:
+                entries[key] = {"fastest": best, "seconds": dict(seconds)}
+                write_file(cache, json.dumps(entries, indent=1), durable=False)
+            return str(entries[key]["fastest"])
+    except OSError as error:
+        logger.warning("%s can't be written, so the next start measures again: %s", cache, error)
+        return best

@@ -1,0 +1,79 @@
+"""The examples of docs/extending.md train together, in a sweep, from the folder they lie in."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "+model=toy", "model.num_layers=2", "model.dim=32", "model.num_heads=2", "model.num_kv_heads=2",
+    "model.head_dim=16", "model.ffn_hidden_dim=32", "train.num_steps=4", "train.seq_len=16",
+    "train.global_batch_size=4", "schedule.warmup_steps=1", "observe.log_every_steps=1",
+    "observe.wandb.mode=disabled", "launch.mode=inline",
+]  # fmt: skip
+EVERYTHING = [
+    "extensions=[things]", "model.router.name=scaled", "model.experts.function=squared_relu",
+    "optim.name=sign", "optim.lr=1e-3", "schedule.name=to_zero", "train.objective=smoothed",
+    "observe.metrics=[layer_entropy]", "train.callbacks=[say_best]", "observe.sinks=[csv]",
+    "data.corpus=numbers", "data.corpus_options.count=60", "data.tokenizer=few_words",
+]  # fmt: skip
+
+
+def write_things(folder: Path) -> None:
+    """Writes the examples of the documentation into one module."""
+    text = (ROOT / "docs/extending.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (folder / "things.py").write_text("\n\n".join(blocks))
+
+
+def run(folder: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_example_of_the_documentation_trains_in_a_sweep(tmp_path: Path) -> None:
+    write_things(tmp_path)
+    sweep = ["-m", "optim.options.beta=0.8,0.9", "run.name=s"]
+    said = run(tmp_path, "moetrain", *SMALL, *EVERYTHING, *sweep)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "best so far: " in said.stdout + said.stderr
+    losses = []
+    for name in ("s-1", "s-2"):
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert all(len(record["my_lab/entropy"]) == 2 for record in records), "one a layer"
+        assert [record["optim/lr"] for record in records[1:]] == [0.75e-3, 0.5e-3, 0.25e-3]
+        assert len((tmp_path / "runs" / name / "loss.csv").read_text().splitlines()) == 4
+        losses.append(records[-1]["train/loss"])
+    assert losses[0] != losses[1], "the option counts"
+
+    said = run(
+        tmp_path, "data_pipeline.build", "corpus=numbers", "corpus_options.count=60",
+        "tokenizer=few_words", "to=built", "extensions=[things]",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "60 documents" not in said.stdout, "some are held out"
+    assert "data source numbers" in said.stdout
+
+
+def test_options_of_extensions_are_shown_with_their_defaults(tmp_path: Path) -> None:
+    write_things(tmp_path)
+    said = run(
+        tmp_path, "moetrain", *SMALL, "extensions=[things]", "optim.name=sign",
+        "train.callbacks=[say_best]", "model.router.name=scaled", "--cfg", "job",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "options:\n    beta: 0.9" in said.stdout or "options:\n  beta: 0.9" in said.stdout
+    assert "temperature: 1.0" in said.stdout
+    said = run(tmp_path, "moetrain", *SMALL, "optim.name=sign", "dry_run=true")
+    assert said.returncode == 2
+    assert "optim.name=sign: must be one of adamw, sgd" in said.stderr
