@@ -1,5 +1,5 @@
-# The main job and the checks, each by one command on a fresh machine with Python 3.11+.
-# PYTHON=… names the interpreter that the environment in .venv is made with.
+# Training, tests and checks, one command each, on a fresh machine with Python 3.11+.
+# PYTHON=… chooses the interpreter of the environment in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,19 +10,19 @@ RUN ?= toy
 .PHONY: toy kernels test test-slow torture drills cluster-test soak check format clean help
 
 help:
-	@echo "make toy     train the toy model on this machine, by two ranks under Ray"
-	@echo "make kernels install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
-	@echo "make test    run the test suite but for what takes long"
-	@echo "make test-slow  the rest of it: whole runs under Ray, killed, moved, swept, submitted"
-	@echo "make torture break checkpoints in every way, count what is lost (5 minutes)"
-	@echo "make drills  strike runs on this machine in every way, time how they go on (7 minutes)"
+	@echo "make toy           train the toy model on this machine, on two ranks under Ray"
+	@echo "make kernels       install MegaBlocks' kernels, with or without a GPU (docs/kernels.md)"
+	@echo "make test          run the fast tests"
+	@echo "make test-slow     run the slow tests: whole runs under Ray, killed, moved, swept, submitted"
+	@echo "make torture       corrupt checkpoints in every way and count what is lost (5 minutes)"
+	@echo "make drills        inject faults into runs on this machine and time the recovery (7 minutes)"
 	@echo "make cluster-test  the same on hosts made of network namespaces (as root; 10 minutes)"
-	@echo "make soak    30 minutes of training under random kills, then the same undisturbed (1 hour)"
-	@echo "make check   format, lint, types and the direction of imports"
-	@echo "make format  put the code into its format"
-	@echo "make clean   delete the environment (runs/ and data/ stay)"
+	@echo "make soak          train for 30 minutes under random kills, then again undisturbed (1 hour)"
+	@echo "make check         check format, lint, types and the direction of imports"
+	@echo "make format        format the code"
+	@echo "make clean         delete the environment (runs/ and data/ stay)"
 
-# The exact tested versions; once, and again only when they change.
+# Installs the exact tested versions, and again only when they change.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moetrain needs Python 3.11 or newer; this is %s. Use make PYTHON=python3.11" % sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,9 +34,9 @@ toy: $(INSTALLED)
 	@$(BIN)/python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=data/stdlib-bytes
 	@$(BIN)/python -m moetrain +model=toy run.name=$(RUN) launch.mode=ray launch.num_workers=2
 
-# MegaBlocks pins old versions of torch and numpy, without need: so no dependencies, and no
-# isolated build. Its compiled module is not built (it fails on CUDA 13, and needs a GPU to build
-# on): it is skipped where torch names no CUDA toolkit. A triton that came with torch stays.
+# MegaBlocks pins old versions of torch and numpy without need, hence --no-deps and no isolated
+# build. Its compiled module fails on CUDA 13 and needs a GPU to build: hiding the CUDA toolkit from
+# torch skips it. A triton that came with torch stays.
 $(KERNELS): $(INSTALLED) constraints.txt
 	@mkdir -p .venv/no_toolkit
 	@echo 'import torch.utils.cpp_extension as extension; extension.CUDA_HOME = None' > .venv/no_toolkit/sitecustomize.py
@@ -47,7 +47,7 @@ $(KERNELS): $(INSTALLED) constraints.txt
 
 kernels: $(KERNELS)
 
-# Two files at once: much of the suite waits for Ray, for time-outs and for processes to end.
+# Two files at once: much of the suite waits for Ray, for timeouts and for processes to end.
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 

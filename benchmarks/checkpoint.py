@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.config import resolve
 from moetrain.optim import allocate_state
@@ -200,5 +200,5 @@ def _measure_as_rank(job: tuple[Resolved, str, int], _: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

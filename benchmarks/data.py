@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline import BuildSettings, DataSettings, GlobalBatches, ShardFolder, build_shards
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.observe import read_metrics
 
 SEQ_LEN = 4096
@@ -291,5 +291,5 @@ def _python_sources(path: Path, *, num_bytes: int) -> tuple[Path, int]:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

@@ -33,7 +33,7 @@ from benchmarks.timing import (
     spread,
     time_in_turn,
 )
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.train.rank import keep_freed_memory
 
 PRESETS = {
@@ -303,5 +303,5 @@ def _worst(differences: dict[str, float] | None) -> str:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

@@ -2,7 +2,7 @@
 
 import yaml
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.command import config_dir
 from moetrain.model import active_parameters, total_parameters
 from moetrain.settings import ModelSettings
@@ -24,5 +24,5 @@ def _short(parameters: int) -> str:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from benchmarks.train_step import Case, configured, our_step
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from data_pipeline.threads import WAITING
 from moetrain.parallel import join_ranks
 from moetrain.train.build import build_trainer
@@ -202,5 +202,5 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

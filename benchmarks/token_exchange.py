@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers import Shape, Weights, balanced_choice, model_settings
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.model import MoELayer
 from moetrain.parallel import AllToAllExchange
 from moetrain.settings import ExchangeSettings
@@ -345,5 +345,5 @@ def show(shape: Shape, routing: str, records: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

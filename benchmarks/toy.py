@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.observe import read_events, read_metrics
 
 MAX_BITS_PER_BYTE = 2.4
@@ -59,5 +59,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     raise SystemExit(main())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import machine, print_record, print_table, spread, time_in_turn
 from data_pipeline import BuildSettings, build_shards
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.command import config_dir
 from moetrain.config import resolve
 from moetrain.model import Transformer
@@ -330,5 +330,5 @@ def show(records: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     main()

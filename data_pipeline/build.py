@@ -49,5 +49,5 @@ if __name__ == "__main__":
         settings_type=BuildSettings,
         module="data_pipeline.build",
         about="Turns text into tokenised WebDataset shards with an index.",
-        goes_on=True,
+        resumable=True,
     )

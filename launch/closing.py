@@ -1,4 +1,4 @@
-"""The lines that a command ends with: what came of the run, and what may be typed next."""
+"""The closing lines of a command: the result of the run, and what to type next."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ from moetrain.train.resume import training_on
 
 TRIAL_VARIABLE = "MOETRAIN_TRIAL"  # set for the command of a sweep's trial
 
-WORTH_TELLING_SECONDS = 600.0  # how long a run was at work for its losses to be told
+WORTH_TELLING_SECONDS = 600.0  # runs at least this long print their effective time
 
 
 def closing_lines(
@@ -28,9 +28,9 @@ def closing_lines(
     if not outcome.finished:
         yield f"stopped   at step {outcome.step} of {config.train.num_steps}, saved"
     if "validation/loss" in known:
-        yield f"loss      {known['validation/loss']:.3f} nats a token on held-out text"
+        yield f"loss      {known['validation/loss']:.3f} nats/token on held-out text"
     elif (loss := final_loss(records)) is not None:
-        yield f"loss      {loss:.3f} nats a token in training, over the last tenth of the steps"
+        yield f"loss      {loss:.3f} nats/token in training, over the last tenth of the steps"
     for source, baselines in shards.baselines.items():
         if bits := known.get(f"validation/{source}/bits_per_byte"):
             bigram, zlib = baselines.byte_bigram_bits_per_byte, baselines.zlib_bits_per_byte
@@ -50,27 +50,28 @@ def closing_lines(
         run_dir = run_dir.relative_to(Path.cwd())
     yield f"run       {run_dir}"
     opened = f"open {shlex.quote(str(run_dir / 'report.html'))}"
-    if TRIAL_VARIABLE in os.environ:  # what the user typed is the sweep's command, not its own
-        yield f"next      {opened if outcome.finished else 'the same sweep goes on from here'}"
+    if TRIAL_VARIABLE in os.environ:  # the user typed the sweep's command, not the trial's
+        yield f"next      {opened if outcome.finished else 'the same sweep resumes from here'}"
     elif outcome.finished:
         more = training_on(config, step=outcome.step)
         line = f"next      {opened}; train on with {name} {more}"
         yield f"{line}; or try {sweep_to_try(config)}" if _may_be_swept(config) else line
     else:
-        yield f"next      the same command with {name} goes on from here"
+        yield f"next      the same command with {name} resumes from here"
 
 
 def _may_be_swept(config: Resolved) -> bool:
-    """Returns whether a run's command can become a sweep: of new runs, by what is no rank."""
+    """Returns whether a run's command can become a sweep: it starts a new run and isn't a
+    launcher's rank."""
     begins_anew = config.schedule.restart_from or config.optim.restart_from
     return not begins_anew and external_rank(os.environ) is None
 
 
 def sweep_to_try(config: Resolved) -> str:
-    """Returns what makes a sweep of a run's command, by values that its other settings allow."""
+    """Returns the arguments that turn a run's command into a sweep its other settings allow."""
     model, router = config.model, config.model.router
     half = model.num_experts // 2
-    # Half as many must still make the groups, hold what a token takes, and go on the same ranks.
+    # Half as many must still fill the groups, allow top-k, and fit the same ranks.
     halves = (
         model.num_experts % (2 * router.num_groups) == 0
         and half // router.num_groups * router.top_groups >= model.top_k
@@ -86,7 +87,7 @@ def sweep_to_try(config: Resolved) -> str:
 
 
 def effective_line(account: Account | None) -> str | None:
-    """Returns how much of the run's time counts, if much of it is gone or anything was lost."""
+    """Returns the run's effective training time, if much time or any work was lost."""
     if account is None or account.effective is None:
         return None
     if account.wall < WORTH_TELLING_SECONDS and not account.interruptions:

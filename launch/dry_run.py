@@ -1,6 +1,6 @@
-"""`dry_run=true`: a start's checks, and what would be trained; nothing is written.
+"""`dry_run=true`: makes the checks of a start and says what would be trained; writes nothing.
 
-Of a run nothing is begun: no folder, no lock, no shards, no rank, no Ray of its own.
+Begins nothing of a run: no folder, no lock, no shards, no rank, no Ray of its own.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ from moetrain.train.resume import require_done_alike
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """What a run would be, known to be right as far as a start would know it."""
+class DryRun:
+    """What a run would be, checked as far as a start would check it."""
 
     config: Resolved
     newest: Manifest | None
-    """Of the checkpoint that it would go on from."""
+    """The step of the checkpoint from which it would resume."""
     is_elsewhere: bool
-    """Whether that would have to be fetched first."""
+    """Whether that checkpoint would have to be downloaded first."""
     found: Prepared | PlannedBuild
-    """Its shards, or the build of those that aren't there."""
+    """Its shards, or the build of missing ones."""
 
     @property
     def preview(self) -> Preview:
@@ -43,7 +43,7 @@ class Rehearsal:
         return self.newest is not None and self.newest.step >= self.config.train.num_steps
 
     def lines(self) -> Iterator[str]:
-        """Yields what a person is told."""
+        """Yields the lines to print."""
         if isinstance(self.found, Prepared):
             yield from self.found.lines()
         else:
@@ -59,7 +59,7 @@ class Rehearsal:
 
     @property
     def state(self) -> str:
-        """Where the run stands, in a word or two."""
+        """Returns the run's progress in a few words."""
         if self.newest is None:
             return "new"
         return "done" if self.is_complete else f"at step {self.newest.step}"
@@ -71,17 +71,17 @@ class Rehearsal:
         fetched = f", fetched from {self.config.checkpoint.upload_to}" if self.is_elsewhere else ""
         if self.is_complete:
             return f"which has all its {steps} steps{fetched}"
-        return f"which would go on from step {self.newest.step}{fetched}"
+        return f"which would resume from step {self.newest.step}{fetched}"
 
 
 def dry_run(config: Resolved, plan: Plan, *, data: DataSettings) -> int:
-    """Says what a resolved configuration would train; returns the exit code.
+    """Prints what a resolved configuration would train; returns the exit code.
 
     Raises what a start would: ConfigError or DataError for bad input.
     """
     if plan.external and plan.external.rank > 0:
-        return 0  # the first rank alone looks for mistakes, as at a start
-    rehearsal = rehearsal_of(config, data=data)
+        return 0  # only the first rank checks, as at a start
+    rehearsal = prepare_dry_run(config, data=data)
     for line in rehearsal.lines():
         print(line)
     is_complete = rehearsal.is_complete
@@ -90,7 +90,7 @@ def dry_run(config: Resolved, plan: Plan, *, data: DataSettings) -> int:
     return 0
 
 
-def rehearsal_of(config: Resolved, *, data: DataSettings) -> Rehearsal:
+def prepare_dry_run(config: Resolved, *, data: DataSettings) -> DryRun:
     """Returns what a run would be; raises ConfigError or DataError where it could not start."""
     run_dir = config.run_dir
     require_free(run_dir)
@@ -103,4 +103,4 @@ def rehearsal_of(config: Resolved, *, data: DataSettings) -> Rehearsal:
     found = rehearse(config, data, newest=newest)
     if newest:
         require_done_alike(config, newest)
-    return Rehearsal(config=config, newest=newest, is_elsewhere=is_elsewhere, found=found)
+    return DryRun(config=config, newest=newest, is_elsewhere=is_elsewhere, found=found)

@@ -1,7 +1,7 @@
-"""Which environment variables ranks get of the command's: those listed here, and no others.
+"""Which of the command's environment variables ranks get: those listed here, and no others.
 
-What is in a shell (keys of other services, session cookies, agents' sockets) is no business of
-processes on other machines. Decides by names alone, and starts nothing.
+The rest of a shell's environment (keys of other services, session cookies, agents' sockets) has no
+business on other machines. Decides by names alone, and starts nothing.
 """
 
 import os
@@ -15,23 +15,23 @@ from moetrain.checks import ConfigError
 from moetrain.redaction import is_secret_name, redacted_text
 
 OF_A_MACHINE = (
-    # Each machine has its own, which its processes need: never sent to another.
+    # Machine-specific: never sent to another machine.
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LC_*", "LD_LIBRARY_PATH",
     "LD_PRELOAD", "DYLD_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "XDG_*", "HOSTNAME", "TERM",
     "CUDA_*", "NVIDIA_*", "ROCR_*", "HIP_*", "RAY_*", "SLURM_*", "KUBERNETES_*",
     "SSL_CERT_*", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
 OF_A_RUN = (
-    # How ranks compute and talk: the same on all of them.
+    # Computation and communication: the same on all ranks.
     "OMP_*", "MKL_*", "OPENBLAS_*", "KMP_*", "GOMP_*", "ONEDNN_*", "DNNL_*", "MALLOC_*",
     "TORCH_*", "TORCHINDUCTOR_*", "PYTORCH_*", "TRITON_*", "CUBLAS_*", "CUDNN_*",
     "NCCL_*", "GLOO_*", "FI_*", "UCX_*", "TP_SOCKET_IFNAME",
-    # Where shards come from and checkpoints go to, and the way there.
+    # Access to stores of shards and checkpoints.
     "AWS_*", "S3_*", "GOOGLE_*", "CLOUDSDK_*", "GCSFS_*", "STORAGE_EMULATOR_HOST", "FSSPEC_*",
     "HF_*", "HUGGING_FACE_*", "TRANSFORMERS_*", "TOKENIZERS_*",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
     "all_proxy",
-    # What the first rank alone gets of.
+    # Only the first rank gets these.
     "WANDB_*",
 )  # fmt: skip
 OF_THE_FIRST_RANK = ("WANDB_*",)
@@ -39,15 +39,15 @@ OF_THE_FIRST_RANK = ("WANDB_*",)
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What ranks get besides their machine's own variables."""
+    """The variables that ranks get besides their machine's own."""
 
-    shown: Mapping[str, str]
-    """Set before a rank's process begins. Ray shows these to everybody who may ask it."""
+    public: Mapping[str, str]
+    """Set before a rank's process starts. Ray shows these to all its users."""
     secret: Mapping[str, str]
-    """Set in the process by itself, and never told to Ray as settings."""
+    """Set inside the process, and never passed to Ray as settings."""
 
     def secrets_of(self, rank: int) -> dict[str, str]:
-        """Returns the secrets that a rank has a use for."""
+        """Returns the secrets that a rank needs."""
         return {
             name: value
             for name, value in self.secret.items()
@@ -58,7 +58,8 @@ class Environment:
 def for_ranks(
     environ: Mapping[str, str], *, cluster_env: Mapping[str, str], pass_env: Sequence[str]
 ) -> Environment:
-    """Returns what ranks get of an environment: what is listed, `pass_env`, and `cluster.env`.
+    """Returns the part of an environment that ranks get: the listed names, `pass_env`, and
+    `cluster.env`.
 
     `pass_env` has names, or patterns such as `MY_*`. Raises ConfigError for a name that isn't set.
     """
@@ -79,21 +80,22 @@ def for_ranks(
         for name, value in wanted.items()
         if is_secret_name(name) or redacted_text(value, environ=environ) != value
     }
-    shown = {name: value for name, value in wanted.items() if name not in secret}
-    return Environment(shown=shown, secret=secret)
+    public = {name: value for name, value in wanted.items() if name not in secret}
+    return Environment(public=public, secret=secret)
 
 
 @contextmanager
 def reduced(environment: Environment) -> Iterator[None]:
-    """While it lasts, this process has only what a rank on this machine should begin with."""
+    """Within the context, this process has only the variables that a rank on this machine starts
+    with."""
     before = dict(os.environ)
     kept = {name: value for name, value in before.items() if _fits(name, OF_A_MACHINE)}
-    _become(kept | dict(environment.shown))
+    _become(kept | dict(environment.public))
     try:
         yield
     finally:
-        # What was set meanwhile, by Ray for itself, stays.
-        begun = kept | dict(environment.shown)
+        # What Ray set for itself meanwhile stays.
+        begun = kept | dict(environment.public)
         since = {name: value for name, value in os.environ.items() if begun.get(name) != value}
         _become(before | since)
 

@@ -1,7 +1,7 @@
-"""The rank that another launcher has made this process: torchrun, Slurm's srun, an MPI's mpirun.
+"""This process as a rank of another launcher: torchrun, Slurm's srun, an MPI's mpirun.
 
-A launcher that starts N processes starts one run of N ranks. Where it doesn't say where they meet,
-each process refuses to begin: a run of its own would be one of N copies. Starts nothing.
+A launcher that starts N processes starts one run of N ranks. If it doesn't say where they meet,
+each process refuses to start: alone it would train one of N copies. Starts nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from moetrain.checks import ConfigError
 from moetrain.redaction import redacted_arguments
 
-_PORTS = range(15_000, 30_000)  # below those that systems give to outgoing connections
+_PORTS = range(15_000, 30_000)  # below the ports of outgoing connections
 _PORTS_A_JOB = 64
 _FIRST_OF_SLURMS_OWN_STEPS = 0xFFFF_FF00  # a batch script, an interactive shell
 _HERE = "127.0.0.1"
@@ -25,16 +25,16 @@ _HERE = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """Who started the processes, and what it calls their numbers."""
+    """A launcher, and the variables that number its processes."""
 
     name: str
     rank: str
     world_size: str
     local_rank: str
     local_world_size: str = ""
-    """Empty: it doesn't say."""
+    """Empty: the launcher doesn't say."""
     line: str = ""
-    """What starts ranks that can be taken: `size` of them, which meet at `host`."""
+    """A command that starts usable ranks: `size` of them, which meet at `host`."""
 
 
 TORCHRUN = Launcher(
@@ -76,7 +76,7 @@ MPI = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalRank:
-    """Which of a launcher's ranks this process is."""
+    """The number of this process among a launcher's ranks."""
 
     launcher: Launcher
     rank: int
@@ -86,17 +86,17 @@ class ExternalRank:
 
 
 def external_rank(environ: Mapping[str, str]) -> ExternalRank | None:
-    """Returns the rank that another launcher has made this process; None: it is on its own.
+    """Returns this process's rank under another launcher; None: it is on its own.
 
-    So is a launcher's only process, unless torchrun has given it an address to meet at.
-    What Ray has started on a node has the variables of Ray's own task, and is none.
-    Raises ConfigError for numbers that can't be.
+    A launcher's only process is on its own too, unless torchrun has given it an address to meet at.
+    A process that Ray started on a node has the variables of Ray's own task, and is no rank. Raises
+    ConfigError for impossible numbers.
     """
     task = _slurm_task(environ)
     for launcher in (TORCHRUN, *MPI):
         if launcher.rank in environ and launcher.world_size in environ:
             found = _rank_of(launcher, environ, task)
-            # Slurm's tasks have PMI's numbers as well, and Slurm says where they are.
+            # Slurm's tasks have PMI's numbers too, but only Slurm says where they are.
             if launcher in MPI and task and found.world_size == task.world_size:
                 return task
             if launcher in MPI and (found.world_size == 1 or _is_of_ray(os.getpid())):
@@ -117,10 +117,10 @@ def external_rank(environ: Mapping[str, str]) -> ExternalRank | None:
 def meeting_point(
     rank: ExternalRank, environ: Mapping[str, str], *, arguments: Sequence[str]
 ) -> dict[str, str]:
-    """Returns MASTER_ADDR and MASTER_PORT, at which a launcher's ranks meet.
+    """Returns MASTER_ADDR and MASTER_PORT, where a launcher's ranks meet.
 
-    `arguments` are those of the command. Raises ConfigError where nobody says and Slurm doesn't
-    know either.
+    `arguments` are the command's. Raises ConfigError if neither the environment nor Slurm knows
+    them.
     """
     given = {n: environ[n] for n in ("MASTER_ADDR", "MASTER_PORT") if environ.get(n)}
     if rank.launcher is SLURM:
@@ -139,7 +139,7 @@ def _how_to_meet(rank: ExternalRank, arguments: Sequence[str]) -> str:
         command = shlex.join([*line.split(), *redacted_arguments(list(arguments))])
         how = f"use `{command}`"
     elif line:
-        how = f"begin with `{line}` and go on as before"
+        how = f"set it by `{line}` and run the same command"
         how += "" if here else ", HOST being the first rank's"
     else:
         how = "set MASTER_ADDR, the first rank's host, and MASTER_PORT for all of them"
@@ -155,7 +155,7 @@ def _rank_of(
     rank, size = _number(environ, launcher.rank), _number(environ, launcher.world_size)
     if rank >= size:
         raise ConfigError(
-            launcher.rank, rank, f"is no rank of {size} ({launcher.world_size}={size})"
+            launcher.rank, rank, f"isn't a rank of {size} ({launcher.world_size}={size})"
         )
     # RANK and WORLD_SIZE are often set for Slurm's tasks by hand, without the others.
     local = task and task.world_size == size
@@ -180,7 +180,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _slurm_task(environ: Mapping[str, str]) -> ExternalRank | None:
-    """Returns which of several tasks of a step of Slurm this process is, if it is one.
+    """Returns which of a Slurm step's tasks this process is, if it is one.
 
     A batch script and a shell of `salloc` are no tasks, whatever SLURM_NTASKS says.
     """
@@ -202,7 +202,7 @@ def _slurm_task(environ: Mapping[str, str]) -> ExternalRank | None:
 
 
 def _is_of_ray(pid: int) -> bool:
-    """Returns whether Ray has started a process: as a job, a worker, or by `symmetric-run`."""
+    """Returns whether Ray started this process: as a job, a worker, or with `symmetric-run`."""
     while pid > 1:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
@@ -216,7 +216,7 @@ def _is_of_ray(pid: int) -> bool:
 
 
 def tasks_by_node(counts: str) -> Iterator[int]:
-    """Yields the number of tasks of each node of Slurm's `2(x3),1`."""
+    """Yields the number of tasks on each node from Slurm's `2(x3),1`."""
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         yield from [int(count)] * int(times or 1)
 
@@ -228,13 +228,14 @@ def first_host(nodes: str) -> str:
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
-    """Returns a port for a step's ranks: another for each step of a job, and for the next jobs."""
+    """Returns a port for a step's ranks: different for each step of a job, and for the next
+    jobs."""
     job, step = int(environ.get("SLURM_JOB_ID", "0")), _number(environ, "SLURM_STEP_ID")
     return _PORTS[(job * _PORTS_A_JOB + step) % len(_PORTS)]
 
 
 def _slurm_host(environ: Mapping[str, str]) -> str:
-    """Returns the address of a step's first node, where its first task is."""
+    """Returns the address of a step's first node, which runs its first task."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     if not nodes or environ.get("SLURM_STEP_NUM_NODES") == "1":
         return _HERE
@@ -253,7 +254,7 @@ def _slurm_host(environ: Mapping[str, str]) -> str:
 
 
 def _configured_address(node: str) -> str | None:
-    """Returns what Slurm's configuration says that a node's address is."""
+    """Returns a node's address in Slurm's configuration."""
     if not shutil.which("scontrol"):
         return None
     asked = ["scontrol", "show", "node", node, "--oneliner"]

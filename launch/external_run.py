@@ -1,4 +1,4 @@
-"""Ranks that torchrun, srun or mpirun has started: this process is one of them."""
+"""A run whose ranks torchrun, srun or mpirun has started: this process is one of them."""
 
 import os
 import sys
@@ -22,9 +22,9 @@ from launch.run_folder import (
     logging_to,
     open_run,
     prepared_run,
-    tell_complete,
+    report_complete,
 )
-from launch.run_lock import held
+from launch.run_lock import lock_run
 from launch.signals import StopRequest, stops_at_once
 from moetrain.exit_codes import DONE, FAILED, STOPPED
 from moetrain.parallel import join_ranks
@@ -41,10 +41,10 @@ def run_external(
     data: DataSettings,
     report: Callable[[Path], object],
 ) -> NoReturn:
-    """Trains as one of the ranks that torchrun or srun has started, and ends the process."""
+    """Trains as one of the ranks that another launcher has started, and ends the process."""
     rank, leads = external.rank, external.rank == 0
-    # The first rank alone looks for mistakes, builds shards and names the run; a mistake ends
-    # it with exit code 2 before the others have anyone to meet, and their launcher ends them.
+    # Only the first rank checks, builds shards and names the run. A mistake ends it with exit code
+    # 2 before the others can meet it, and the launcher ends them.
     prepared = None
     if leads:
         with stops_at_once():
@@ -52,7 +52,7 @@ def run_external(
             config = prepared.config
     kept = ExitStack()  # until this process ends
     if leads:
-        kept.enter_context(held(config.run_dir))
+        kept.enter_context(lock_run(config.run_dir))
     try:
         device_index = _meet(config, external)
     except (RuntimeError, OSError) as error:
@@ -60,7 +60,7 @@ def run_external(
         _leave(FAILED)
     agreed: list[Any] = [None] * 3
     if prepared and (good := complete_save(config)):
-        tell_complete(config, prepared, good, report=report)
+        report_complete(config, prepared, good, report=report)
     elif prepared:
         for line in prepared.lines():
             print(line, file=sys.stderr)
@@ -74,7 +74,7 @@ def run_external(
     config = replace(config, run=replace(config.run, name=name), data=shards)
     kept.enter_context(logging_to(config.run_dir, rank=rank))
     control = Control()
-    stop = StopRequest(told=control.request_stop)
+    stop = StopRequest(on_stop=control.request_stop)
     place = RankPlace(
         rank=rank,
         world_size=external.world_size,
@@ -90,7 +90,7 @@ def run_external(
         code = DONE if outcome.finished else STOPPED
         if prepared:
             code = close_run(config, outcome, prepared.shards, report)
-        dist.barrier()  # their launcher ends all of them once one has left with another code than 0
+        dist.barrier()  # the launcher ends all of them once one exits with a code other than 0
     except Exception as error:
         print(f"moetrain: rank {rank}: {redacted_text(classify(error).reason)}", file=sys.stderr)
     _leave(code)
@@ -98,7 +98,7 @@ def run_external(
 
 @contextmanager
 def _saying(control: Control) -> Iterator[None]:
-    """Prints what a rank has to say while it trains; its records are in the run's folder."""
+    """Prints a rank's messages during training; its records are in the run folder."""
     ended = threading.Event()
 
     def relay() -> None:
@@ -119,13 +119,13 @@ def _saying(control: Control) -> Iterator[None]:
 
 
 def _meet(config: Resolved, external: ExternalRank) -> int:
-    """Joins the ranks of another launcher; returns the index of this one's device."""
+    """Joins the ranks of another launcher; returns the index of this rank's device."""
     for name, value in config.cluster.env.items():
-        os.environ.setdefault(name, value)  # gloo looks for its interface as it joins
+        os.environ.setdefault(name, value)  # gloo chooses its interface when it joins
     os.environ |= meeting_point(external, os.environ, arguments=sys.argv[1:])
-    # Slurm may show a task its own GPU only.
-    shown = torch.cuda.device_count() if config.run.device != "cpu" else 0
-    index = 0 if shown == 1 else external.local_rank
+    # Slurm may expose only its own GPU to a task.
+    visible = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    index = 0 if visible == 1 else external.local_rank
     join_ranks(
         rank=external.rank,
         world_size=external.world_size,
@@ -137,7 +137,7 @@ def _meet(config: Resolved, external: ExternalRank) -> int:
 
 
 def _no_meeting(external: ExternalRank, error: Exception) -> str:
-    """Returns why the ranks of another launcher didn't meet, and what to change."""
+    """Returns why the launcher's ranks didn't meet, and what to change."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     reason = " ".join(str(error).split("\nException raised", 1)[0].split())
     how = (
@@ -152,7 +152,8 @@ def _no_meeting(external: ExternalRank, error: Exception) -> str:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends a rank's process: tearing a process group down now and then aborts after success."""
+    """Ends a rank's process without cleanup: tearing down a process group sometimes aborts after
+    success."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

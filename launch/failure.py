@@ -1,4 +1,4 @@
-"""What went wrong with a rank, and whether starting again can help."""
+"""Why a rank failed, and whether a restart can help."""
 
 from dataclasses import dataclass
 
@@ -13,34 +13,34 @@ from moetrain.kinds import FailureKind
 from moetrain.train.loop import TrainingError
 
 _NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
-# A device that fails: another attempt may get another one. A bug fails at the same step again.
+# Another attempt may get another device; a bug fails at the same step again.
 _DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "HIP error")
 _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "rendezvous")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a rank, and with it an attempt, ended."""
+    """Why a rank, and with it an attempt, failed."""
 
     kind: FailureKind
     reason: str
     step: int | None = None
-    """The step that the run was in; None: not known, or before the first."""
+    """The step of the run; None: unknown, or before the first."""
     node: str | None = None
-    """The address of the node whose failure it is; None: no node's own."""
+    """The address of the node that failed; None: not a node's failure."""
     silent_seconds: float | None = None
-    """How long there was no sign of life before, where that is how it showed."""
+    """How long there was no progress before, if that is how it was detected."""
 
     @property
     def is_final(self) -> bool:
-        """Whether another attempt would fail alike."""
+        """Whether another attempt would fail in the same way."""
         return self.kind == FailureKind.error
 
 
 def classify(error: BaseException) -> Failure:
     """Returns what an exception on a rank means for the run."""
     reason = with_way_out(f"{type(error).__name__}: {error}", error)
-    # Nothing that another attempt must meet again.
+    # Another attempt need not fail in the same way.
     if isinstance(error, UnavailableError | StorageError):
         return Failure(kind=FailureKind.service, reason=str(error))
     if isinstance(error, ChildProcessError):

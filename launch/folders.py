@@ -1,4 +1,4 @@
-"""Whether folders can be had before anything starts: a run's, that of temporary files, Ray's."""
+"""Checks that folders are usable before anything starts: the run's, temporary files', Ray's."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ _MOST_PID = 4194304
 
 
 def try_folder(folder: Path) -> None:
-    """Raises OSError where a folder can't be made or written to; leaves none behind."""
+    """Raises OSError if a folder can't be made or written to; leaves none behind."""
     if folder.is_dir():
         with tempfile.TemporaryFile(dir=folder):
             os.listdir(folder)
@@ -27,16 +27,16 @@ def try_folder(folder: Path) -> None:
             try:
                 part.mkdir()
             except FileExistsError:
-                if not part.is_dir():  # else another command has just begun there
+                if not part.is_dir():  # otherwise another command has just started there
                     raise
             else:
                 made.callback(_remove_empty, part)
 
 
 def require_folder(run_dir: Path) -> None:
-    """Raises ConfigError where a run's folder can't be made or written to; leaves none behind.
+    """Raises ConfigError if a run folder can't be made or written to; leaves none behind.
 
-    Shards may take hours to be built, and are no use to such a run.
+    Building shards may take hours, in vain for such a run.
     """
     with named_folder(run_dir):
         try_folder(run_dir)
@@ -44,7 +44,7 @@ def require_folder(run_dir: Path) -> None:
 
 @contextmanager
 def named_folder(run_dir: Path) -> Iterator[None]:
-    """Names the setting that a folder which can't be had comes from, and a way out."""
+    """Names the setting of an unusable folder, and a way out."""
     try:
         yield
     except OSError as error:
@@ -62,15 +62,15 @@ def named_folder(run_dir: Path) -> Iterator[None]:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # another command has begun there
+    with suppress(OSError):  # another command has started there
         folder.rmdir()
 
 
 def settle_temporary_folder() -> None:
-    """Has this process and those it starts put temporary files where they can be.
+    """Makes this process and its children put temporary files into a usable folder.
 
-    Python by itself takes another folder than a TMPDIR that isn't there, without a word, and Ray
-    ends. Raises ConfigError where there is none at all.
+    Python silently uses another folder if TMPDIR doesn't exist, and Ray fails. Raises ConfigError
+    if there is no usable folder.
     """
     given = os.environ.get("TMPDIR")
     try:
@@ -92,7 +92,7 @@ def settle_temporary_folder() -> None:
 
 
 def require_ray_folder() -> None:
-    """Raises ConfigError where a Ray that is started here couldn't have its folder of sockets."""
+    """Raises ConfigError if a Ray that is started here couldn't use its folder of sockets."""
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(name, "/tmp")  # Ray's own rule
     if len(os.fsencode(os.path.join(folder, _SOCKET.format(pid=os.getpid())))) > _SOCKET_BYTES:

@@ -23,7 +23,7 @@ def run_inline(config: Resolved, display: ProgressDisplay, stop: StopRequest) ->
             for kind, content in control.collect()["published"]:
                 display.update(content) if kind == "record" else display.say(content)
             if stop() and not control.stop_requested:
-                display.say("stopping: saving after this step")
+                display.say("stopping: checkpointing after this step")
                 control.request_stop()
             if over:
                 return

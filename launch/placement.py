@@ -1,4 +1,4 @@
-"""Which node gets how many ranks: pure arithmetic, knows no Ray."""
+"""Which node gets how many ranks: pure arithmetic, no Ray."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ def choose_nodes(
     *,
     num_ranks: int,
     group_size: int,
-    troubles: Mapping[str, int] | None = None,
+    failures: Mapping[str, int] | None = None,
 ) -> list[Share] | None:
-    """Returns a place for every rank, in order of the ranks; None where there is too little room.
+    """Returns a node for every rank, in order of the ranks; None if there is too little room.
 
-    Groups of `group_size` neighbouring ranks exchange tokens: each gets into one node wherever
-    they fit. Nodes with fewer `troubles` (by address) come first, and of those the largest, so that
-    few nodes are used.
+    Groups of `group_size` neighbouring ranks exchange tokens: each stays inside a node wherever it
+    fits. Nodes with fewer `failures` (by address) come first, and of those the largest, so that few
+    nodes are used.
     """
-    counted = troubles or {}
+    counted = failures or {}
 
     def rank(node: Node) -> tuple[int, int, str, str]:
         return counted.get(node.address, 0), -node.room, node.address, node.id
@@ -44,15 +44,15 @@ def choose_nodes(
     for room in (whole_groups, {n.id: n.room for n in ordered}):
         if sum(room.values()) >= num_ranks:
             shares = _fill(ordered, room, num_ranks, counted)
-            # Whole groups first: what is cut comes last, and shifts no other group.
+            # Whole groups first: a split group comes last, and shifts no other group.
             return sorted(shares, key=lambda s: (s.num_ranks % group_size != 0, s.node.address))
     return None
 
 
 def _fill(
-    ordered: Sequence[Node], room: Mapping[str, int], num_ranks: int, troubles: Mapping[str, int]
+    ordered: Sequence[Node], room: Mapping[str, int], num_ranks: int, failures: Mapping[str, int]
 ) -> list[Share]:
-    """Takes nodes in order until all ranks have a place; the last one is the tightest that fits."""
+    """Takes nodes in order until all ranks are placed; the last one is the tightest fit."""
     shares: list[Share] = []
     left = num_ranks
     for number, node in enumerate(ordered):
@@ -61,7 +61,7 @@ def _fill(
                 n
                 for n in ordered[number:]
                 if room[n.id] >= left
-                and troubles.get(n.address, 0) == troubles.get(node.address, 0)
+                and failures.get(n.address, 0) == failures.get(node.address, 0)
             ]
             tightest = min(fitting, key=lambda n: room[n.id])
             return [*shares, Share(node=tightest, num_ranks=left)]

@@ -22,15 +22,15 @@ class Plan:
     mode: str
     num_workers: int
     external: ExternalRank | None = None
-    """Which of somebody else's ranks this process is."""
+    """This process as a rank of another launcher."""
 
 
 def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
-    """Returns the plan that the settings and the environment mean.
+    """Returns the plan that the settings and the environment ask for.
 
-    Variables of the environment, such as RANK and WORLD_SIZE, say that another launcher has
-    started the ranks. Raises ConfigError where the settings contradict that, or themselves, and
-    where a Ray of the run's own couldn't have its folder. TMPDIR then is one that is there.
+    Environment variables such as RANK and WORLD_SIZE say that another launcher has started the
+    ranks. Raises ConfigError if the settings contradict that, or each other, or if a private Ray
+    couldn't use its folder. Sets TMPDIR to an existing folder.
     """
     settle_temporary_folder()
     wanted = settings.num_workers
@@ -48,8 +48,8 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     if address := cluster_address(settings):
         from launch.on_ray.cluster import RayCluster
 
-        # Also with a number given: a cluster that mustn't be used is refused before anything is
-        # written, and before shards are built for it.
+        # Also with a given number: an insecure cluster is refused before anything is written or
+        # shards are built.
         cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
         wanted = wanted or cluster.fitting_workers()
     wanted = wanted or _local_workers(device)
@@ -72,12 +72,12 @@ def _external(external: ExternalRank, wanted: int | None) -> Plan:
 
 
 def _drives_cluster(settings: LaunchSettings, external: ExternalRank) -> bool:
-    """Returns whether a process of somebody's job on several nodes is to drive a Ray cluster."""
+    """Returns whether a process of a job on several nodes is to drive a Ray cluster."""
     return external.launcher is not TORCHRUN and cluster_address(settings) is not None
 
 
 def _require_first(external: ExternalRank, settings: LaunchSettings) -> None:
-    """Raises ConfigError for a copy of a run that the first process of a launcher begins."""
+    """Raises ConfigError for a copy of a run that a launcher's first process starts."""
     if external.rank == 0:
         return
     if settings.mode == "auto":
@@ -94,10 +94,10 @@ def _require_first(external: ExternalRank, settings: LaunchSettings) -> None:
 
 
 def cluster_address(settings: LaunchSettings) -> str | None:
-    """Returns the address of the Ray cluster that the ranks run on; None: one started here.
+    """Returns the address of the Ray cluster for the ranks; None: start one here.
 
-    Without an address, or with `auto`, it is the cluster that this process is a job of, else the
-    one that `ray start` has made this machine a node of. With `local` it is none of them.
+    Without an address, or with `auto`, it is the cluster of the job that this process belongs to,
+    else the cluster that `ray start` made this machine a node of. With `local` it is neither.
     """
     address = settings.address or "auto"
     if address == "auto":
@@ -110,10 +110,10 @@ def cluster_address(settings: LaunchSettings) -> str | None:
 
 
 def persistent_folder(folder: str) -> Path:
-    """Returns the absolute path of a folder that runs are kept in.
+    """Returns the absolute path of a folder for runs.
 
-    In a Ray job the current folder may be Ray's copy of a working directory, which it deletes when
-    it likes: there a relative path starts at the home folder.
+    In a Ray job the current folder may be Ray's copy of a working directory, which Ray may delete:
+    there a relative path starts at the home folder.
     """
     here = Path.cwd()
     if Path(folder).is_absolute() or not is_ray_copy(here):

@@ -1,4 +1,4 @@
-"""What the driver does with a run's folder, before its first rank and after its last."""
+"""What the driver does with a run folder, before its first rank and after its last."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from data_pipeline import DataSettings, ShardFolder
 from data_pipeline.atomic_files import remove_leftovers, write_file
 from launch.closing import closing_lines
 from launch.folders import require_folder
-from launch.run_lock import held
+from launch.run_lock import lock_run
 from moetrain.checkpoint.folders import Save
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.remote.folder import require_mounted
@@ -37,7 +37,7 @@ from moetrain.train.resume import require_done_alike, require_same_model
 
 
 def prepared_run(config: Resolved, data: DataSettings) -> Prepared:
-    """Returns what can be known before any rank starts; ConfigError or DataError where it fails."""
+    """Makes the checks that need no rank; raises ConfigError or DataError."""
     require_folder(config.run_dir)
     require_mounted(config.checkpoint)
     _fetch(config)
@@ -48,7 +48,7 @@ def prepared_run(config: Resolved, data: DataSettings) -> Prepared:
 
 
 def _fetch(config: Resolved) -> None:
-    """Brings a newer checkpoint than the run's folder has from where it is uploaded to, if any."""
+    """Downloads an uploaded checkpoint, if it is newer than the run folder's."""
     if config.checkpoint.upload_to is None:
         return
     run_dir, name = config.run_dir, config.run.name
@@ -61,14 +61,14 @@ def _fetch(config: Resolved) -> None:
             "checkpoint.resume",
             "never",
             f"run {name} has checkpoints in {config.checkpoint.upload_to}: use another run.name, "
-            "or auto to go on from them",
+            "or auto to resume from them",
         )
 
     def demand(manifest: Manifest) -> None:
         require_same_model(config, manifest)
         require_done_alike(config, manifest)
 
-    with held(run_dir):
+    with lock_run(run_dir):
         fetch_newer(
             config.checkpoint,
             run=name,
@@ -81,13 +81,13 @@ def _fetch(config: Resolved) -> None:
 
 
 def begin_attempt(config: Resolved) -> int:
-    """Takes a run over from whatever trains it elsewhere; returns the number of the attempt."""
+    """Takes over a run from any other attempt; returns the number of the new attempt."""
     directory = config.run_dir / "checkpoints"
     return take_over(config.checkpoint, run=config.run.name, directory=directory)
 
 
 def complete_save(config: Resolved) -> Save | None:
-    """Returns a run's good checkpoint of its last step; None where it has none, or isn't there."""
+    """Returns a run's good checkpoint of its last step; None without one, or without the run."""
     run_dir = config.run_dir
     newest = newest_manifest(run_dir)
     if newest is None or newest.step < config.train.num_steps:
@@ -96,19 +96,19 @@ def complete_save(config: Resolved) -> Save | None:
     return good if good is not None and good.step >= config.train.num_steps else None
 
 
-def tell_complete(
+def report_complete(
     config: Resolved, prepared: Prepared, good: Save, *, report: Callable[[Path], object]
 ) -> int:
-    """Says that a run has all its steps, and leaves its record alone unless it has no end yet."""
+    """Prints that a run is complete, and leaves its record alone unless it lacks an end."""
     run_dir = config.run_dir
     print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
     outcome = Outcome(finished=True, step=good.step, last={})
     run_name, directory = config.run.name, run_dir / "checkpoints"
     if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
         print(f"uploaded  its last checkpoint to {config.checkpoint.upload_to}")
-    # Else it was killed between its last checkpoint and its end.
+    # Otherwise it was killed between its last checkpoint and its end.
     if not has_finished(read_events(run_dir / "events.jsonl")):
-        _tell_start(config, prepared)
+        _record_start(config, prepared)
         return close_run(config, outcome, prepared.shards, report)
     for line in closing_lines(config, outcome, prepared.shards, run_dir):
         print(line)
@@ -116,16 +116,16 @@ def tell_complete(
 
 
 def open_run(config: Resolved, prepared: Prepared) -> Path:
-    """Writes what a run will be into its folder; returns the folder."""
+    """Writes a run's configuration and start into its folder; returns the folder."""
     run_dir = config.run_dir
     text = yaml.safe_dump(as_plain(config), sort_keys=False)
     remove_leftovers(run_dir)
     write_file(run_dir / "config.yaml", text)
-    _tell_start(config, prepared)
+    _record_start(config, prepared)
     return run_dir
 
 
-def _tell_start(config: Resolved, prepared: Prepared) -> None:
+def _record_start(config: Resolved, prepared: Prepared) -> None:
     run_dir = config.run_dir
     event = EventLog(run_dir / "events.jsonl").write
     event(
@@ -133,7 +133,7 @@ def _tell_start(config: Resolved, prepared: Prepared) -> None:
         command=" ".join(redacted_arguments(sys.argv)),
         workers=config.launch.num_workers,
         pid=os.getpid(),
-        last_sign=read_sign(run_dir),  # where a life was killed, this is all that tells of its end
+        last_sign=read_sign(run_dir),  # after a kill, the only record of its end
     )
     event(EventKind.model, **prepared.preview.counts())
     shards = prepared.shards
@@ -157,7 +157,7 @@ def close_run(
     event(EventKind.finish if outcome.finished else EventKind.stop, step=outcome.step)
     try:
         report(run_dir)
-    except Exception as error:  # a page that can't be drawn is no reason to fail a run
+    except Exception as error:  # a report that can't be drawn must not fail a run
         print(f"moetrain: no report: {error}", file=sys.stderr)
     for line in closing_lines(config, outcome, shards, run_dir):
         print(line)

@@ -1,4 +1,4 @@
-"""One command on a machine trains a run at a time: the lock in the run's folder."""
+"""The lock in a run folder: one command on a machine trains a run at a time."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,11 +10,12 @@ from moetrain.checks import ConfigError
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps other commands on this machine off it, even past a kill.
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Makes a run folder and locks it against other commands on this machine; a kill releases the
+    lock.
 
-    Raises ConfigError where another command holds it. On other machines the number of the attempt
-    is the fence.
+    Raises ConfigError if another command holds it. On other machines the attempt number is the
+    fence.
     """
     with ExitStack() as stack:
         with named_folder(run_dir):
@@ -27,13 +28,13 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def require_free(run_dir: Path) -> None:
-    """Raises ConfigError where another command on this machine trains a run."""
+    """Raises ConfigError if another command on this machine trains a run."""
     if (owner := owner_of(run_dir / "lock")) is not None:
         raise _in_use(run_dir, owner=owner)
 
 
 def _in_use(run_dir: Path, *, owner: str) -> ConfigError:
-    """Returns what is said of a run that another process is training."""
+    """Returns the error for a run that another process is training."""
     return ConfigError(
         "run.name",
         run_dir.name,

@@ -1,4 +1,4 @@
-"""Signals to the driver: how a run is asked to stop."""
+"""Signals to the driver that request a stop."""
 
 import math
 import os
@@ -11,34 +11,34 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import NoReturn
 
-from data_pipeline.commands.stops import INSISTENT, leave_terminal, signals_handled, stop_signals
+from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from moetrain.exit_codes import FAILED, STOPPED
 
 SAME_STOP_SECONDS = 1.0
 
 
 class StopRequest:
-    """Signals: the first asks for a stop after saving, a second SIGTERM or Ctrl-C ends at once.
+    """The first signal requests a stop after a checkpoint; a second SIGTERM or Ctrl-C ends at once.
 
-    What comes within a second is the same stop: Ray, Slurm and terminals signal every process of a
-    job, and a parent among them passes on what it got. SIGUSR1 and SIGHUP warn and don't insist:
-    the SIGTERM after one is the first.
+    Signals within a second are the same stop: Ray, Slurm and terminals signal every process of a
+    job, and a parent among them forwards the signal. SIGUSR1 and SIGHUP only warn: the SIGTERM
+    after one is the first.
     """
 
-    def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, *, on_stop: Callable[[], None] = lambda: None) -> None:
         self._event = threading.Event()
-        self._told = told
+        self._told = on_stop
         self._asked_at = math.inf
 
     def __call__(self) -> bool:
-        """Returns whether a stop was asked for."""
+        """Returns whether a stop was requested."""
         return self._event.is_set()
 
     def on_signals(self) -> AbstractContextManager[None]:
-        """Listens to them while the context lasts."""
+        """Handles the signals within the context."""
 
         def handle(signum: int, _: FrameType | None) -> None:
-            leave_terminal(signum)
+            detach_terminal(signum)
             if signum in INSISTENT:
                 if time.monotonic() - self._asked_at > SAME_STOP_SECONDS:
                     os._exit(FAILED)  # Ray's processes, if any, end with this one
@@ -51,13 +51,13 @@ class StopRequest:
 
 
 def stops_at_once() -> AbstractContextManager[None]:
-    """While it lasts, a signal ends the command as a stop: the same one begins where this did.
+    """Within the context, a signal ends the command as a stop; the same command starts over.
 
-    All but Ctrl-C, which whoever called this tells of.
+    Reports all signals but Ctrl-C, which the caller reports.
     """
 
     def handle(signum: int, _: object) -> NoReturn:
-        leave_terminal(signum)
+        detach_terminal(signum)
         print("moetrain: stopped, with nothing of a run begun", file=sys.stderr)
         raise SystemExit(STOPPED)
 

@@ -1,6 +1,6 @@
-"""Starts a resolved configuration where its plan says, and sees it to the end.
+"""Starts a resolved configuration where its plan says, and follows it to the end.
 
-Owns the driver's way through a run. Ranks do everything else.
+Owns the driver's path through a run. Ranks do everything else.
 """
 
 import sys
@@ -13,8 +13,8 @@ from launch.external_run import run_external
 from launch.inline import run_inline
 from launch.on_ray.cluster import ClusterError
 from launch.plan import Plan, is_ray_copy
-from launch.run_folder import close_run, complete_save, open_run, prepared_run, tell_complete
-from launch.run_lock import held
+from launch.run_folder import close_run, complete_save, open_run, prepared_run, report_complete
+from launch.run_lock import lock_run
 from launch.signals import StopRequest, stops_at_once
 from launch.supervision.run import run_on_ray
 from launch.supervision.supervisor import RunFailed
@@ -40,8 +40,8 @@ def start(
     """Runs a resolved configuration to its end; returns the exit code.
 
     `data` is the data part before it was resolved: it says whether shards may be built. `refit`
-    returns a configuration for fewer ranks, None where so many can't run it. `report` is called
-    with the run's folder at the end. Raises ConfigError or DataError for bad input, before
+    returns a configuration for fewer ranks, None if no layout fits them. `report` is called
+    with the run folder at the end. Raises ConfigError or DataError for bad input, before
     anything of the run is written.
     """
     if plan.external:
@@ -52,7 +52,7 @@ def start(
     stop = StopRequest()
     with stops_at_once():
         prepared = prepared_run(config, data)
-        with held(run_dir), stop.on_signals():
+        with lock_run(run_dir), stop.on_signals():
             return _run(plan, prepared, stop=stop, refit=refit, report=report)
 
 
@@ -66,7 +66,7 @@ def _run(
 ) -> int:
     config = prepared.config
     if good := complete_save(config):
-        return tell_complete(config, prepared, good, report=report)
+        return report_complete(config, prepared, good, report=report)
     run_dir = open_run(config, prepared)
     event = EventLog(run_dir / "events.jsonl").write
     display = ProgressDisplay(

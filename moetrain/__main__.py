@@ -3,14 +3,14 @@
 import runpy
 import sys
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.exit_codes import BAD_CONFIGURATION
 from moetrain.verbs import TRAIN, VERBS, no_verb, overview, verb_of
 
 
 def main() -> None:
     """The console script."""
-    outlive_readers()
+    ignore_broken_pipes()
     words = sys.argv[1:]
     if words in (["--help"], ["-h"], ["help"]):
         print(overview())

@@ -30,11 +30,11 @@ from data_pipeline.commands.command_line import (
     values_of,
 )
 from data_pipeline.commands.composition import only_compose
-from data_pipeline.commands.composition_errors import Complaint, no_group
+from data_pipeline.commands.composition_errors import CompositionMessage, no_group
 from data_pipeline.commands.settings_files import SettingsFiles
-from data_pipeline.commands.settings_tree import kind_at, spelt
+from data_pipeline.commands.settings_tree import setting_name, type_at
 from data_pipeline.commands.shell import escape_output
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from data_pipeline.extensions import load_extensions, load_installed
 from moetrain.checks import ConfigError, require_no_secrets
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
@@ -86,7 +86,7 @@ def run_command(
     """
     # Hydra would print an error at length and exit with 1; it is asked for the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    outlive_readers()
+    ignore_broken_pipes()
     front = _Front(tree)
     if code := front.guarded(lambda: front.read(sys.argv[1:], files=files, name=config_name)):
         raise SystemExit(code)
@@ -159,7 +159,7 @@ def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree
                 lambda: found.append(hydra.compose("config", list(front.line.overrides)))
             )
     except (HydraException, OmegaConfBaseException) as error:
-        complaint = Complaint(tree=tree, line=front.line, files=front.files)
+        complaint = CompositionMessage(tree=tree, line=front.line, files=front.files)
         raise ValueError(redacted_text(complaint.about(error))) from None
     return front.settings(found[0])
 
@@ -208,9 +208,9 @@ def _checked(check: Callable[[Tree], None] | None, settings: Tree) -> int:
 def register(tree: type, *, name: str) -> None:
     """Makes the tree known to Hydra as the schema that files and overrides are merged into."""
     schema: Any = _mutable(tree)
-    if any(spelt(field.name) != field.name for field in dataclasses.fields(tree)):
+    if any(setting_name(field.name) != field.name for field in dataclasses.fields(tree)):
         named = OmegaConf.structured(schema)
-        schema = OmegaConf.create({spelt(key): named._get_node(key) for key in named})
+        schema = OmegaConf.create({setting_name(key): named._get_node(key) for key in named})
     ConfigStore.instance().store(name=name, node=schema)
 
 
@@ -284,11 +284,11 @@ class _Front(Generic[Tree]):
         values: Any = OmegaConf.to_container(config, resolve=True)
         if "extensions" in values:
             values["extensions"] = self._extensions(values["extensions"])
-        fields = {spelt(field.name): field.name for field in dataclasses.fields(self._tree)}  # type: ignore[arg-type]
+        fields = {setting_name(field.name): field.name for field in dataclasses.fields(self._tree)}  # type: ignore[arg-type]
         try:
             return validated({fields.get(k, k): value for k, value in values.items()}, self._tree)
         except ConfigError as error:
-            if "." not in error.key and kind_at(self._tree, error.key) is None:
+            if "." not in error.key and type_at(self._tree, error.key) is None:
                 if "did you mean" in error.reason:
                     raise
                 reason = no_group(error.key, str(error.value), config_dir=self.line.config_dir)
@@ -324,7 +324,7 @@ class _Front(Generic[Tree]):
         except ConfigError as error:
             message = str(error)
         except (HydraException, OmegaConfBaseException) as error:
-            complaint = Complaint(tree=self._tree, line=self.line, files=self.files)
+            complaint = CompositionMessage(tree=self._tree, line=self.line, files=self.files)
             message = complaint.about(error)
         print(f"moetrain: {redacted_text(message)}", file=sys.stderr)
         return BAD_CONFIGURATION

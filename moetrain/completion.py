@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import get_type_hints
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.command import config_dir
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE
 from moetrain.settings import Config
@@ -80,5 +80,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     raise SystemExit(main(sys.argv[1:]))

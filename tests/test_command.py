@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import data_pipeline.commands.command
-from data_pipeline.commands.settings_tree import is_text, kind_at, paths
+from data_pipeline.commands.settings_tree import is_text, paths, type_at
 from data_pipeline.settings import BuildSettings
 from launch.simulate.settings import SimulateSettings
 from launch.submit.__main__ import SubmitConfig
@@ -66,12 +66,12 @@ def test_every_text_setting_of_every_command_takes_the_text_as_typed() -> None:
         ImportSettings, DoctorCommand, SimulateSettings, BuildSettings,
     ]  # fmt: skip
     for tree in trees:
-        texts = [path for path in paths(tree) if is_text(kind_at(tree, path))]
+        texts = [path for path in paths(tree) if is_text(type_at(tree, path))]
         assert texts, tree
         words = [f"{path}=1.10" for path in texts]
         assert read_command_line(words, tree).overrides == tuple(f'{p}="1.10"' for p in texts)
     assert {"run.name", "data.dir", "checkpoint.upload_to", "observe.wandb.project"} <= set(
-        path for path in paths(Config) if is_text(kind_at(Config, path))
+        path for path in paths(Config) if is_text(type_at(Config, path))
     )
 
 
@@ -326,7 +326,7 @@ def test_the_variants_of_the_documentation_compose_as_they_stand_there(
     for name, text in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    commands = re.findall(r"^python -m moetrain (.*)$", section, re.M)
+    commands = re.findall(r"^moetrain train (.*)$", section, re.M)
     assert len(commands) == 4
     composed: dict[str, list[Config]] = {}
     for command in commands:

@@ -190,7 +190,7 @@ def test_what_a_run_ends_with_goes_onto_the_command_just_given(
             resolve(combination.settings, num_workers=1, now=datetime.now())
     stopped = Outcome(finished=False, step=1, last={})
     *_, line = closing_lines(config, stopped, shards, run_dir)
-    word = re.fullmatch(r"next +the same command with (.*) goes on from here", line)
+    word = re.fullmatch(r"next +the same command with (.*) resumes from here", line)
     assert word
     code, (one,), message = front(*given, *shlex.split(word[1]))
     assert (code, message, one.settings.run.name) == (0, "", name)
@@ -229,4 +229,4 @@ def test_what_can_t_be_swept_or_is_a_trial_is_not_told_to_be(
         assert "or try" not in line
     monkeypatch.setenv(TRIAL_VARIABLE, "1")
     assert last() == f"next      open {tmp_path}/report.html"
-    assert last(finished=False) == "next      the same sweep goes on from here"
+    assert last(finished=False) == "next      the same sweep resumes from here"

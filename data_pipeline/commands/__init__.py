@@ -1,1 +1,1 @@
-"""A Hydra command line, its files and its errors: what both packages with commands share."""
+"""Hydra's command line, its files and its errors, shared by the commands of both packages."""

@@ -1,8 +1,8 @@
 """Commands: a Hydra command line to typed settings, and errors to exit codes.
 
-Owns the run of Hydra here, and what a user sees of a mistake: one message on standard
-error, exit code 2 for bad input, 1 for what failed, 75 for what was stopped and can go on. Leaves
-the work to the command's function.
+Owns running Hydra, and what a user sees of a mistake: one message on standard error, exit code 2
+for bad input, 1 for a failure, 75 for a stop that the same command can resume from. Leaves the work
+to the command's function.
 """
 
 import difflib
@@ -24,12 +24,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.commands.command_line import CommandLine, read_command_line
 from data_pipeline.commands.composition import only_compose
-from data_pipeline.commands.composition_errors import Complaint
+from data_pipeline.commands.composition_errors import CompositionMessage
 from data_pipeline.commands.settings_files import SettingsFiles
 from data_pipeline.commands.settings_tree import plain_reason
 from data_pipeline.commands.shell import escape_output
-from data_pipeline.commands.standard_streams import outlive_readers
-from data_pipeline.commands.stops import leave_terminal, stop_signals
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
+from data_pipeline.commands.stops import detach_terminal, stop_signals
 from data_pipeline.extensions import load_extensions, load_installed
 from data_pipeline.settings import DataError
 
@@ -39,7 +39,7 @@ _FAILED = 1
 _BAD_INPUT = 2
 _STOPPED = 75
 
-_GOES_ON = "; the same command goes on from what is finished"
+_GOES_ON = "; the same command resumes from what is finished"
 
 
 def run_command(
@@ -48,21 +48,20 @@ def run_command(
     settings_type: type[Settings],
     module: str,
     about: str,
-    goes_on: bool = False,
+    resumable: bool = False,
 ) -> None:
-    """Runs `work` with the settings that the command line gives, and exits.
+    """Runs `work` with the settings of the command line, and exits.
 
-    `about` is what `--help` says the command does; `goes_on` says that the same command, given
-    again, goes on from where it was stopped. Hydra makes no folders and no log files.
+    `about` is what `--help` says the command does; `resumable` says that the same command continues
+    from where it was stopped. Hydra makes no folders and no log files.
     """
-    # Hydra reports and exits by itself unless asked for the error: what it prints is long, and
-    # its exit code is 1 for a typo.
+    # Ask Hydra for the error: its own report is long, and it exits with 1 for a typo.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    outlive_readers()
+    ignore_broken_pipes()
     files = SettingsFiles(settings_type)
     line = CommandLine(flags=(), overrides=())
 
-    # The work is done after Hydra has returned: what is raised inside it, it announces by itself.
+    # Work after Hydra has returned: Hydra reports what is raised inside it.
     configs: list[DictConfig] = []
 
     def job(config: DictConfig) -> None:
@@ -78,7 +77,7 @@ def run_command(
             print(f"moetrain {version('moetrain')}")
             raise SystemExit(0)
         sys.argv[1:] = line.words
-        # With no path Hydra would search the module's package, whose folders it takes for groups.
+        # Without a path Hydra would take the folders of the module's package for groups.
         entry = hydra.main(version_base="1.3", config_path="pkg://hydra.conf", config_name=module)(
             job
         )
@@ -87,7 +86,7 @@ def run_command(
             sys.argv[1:] = line.shown_run
             files.compose(entry)
             _settings(configs.pop(), settings_type)
-        if goes_on:  # a request to stop, which Ctrl-C is too
+        if resumable:  # a stop request, such as Ctrl-C
             _interrupt_on_stops()
         for config in configs:
             work(_settings(config, settings_type))
@@ -95,19 +94,19 @@ def run_command(
         _end(_BAD_INPUT, module, str(error))
     except (HydraException, OmegaConfBaseException) as error:
         unknown = partial(_unknown, settings_type=settings_type)
-        complaint = Complaint(tree=settings_type, line=line, files=files, unknown=unknown)
+        complaint = CompositionMessage(tree=settings_type, line=line, files=files, unknown=unknown)
         _end(_BAD_INPUT, module, complaint.about(error))
     except OSError as error:
-        _end(_FAILED, module, str(error) + (_GOES_ON if goes_on else ""))
+        _end(_FAILED, module, str(error) + (_GOES_ON if resumable else ""))
     except KeyboardInterrupt:
-        if goes_on:
+        if resumable:
             _end(_STOPPED, module, f"stopped{_GOES_ON}")
         _end(_FAILED, module, "interrupted")
 
 
 def _interrupt_on_stops() -> None:
     def interrupt(signum: int, _: object) -> NoReturn:
-        leave_terminal(signum)
+        detach_terminal(signum)
         raise KeyboardInterrupt
 
     for signum in stop_signals():
@@ -144,10 +143,11 @@ def _register(settings_type: type[Any], *, module: str, about: str) -> None:
 
 
 def _schema(settings_type: type[Any]) -> DictConfig:
-    """What Hydra checks keys against: a dictionary of settings takes any, without a `+`.
+    """The schema that Hydra checks keys against: a dictionary of settings accepts any key, without
+    a `+`.
 
-    What stands in one is left to the settings' own checks: OmegaConf can't add to a dictionary of
-    dataclasses key by key.
+    Entries of a dictionary are left to the settings' own checks: OmegaConf can't add to a
+    dictionary of dataclasses key by key.
     """
     dictionaries = [known.name for known in fields(settings_type) if get_origin(known.type) is dict]
     given: list[Any] = [

@@ -1,10 +1,9 @@
-"""The words of a command line, as Hydra is to be given them.
+"""The words of a command line, prepared for Hydra.
 
-Hydra reads every value by a grammar of its own: `1.10` becomes 1.1, `83e2010` infinity, and an `=`
-or an accent is an error. What a setting is, its type says: one that is a text takes the words of
-the command line as they stand. So they are looked through before Hydra sees them, and put into its
-grammar's quotes where it would read something else. The same words may come in any order, which
-Hydra's own parser doesn't take.
+Hydra reads every value by its own grammar: `1.10` becomes 1.1, `83e2010` infinity, and an `=` or an
+accent is an error. Here the setting's type decides: a text takes the word as typed. So words are
+checked before Hydra sees them, and quoted for its grammar where it would read something else. The
+words may come in any order, which Hydra's own parser doesn't accept.
 """
 
 import difflib
@@ -24,15 +23,15 @@ from omegaconf.grammar_parser import parse
 from data_pipeline.commands.hydra_private import get_args_parser
 from data_pipeline.commands.settings_files import groups_in_defaults
 from data_pipeline.commands.settings_tree import (
-    bare,
     did_you_mean,
+    entry_type,
     is_dictionary,
     is_settings,
     is_text,
-    kind_at,
-    kind_inside,
     may_be_null,
     names_in,
+    type_at,
+    without_none,
 )
 from data_pipeline.commands.shell import quoted_as_is
 
@@ -43,45 +42,45 @@ _SWEEP = re.compile(r"(?:range|interval|glob|shuffle|sort|tag)\s*\(.*\)", re.DOT
 _NAME = re.compile(r"[A-Za-z_][\w-]*|0|[1-9][0-9]*", re.ASCII)
 _CHOICES = list[str] | None  # of a group
 _OPENS, _CLOSES = "([{", ")]}"
-# What decides what is composed, and not what is done with it.
+# Flags that decide what is composed, not what is done with it.
 _COMPOSING = ("config_path", "config_name", "config_dir")
 
 
 class CommandLineError(HydraException):
-    """A word of a command line that can't be: the message names it and the form to type."""
+    """An invalid word of a command line: the message names it and the form to type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """A command line that was looked through."""
+    """A checked command line."""
 
     flags: tuple[tuple[str, tuple[str, ...]], ...]
-    """Hydra's own: what each is for, and its words."""
+    """Hydra's flags: what each is for, and its words."""
     overrides: tuple[str, ...]
-    """What else there is, as Hydra is given it."""
+    """The overrides, as Hydra gets them."""
     typed: dict[str, str] = field(default_factory=dict)
-    """What was typed for an override that Hydra is given otherwise."""
+    """What was typed for each override that Hydra gets in another form."""
 
     @property
     def words(self) -> list[str]:
-        """All that Hydra is given: flags first, since it takes none between overrides."""
+        """Everything that Hydra gets: flags first, since it accepts none between overrides."""
         return [*(word for _, words in self.flags for word in words), *self.overrides]
 
     @property
     def is_sweep(self) -> bool:
-        """Whether several values of a setting are as many runs."""
+        """Whether several values of a setting are several runs."""
         return any(meaning == "multirun" for meaning, _ in self.flags) or any(
             override.lower().endswith("hydra.mode=multirun") for override in self.overrides
         )
 
     @property
     def asks_version(self) -> bool:
-        """Whether the version is all that is asked for: Hydra itself would tell its own."""
+        """Whether only the version is asked for: Hydra would print its own."""
         return any(meaning == "version" for meaning, _ in self.flags)
 
     @property
     def shown_run(self) -> list[str] | None:
-        """The words of the run whose configuration `--cfg` shows; None where it shows none.
+        """The words of the run whose configuration `--cfg` shows; None without `--cfg`.
 
         Hydra itself shows settings that no run would accept.
         """
@@ -95,13 +94,13 @@ class CommandLine:
 
     @property
     def config_dir(self) -> Path | None:
-        """The folder of files that the user adds."""
+        """The user's folder of configuration files."""
         given = self._given("config_dir")
         return Path(given) if given else None
 
     @property
     def config_name(self) -> str | None:
-        """The file that composing begins with, where it isn't the command's own."""
+        """The file that composing begins with, if it isn't the command's own."""
         return self._given("config_name")
 
     def _given(self, flag: str) -> str | None:
@@ -112,14 +111,14 @@ class CommandLine:
 def read_command_line(
     words: Sequence[str], tree: type[Any], *, files: Path | None = None, name: str = ""
 ) -> CommandLine:
-    """Returns a command line for settings of a tree; CommandLineError names what can't be.
+    """Returns a command line for settings of a tree; CommandLineError names an invalid word.
 
     `files` is the folder of the command's own groups, to which `--config-dir` adds others; `name`
     is the file that composing begins with.
     """
     line = _split(words)
     _require_told_apart(line.overrides, tree)
-    # In Hydra's order: a run's folder as --config-dir has a config.yaml too, which isn't taken.
+    # In Hydra's order: a run folder as --config-dir also has a config.yaml, which isn't used.
     folders = [folder for folder in (files, line.config_dir) if folder]
     choices = {group: values for o in line.overrides for group, values in _choices(o, folders)}
     chosen = groups_in_defaults(line.config_name or name, folders, choices)
@@ -130,9 +129,9 @@ def read_command_line(
 
 
 def values_of(text: str) -> list[str]:
-    """Returns the values that a sweep takes from `a,b`, of which each may stand in quotes.
+    """Returns the values that a sweep takes from `a,b`, each of which may be quoted.
 
-    `lr=1e-3,wd=0.1` is one: a text about settings, as runs are often called.
+    `lr=1e-3,wd=0.1` is a single value: a text about settings, a common form of run names.
     """
     choice = _CHOICE.fullmatch(text)
     parts = _cut(choice[1] if choice else text)
@@ -141,7 +140,7 @@ def values_of(text: str) -> list[str]:
 
 
 def as_one_run(override: str) -> str:
-    """Returns a word that Hydra has made for a run of a sweep, as a command line reads it.
+    """Returns a word that Hydra made for a run of a sweep, as a command line reads it.
 
     Hydra escapes what is special to its grammar, and a command line takes a text as it stands.
     """
@@ -149,7 +148,7 @@ def as_one_run(override: str) -> str:
         return override
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except HydraException:  # of a sweeper of others, which may not escape
+    except HydraException:  # from a third-party sweeper, which may not escape
         return override
     if parsed.is_delete() or parsed.is_sweep_override():
         return override
@@ -157,7 +156,7 @@ def as_one_run(override: str) -> str:
 
 
 def _in_quotes(value: Any) -> str:
-    """Returns a value with every text in it that Hydra would escape in quotes instead."""
+    """Returns a value in which every text that Hydra would escape is quoted instead."""
     if isinstance(value, list):
         return f"[{','.join(map(_in_quotes, value))}]"
     if isinstance(value, dict):
@@ -169,12 +168,12 @@ def _in_quotes(value: Any) -> str:
 
 
 def explained(override: str, tree: type[Any], *, reason: str) -> str:
-    """Returns what to say of an override that isn't of Hydra's grammar: the form to type."""
+    """Returns the error for an override outside Hydra's grammar: the form to type."""
     found = _OVERRIDE.fullmatch(override)
     if found is None:
         return f"{override}: not of the form key=value"
     key, text = found[2], found[3]
-    kind = bare(kind_at(tree, key))
+    kind = without_none(type_at(tree, key))
     if kind is None and not key.startswith("hydra"):
         return f"{key}: there is no such setting{did_you_mean(key, tree)}"
     for known, form in _FORMS.items():
@@ -194,7 +193,7 @@ _FORMS = {
 
 
 def _split(words: Sequence[str]) -> CommandLine:
-    """Tells Hydra's flags from overrides, in whatever order they come."""
+    """Separates Hydra's flags from overrides, in any order."""
     flags: list[tuple[str, tuple[str, ...]]] = []
     overrides: list[str] = []
     rest = list(words)
@@ -215,16 +214,16 @@ def _split(words: Sequence[str]) -> CommandLine:
 
 
 def _require_told_apart(overrides: Sequence[str], tree: type[Any]) -> None:
-    """Raises CommandLineError where two things of the user's own have one name, as two sources.
+    """Raises CommandLineError if two user-named entries, such as two sources, have one name.
 
-    Of any other setting the later value holds, as Hydra has it.
+    For any other setting the later value holds, as in Hydra.
     """
     given: dict[str, str] = {}
     for word in overrides:
         found = _OVERRIDE.fullmatch(word)
         key = found[2] if found else ""
         ends = [at for at, sign in enumerate(key) if sign == "."]
-        is_named = any(_has_settings_by_name(kind_at(tree, key[:end])) for end in ends)
+        is_named = any(_has_settings_by_name(type_at(tree, key[:end])) for end in ends)
         if is_named and given.setdefault(key, word) != word:
             raise CommandLineError(
                 f"{given[key]} and {word}: only one of these values can hold; give one, or "
@@ -233,11 +232,11 @@ def _require_told_apart(overrides: Sequence[str], tree: type[Any]) -> None:
 
 
 def _has_settings_by_name(kind: Any) -> bool:
-    return is_dictionary(kind) and is_settings(get_args(bare(kind))[1])
+    return is_dictionary(kind) and is_settings(get_args(without_none(kind))[1])
 
 
 def _flag(word: str) -> Action:
-    """Returns the flag of Hydra's that a word is, or begins like, as argparse takes it."""
+    """Returns the Hydra flag that a word is, or abbreviates, as argparse accepts it."""
     known = {name: a for a in get_args_parser()._actions for name in a.option_strings}
     name = word.partition("=")[0]
     if name in known:
@@ -246,7 +245,7 @@ def _flag(word: str) -> Action:
         begun = {known[k].dest: known[k] for k in known if k.startswith(name)}
         if len(begun) == 1:
             return next(iter(begun.values()))
-    elif name[:2] in known:  # its value, or another letter, right behind it
+    elif name[:2] in known:  # directly followed by its value or another letter
         return known[name[:2]]
     close = difflib.get_close_matches(name, known, n=1) or ["--help, which names all"]
     raise CommandLineError(f"{word}: there is no such flag; did you mean {close[0]}?")
@@ -254,17 +253,17 @@ def _flag(word: str) -> Action:
 
 @dataclass(frozen=True, kw_only=True)
 class _Groups:
-    """The groups of files that there are, each a folder of choices."""
+    """The existing groups of files, each a folder of choices."""
 
     folders: Sequence[Path]
     chosen: set[str]
-    """Those of which something is chosen already, so that a choice replaces another."""
+    """The groups that have a choice already, so that another choice replaces it."""
 
     def has(self, group: str) -> bool:
         return _is_group(group, self.folders)
 
     def plus(self, group: str, given: str) -> str:
-        """Returns what a choice begins with: `model=x` and `+model=x` mean the same to a user."""
+        """Returns the prefix of a choice: `model=x` and `+model=x` mean the same to a user."""
         return given.removeprefix("+") if group in self.chosen else given or "+"
 
 
@@ -273,14 +272,14 @@ def _is_group(group: str, folders: Sequence[Path]) -> bool:
 
 
 def _choices(override: str, folders: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
-    """Yields the group that an override chooses of, and what."""
+    """Yields each override's group and choice."""
     found = _OVERRIDE.fullmatch(override)
     if found and _is_group(found[2], folders):
         yield found[2], [value.strip("'\"") for value in values_of(found[3])]
 
 
 def _for_hydra(word: str, tree: type[Any], *, groups: _Groups, swept: bool) -> str:
-    """Returns an override so that Hydra's grammar reads what was typed."""
+    """Returns an override in the form in which Hydra's grammar reads what was typed."""
     found = _OVERRIDE.fullmatch(word)
     if found is None or found[2].startswith(("hydra.", "hydra/")):
         return word
@@ -290,16 +289,16 @@ def _for_hydra(word: str, tree: type[Any], *, groups: _Groups, swept: bool) -> s
         several = not swept and len(values_of(text)) > 1  # Hydra refuses them
         value = text if several else _value(text, _CHOICES, swept=swept)
         return f"{groups.plus(group, plus)}{key}={value}"
-    kind = kind_at(tree, key)
+    kind = type_at(tree, key)
     if kind is None:
         return word
     parts = key.split(".")
     leading = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    dictionary = next((path for path in leading if is_dictionary(kind_at(tree, path))), None)
+    dictionary = next((path for path in leading if is_dictionary(type_at(tree, path))), None)
     value = _value(text, kind, swept=swept)
     if dictionary is None:
         return f"{plus}{key}={value}"
-    # Hydra takes keys that no file has with plusses only.
+    # Hydra requires a plus for keys that no file has.
     plus = plus or "++"
     names = key[len(dictionary) + 1 :].split(".") if key != dictionary else []
     if all(_NAME.fullmatch(name) for name in names):
@@ -312,11 +311,11 @@ def _for_hydra(word: str, tree: type[Any], *, groups: _Groups, swept: bool) -> s
 
 
 def _value(text: str, kind: Any, *, swept: bool = False) -> str:
-    """Returns the value of Hydra's grammar that is what a text means for a type."""
+    """Returns the value in Hydra's grammar that a text means for a type."""
     if swept and len(values := values_of(text)) > 1:
         return ",".join(_value(value, kind) for value in values)
-    if get_origin(bare(kind)) is list and text.startswith("[") and text.endswith("]"):
-        inside = get_args(bare(kind))[0]
+    if get_origin(without_none(kind)) is list and text.startswith("[") and text.endswith("]"):
+        inside = get_args(without_none(kind))[0]
         return f"[{','.join(_value(part.strip(), inside) for part in _cut(text[1:-1]))}]"
     if is_text(kind) or kind is _CHOICES:
         _require_reference(text)
@@ -329,7 +328,7 @@ def _value(text: str, kind: Any, *, swept: bool = False) -> str:
 
 
 def _require_reference(text: str) -> None:
-    """Raises CommandLineError where `${` begins nothing that can be filled in."""
+    """Raises CommandLineError if a `${` begins no valid reference."""
     try:
         if "${" in text:
             parse(text)
@@ -342,7 +341,7 @@ def _require_reference(text: str) -> None:
 def _entry(text: str, kind: Any) -> str:
     """Returns one `key:value` of a dictionary."""
     name, colon, value = text.partition(":")
-    inside = kind_inside(kind, name.strip())
+    inside = entry_type(kind, name.strip())
     if not colon or inside is None:
         return text
     key = _key(name.strip()) if is_dictionary(kind) else name.strip()
@@ -350,7 +349,7 @@ def _entry(text: str, kind: Any) -> str:
 
 
 def _key(name: str) -> str:
-    """Returns a name of the user's own; CommandLineError where Hydra reads a number in it."""
+    """Returns a user-chosen name; raises CommandLineError if Hydra would read a number in it."""
     parsed = _parsed(f"x={{{name}:0}}")
     if parsed is None or [str(key) for key in parsed] != [name]:
         raise CommandLineError(
@@ -365,7 +364,7 @@ def _reads_as_itself(text: str) -> bool:
 
 
 def _parsed(override: str) -> Any:
-    """Returns the value that Hydra reads; None where it is several, or not of its grammar."""
+    """Returns the value that Hydra reads; None if it is several values, or not of its grammar."""
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
@@ -374,7 +373,7 @@ def _parsed(override: str) -> Any:
 
 
 def _cut(text: str) -> list[str]:
-    """Returns the parts between the commas that stand in no quotes and no brackets."""
+    """Returns the parts between commas that are outside quotes and brackets."""
     parts, depth, at = [""], 0, 0
     while at < len(text):
         quoted = _QUOTED.match(text, at) if not parts[-1].strip() or depth else None

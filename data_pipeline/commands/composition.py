@@ -1,8 +1,8 @@
-"""What Hydra may do with a configuration: compose it, and nothing that a file names by itself.
+"""Restricts Hydra to composing: nothing is run because a configuration names it.
 
-Hydra makes objects of whatever classes stand below `hydra.callbacks`, and logging's `dictConfig`
-calls whatever a logging configuration names. A file of somebody else's, an experiment for one, can
-bring both. So each composed configuration is looked through before Hydra acts on it.
+Hydra instantiates the classes below `hydra.callbacks`, and logging's `dictConfig` calls what a
+logging configuration names. A third-party file, such as an experiment, can contain both. So each
+composed configuration is checked before Hydra acts on it.
 """
 
 import sys
@@ -26,14 +26,14 @@ def only_compose(
     plugins: Mapping[str, tuple[str, ...]] = PLUGINS,
     complete: Callable[[DictConfig], None] = lambda config: None,
 ) -> None:
-    """Has Hydra refuse, from now on in this process, configurations that name what is to be run.
+    """Makes Hydra refuse, from now on in this process, configurations that name code to run.
 
-    `plugins` are the classes that may stand there, by the setting that names them. `complete` may
-    add to a configuration before Hydra shows it or hands it on. Ends the process
-    where the command line would have it load a pickle, which can name anything. Else it raises
-    ConfigCompositionException where it composes one: for a run, a sweep and each of its trials.
+    `plugins` are the classes that are allowed, by the setting that names them. `complete` may add
+    to a configuration before Hydra shows it or passes it on. Ends the process if the command line
+    would load a pickle, which can name anything. Otherwise composing such a configuration raises
+    ConfigCompositionException: for a run, a sweep and each of its trials.
     """
-    # Its beginning is enough for Hydra, and no other option of it begins so.
+    # Hydra accepts a prefix, and no other option begins like it.
     if any(word.startswith("--e") for word in sys.argv):
         print("--experimental-rerun: it would load a pickle: give the settings", file=sys.stderr)
         raise SystemExit(2)
@@ -51,7 +51,7 @@ def only_compose(
 
 
 def require_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] = PLUGINS) -> None:
-    """Raises ConfigCompositionException for a configuration by which something would be run."""
+    """Raises ConfigCompositionException for a configuration that would run something."""
     plain = OmegaConf.to_container(config, resolve=False)
     for path, key, value in _entries(plain):
         at = f"{path}.{key}".lstrip(".")
@@ -62,7 +62,7 @@ def require_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] 
             known = " or ".join(plugins.get(at, ()))
             raise ConfigCompositionException(
                 f"{at}={value}: nothing is run because a configuration names it"
-                + (f"; only {known} may stand there" if known else ": leave it out")
+                + (f"; only {known} are allowed there" if known else ": leave it out")
             )
     if OmegaConf.select(config, "hydra.job.env_set"):
         raise ConfigCompositionException(
@@ -74,14 +74,14 @@ def require_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] 
 def _is_plain_logging(key: str, value: Any) -> bool:
     if key == "class":
         return value in _LOG_CLASSES
-    # Of other texts, logging looks up what begins like this.
+    # Logging looks up other texts that begin like this.
     return not (isinstance(value, str) and value.startswith(("ext://", "cfg://"))) or (
         value in _LOG_STREAMS
     )
 
 
 def _entries(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yields every entry of nested dictionaries and lists: where it stands, its key, its value."""
+    """Yields the path, key and value of every entry of nested dictionaries and lists."""
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield path, str(key), value

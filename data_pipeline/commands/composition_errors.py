@@ -1,7 +1,7 @@
-"""What a user is told of a command line, or a file, from which Hydra can compose nothing.
+"""Errors for a command line, or a file, that Hydra can't compose.
 
-Owns the reading of Hydra's and OmegaConf's errors: one message with the setting, the file where
-there is one, and the form that would do.
+Owns reading Hydra's and OmegaConf's errors: one message with the setting, its file if any, and a
+form that works.
 """
 
 import re
@@ -20,28 +20,28 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from data_pipeline.commands.command_line import CommandLine, CommandLineError, explained
 from data_pipeline.commands.settings_files import SettingsFileError, SettingsFiles
 from data_pipeline.commands.settings_tree import (
-    bare,
     did_you_mean,
     is_text,
-    kind_at,
     names_in,
     nearest,
+    type_at,
+    without_none,
 )
 from data_pipeline.commands.shell import text_setting, unquoted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Complaint:
-    """What is said of a command line or a file from which nothing can be composed."""
+class CompositionMessage:
+    """The error message for a command line or a file that can't be composed."""
 
     tree: type[Any]
     line: CommandLine
     files: SettingsFiles
     unknown: Callable[[str], str] | None = None
-    """What is said of a setting that there isn't."""
+    """The error message for an unknown setting."""
 
     def about(self, error: BaseException) -> str:
-        """Returns Hydra's chain of errors as one message of ours."""
+        """Returns Hydra's chain of errors as one message."""
         chain = [error]
         while following := chain[-1].__cause__ or _inside(chain[-1]):
             chain.append(following)
@@ -75,7 +75,7 @@ class Complaint:
 
     def _several(self, override: str) -> str:
         key, _, text = override.lstrip("+").partition("=")
-        if get_origin(bare(kind_at(self.tree, key))) in (list, tuple):
+        if get_origin(without_none(type_at(self.tree, key))) in (list, tuple):
             one = f"must be a list: type '{key}=[{text}]'"
         else:
             one = "must be one value"
@@ -94,7 +94,7 @@ class Complaint:
         return f"{where}{said}: there is no such file: {name}.yaml of {group or 'the files'}"
 
     def _misnamed(self, name: str) -> Path | None:
-        """Returns the file that was meant by a name, and has an ending that Hydra doesn't read."""
+        """Returns the file that a name meant, whose extension Hydra doesn't read."""
         roots = {file.path.parents[known.count("/")] for known, file in self.files.read.items()}
         roots |= {self.line.config_dir} if self.line.config_dir else set()
         paths = (root / f"{name}.yml" for root in sorted(roots))
@@ -109,7 +109,7 @@ class Complaint:
         return f"{path}={value}: {no_group(path, value, config_dir=self.line.config_dir)}"
 
     def _no_reference(self, key: str, name: str) -> str:
-        """Returns what to say of `${name}` where there is nothing of that name."""
+        """Returns the error for `${name}` without a setting of that name."""
         reference, close = f"${{{name}}}", did_you_mean(name, self.tree)
         said = f"there is no such setting as {name}{close}"
         given = (self._typed(o).lstrip("+").partition("=") for o in self.line.overrides)
@@ -117,7 +117,7 @@ class Complaint:
         if typed is None or (key and typed[0] != key):
             return f"{key}={reference}: {said}" if key else f"{reference}: {said}"
         is_one = not self.line.is_sweep or "," not in typed[1]
-        if is_one and is_text(kind_at(self.tree, typed[0])):
+        if is_one and is_text(type_at(self.tree, typed[0])):
             said += (
                 f"; for these signs themselves type {text_setting(typed[0], unquoted(typed[1]))}"
             )
@@ -150,7 +150,7 @@ class Complaint:
 
 
 def no_group(group: str, choice: str, *, config_dir: Path | None) -> str:
-    """Returns what to say of a choice of neither a setting nor a group of files."""
+    """Returns the error for a choice that is neither of a setting nor of a group of files."""
     said = f"there is no such setting, and no group of files {group!r}"
     if config_dir:
         return f"{said}: {config_dir} has no folder of that name"
@@ -158,12 +158,12 @@ def no_group(group: str, choice: str, *, config_dir: Path | None) -> str:
 
 
 def _quoted(reason: str) -> str:
-    """Returns the value that a reason begins with: `Value 'maybe' is …`."""
+    """Returns the value at the beginning of a reason: `Value 'maybe' is …`."""
     return reason.partition("'")[2].rpartition("'")[0]
 
 
 def _inside(error: BaseException) -> BaseException | None:
-    """Returns the error that Hydra says no more of than its name."""
+    """Returns the error of which Hydra gives only the name."""
     context = error.__context__
     is_hidden = isinstance(error, ConfigCompositionException) and " raised while" in str(error)
     return context if is_hidden and isinstance(context, OmegaConfBaseException) else None

@@ -1,4 +1,4 @@
-"""Parts of Hydra that it doesn't promise to keep: used here alone, and watched by a test."""
+"""Private parts of Hydra: used only here, and checked by a test."""
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.sources_registry import SourcesRegistry

@@ -1,8 +1,8 @@
-"""YAML files of settings: read by the types of the settings, and their mistakes by file and line.
+"""YAML files of settings: read by the types of the settings, with errors by file and line.
 
-A file is what Hydra composes: of a group, an experiment, a `--config-dir`. Owns what it says of a
-key that there isn't, of YAML that is none, and that a text is the text that stands there (`1.10`
-isn't 1.1). Leaves composing to Hydra.
+A file is what Hydra composes: of a group, an experiment, a `--config-dir`. Owns the errors for
+unknown keys and invalid YAML, and that a text is the text as written (`1.10` isn't 1.1). Leaves
+composing to Hydra.
 """
 
 import re
@@ -24,14 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.commands.hydra_private import ConfigLoaderImpl, SourcesRegistry
 from data_pipeline.commands.settings_tree import (
-    bare,
     did_you_mean,
+    entry_type,
     is_dictionary,
     is_text,
-    kind_at,
-    kind_inside,
     may_be_null,
     names_in,
+    type_at,
+    without_none,
 )
 
 GLOBAL = "# @package _global_"
@@ -45,14 +45,14 @@ class SettingsFileError(ConfigCompositionException):
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsFile:
-    """One file, read but not yet understood."""
+    """One file, parsed but not yet interpreted."""
 
     path: Path
     header: dict[str, str | None]
     root: yaml.Node | None
 
     def values(self, kind: Any) -> Any:
-        """Returns what the file says, for a place in the tree of this type (None: of no type)."""
+        """Returns the file's content for a place in the tree with this type (None: no type)."""
         loader = get_yaml_loader()("")
         try:
             return None if self.root is None else loader.construct_document(_typed(self.root, kind))
@@ -65,7 +65,7 @@ class SettingsFile:
         return found if isinstance(found, list) else []
 
     def lines(self) -> Iterator[tuple[tuple[str, ...], int, yaml.Node]]:
-        """Yields every key, with those that it is in, the line it stands in, and its value."""
+        """Yields every key with its parent keys, its line, and its value."""
         yield from _lines(self.root, ())
 
 
@@ -75,12 +75,12 @@ class SettingsFiles:
 
     tree: Any
     read: dict[str, SettingsFile] = field(default_factory=dict)
-    """By the name that Hydra has for each: `experiment/mine`."""
+    """By Hydra's name of each: `experiment/mine`."""
     packages: dict[str, str] = field(default_factory=dict)
-    """Where in the tree each file's settings are put."""
+    """Where in the tree each file's settings belong."""
 
     def compose(self, entry: Callable[[], Any]) -> None:
-        """Calls Hydra; its own errors of composing are HydraException or OmegaConf's."""
+        """Calls Hydra; Hydra's own composition errors are HydraException or OmegaConf's."""
         try:
             with self._composing():
                 entry()
@@ -93,8 +93,8 @@ class SettingsFiles:
 
     @contextmanager
     def _composing(self) -> Iterator[None]:
-        """Has Hydra, while the context lasts, read files through this."""
-        Plugins.instance()  # registers the class that reads files, a copy of the module's own
+        """Makes Hydra read files through this object within the context."""
+        Plugins.instance()  # registers the class that reads files, a copy of the module's
         reader: Any = SourcesRegistry.instance().resolve("file")
         load, place = reader.load_config, ConfigLoaderImpl._load_single_config
 
@@ -113,7 +113,7 @@ class SettingsFiles:
             if file := self.read.get(name):
                 self.packages[name] = package = default.package or ""
                 self._require_known(file, package)
-                values = file.values(kind_at(self.tree, package)) or {}
+                values = file.values(type_at(self.tree, package)) or {}
                 values.pop("defaults", None)
                 repo.load_config(default.config_path).config = OmegaConf.create(values)
             return place(loader, default, repo)
@@ -127,7 +127,7 @@ class SettingsFiles:
             ConfigLoaderImpl._load_single_config = place  # type: ignore[method-assign]
 
     def place_of(self, name: str, key: str) -> str:
-        """Returns where a file of Hydra's name has a key: its path and the line."""
+        """Returns the path and line of a key in the file with Hydra's name."""
         file, package = self.read.get(name), self.packages.get(name, "")
         if file is None:
             return name
@@ -135,7 +135,7 @@ class SettingsFiles:
         return f"{file.path}, line {lines[key]}" if key in lines else str(file.path)
 
     def line_with(self, text: str) -> str:
-        """Returns the path and the line of the value that has a text in it; empty for none."""
+        """Returns the path and line of the value that contains a text; empty for none."""
         for file in self.read.values():
             for _, line, node in file.lines():
                 if not isinstance(node, yaml.MappingNode) and text in yaml.serialize(node):
@@ -143,13 +143,13 @@ class SettingsFiles:
         return ""
 
     def _require_known(self, file: SettingsFile, package: str) -> None:
-        """Raises SettingsFileError for the first key of a file that the tree hasn't.
+        """Raises SettingsFileError for the first key of a file that the tree lacks.
 
-        Also for one value where there are settings to be set.
+        Also for a single value where there are settings to set.
         """
         if package.partition(".")[0] == "hydra":
             return
-        if kind_at(self.tree, package) is None:
+        if type_at(self.tree, package) is None:
             raise SettingsFileError(
                 f"{file.path}: its settings would be those of {package!r}, which there are none "
                 f"of: a file of settings of several groups begins with the line {GLOBAL}"
@@ -158,25 +158,25 @@ class SettingsFiles:
             if path[0] in ("defaults", "hydra"):
                 continue
             key = ".".join([package, *path]).lstrip(".")
-            known = names_in(kind_at(self.tree, key.removesuffix(path[-1]).rstrip(".")))
+            known = names_in(type_at(self.tree, key.removesuffix(path[-1]).rstrip(".")))
             if known and path[-1] not in known:
                 raise SettingsFileError(
                     f"{file.path}, line {line}: {self._unknown(key, path, package)}"
                 )
-            if reason := _no_settings(key, node, kind_at(self.tree, key)):
+            if reason := _no_settings(key, node, type_at(self.tree, key)):
                 raise SettingsFileError(f"{file.path}, line {line}: {reason}")
 
     def _unknown(self, key: str, path: tuple[str, ...], package: str) -> str:
-        if "." in path[-1] and kind_at(self.tree, key):
+        if "." in path[-1] and type_at(self.tree, key):
             nested = path[-1].replace(".", ": {") + ": …" + "}" * path[-1].count(".")
             return f"{key}: a path is for the command line: write {nested} in a file"
-        if package and kind_at(self.tree, ".".join(path)):
+        if package and type_at(self.tree, ".".join(path)):
             at = ".".join(path)
             return f"{key}: there is no such setting: to set {at}, begin the file with {GLOBAL}"
         return f"{key}: there is no such setting{did_you_mean(key, self.tree)}"
 
     def _circle(self) -> str:
-        """Returns what to say of files whose defaults lead back to themselves."""
+        """Returns the error for files whose defaults form a cycle."""
         leads_to = {n: [to for _, to in _defaults(n, file)] for n, file in self.read.items()}
         for name, file in self.read.items():
             if circle := _way_back(name, leads_to):
@@ -187,7 +187,7 @@ class SettingsFiles:
         for name, file in self.read.items():
             group, _, chosen = name.rpartition("/")
             for of, other in _defaults(name, file):
-                if group and of == group:  # what is chosen already stands for any other choice
+                if group and of == group:  # an existing choice replaces any other
                     return (
                         f"{file.path}: its defaults lead back to itself: {group}={chosen} is "
                         f"chosen, and takes the place of its /{group}: "
@@ -198,10 +198,12 @@ class SettingsFiles:
 
 
 def read_settings_file(folder: Path, name: str) -> SettingsFile:
-    """Returns a file of a folder; SettingsFileError where it isn't YAML."""
+    """Returns a file of a folder; raises SettingsFileError if it isn't YAML."""
     path = _shown((folder / f"{name.removesuffix('.yaml')}.yaml").absolute())
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with the mark that some editors put first
+        text = path.read_text(
+            encoding="utf-8-sig"
+        )  # with the byte order mark that some editors write
     except FileNotFoundError as error:
         raise ConfigLoadError(f"Config not found : {path}") from error
     except UnicodeDecodeError as error:
@@ -224,7 +226,7 @@ def read_settings_file(folder: Path, name: str) -> SettingsFile:
 
 
 def _header(text: str) -> str:
-    """Returns the lines about the file itself, which may stand below a comment."""
+    """Returns the header lines of a file, which may stand below a comment."""
     comments = takewhile(lambda line: line.strip()[:1] in ("", "#"), text.splitlines())
     return "\n".join(line for line in comments if re.match(r"\s*#\s*@", line))
 
@@ -232,9 +234,9 @@ def _header(text: str) -> str:
 def groups_in_defaults(
     name: str, folders: Sequence[Path], given: Mapping[str, Sequence[str]]
 ) -> set[str]:
-    """Returns the groups that a file, with all the files that it leads to, has a choice of.
+    """Returns the groups of which a file, with all files it includes, has a choice.
 
-    `given` are the choices of a command line, which take the place of those in files.
+    `given` are the choices of a command line, which replace those in files.
     """
     choices = {group: list(chosen) for group, chosen in given.items()}
     groups = set[str]()
@@ -243,7 +245,7 @@ def groups_in_defaults(
         folder = next((f for f in folders if (f / f"{one}.yaml").is_file()), None)
         if folder is None:
             continue
-        with suppress(SettingsFileError):  # it says so where it is composed
+        with suppress(SettingsFileError):  # composing reports it
             for group, path in _defaults(one, read_settings_file(folder, one)):
                 if group:
                     groups.add(group)
@@ -254,39 +256,39 @@ def groups_in_defaults(
 
 
 def _filled(path: str, choices: Mapping[str, Sequence[str]]) -> list[str]:
-    """Returns the files that a path stands for, which may have the choice of a group in it."""
+    """Returns the files that a path stands for; it may contain a group's choice."""
     if found := re.search(r"\$\{(\w+)\}", path):
         return [path.replace(found[0], choice) for choice in choices.get(found[1], ())]
     return [path]
 
 
 def _shown(path: Path) -> Path:
-    """Returns a path as a user in the working directory would give it."""
+    """Returns a path relative to the working directory, as a user would type it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _typed(node: yaml.Node, kind: Any) -> yaml.Node:
-    """Returns a node in which a value stands for the text it is written as, where it is a text."""
+    """Returns a node in which a text setting keeps the text as written."""
     if isinstance(node, yaml.ScalarNode):
         is_number = node.tag not in (_STR, _NULL) and node.style is None and is_text(kind)
         return yaml.ScalarNode(_STR, node.value, node.start_mark) if is_number else node
     if isinstance(node, yaml.MappingNode):
         pairs = []
         for key, value in node.value:
-            inside = kind_inside(kind, str(key.value))
+            inside = entry_type(kind, str(key.value))
             new_key = _typed(key, str) if is_dictionary(kind) else key
             if key.value == "defaults" and inside is None:
                 inside = list[dict[str, str]]  # choices of groups, which are names of files
             pairs.append((new_key, _typed(value, inside)))
         return yaml.MappingNode(node.tag, pairs, node.start_mark)
-    if isinstance(node, yaml.SequenceNode) and get_origin(bare(kind)) is list:
-        inside = get_args(bare(kind))[0]
+    if isinstance(node, yaml.SequenceNode) and get_origin(without_none(kind)) is list:
+        inside = get_args(without_none(kind))[0]
         return yaml.SequenceNode(node.tag, [_typed(v, inside) for v in node.value], node.start_mark)
     return node
 
 
 def _no_settings(key: str, node: yaml.Node, kind: Any) -> str:
-    """Returns what to say of one value where the type has settings; empty where all is well."""
+    """Returns the error for a single value where the type has settings; empty if it is valid."""
     if not names_in(kind) or isinstance(node, yaml.MappingNode):
         return ""
     if isinstance(node, yaml.ScalarNode):
@@ -322,9 +324,9 @@ def _said(path: Path, error: yaml.YAMLError) -> str:
 
 
 def _defaults(name: str, file: SettingsFile) -> Iterator[tuple[str, str]]:
-    """Yields the names of the files that a file's defaults lead to, each with the group it is of.
+    """Yields the names of the files in a file's defaults, each with its group.
 
-    The group is empty where the file itself is named, which no choice can replace.
+    The group is empty if the file itself is named, which no choice can replace.
     """
     beside = PurePosixPath(name).parent
     for entry in file.defaults():
@@ -337,7 +339,7 @@ def _defaults(name: str, file: SettingsFile) -> Iterator[tuple[str, str]]:
 
 
 def _way_back(start: str, leads_to: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """Returns the way from a file back to itself."""
+    """Returns the cycle from a file back to itself."""
     ways = [[start]]
     seen = set[str]()
     while ways:

@@ -1,6 +1,6 @@
-"""A tree of settings' dataclasses, by path: what kind a setting has, and what else there is.
+"""A tree of settings dataclasses, by path: each setting's type, and the existing names.
 
-Owns the question, for command lines and files alike. Leaves values to their readers.
+Owns these questions for command lines and files alike. Leaves values to their readers.
 """
 
 import difflib
@@ -13,17 +13,17 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
-def kind_at(tree: Any, path: str) -> Any:
-    """Returns the type of the setting at `a.b.c`, None where there is none."""
+def type_at(tree: Any, path: str) -> Any:
+    """Returns the type of the setting at `a.b.c`, None if there is none."""
     kind = tree
     for part in path.split(".") if path else ():
-        kind = kind_inside(kind, part)
+        kind = entry_type(kind, part)
     return kind
 
 
-def kind_inside(kind: Any, part: str) -> Any:
+def entry_type(kind: Any, part: str) -> Any:
     """Returns the type of one entry of settings, a dictionary or a list; None if it has none."""
-    kind = bare(kind)
+    kind = without_none(kind)
     if is_settings(kind):
         return _kinds(kind).get(part)
     origin, inner = get_origin(kind), get_args(kind)
@@ -33,19 +33,19 @@ def kind_inside(kind: Any, part: str) -> Any:
 
 
 def names_in(kind: Any) -> list[str]:
-    """Returns the settings of a part of the tree; none where it has names of the user's own."""
-    kind = bare(kind)
+    """Returns the settings of a part of the tree; none if its names are the user's."""
+    kind = without_none(kind)
     return list(_kinds(kind)) if is_settings(kind) else []
 
 
-def spelt(field: str) -> str:
-    """Returns the setting that a field stands for: `from` for `from_`, a word of Python's own."""
+def setting_name(field: str) -> str:
+    """Returns the setting of a field: `from` for `from_`, a Python keyword."""
     word = field.removesuffix("_")
     return word if keyword.iskeyword(word) else field
 
 
-def bare(kind: Any) -> Any:
-    """Returns a type without the None that it may be."""
+def without_none(kind: Any) -> Any:
+    """Returns a type without its optional None."""
     if get_origin(kind) in (Union, UnionType):
         others = [one for one in get_args(kind) if one is not NoneType]
         return others[0] if len(others) == 1 else kind
@@ -58,51 +58,51 @@ def may_be_null(kind: Any) -> bool:
 
 
 def is_settings(kind: Any) -> bool:
-    """Returns whether a type is a part of a tree, made of settings itself."""
+    """Returns whether a type is a part of a tree, with settings of its own."""
     return is_dataclass(kind)
 
 
 def is_text(kind: Any) -> bool:
-    """Returns whether a setting of the type is a text, one of several words among them."""
-    kind = bare(kind)
+    """Returns whether a setting of the type is a text, including a choice of words."""
+    kind = without_none(kind)
     return isinstance(kind, type) and issubclass(kind, str | Enum)
 
 
 def is_dictionary(kind: Any) -> bool:
-    """Returns whether a setting of the type has names of the user's own in it."""
-    return get_origin(bare(kind)) is dict
+    """Returns whether a setting of the type has user-chosen names."""
+    return get_origin(without_none(kind)) is dict
 
 
 def did_you_mean(path: str, tree: Any) -> str:
-    """Returns what to say beside a setting that there isn't: the nearest one, or all there are."""
+    """Returns a suggestion for an unknown setting: the nearest name, or all names."""
     parent, _, name = path.rpartition(".")
-    known = names_in(kind_at(tree, parent))
+    known = names_in(type_at(tree, parent))
     elsewhere = [p for p in paths(tree) if p.rpartition(".")[2] == name and p != path]
     close = nearest(name, known) or nearest(elsewhere[0] if elsewhere else "", elsewhere)
     return close or (f"; there are {', '.join(known)}" if known else "")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` (did you mean 'x'?)` where a choice is close to the name, else an empty text."""
+    """Returns ` (did you mean 'x'?)` if a choice is close to the name, else an empty text."""
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def plain_reason(message: str) -> str:
-    """Returns what pydantic says of a value, in the words of all other messages."""
+    """Returns pydantic's error for a value, in the words of all other messages."""
     return message.removeprefix("Value error, ").replace("Input should ", "must ")
 
 
 def paths(tree: Any, *, inside: str = "") -> Iterator[str]:
-    """Yields the path of every setting of a tree, each part before what is in it."""
-    for name, kind in _kinds(bare(tree)).items():
+    """Yields the path of every setting of a tree, each part before its content."""
+    for name, kind in _kinds(without_none(tree)).items():
         path = f"{inside}.{name}".lstrip(".")
         yield path
-        if is_settings(bare(kind)):
+        if is_settings(without_none(kind)):
             yield from paths(kind, inside=path)
 
 
 @cache
 def _kinds(kind: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    return {spelt(known.name): hints[known.name] for known in fields(kind)}
+    return {setting_name(known.name): hints[known.name] for known in fields(kind)}

@@ -1,8 +1,7 @@
-"""Commands as messages print them: a shell and the command line read back what was meant.
+"""Quotes printed commands, so that a shell and the command line read back what was meant.
 
-Two readers stand between a printed command and a setting. The shell is served by `shlex`. The
-command line then takes the text of a setting as it stands, but for the few forms that mean
-something to it: these are put into quotes of their own.
+A printed command has two readers. `shlex` quotes for the shell. The command line then takes a text
+setting as it stands, except for a few forms with a meaning of their own: these get quotes.
 """
 
 import io
@@ -12,24 +11,25 @@ import sys
 from collections.abc import Iterable
 
 _SETTING = re.compile(r"([\w./@+-]+)=(.*)", re.ASCII | re.DOTALL)
-# Null, a text in quotes, a reference, and whatever `-m` would take for several values.
+# Null, a quoted text, a reference, and what `-m` would take for several values.
 _MEANS_SOMETHING = re.compile(r"null|(['\"]).*\1|.*\$\{.*", re.DOTALL)
 _MAY_BE_SEVERAL = re.compile(r".*,.*|\w+\(.*\)", re.DOTALL)
 
 
 def escape_output() -> None:
-    """Has standard output take any name, as standard error does: what isn't UTF-8 is escaped."""
+    """Makes standard output accept any name, as standard error does: what isn't UTF-8 is
+    escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def shell_command(words: Iterable[str]) -> str:
-    """Returns a command of these words, as a shell takes it."""
+    """Returns a command of these words, quoted for a shell."""
     return " ".join(map(shell_word, words))
 
 
 def shell_word(word: str) -> str:
-    """Returns one word as a shell takes it; of `key=value` only the value stands in quotes."""
+    """Returns one word quoted for a shell; of `key=value` only the value is quoted."""
     setting = _SETTING.fullmatch(word)
     if setting is None:
         return shlex.quote(word)
@@ -37,32 +37,32 @@ def shell_word(word: str) -> str:
 
 
 def text_setting(key: str, text: str, *, swept: bool = False) -> str:
-    """Returns the word that gives a setting a text, as a shell takes it: `run.name='essai été'`.
+    """Returns the word that sets a text, quoted for a shell: `run.name='essai été'`.
 
-    `swept` where `-m` may stand on the same line, to which a comma means several values.
+    `swept` if the same line may have `-m`, for which a comma separates values.
     """
     return shell_word(f"{key}={as_typed(text, swept=swept)}")
 
 
 def as_typed(text: str, *, swept: bool = False) -> str:
-    """Returns what is typed for a text: itself, or in quotes where it would mean something."""
+    """Returns what to type for a text: itself, or quoted if it would mean something else."""
     several = swept and _MAY_BE_SEVERAL.fullmatch(text)
     return quoted(text) if several or _MEANS_SOMETHING.fullmatch(text) else text
 
 
 def quoted(text: str) -> str:
-    """Returns a text in the quotes of Hydra's grammar, with nothing in it that means anything."""
+    """Returns a text quoted for Hydra's grammar, in which nothing has a meaning."""
     return quoted_as_is(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def quoted_as_is(text: str) -> str:
-    """Returns a text in the quotes of Hydra's grammar, of which only `${…}` keeps its meaning."""
+    """Returns a text quoted for Hydra's grammar, in which only `${…}` keeps its meaning."""
     # Of backslashes, the grammar reads only those before a quote, and the text's end is one.
     return '"' + re.sub(r'(\\*)("|\Z)', _escaped, text) + '"'
 
 
 def unquoted(text: str) -> str:
-    """Returns the text of a value that stands in such quotes; any other value as it is."""
+    """Returns the text inside such quotes; any other value as it is."""
     found = re.fullmatch(r'"(.*)"', text, re.DOTALL)
     if found is None:
         return text

@@ -1,7 +1,7 @@
-"""What a command prints, where nobody reads it any more: `… | head`.
+"""Output after its reader is gone: `… | head`.
 
-A reader that goes away is no reason to end the work, nor one for a traceback: what is printed from
-then on is thrown away, and the command ends with the code that it would have had.
+A reader that exits is no reason to end the work or to print a traceback: further output is
+discarded, and the command ends with its usual exit code.
 """
 
 import io
@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 
-def outlive_readers() -> None:
-    """Has standard output and standard error, where they are pipes, go on without a reader."""
+def ignore_broken_pipes() -> None:
+    """Makes standard output and standard error, if they are pipes, survive their reader."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # A test or a notebook has put something of its own there.
+        # A test or a notebook has replaced the stream.
         if stream is getattr(sys, f"__{name}__") and _is_pipe(stream):
             setattr(sys, name, persistent_stream(stream))
 
@@ -35,7 +35,7 @@ def persistent_stream(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 class _Pipe(io.FileIO):
-    """A pipe that leads nowhere once its reader is gone."""
+    """A pipe that discards output once its reader is gone."""
 
     def write(self, data: Any, /) -> int:
         try:

@@ -1,4 +1,4 @@
-"""The signals that ask a command to stop, after which the same command goes on."""
+"""The signals that request a stop, after which the same command resumes."""
 
 import errno
 import os
@@ -15,10 +15,10 @@ _WARNINGS = (signal.SIGUSR1, signal.SIGHUP)
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Returns the signals that ask for a stop: SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP.
+    """Returns the signals that request a stop: SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP.
 
-    SIGUSR1 is what `sbatch --signal=USR1@90` sends before the time is up, SIGHUP what comes of a
-    closed terminal. One that this process was started to ignore, as by `nohup`, stays ignored.
+    `sbatch --signal=USR1@90` sends SIGUSR1 before the time limit, a closed terminal sends SIGHUP. A
+    signal that this process was started to ignore, as by `nohup`, stays ignored.
     """
     heard = [s for s in _WARNINGS if signal.getsignal(s) is not signal.SIG_IGN]
     return [*INSISTENT, *heard]
@@ -28,7 +28,8 @@ def stop_signals() -> list[signal.Signals]:
 def signals_handled(
     signums: Iterable[int], handle: Callable[[int, FrameType | None], object]
 ) -> Iterator[None]:
-    """Has `handle` called for some signals while the context lasts, and then what was before."""
+    """Handles some signals with `handle` within the context, then restores the previous
+    handlers."""
     before = {signum: signal.signal(signum, handle) for signum in signums}
     try:
         yield
@@ -37,8 +38,8 @@ def signals_handled(
             signal.signal(signum, handler)
 
 
-def leave_terminal(signum: int) -> None:
-    """After SIGHUP, sends what is still said to a terminal nowhere: a closed one takes no more."""
+def detach_terminal(signum: int) -> None:
+    """After SIGHUP, discards further output to a terminal: a closed one accepts none."""
     if signum != signal.SIGHUP:
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

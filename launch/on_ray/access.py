@@ -1,9 +1,9 @@
-"""Who may give a Ray cluster commands: what is asked of a cluster, and how one is started here.
+"""Access to Ray clusters: what is required of a cluster, and how one is started here.
 
-Whoever may talk to a Ray cluster runs any code on it (CVE-2023-48022). So a cluster that other
-machines can reach must want a token, which is found out by asking without one: a client that sends
-a token can't see whether anybody looks at it. One that is started here listens on loopback only,
-and wants a token of its own, for a machine may have other users.
+Whoever may talk to a Ray cluster can run any code on it (CVE-2023-48022). So a cluster that other
+machines can reach must require a token. That is tested by asking without one, because a client that
+sends a token can't see whether it is checked. A cluster that is started here listens on loopback
+only, and requires its own token, because the machine may have other users.
 """
 
 import ipaddress
@@ -29,7 +29,7 @@ from moetrain.checks import ConfigError
 
 ANSWER_TIMEOUT_SECONDS = 10.0
 CLIENT = "ray://"
-# Questions that ask for nothing: an empty message is a whole request.
+# Harmless requests: an empty message is a complete one.
 _GCS_QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CLIENT_QUESTION = "/ray.rpc.RayletDriver/ClusterInfo"
 
@@ -40,7 +40,7 @@ START_WITH_TOKEN = (
 
 
 def running_cluster() -> str | None:
-    """Returns the address of the cluster that `ray start` has made this machine a node of, if any.
+    """Returns the address of the cluster that `ray start` made this machine a node of, if any.
 
     Ray's own `auto` also finds the private Ray of any other program on the machine, and a cluster
     that ended without `ray stop`.
@@ -57,11 +57,11 @@ def running_cluster() -> str | None:
 
 
 def require_access(address: str, *, allow_unauthenticated: bool) -> str:
-    """Returns the address at which a cluster really is, once it is one that may be used.
+    """Returns a cluster's real address, once the cluster is known to be usable.
 
-    Takes what Ray takes: host:port, ray://host:port, or `auto` for RAY_ADDRESS or a cluster that
-    runs on this machine. Raises ConfigError where the cluster wants no token and other machines
-    can reach it, or wants another token than the one in reach here; OSError where none answers.
+    Takes what Ray takes: host:port, ray://host:port, or `auto` for RAY_ADDRESS or a cluster on this
+    machine. Raises ConfigError if the cluster requires no token and other machines can reach it, or
+    rejects this machine's token; OSError if none answers.
     """
     given = address
     if address == "auto":
@@ -72,13 +72,13 @@ def require_access(address: str, *, allow_unauthenticated: bool) -> str:
     question = _CLIENT_QUESTION if address.startswith(CLIENT) else _GCS_QUESTION
     target = address.removeprefix(CLIENT)
     if _accepts(target, question, token=None):
-        # A loopback ray:// is a tunnel, or the door of a cluster that listens elsewhere as well.
+        # A loopback ray:// is a tunnel, or the port of a cluster that also listens elsewhere.
         alone = is_loopback(target) and not address.startswith(CLIENT)
         if not alone and not allow_unauthenticated:
             raise ConfigError(
                 "launch.address",
                 _named(given, address),
-                "this Ray cluster takes commands from anybody who reaches that port, and runs any "
+                "this Ray cluster accepts commands from anybody who reaches that port and runs any "
                 f"code for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or "
                 "insist with launch.allow_unauthenticated=true",
             )
@@ -89,14 +89,14 @@ def require_access(address: str, *, allow_unauthenticated: bool) -> str:
         raise ConfigError(
             "launch.address",
             _named(given, address),
-            "this Ray cluster wants a token, and none is in reach: set RAY_AUTH_TOKEN or "
+            "this Ray cluster requires a token, and none is set here: set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH, or copy the cluster's ~/.ray/auth_token here",
         )
     if not _accepts(target, question, token=tokens.get_raw_token(ignore_auth_mode=True)):
         raise ConfigError(
             "launch.address",
             _named(given, address),
-            "this Ray cluster doesn't take the token that is in reach here (RAY_AUTH_TOKEN, else "
+            "this Ray cluster rejects the token that is set here (RAY_AUTH_TOKEN, else "
             "the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token): use the cluster's own",
         )
     send_tokens()
@@ -105,10 +105,11 @@ def require_access(address: str, *, allow_unauthenticated: bool) -> str:
 
 @contextmanager
 def only_this_user() -> Iterator[None]:
-    """While it lasts, a Ray that is started here listens on loopback and wants a token of its own.
+    """Within the context, a Ray that is started here listens on loopback and requires its own
+    token.
 
-    The token stands in a file that only this user can read, not in the environment, of which
-    every rank has a copy. Ray's own, ~/.ray/auth_token, can be read by other users.
+    The token is in a file that only this user can read, not in the environment, which every rank
+    copies. Ray's own file, ~/.ray/auth_token, can be read by other users.
     """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     before = {name: os.environ.pop(name, None) for name in names}
@@ -131,7 +132,8 @@ def only_this_user() -> Iterator[None]:
 
 
 def _accepts(target: str, question: str, *, token: str | None) -> bool:
-    """Returns whether a cluster answers, with a token or without; OSError where nothing answers."""
+    """Returns whether a cluster answers, with or without a token; raises OSError if nothing
+    answers."""
     metadata = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary(question)
@@ -140,7 +142,7 @@ def _accepts(target: str, question: str, *, token: str | None) -> bool:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 return False
-            if error.code() == grpc.StatusCode.NOT_FOUND:  # it was let through to an empty question
+            if error.code() == grpc.StatusCode.NOT_FOUND:  # the empty request was authorised
                 return True
             raise ConnectionError(
                 f"{target} doesn't answer as Ray does ({error.code().name}: {error.details()})"
@@ -149,7 +151,7 @@ def _accepts(target: str, question: str, *, token: str | None) -> bool:
 
 
 def is_loopback(target: str) -> bool:
-    """Returns whether host:port can be reached from this machine only."""
+    """Returns whether host:port is reachable from this machine only."""
     host = target.rpartition(":")[0].strip("[]")
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
@@ -159,9 +161,9 @@ def is_loopback(target: str) -> bool:
 
 
 def real_address(address: str, *, named: str) -> str:
-    """Returns the address at which a cluster that is given by one really listens.
+    """Returns the address on which a given cluster really listens.
 
-    Raises ConfigError for what can be no cluster's address, OSError where nobody listens.
+    Raises ConfigError for what can't be a cluster's address, OSError if nothing listens.
     """
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if not host or "/" in host or not port.isdecimal():
@@ -174,10 +176,10 @@ def real_address(address: str, *, named: str) -> str:
             + ("; to a job server jobs go by `python -m launch.submit`" if job_server else ""),
         )
     if not address.startswith(CLIENT):
-        # Ray takes a loopback address for that of this machine in its network; so must we.
+        # Ray treats a loopback address as this machine's network address; so must we.
         address = canonicalize_bootstrap_address(address) or address
         host, _, port = address.rpartition(":")
-    # Without this a name that can't be resolved, or a port that drops packets, has gRPC try on.
+    # Otherwise gRPC keeps retrying unresolvable names and ports that drop packets.
     socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_SECONDS).close()
     return address
 
@@ -187,11 +189,11 @@ def _named(given: str, address: str) -> str:
 
 
 def send_tokens() -> None:
-    """Has Ray in this process, and in those that it starts, send the token with every call."""
+    """Makes Ray in this process, and in its children, send the token with every call."""
     os.environ["RAY_AUTH_MODE"] = "token"
     _read_again()
 
 
 def _read_again() -> None:
-    Config.initialize("")  # Ray has read the mode when it was imported
+    Config.initialize("")  # Ray read the mode when it was imported
     AuthenticationTokenLoader.instance().reset_cache()

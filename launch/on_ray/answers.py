@@ -1,4 +1,4 @@
-"""The answers of ranks: what came back of a call to an actor, and what it means where none did."""
+"""The answers of ranks: the result of a call to an actor, or the failure if there is none."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from launch.failure import Failure, classify
 from moetrain.kinds import FailureKind
 
 START_TIMEOUT_SECONDS = 120.0
-SUDDENLY = "died unexpectedly before finishing this task"  # Ray's word for a process that is gone
+SUDDENLY = "died unexpectedly before finishing this task"  # Ray's message for a lost process
 
 
 class WorkersLost(Exception):
-    """Ranks that ended, or didn't answer, before they began to train."""
+    """Ranks that ended, or didn't answer, before they started training."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)
@@ -41,15 +41,15 @@ def ask(
         if len(answers) < len(where) and time.monotonic() > deadline:
             late = sorted({where[r] for r in references if r not in answers})
             seconds = f"{START_TIMEOUT_SECONDS:.0f} s"
-            reason = f"no process of a rank within {seconds} on {', '.join(late)}"
+            reason = f"no rank process within {seconds} on {', '.join(late)}"
             raise WorkersLost(Failure(kind=FailureKind.died, reason=reason, node=late[0]))
     return [answers[reference] for reference in references]
 
 
 def answered(references: list[Any], *, timeout: float, wait_for_all: bool = False) -> list[Any]:
-    """Returns those of the references that have an answer or an error.
+    """Returns the references that have an answer or an error.
 
-    Waits for the first of them, or for all, but no longer than `timeout` seconds.
+    Waits for the first of them, or for all, at most `timeout` seconds.
     """
     if not references:
         return []
@@ -58,13 +58,13 @@ def answered(references: list[Any], *, timeout: float, wait_for_all: bool = Fals
 
 
 def answer(reference: Any) -> Any:
-    """Returns an answer; a Failure where the rank's process is gone."""
+    """Returns an answer, or a Failure if the rank's process is gone."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayActorError as error:
         preempted = bool(getattr(error, "preempted", False))
         if SUDDENLY in str(error) and not preempted:
-            reason = "its process ended suddenly: it was killed, or it crashed"
+            reason = "its process ended suddenly: it was killed or crashed"
             return Failure(kind=FailureKind.died, reason=reason)
         if "ModuleNotFoundError" in str(error):
             reason = str(error).strip().splitlines()[-1]
@@ -78,7 +78,7 @@ def answer(reference: Any) -> Any:
         return Failure(kind=FailureKind.memory, reason=_first_line(error))
     except ray.exceptions.RuntimeEnvSetupError as error:
         return Failure(kind=FailureKind.error, reason=_first_line(error))
-    except ray.exceptions.RayTaskError as error:  # an exception of ours, on the other side
+    except ray.exceptions.RayTaskError as error:  # an exception raised by our code on the rank
         return classify(error.cause if isinstance(error.cause, Exception) else error)
     except ray.exceptions.RayError as error:
         return Failure(kind=FailureKind.died, reason=_first_line(error))

@@ -1,4 +1,4 @@
-"""Ray, and only what the supervisor needs of it: nodes, reserved places, ranks, their answers."""
+"""The part of Ray that the supervisor needs: nodes, placement, ranks, their answers."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ from launch.failure import Failure
 from launch.on_ray.access import only_this_user, require_access
 from launch.on_ray.answers import WorkersLost, answer, answered, ask
 from launch.on_ray.node_agent import NodeAgent
-from launch.on_ray.private import SETUP_HOOK, draining_nodes, free_resources, own_signals
+from launch.on_ray.private import SETUP_HOOK, draining_nodes, free_resources, keep_signal_handlers
 from launch.on_ray.rank_actor import RankActor
 from launch.placement import Node, Share
 from moetrain.checks import ConfigError, require_no_secrets
@@ -37,11 +37,11 @@ UNREADY_SECONDS = 60.0
 LOOK_SECONDS = 2.0
 CLEAR_SECONDS = 5.0
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors by themselves, not through Ray
+LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors themselves, not through Ray
 
 
 class ClusterError(Exception):
-    """A cluster that can't be reached, or doesn't have what the run needs."""
+    """A cluster that can't be reached, or lacks what the run needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,17 @@ class Worker:
     node: Node
     pid: int
     place: Any
-    """The reserved place that the process lives in, and ends with."""
+    """The placement group of the process, which ends with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """What Ray's head node said of the cluster. Nodes are told by their ids."""
+    """The cluster's state from Ray's head node. Nodes are identified by their ids."""
 
     nodes: list[dict[str, Any]]
     free: dict[str, dict[str, float]]
     held: dict[str, int]
-    """The ranks that we held places for, which aren't free."""
+    """The ranks that we had reserved, which aren't free."""
     draining: set[str]
 
 
@@ -96,7 +96,7 @@ class RayCluster:
     ) -> "RayCluster":
         """Connects to the cluster at an address, or without one starts Ray on this machine.
 
-        Raises ConfigError for a cluster that other machines can reach and that wants no token,
+        Raises ConfigError for a cluster that other machines can reach and that requires no token,
         unless that is allowed. Ranks get the `environment`.
         """
         quiet: dict[str, Any] = {
@@ -104,12 +104,12 @@ class RayCluster:
             "log_to_driver": False,
             "ignore_reinit_error": True,
         }
-        environment = environment or Environment(shown={}, secret={})
-        if are_shadowed():  # Ray has its workers look into this folder first
-            shown = {SETUP_HOOK: "moetrain.own_packages.find_own_packages", **environment.shown}
-            environment = replace(environment, shown=shown)
+        environment = environment or Environment(public={}, secret={})
+        if are_shadowed():  # Ray's workers import from this folder first
+            public = {SETUP_HOOK: "moetrain.own_packages.find_own_packages", **environment.public}
+            environment = replace(environment, public=public)
         local = address in (None, "", "local")
-        with ExitStack() as closing, own_signals():
+        with ExitStack() as closing, keep_signal_handlers():
             try:
                 if not local:
                     assert address is not None
@@ -121,8 +121,8 @@ class RayCluster:
                 else:
                     closing.enter_context(only_this_user())
                     # The ranks' own connections stay on this machine, too.
-                    shown = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | dict(environment.shown)
-                    with reduced(replace(environment, shown=shown)):
+                    public = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | dict(environment.public)
+                    with reduced(replace(environment, public=public)):
                         ray.init(
                             address="local",
                             num_cpus=max(num_workers, os.cpu_count() or 1),
@@ -132,7 +132,7 @@ class RayCluster:
                         )
             except ConfigError:
                 raise
-            except Exception as error:  # Ray raises what it likes, Exception itself included
+            except Exception as error:  # Ray raises anything, even plain Exception
                 raise ClusterError(
                     f"launch.address={address or 'null'}: Ray can't be reached or started "
                     f"({redacted_text(str(error))})"
@@ -150,12 +150,13 @@ class RayCluster:
         return int(resources.get("GPU") or resources.get("CPU", 1))
 
     def has_gpus(self) -> bool:
-        """Returns whether any node had a GPU at the last `look`; the driver's own may have none."""
+        """Returns whether any node had a GPU at the last `look`; the driver's node may have
+        none."""
         return any(n["Alive"] and n["Resources"].get("GPU") for n in self._view.nodes)
 
     def nodes(self, *, on_gpu: bool) -> list[Node]:
-        """Returns the nodes that lived and weren't being drained at the last `look`, with the room
-        that we may use."""
+        """Returns the nodes that were alive and not draining at the last `look`, with the room that
+        we may use."""
         view, found = self._view, []
         for entry in view.nodes:
             node = entry["NodeID"]
@@ -170,49 +171,49 @@ class RayCluster:
         return found
 
     def draining(self) -> dict[str, str]:
-        """Returns the ids of the nodes that Ray was ever told to empty, and that it was."""
+        """Returns the ids of the nodes that have ever been drained in Ray."""
         return dict.fromkeys(self._view.draining, "Ray drains it")
 
     def look(self) -> None:
-        """Sees how the cluster is now, and tells an autoscaler what is wanted.
+        """Refreshes the cluster's state, and requests resources from an autoscaler.
 
-        From the first time on a thread does that again and again.
-        Ranks would end themselves if their supervisor waited for a head node that doesn't answer.
+        After the first call a thread repeats it. A supervisor that waited for an unresponsive head
+        node would let its ranks' leases expire.
         """
-        draining = self._view.draining  # Ray forgets it of those that are gone
-        with suppress(Exception):  # not public, and not worth a run
+        draining = self._view.draining  # Ray forgets draining nodes once they are gone
+        with suppress(Exception):  # not a public interface: no reason to fail a run
             draining = draining | draining_nodes()
         held = {node: share.num_ranks for node, (_, share) in list(self._reserved.items())}
         free = free_resources()
         self._view = _View(nodes=ray.nodes(), free=free, held=held, draining=draining)
-        self._tell_wanted()
+        self._request_resources()
         if self._over is None:
             over = self._over = threading.Event()
 
-            def keep_looking() -> None:
+            def keep_refreshing() -> None:
                 while not over.wait(LOOK_SECONDS):
-                    with suppress(Exception):  # the next look may do
+                    with suppress(Exception):  # the next look may succeed
                         self.look()
 
-            threading.Thread(target=keep_looking, name="cluster", daemon=True).start()
+            threading.Thread(target=keep_refreshing, name="cluster", daemon=True).start()
 
     def request(self, num_ranks: int, *, on_gpu: bool) -> None:
-        """Asks an autoscaler, where there is one, for room for so many ranks; 0: for no more.
+        """Requests room for so many ranks from an autoscaler, if there is one; 0: no more.
 
-        It hears of it at the next `look`.
+        The request is sent with the next `look`.
         """
         self._wanted = [_rank_resources(on_gpu)] * num_ranks
 
-    def _tell_wanted(self) -> None:
+    def _request_resources(self) -> None:
         if (wanted := self._wanted) != self._told_wanted:
             request_resources(bundles=wanted)
             self._told_wanted = wanted
 
     def reserve(self, shares: Sequence[Share], *, on_gpu: bool) -> bool:
-        """Holds the shares' places, and gives back all others; False where one isn't to be had.
+        """Reserves the shares' nodes and releases all others; False if one isn't available.
 
-        A node that didn't give its place is left alone for a while: it may be gone, and Ray not
-        know it yet.
+        A node that didn't grant its reservation is left alone for a while: it may be lost without
+        Ray knowing yet.
         """
         wanted = {share.node.id: share for share in shares}
         for node, (group, held) in list(self._reserved.items()):
@@ -237,12 +238,12 @@ class RayCluster:
         return ready
 
     def holds(self, worker: Worker) -> bool:
-        """Returns whether a process' place is still the reserved one."""
+        """Returns whether a process's reservation is still held."""
         held = self._reserved.get(worker.node.id)
         return held is not None and held[0] is worker.place
 
     def give_back(self) -> None:
-        """Gives all places back, with whatever runs there."""
+        """Releases all reservations, and ends what runs there."""
         for group, _ in self._reserved.values():
             remove_placement_group(group)
         self._reserved = {}
@@ -256,13 +257,14 @@ class RayCluster:
         log_dir: Path,
         interrupted: Callable[[], Failure | None],
     ) -> list[Worker]:
-        """Starts a process for each rank, or takes the survivor that had the rank on the same node.
+        """Starts a process for each rank, or reuses the survivor that had the rank on the same
+        node.
 
-        Raises WorkersLost where one of them dies, isn't there in time, or it is `interrupted`.
+        Raises WorkersLost if one of them dies, isn't ready in time, or it is `interrupted`.
         """
         idle = {(w.node.id, w.rank): w for w in survivors}
-        # Processes of a Ray that was started here begin with them anyhow, and sooner without.
-        env = {} if self._local else dict(self._environment.shown)
+        # Processes of a Ray started here have them already, and start faster without.
+        env = {} if self._local else dict(self._environment.public)
         started: list[tuple[Any, Node]] = []
         for share in shares:
             group, _ = self._reserved[share.node.id]
@@ -274,7 +276,7 @@ class RayCluster:
                 actor = RankActor.options(  # type: ignore[attr-defined]
                     num_cpus=1,
                     num_gpus=1 if on_gpu else 0,
-                    max_concurrency=4,  # training, and questions to it at the same time
+                    max_concurrency=4,  # training, and polls at the same time
                     runtime_env={"env_vars": env} if env else None,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group),
                 ).remote()
@@ -301,7 +303,7 @@ class RayCluster:
         ]
 
     def rendezvous(self, workers: list[Worker], interrupted: Callable[[], Failure | None]) -> str:
-        """Returns a fresh address on the first rank's node at which the ranks can meet."""
+        """Returns a new address on the first rank's node at which the ranks can meet."""
         first = workers[0]
         (port,) = ask([first.actor.free_port.remote()], [first.node.address], interrupted)
         return f"tcp://{first.node.address}:{port}"
@@ -315,7 +317,7 @@ class RayCluster:
         ).remote(warnings)
 
     def cleared(self, workers: Sequence[Worker]) -> list[Worker]:
-        """Returns those of idle processes that can be used for another attempt."""
+        """Returns the idle processes that can be reused for another attempt."""
         asked = {worker.actor.clear.remote(): worker for worker in workers}
         ready = answered(list(asked), timeout=CLEAR_SECONDS, wait_for_all=True)
         return [asked[r] for r in ready if answer(r) is True]
@@ -326,12 +328,12 @@ class RayCluster:
             ray.kill(worker.actor)
 
     def disconnect(self) -> None:
-        """Gives the places back, and ends Ray if it was started here."""
+        """Releases the reservations, and ends Ray if it was started here."""
         if self._over is not None:
             self._over.set()
         with suppress(Exception):  # the cluster may be gone
             self.request(0, on_gpu=False)
-            self._tell_wanted()
+            self._request_resources()
             self.give_back()
         ray.shutdown()
         self._closing.close()
@@ -341,6 +343,6 @@ def _rank_resources(on_gpu: bool) -> dict[str, float]:
     return {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
 
 
-# Sent to the nodes by its source, so that an agent needn't import what this package imports.
+# Sent as source, so that an agent needn't import what this package imports.
 ray.cloudpickle.register_pickle_by_value(launch.on_ray.node_agent)
 _Agent: Any = ray.remote(NodeAgent)

@@ -1,4 +1,4 @@
-"""What the supervisor wants to know of a node and its processes, asked on that node itself.
+"""The per-node monitor: answers the supervisor's questions about a node and its processes.
 
 Imports neither torch nor the rest of moetrain: an agent starts in a second and is never busy.
 """
@@ -23,9 +23,9 @@ METADATA_TIMEOUT_SECONDS = 2.0
 
 
 class NodeAgent:
-    """One node's eyes: its answer is the node's sign of life.
+    """A per-node monitor; its answer is the node's heartbeat.
 
-    `warnings` names whose metadata service tells that the node will be taken away.
+    `warnings` names the cloud whose metadata service warns of preemptions.
     """
 
     def __init__(self, warnings: str = "none") -> None:
@@ -41,14 +41,14 @@ class NodeAgent:
             time.sleep(WARNING_LOOK_SECONDS)
 
     def ping(self) -> str | None:
-        """Answers: with the warning that this node will be taken away, or None."""
+        """Returns the warning that this node will be preempted, or None."""
         return self._warning
 
     def stacks(self, pids: list[int]) -> dict[int, str]:
         """Returns what each process does: its state, and the Python stacks of all its threads.
 
-        Also of a process that is stopped, or that holds the interpreter's lock: they are read from
-        its memory. Where that isn't allowed, the text says so.
+        Stacks are read from memory, so also from a process that is stopped or holds the
+        interpreter's lock. If that isn't allowed, the text says so.
         """
         return {pid: f"{_state(pid)}\n{_stacks(pid)}" for pid in pids}
 
@@ -62,7 +62,7 @@ def aws_warning() -> str | None:
     lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     token = _request(f"{base}/latest/api/token", method="PUT", headers=lifetime)
     try:
-        return "EC2 will take this spot instance: " + _request(
+        return "EC2 will interrupt this spot instance: " + _request(
             f"{base}/latest/meta-data/spot/instance-action",
             headers={"X-aws-ec2-metadata-token": token},
         )
@@ -80,12 +80,12 @@ def gcp_warning() -> str | None:
     host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/preempted"
     taken = _request(url, headers={"Metadata-Flavor": "Google"}).strip().upper() == "TRUE"
-    return "Compute Engine will take this instance" if taken else None
+    return "Compute Engine will preempt this instance" if taken else None
 
 
 def _request(url: str, *, headers: dict[str, str], method: str = "GET") -> str:
     request = urllib.request.Request(url, headers=headers, method=method)
-    # The service is this machine's own: no proxy is asked.
+    # The service is local: bypass proxies.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=METADATA_TIMEOUT_SECONDS) as response:
         text: str = response.read().decode()

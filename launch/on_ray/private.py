@@ -1,4 +1,4 @@
-"""Parts of Ray that it doesn't promise to keep: used here alone, and watched by a test."""
+"""Private parts of Ray: used only here, and checked by a test."""
 
 import signal
 from collections.abc import Iterator
@@ -24,30 +24,31 @@ __all__ = [
     "find_bootstrap_address",
     "free_resources",
     "get_ray_address_from_environment",
+    "keep_signal_handlers",
     "on_loopback",
-    "own_signals",
 ]
 
 SETUP_HOOK: str = ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-"""The variable that names what Ray's workers call first."""
+"""The variable that names the setup hook of Ray's workers."""
 MOST_WORKING_DIR_BYTES: int = ray_constants.DASHBOARD_CLIENT_MAX_SIZE
 
 
 def draining_nodes() -> set[str]:
-    """Returns the ids of the nodes that Ray empties now."""
+    """Returns the ids of the nodes that Ray is draining."""
     client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
     return set(client.get_draining_nodes())
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Returns what each node has to give, by its id."""
+    """Returns each node's free resources, by its id."""
     free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
     return free
 
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Has a Ray that is started meanwhile listen on loopback, as Ray does on macOS and Windows."""
+    """Within the context, a Ray that is started listens on loopback, as Ray does on macOS and
+    Windows."""
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
@@ -56,13 +57,13 @@ def on_loopback() -> Iterator[None]:
 
 
 @contextmanager
-def own_signals() -> Iterator[None]:
-    """Keeps this process's own handlers of signals while Ray is started.
+def keep_signal_handlers() -> Iterator[None]:
+    """Keeps this process's signal handlers while Ray is started.
 
-    Ray first sets one for SIGTERM that ends the process at once, and then one below Python's, which
-    aborts it three seconds after it was called, by an alarm. What Ray starts meanwhile keeps the
-    mask of signals: a closed terminal and Slurm signal all processes of a run, and it ends with
-    its driver, which saves first.
+    Ray first sets a handler for SIGTERM that ends the process at once, and then one below Python's
+    that aborts it three seconds later, by an alarm. Ray's child processes keep the signal mask: a
+    closed terminal and Slurm signal all processes of a run, and Ray ends with its driver, which
+    checkpoints first.
     """
     utils: Any = ray._private.utils
     rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None

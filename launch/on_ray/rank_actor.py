@@ -1,4 +1,4 @@
-"""The process of one rank: an actor that trains in one thread and answers questions in others."""
+"""The process of one rank: an actor that trains in one thread and answers polls in others."""
 
 import ctypes
 import faulthandler
@@ -28,18 +28,18 @@ LEASE_LOOKS = 4  # a lease
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class RankActor:
-    """The process of one rank. Training runs in one of its threads; others answer questions."""
+    """The process of one rank. Training runs in one thread; others answer polls."""
 
     def __init__(self) -> None:
         self._control = Control()
 
     def prepare(self, log: str, *, address: str, is_alone: bool, environ: dict[str, str]) -> int:
-        """Makes the process ready for an attempt; returns its pid."""
+        """Prepares the process for an attempt; returns its pid."""
         os.environ.update(environ)
         self._control = Control()
         _log_to(log)
         _allow_stacks()
-        # By itself gloo takes what the host's name resolves to, which is often the loopback.
+        # By default gloo uses the address of the host's name, which is often the loopback.
         if not is_alone and (interface := _interface_of(address)):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         return os.getpid()
@@ -68,7 +68,7 @@ class RankActor:
             over.set()
 
     def clear(self) -> bool:
-        """Makes the process fit for another attempt, after `run` returned."""
+        """Prepares the process for another attempt, after `run` returned."""
         leave_ranks()
         gc.collect()
         return True
@@ -103,7 +103,7 @@ def _log_to(path: str) -> None:
 
 
 def _end_without_lease(control: Control, seconds: float, over: threading.Event) -> None:
-    """Ends this process once nobody has asked it for so long: it is cut off, and others train."""
+    """Ends this process when its lease expires: it is cut off, and others train."""
     while not over.wait(seconds / LEASE_LOOKS):
         if (unasked := control.unasked_seconds()) > seconds:
             print(
@@ -116,7 +116,7 @@ def _end_without_lease(control: Control, seconds: float, over: threading.Event) 
 
 
 def _allow_stacks() -> None:
-    """Lets other processes of this user read this one's stacks, which Yama may forbid."""
+    """Allows this user's other processes to read this one's stacks, which Yama may forbid."""
     pr_set_ptracer, anybody = 0x59616D61, -1
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(pr_set_ptracer, ctypes.c_ulong(anybody), 0, 0, 0)

@@ -1,1 +1,1 @@
-"""How much of its time a run would train for on a cluster that fails: expected, and simulated."""
+"""Effective training time of a run on a cluster that fails: expected, and simulated."""

@@ -1,7 +1,7 @@
-"""`python -m launch.simulate`: effective training time by number of nodes, and how often to save.
+"""`moetrain simulate`: effective training time by number of nodes, and how often to checkpoint.
 
-Owns the command and what is printed. Leaves the arithmetic to `expected.py` and the simulation
-that checks it to `discrete_events.py`.
+Owns the command and its output. Leaves the arithmetic to `expected.py` and the simulation that
+checks it to `discrete_events.py`.
 """
 
 import json
@@ -21,27 +21,27 @@ from launch.simulate.settings import SimulateSettings, check
 from moetrain.command import run_command
 from moetrain.exit_codes import DONE, FAILED
 
-STANDARD_ERRORS = 4  # a correct row is further off once in 16,000
+STANDARD_ERRORS = 4  # a correct row exceeds this once in 16,000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is expected on so many nodes, and what was simulated."""
+    """The expected figures for a number of nodes, and the simulated ones."""
 
     nodes: int
     interval: float
     shares: Shares
     best: float
-    """The interval that is best, whichever was asked for."""
+    """The best interval, whichever was asked for."""
     at_best: float
-    """The effective training time with it."""
+    """The effective training time with the best interval."""
     longest_restart: float | None
     sample: Sample | None
 
     @property
     def differs(self) -> bool:
-        """Whether the simulation contradicts what was expected."""
-        return self.sample is not None and self.sample.furthest(self.shares) > STANDARD_ERRORS
+        """Whether the simulation contradicts the expected figures."""
+        return self.sample is not None and self.sample.worst_error(self.shares) > STANDARD_ERRORS
 
 
 def main(settings: SimulateSettings) -> int:
@@ -53,11 +53,11 @@ def main(settings: SimulateSettings) -> int:
 
 
 def row(settings: SimulateSettings, *, nodes: int) -> Row:
-    """Computes a row, and simulates it if that is asked for."""
+    """Computes a row, and simulates it if asked."""
     best = best_interval(settings, nodes=nodes)
     interval = settings.interval_seconds or best
     if settings.interval_seconds and settings.step_seconds:
-        # Upwards: a shorter one might begin a save before the last is over.
+        # Rounded up: a shorter one might begin a save before the last is over.
         interval = -(-interval // settings.step_seconds) * settings.step_seconds
     sample = None
     if settings.check:
@@ -100,21 +100,21 @@ def as_json(settings: SimulateSettings, rows: list[Row]) -> str:
 
 
 def as_text(settings: SimulateSettings, rows: list[Row]) -> str:
-    """Returns what was given, and the rows as a table."""
+    """Returns the settings and the rows as a table."""
     given = (
-        f"failures   {settings.failures_per_1000_node_days:g} per 1,000 node-days, noticed in "
+        f"failures   {settings.failures_per_1000_node_days:g} per 1,000 node-days, detected in "
         f"{rounded_duration(settings.detect_seconds)}"
     )
     if settings.hang_share:
         given += (
-            f", {settings.hang_share:.1%} of them hangs, noticed in "
+            f", {settings.hang_share:.1%} of them hangs, detected in "
             f"{rounded_duration(settings.hang_detect_seconds)}"
         )
     given += (
         f"; training again {rounded_duration(settings.restart_seconds)} later\n"
         f"saves      training waits {rounded_duration(settings.save_seconds)}; safe "
         f"{rounded_duration(settings.durable_seconds)} after the beginning\n"
-        f"target     {settings.target:.4g} of all time; the restart that still allows it stands in "
+        f"target     {settings.target:.4g} of all time; the longest restart that allows it is in "
         "the table"
     )
     head = ["nodes", "GPUs", "failure every", "save every"]
@@ -133,7 +133,7 @@ def as_text(settings: SimulateSettings, rows: list[Row]) -> str:
             "was expected"
         )
     if settings.check and any(row.sample is None for row in rows):
-        lines.append("– not simulated: too many saves lie between two failures")
+        lines.append("– not simulated: too many saves between two failures")
     return "\n".join([given, "", *lines])
 
 

@@ -1,8 +1,8 @@
-"""A discrete-event simulation of a run on nodes that fail, to check what `expected.py` computes.
+"""A discrete-event simulation of a run on nodes that fail, to check `expected.py`.
 
-Owns the events and the accounts of each second. Takes only the settings from the arithmetic that
-it checks: every node has a clock of its own that strikes after an exponential time, and the run
-goes through its phases event by event.
+Owns the events and the account of each second. Shares only the settings with the arithmetic that it
+checks: every node fails after an exponential time, and the run goes through its phases event by
+event.
 """
 
 import heapq
@@ -22,7 +22,7 @@ FEWEST = 100  # failures for a row: a standard error means little with fewer
 
 
 class Failure(NamedTuple):
-    """When something fails, in seconds, and whether it only hangs."""
+    """When a node fails, in seconds, and whether it only hangs."""
 
     at: float
     hangs: bool
@@ -36,13 +36,13 @@ class Sample:
     standard_errors: Shares
     failures: int
 
-    def furthest(self, expected: Shares) -> float:
-        """Returns how many standard errors the worst share is away from what was expected."""
+    def worst_error(self, expected: Shares) -> float:
+        """Returns by how many standard errors the worst share differs from the expected one."""
         away = 0.0
         for field in fields(Shares):
             error = getattr(self.standard_errors, field.name)
             off = abs(getattr(self.shares, field.name) - getattr(expected, field.name))
-            # A share may have no spread, such as hangs that there are none of: rounding is left.
+            # A share may have no spread, such as hangs when there are none: only rounding is left.
             away = max(away, off / max(error, 1e-12))
         return away
 
@@ -50,14 +50,14 @@ class Sample:
 def simulate(
     settings: SimulateSettings, *, nodes: int, interval: float, failures: int, seed: int
 ) -> Sample:
-    """Simulates a run until so many failures have come and gone."""
+    """Simulates a run until so many failures have occurred."""
     rng = np.random.default_rng([seed, nodes])
     struck = node_failures(settings, nodes=nodes, rng=rng)
     accounts = time_spent(struck, settings, interval=interval)
     next(accounts)  # the first begins with training, all others with a failure
     rows = np.array([next(accounts) for _ in range(failures)])
-    # From one failure to the next everything begins alike, so the rows are independent, and a
-    # share is the ratio of two sums of them.
+    # Every period between failures starts in the same state, so the rows are independent, and a
+    # share is the ratio of two of their sums.
     totals = rows.sum(axis=1)
     ratios = rows.sum(axis=0) / totals.sum()
     residuals = rows - ratios * totals[:, None]
@@ -66,7 +66,7 @@ def simulate(
 
 
 def fitting_failures(settings: SimulateSettings, *, nodes: int, interval: float) -> int | None:
-    """Returns how many failures to simulate; None where too many saves lie between two of them."""
+    """Returns how many failures to simulate; None if too many saves are between two of them."""
     between = SECONDS_A_DAY * 1000 / settings.failures_per_1000_node_days / nodes
     events = 3 * between / (interval + settings.save_seconds)  # between two failures
     fitting = int(EVENTS / max(events, 1.0))
@@ -76,7 +76,7 @@ def fitting_failures(settings: SimulateSettings, *, nodes: int, interval: float)
 def node_failures(
     settings: SimulateSettings, *, nodes: int, rng: np.random.Generator
 ) -> Iterator[Failure]:
-    """Yields failures in order, without end; a node that fails is replaced by one like it."""
+    """Yields failures in order, without end; a failed node is replaced by one like it."""
     mean = SECONDS_A_DAY * 1000 / settings.failures_per_1000_node_days
     clocks = [float(at) for at in rng.exponential(mean, size=nodes)]
     heapq.heapify(clocks)
@@ -89,7 +89,7 @@ def node_failures(
 def time_spent(
     failures: Iterable[Failure], settings: SimulateSettings, *, interval: float
 ) -> Iterator[tuple[float, ...]]:
-    """Yields, at each failure, the seconds since the one before, by the fields of `Shares`."""
+    """Yields, at each failure, the seconds since the previous one, by the fields of `Shares`."""
     now = trained = safe = 0.0
     phase, ends = "training", interval
     in_flight: deque[tuple[float, float]] = deque()  # saves: when they are safe, and of what
@@ -123,8 +123,8 @@ def time_spent(
         trained = safe
         in_flight.clear()
         spent = dict.fromkeys(spent, 0.0)
-        noticed = settings.hang_detect_seconds if failure.hangs else settings.detect_seconds
-        phase, ends = "detecting", now + noticed
+        detected = settings.hang_detect_seconds if failure.hangs else settings.detect_seconds
+        phase, ends = "detecting", now + detected
 
 
 def _shares(values: np.ndarray) -> Shares:

@@ -3,7 +3,7 @@
 Owns the arithmetic. The model, in seconds: failures come at the rate r, at any moment, with times
 between them that are exponential. A run trains for `interval`, waits `save` for a save, and goes
 on; the save is safe `durable` after it began, so `lag = durable - save` into the next interval. A
-failure takes what was trained since the last save that was safe. It is noticed after `detect`,
+failure takes what was trained since the last save that was safe. It is detected after `detect`,
 and `restart` later training goes on from that save; a failure in between begins both anew. A save
 is over before the next one begins: `lag <= interval`.
 
@@ -35,28 +35,28 @@ SECONDS_A_DAY = 86_400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """What becomes of all time in the long run; the five sum to one."""
+    """Shares of all time in the long run; the five sum to one."""
 
     effective: float
-    """Training that counted: effective training time."""
+    """Training that counts: effective training time."""
     saving: float
-    """Waiting for saves, also for those that a failure took."""
+    """Waiting for saves, including those that a failure lost."""
     detecting: float
     restarting: float
     redoing: float
-    """Training that a failure took, and that was done again."""
+    """Training that a failure lost, and that was repeated."""
 
 
 def failure_rate(settings: SimulateSettings, *, nodes: int) -> float:
-    """Returns the failures of so many nodes in a second."""
+    """Returns the failures per second of so many nodes."""
     return nodes * settings.failures_per_1000_node_days / 1000 / SECONDS_A_DAY
 
 
 def shares(settings: SimulateSettings, *, nodes: int, interval: float) -> Shares:
-    """Returns what becomes of all time with `interval` seconds trained between saves."""
+    """Returns the shares of all time with `interval` seconds of training between saves."""
     rate = failure_rate(settings, nodes=nodes)
-    noticed = _noticed(settings, rate)
-    up = noticed * math.exp(-rate * settings.restart_seconds)  # q
+    detected = _detected(settings, rate)
+    up = detected * math.exp(-rate * settings.restart_seconds)  # q
     save = settings.save_seconds
     lag = settings.durable_seconds - save
     # Each share is a ratio of times for one interval; the powers of e that both have are left
@@ -67,8 +67,8 @@ def shares(settings: SimulateSettings, *, nodes: int, interval: float) -> Shares
     return Shares(
         effective=effective,
         saving=up * math.exp(-rate * interval) * -math.expm1(-rate * save) / whole,
-        detecting=1 - noticed,
-        restarting=noticed - up,
+        detecting=1 - detected,
+        restarting=detected - up,
         redoing=training - effective,
     )
 
@@ -100,7 +100,7 @@ def best_interval(settings: SimulateSettings, *, nodes: int) -> float:
 
 
 def longest_restart(settings: SimulateSettings, *, nodes: int, interval: float) -> float | None:
-    """Returns the `restart_seconds` with which the target is just met; None: with none."""
+    """Returns the `restart_seconds` that just meet the target; None: even zero doesn't."""
     rate = failure_rate(settings, nodes=nodes)
     now = shares(settings, nodes=nodes, interval=interval).effective
     if now == 0.0:
@@ -109,8 +109,8 @@ def longest_restart(settings: SimulateSettings, *, nodes: int, interval: float) 
     return longest if longest >= 0 else None
 
 
-def _noticed(settings: SimulateSettings, rate: float) -> float:
-    """Returns the chance that a failure is noticed before there is another."""
+def _detected(settings: SimulateSettings, rate: float) -> float:
+    """Returns the chance that a failure is detected before the next one."""
     share = settings.hang_share
     return (1 - share) * math.exp(-rate * settings.detect_seconds) + share * math.exp(
         -rate * settings.hang_detect_seconds

@@ -1,7 +1,7 @@
-"""`python -m launch.submit +model=8x7b launch.address=http://127.0.0.1:8265`: train as a Ray job.
+"""`moetrain submit +model=8x7b launch.address=http://127.0.0.1:8265`: train as a Ray job.
 
 Owns the command's settings, what is sent to the cluster and what must not be. The settings are
-those of `python -m moetrain`, composed and checked here first.
+those of training, composed and checked here first.
 """
 
 import os
@@ -17,7 +17,7 @@ from data_pipeline.commands.shell import as_typed, shell_command
 from data_pipeline.settings import PathText
 from launch.on_ray.access import START_WITH_TOKEN, real_address
 from launch.plan import cluster_address
-from launch.submit.job import Gone, JobWatch, entrypoint
+from launch.submit.job import JobUnreachable, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
 from moetrain.command import Combination, config_dir, run_command
@@ -26,7 +26,7 @@ from moetrain.exit_codes import FAILED
 from moetrain.redaction import REDACTED, redacted_arguments
 from moetrain.settings import Config
 
-# Ray's own default of 3 s ends a job while it saves.
+# Ray's default of 3 s would kill a job during its checkpoint.
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 EXCLUDES = [".git", ".venv", "venv", "runs", "data", "hf", "wandb", ".mypy_cache", ".ruff_cache"]
 
@@ -42,16 +42,16 @@ class SubmitSettings:
     """How a job is submitted and waited for."""
 
     attach: str | None = None
-    """A job that was submitted before, to wait for instead of submitting one."""
+    """An earlier job to wait for, instead of submitting one."""
     working_dir: PathText | None = "auto"
-    """A folder that every node gets a copy of, with moetrain in it; null: moetrain is installed
-    there; auto: the current folder if it is a checkout of moetrain, else null."""
+    """A folder with moetrain in it, copied to every node; null: moetrain is installed there; auto:
+    the current folder if it is a checkout of moetrain, else null."""
     python: Annotated[str, AfterValidator(_not_empty)] = "python"
     """The interpreter on the head node; `~` is the home folder there."""
     stop_seconds: PositiveInt = 1800
-    """Time that a job has to save after a stop was asked for, before Ray kills it."""
+    """Time that a stopped job has for a checkpoint before Ray kills it."""
     give_up_seconds: PositiveFloat = 600.0
-    """Time without a connection to the head node after which waiting ends; the job doesn't."""
+    """Time without a connection to the head node after which waiting ends; the job continues."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -68,13 +68,13 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
         address = _address(config)
         jobs = RayJobs(address)
         insisted = attached or config.launch.allow_unauthenticated
-        if not insisted and jobs.takes_anybody():
+        if not insisted and jobs.is_open():
             raise ConfigError(
                 "launch.address",
                 jobs.address,
-                "this Ray cluster takes jobs from anybody who reaches that port, and runs any code "
-                f"for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or insist "
-                "with launch.allow_unauthenticated=true",
+                "this Ray cluster accepts jobs from anybody who reaches that port and runs any "
+                f"code for them (CVE-2023-48022): start it with a token ({START_WITH_TOKEN}), or "
+                "insist with launch.allow_unauthenticated=true",
             )
         job = attached or _submitted(config, arguments, jobs)
     except (JobsUnavailable, OSError) as error:
@@ -88,13 +88,13 @@ def submit(config: SubmitConfig, arguments: list[str]) -> int:
         print(f"submitted {job}; to wait for it again: {again}", file=sys.stderr, flush=True)
     try:
         return JobWatch(jobs, job, give_up_seconds=config.submit.give_up_seconds).wait()
-    except Gone as error:
+    except JobUnreachable as error:
         print(f"moetrain: {error}\nto wait for it again: {again}", file=sys.stderr)
         return FAILED
 
 
 def waiting_command(job: str, address: str) -> str:
-    """Returns the command that waits for a job that was submitted before."""
+    """Returns the command that waits for an earlier job."""
     words = [f"submit.attach={as_typed(job)}", f"launch.address={as_typed(address)}"]
     return shell_command(["python", "-m", "launch.submit", *words])
 
@@ -150,16 +150,16 @@ def _has_moetrain(folder: Path) -> bool:
 
 
 def _excludes(config: SubmitConfig, folder: Path) -> list[str]:
-    """Returns patterns that keep data and runs here; each begins at the folder itself.
+    """Returns patterns that exclude data and runs; each begins at the folder itself.
 
-    `data` alone would leave out conf/data as well.
+    `data` alone would exclude conf/data as well.
     """
     own = [Path(config.run.dir), *([Path(config.data.dir)] if config.data.dir else [])]
     inside = [p.absolute().relative_to(folder) for p in own if p.absolute().is_relative_to(folder)]
     return [f"/{name}" for name in dict.fromkeys([*EXCLUDES, *map(str, inside)])]
 
 
-def passed_on(arguments: list[str]) -> list[str]:
+def training_arguments(arguments: list[str]) -> list[str]:
     """Returns the arguments that are the training command's; raises ConfigError for a secret.
 
     Everybody who sees the cluster's jobs reads them.
@@ -182,16 +182,16 @@ def passed_on(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Runs the command."""
-    arguments = sys.argv[1:]  # as given: the job composes them anew
+    arguments = sys.argv[1:]  # as given: the job composes them again
 
     def one(config: SubmitConfig) -> int:
         check(config)
-        return submit(config, passed_on(arguments))
+        return submit(config, training_arguments(arguments))
 
     def sweep(combinations: list[Combination[SubmitConfig]], _: Path) -> int:
         for combination in combinations:
             check(combination.settings)
-        return submit(combinations[0].settings, passed_on(arguments))
+        return submit(combinations[0].settings, training_arguments(arguments))
 
     run_command(
         one,

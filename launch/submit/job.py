@@ -1,6 +1,6 @@
-"""Standing in for a job at a terminal: its log as it comes, a stop passed on, its exit code.
+"""Relays a job to a terminal: its log as it is written, a stop, its exit code.
 
-Owns what a lost connection, a signal and a job's end mean. Leaves HTTP to `ray_jobs.py`.
+Owns the meaning of a lost connection, a signal and a job's end. Leaves HTTP to `ray_jobs.py`.
 """
 
 import re
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TypeVar
 
-from data_pipeline.commands.stops import INSISTENT, leave_terminal, signals_handled, stop_signals
+from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from launch.submit.ray_jobs import JobRefused, JobState, JobsUnavailable, RayJobs
 from moetrain.exit_codes import FAILED
 
@@ -22,18 +22,18 @@ RETRY_SECONDS = 1.0
 LOG_END_SECONDS = 10.0
 
 _SAID_CODE = re.compile(r"^moetrain exit code (\d+)$", re.MULTILINE)
-_SIGNALLED = 128  # what a shell adds to the number of the signal that ended a command
+_SIGNALLED = 128  # a shell's offset for the number of the signal that ended a command
 
 T = TypeVar("T")
 
 
 def entrypoint(arguments: Sequence[str], *, python: str, folder: str | None) -> str:
-    """Returns the shell command of a job that trains, in a folder of the head node's or Ray's copy.
+    """Returns the shell command of a training job, in a folder of the head node or in Ray's copy.
 
-    Ray keeps no exit code of a job that was stopped, and signals the shell as well as the command:
-    so the shell waits for it, and says the code.
+    Ray keeps no exit code of a stopped job, and signals the shell as well as the command: so the
+    shell waits for the command and prints its code.
     """
-    # A `~` is the head node's home, and so left to its shell.
+    # A `~` is the head node's home, so its shell expands it.
     home, slash, below = python.partition("/")
     program = f"{home}/{shlex.quote(below)}" if slash and home == "~" else shlex.quote(python)
     command = f"{program} {shlex.join(['-m', 'moetrain', *arguments])}"
@@ -41,12 +41,12 @@ def entrypoint(arguments: Sequence[str], *, python: str, folder: str | None) -> 
     return f'trap : TERM; {there}{command}; code=$?; echo "moetrain exit code $code"; exit $code'
 
 
-class Gone(Exception):
+class JobUnreachable(Exception):
     """A job that can't be waited for any longer, with the reason."""
 
 
 class JobWatch:
-    """Waits for a job, on behalf of the person at this terminal."""
+    """Waits for a job for the user at this terminal."""
 
     def __init__(self, jobs: RayJobs, job: str, *, give_up_seconds: float) -> None:
         self._jobs = jobs
@@ -57,10 +57,10 @@ class JobWatch:
         self._over = threading.Event()
 
     def wait(self) -> int:
-        """Returns the job's exit code; raises Gone where the cluster can't be asked any more.
+        """Returns the job's exit code; raises JobUnreachable if the cluster stops answering.
 
-        The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops the job after saving, a second of the
-        former two at once.
+        The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops the job after a checkpoint, a second
+        SIGTERM or Ctrl-C at once.
         """
         follower = threading.Thread(target=self._follow, name="log", daemon=True)
         told = 0
@@ -77,9 +77,10 @@ class JobWatch:
         return self._exit_code(state)
 
     def _stop(self, state: JobState, *, again: bool) -> int:
-        """Passes a stop on; returns whether it could be: a driver that isn't there yet can't."""
+        """Forwards a stop; returns whether that was possible: a driver that hasn't started can't
+        get it."""
         if not again:
-            _say(f"stopping {self._job}: it saves first; once more ends it at once")
+            _say(f"stopping {self._job}: it checkpoints first; once more ends it at once")
             self._ask(lambda: self._jobs.stop(self._job))
             return 1
         if state.driver_pid is None:
@@ -89,7 +90,7 @@ class JobWatch:
         return 1
 
     def _ask(self, question: Callable[[], T]) -> T:
-        """Returns an answer of the cluster, however often the connection is lost meanwhile."""
+        """Returns an answer of the cluster, retrying lost connections."""
         lost_at: float | None = None
         while True:
             try:
@@ -100,22 +101,24 @@ class JobWatch:
                     lost_at = now
                     _say(f"no connection to {self._jobs.address}, trying again: {error}")
                 if now - lost_at > self._give_up_seconds:
-                    raise Gone(
+                    raise JobUnreachable(
                         f"no connection to {self._jobs.address} for {now - lost_at:.0f} s; "
                         "the job may go on"
                     ) from error
                 if self._asked > 1:
-                    raise Gone("left without an answer; the job may go on") from error
+                    raise JobUnreachable("gave up waiting; the job may still run") from error
                 time.sleep(RETRY_SECONDS)
             except JobRefused as error:
-                raise Gone(f"the cluster can't be asked for job {self._job}: {error}") from error
+                raise JobUnreachable(
+                    f"the cluster can't be asked for job {self._job}: {error}"
+                ) from error
             else:
                 if lost_at is not None:
                     _say(f"connected again after {time.monotonic() - lost_at:.0f} s")
                 return answer
 
     def _follow(self) -> None:
-        """Shows the log until the job ends; after a lost connection from where it was."""
+        """Shows the log until the job ends; continues after a lost connection."""
         while True:
             skip = self._shown
 
@@ -129,7 +132,7 @@ class JobWatch:
 
             try:
                 return self._jobs.follow(self._job, show)
-            except Exception:  # the waiting thread says what is wrong with the connection
+            except Exception:  # the waiting thread reports the connection
                 if self._over.wait(RETRY_SECONDS):
                     return
 
@@ -148,7 +151,7 @@ class JobWatch:
 
     def _on_signals(self) -> AbstractContextManager[None]:
         def handle(signum: int, _: FrameType | None) -> None:
-            leave_terminal(signum)
+            detach_terminal(signum)
             self._asked = self._asked + 1 if signum in INSISTENT else max(1, self._asked)
 
         return signals_handled(stop_signals(), handle)

@@ -1,7 +1,7 @@
-"""Ray's job server, and only what a submission needs of it: submit, look, follow, stop.
+"""The part of Ray's job server that a submission needs: submit, state, log, stop.
 
-Owns the import of Ray's job client. Speaks HTTP with the head node's dashboard, so that the machine
-it runs on needs no other way into the cluster.
+Owns the import of Ray's job client. Uses only HTTP to the head node's dashboard, so that this
+machine needs no other access to the cluster.
 """
 
 import asyncio
@@ -28,20 +28,20 @@ REQUEST_TIMEOUT_SECONDS = (10.0, 120.0)  # to connect, and between two parts of 
 
 
 class JobsUnavailable(Exception):
-    """A job server that can't be reached now; it may be later."""
+    """A job server that can't be reached now, but may be later."""
 
 
 class JobRefused(Exception):
-    """What a job server, or Ray's client, won't do, with its reason."""
+    """A request that a job server or Ray's client refuses, with its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """How far a job is."""
+    """The state of a job."""
 
     ended: bool
     stopped: bool
-    """Whether it ended because a stop was asked for; then Ray knows no exit code."""
+    """Whether it ended because a stop was requested; then Ray knows no exit code."""
     exit_code: int | None
     message: str
     node: str | None
@@ -61,8 +61,8 @@ class RayJobs:
             self._client = _Client(address)
         self.address = self._client.get_address()
 
-    def takes_anybody(self) -> bool:
-        """Returns whether the server answers without a token where other machines reach it."""
+    def is_open(self) -> bool:
+        """Returns whether the server answers without a token and other machines can reach it."""
         if is_loopback(f"{urlsplit(self.address).hostname}:"):
             return False
         question = f"{self.address}/api/jobs/"
@@ -77,7 +77,8 @@ class RayJobs:
             raise JobsUnavailable(f"{self.address}: {error}") from error
 
     def is_on_this_machine(self) -> bool:
-        """Returns whether the head node runs here and not behind a tunnel: its folder is here."""
+        """Returns whether the head node runs here and not behind a tunnel: then its folder is
+        here."""
         with _translated():
             session = self._client.session_name()
         places = {os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"} - {None}
@@ -91,7 +92,7 @@ class RayJobs:
         excludes: list[str],
         env: dict[str, str],
     ) -> str:
-        """Submits a shell command, with a folder that every node gets a copy of; returns its id."""
+        """Submits a shell command and a folder to copy to every node; returns the job's id."""
         runtime_env: dict[str, Any] = {"env_vars": env}
         if working_dir:
             runtime_env |= {"working_dir": str(working_dir), "excludes": excludes}
@@ -99,7 +100,7 @@ class RayJobs:
             return self._client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
 
     def state(self, job: str) -> JobState:
-        """Returns how far a job is; JobRefused for one that the cluster doesn't know."""
+        """Returns a job's state; raises JobRefused for an unknown one."""
         with _translated():
             details: JobDetails = self._client.get_job_info(job)
         info = details.driver_info
@@ -113,12 +114,12 @@ class RayJobs:
         )
 
     def stop(self, job: str) -> None:
-        """Has Ray send SIGTERM to every process of a job."""
+        """Makes Ray send SIGTERM to every process of a job."""
         with _translated():
             self._client.stop_job(job)
 
     def signal_driver(self, state: JobState) -> None:
-        """Sends SIGTERM to a job's driver, by a job beside it: Ray sends its own only once."""
+        """Sends SIGTERM to a job's driver, from a second job: Ray sends its own only once."""
         assert state.driver_pid is not None
         with _translated():
             self._client.submit_job(
@@ -132,7 +133,7 @@ class RayJobs:
             return str(self._client.get_job_logs(job))
 
     def follow(self, job: str, show: Callable[[str], None]) -> None:
-        """Shows what a job has written, from its beginning, and goes on until the job ends."""
+        """Yields a job's output from its beginning, until the job ends."""
 
         async def tail() -> None:
             async for text in self._client.tail_job_logs(job):
@@ -143,7 +144,7 @@ class RayJobs:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client, which would wait for ever for an answer from a network that was cut."""
+    """Ray's client, with timeouts: Ray's own would wait forever on a network that was cut."""
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
         size = len(kwargs.get("data") or b"")
@@ -162,12 +163,12 @@ class _Client(JobSubmissionClient):
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Makes two errors of the many that Ray's client and its libraries raise."""
+    """Translates the many errors of Ray's client and its libraries into two."""
     try:
         yield
     except AuthenticationError as error:
         raise JobRefused(
-            "the cluster wants a token: set RAY_AUTH_TOKEN, or copy the head node's "
+            "the cluster requires a token: set RAY_AUTH_TOKEN, or copy the head node's "
             "~/.ray/auth_token here"
         ) from error
     except (RuntimeError, ValueError) as error:
@@ -178,7 +179,7 @@ def _translated() -> Iterator[None]:
 
 @contextmanager
 def _environment_without(*names: str) -> Iterator[None]:
-    """Hides variables that Ray would rather believe than the address it is given."""
+    """Hides variables that would override the given address."""
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -187,7 +188,7 @@ def _environment_without(*names: str) -> Iterator[None]:
 
 
 def _send_token_if_any() -> None:
-    """Has Ray's client send the token that this machine has, unless the environment says."""
+    """Makes Ray's client send this machine's token, unless the environment says otherwise."""
     if "RAY_AUTH_MODE" in os.environ:
         return
     if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):

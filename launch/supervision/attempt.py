@@ -1,6 +1,6 @@
-"""One attempt, from the ranks' start to whatever ends it: an outcome, a failure, or a move.
+"""One attempt, from the ranks' start to its end: an outcome, a failure, or a move.
 
-Owns watching. Leaves starting, ending and starting again to `supervisor.py`.
+Owns watching. Leaves starting, ending and restarting to `supervisor.py`.
 """
 
 import time
@@ -13,32 +13,32 @@ from launch.failure import Failure
 from launch.on_ray.answers import answer, answered
 from launch.on_ray.cluster import Worker
 from launch.supervision.hang import culprits
-from launch.supervision.pulse import MUTE, NodeWatch, Pulse
+from launch.supervision.pulse import UNRESPONSIVE, NodeWatch, Pulse
 from moetrain.kinds import FailureKind
 from moetrain.observe import ProgressDisplay
 from moetrain.train.control import Outcome
 
 POLL_SECONDS = 0.5
-CAUSE_SECONDS = 3.0  # in which the rank behind a lost connection shows itself
-IDLE_SECONDS = 2.0  # in which ranks that lost a peer come back, to be used again
+CAUSE_SECONDS = 3.0  # for the rank behind a lost connection to fail itself
+IDLE_SECONDS = 2.0  # for ranks that lost a peer to return, to be reused
 CLUSTER_LOOK_SECONDS = 2.0
-GROW_AFTER_LOOKS = 3  # that a larger layout must have had a place
+GROW_AFTER_LOOKS = 3  # for which a larger layout must have had room
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """An attempt that saved and ended, to go on elsewhere or in another layout."""
+    """An attempt that checkpointed and ended, to continue elsewhere or in another layout."""
 
     reason: str
     step: int
     forced: bool
-    """Whether a node was taken away; else more came."""
+    """Whether the move is a preemption; otherwise more nodes came."""
     ends: bool
-    """Whether the node of the command itself will be taken away: nothing can go on from here."""
+    """Whether the command's own node will be preempted: nothing can continue from here."""
 
 
 class Attempt:
-    """The ranks of one attempt at work."""
+    """The running ranks of one attempt."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Attempt:
         leaving: Callable[[], dict[str, str]],
         may_grow: Callable[[], bool],
     ) -> None:
-        """`running` are the results to come. `leaving` tells the ids of nodes that will be taken
-        away, and why; `may_grow` whether there is a place for a larger layout."""
+        """`running` are the ranks' pending results. `leaving` returns the ids of nodes that will be
+        preempted, and why; `may_grow` returns whether a larger layout has room."""
         self._pending = dict(running)
         self._pulse = Pulse(list(running.values()))
         self._nodes = nodes
@@ -68,15 +68,15 @@ class Attempt:
         self._stopping = False
         self._moving = False
         self._move: str | None = None
-        """Why the ranks were told to move, the last time; they may be ending when that is over."""
+        """The reason for the newest move; the ranks may still be ending when the reason is gone."""
         self._forced = self._ends = False
         self._looks = 0
         self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
         self.idle: list[Worker] = []
-        """Processes whose rank came back because it lost another: they may be used again."""
+        """Processes whose rank returned because it lost a peer: they may be reused."""
 
     def watch(self) -> Outcome | Failure | Moved:
-        """Returns what the attempt came to, as soon as that is known."""
+        """Waits for the attempt's end and returns its result."""
         outcomes: list[tuple[int, Outcome]] = []
         while self._pending:
             for reference in answered(list(self._pending), timeout=POLL_SECONDS):
@@ -96,11 +96,11 @@ class Attempt:
         return Moved(reason=self._move, step=outcome.step, forced=self._forced, ends=self._ends)
 
     def _pass_on_requests(self) -> None:
-        """Tells the ranks to stop, or to make room for a move, where there is reason to."""
+        """Tells the ranks to stop or to move, if there is a reason."""
         if self._stop_requested() and not self._stopping:
             self._stopping = True
-            self._display.say("stopping: saving after this step")
-            self._tell(lambda actor: actor.stop.remote())
+            self._display.say("stopping: checkpointing after this step")
+            self._call_ranks(lambda actor: actor.stop.remote())
         if self._stopping or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + CLUSTER_LOOK_SECONDS
@@ -110,7 +110,7 @@ class Attempt:
             self._grow()
 
     def _leave(self) -> None:
-        """Has all ranks save and end where a node that the run needs will be taken away."""
+        """Makes all ranks checkpoint and end if a node of the run will be preempted."""
         leaving = self._leaving()
         taken = {
             f"{w.node.address} ({leaving[w.node.id]})"
@@ -122,31 +122,32 @@ class Attempt:
             taken.add(f"of this command ({leaving[self._own_node]})")
         if taken:
             self._forced = self._moving = True
-            self._move = f"node {', '.join(sorted(taken))} will be taken away"
-            self._display.say(f"{self._move}: saving after this step")
-            self._tell(lambda actor: actor.stop.remote())
+            self._move = f"node {', '.join(sorted(taken))} will be preempted"
+            self._display.say(f"{self._move}: checkpointing after this step")
+            self._call_ranks(lambda actor: actor.stop.remote())
 
     def _grow(self) -> None:
-        """Has all ranks end at their next checkpoint while there is room for a larger layout."""
+        """Makes all ranks end at their next checkpoint if there is room for a larger layout."""
         self._looks = self._looks + 1 if self._may_grow() else 0
         if self._looks >= GROW_AFTER_LOOKS and not self._moving:
             self._moving = True
-            self._move = "there is room for more ranks again"
+            self._move = "there is room for a larger layout again"
             self._display.say(f"{self._move}: moving at the next checkpoint")
-            self._tell(lambda actor: actor.move.remote(True))
+            self._call_ranks(lambda actor: actor.move.remote(True))
         elif not self._looks and self._moving:
             self._moving = False
-            self._display.say("the room for more ranks is gone again: staying")
-            self._tell(lambda actor: actor.move.remote(False))
+            self._display.say("the room for a larger layout is gone: staying")
+            self._call_ranks(lambda actor: actor.move.remote(False))
 
-    def _tell(self, tell: Callable[[Any], object]) -> None:
+    def _call_ranks(self, tell: Callable[[Any], object]) -> None:
         for worker in self._pending.values():
             tell(worker.actor)
 
     def _cause(self, worker: Worker, first: Failure) -> Failure:
-        """Returns the failure behind the first one seen: a lost peer is only a symptom.
+        """Returns the cause of the first failure seen: a lost peer is only a symptom.
 
-        Waits a moment for the other ranks: one may say more, and those that come back are `idle`.
+        Waits a moment for the other ranks: one may know the cause, and those that return are
+        `idle`.
         """
         found = [(worker, first)]
         began = time.monotonic()
@@ -185,7 +186,7 @@ class Attempt:
         )
 
     def _hang(self) -> Failure | None:
-        """Returns the hang that there is, with a report of what every rank does in the run's logs.
+        """Returns the current hang, after writing a report of every rank to the run's logs.
 
         Ranks that are done wait for nobody; the first may still be uploading.
         """
@@ -195,37 +196,37 @@ class Attempt:
             return None
         stacks = self._stacks(working.values())
         doing = {rank: self._pulse.doing(rank) for rank in silent}
-        mute = {rank for rank, said in silent.items() if said.startswith(MUTE)}
-        guilty = culprits(doing, stacks, mute=mute)
+        unresponsive = {rank for rank, said in silent.items() if said.startswith(UNRESPONSIVE)}
+        found_culprits = culprits(doing, stacks, unresponsive=unresponsive)
         path = self._log_dir / f"hang_{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        what = "; ".join(f"{_named(working[rank])} {silent[rank]}" for rank in guilty)
-        others = len(working) - len(guilty)
+        what = "; ".join(f"{_named(working[rank])} {silent[rank]}" for rank in found_culprits)
+        others = len(working) - len(found_culprits)
         waiting = f"; {others} other {'rank waits' if others == 1 else 'ranks wait'}"
         waiting = waiting if others else ""
-        lines = [f"no sign of life for {self._pulse.patience(self._hang_timeout):.0f} s: {what}\n"]
+        lines = [f"no progress for {self._pulse.timeout(self._hang_timeout):.0f} s: {what}\n"]
         for rank, worker in sorted(working.items()):
             said = silent.get(rank) or f"in {self._pulse.doing(rank)}"
             lines.append(f"===== {_named(worker)} {said}\n{stacks.get(rank, 'no stacks')}\n")
         path.write_text("\n".join(lines))
-        nodes = {working[rank].node.address for rank in guilty}
+        nodes = {working[rank].node.address for rank in found_culprits}
         return Failure(
             kind=FailureKind.hung,
             reason=f"hang: {what}{waiting}; stacks are in {path}",
             step=self._pulse.step,
             node=nodes.pop() if len(nodes) == 1 else None,
-            silent_seconds=self._pulse.patience(self._hang_timeout),
+            silent_seconds=self._pulse.timeout(self._hang_timeout),
         )
 
     def _stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
-        """Returns the ranks' stacks: their own account, else what can be read from outside."""
+        """Returns the ranks' stacks: as they report them, else read from outside."""
         workers = list(workers)
         asked = {w.actor.stacks.remote(): w for w in workers}
         stacks = {}
         for reference in answered(list(asked), timeout=2.0, wait_for_all=True):
             if isinstance(text := answer(reference), str):
                 stacks[asked[reference].rank] = text
-        mute = [w for w in workers if w.rank not in stacks]
-        return stacks | self._nodes.stacks(mute)
+        unresponsive = [w for w in workers if w.rank not in stacks]
+        return stacks | self._nodes.stacks(unresponsive)
 
     def _show(self, kind: str, content: Any) -> None:
         if kind == "record":

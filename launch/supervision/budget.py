@@ -1,4 +1,4 @@
-"""How much trouble a run may have: pure counting, knows no ranks."""
+"""How many failures a run may have: pure counting, knows no ranks."""
 
 import time
 from collections.abc import Callable
@@ -7,15 +7,19 @@ from launch.failure import Failure
 from moetrain.kinds import FailureKind
 from moetrain.settings import LaunchSettings
 
-REPEATS = 3  # alike failures at the same step that no chance brings together
-NODES_OWN = (FailureKind.died, FailureKind.lost, FailureKind.hung)  # failures that may be a node's
+REPEATS = 3  # equal failures at one step
+NODES_OWN = (
+    FailureKind.died,
+    FailureKind.lost,
+    FailureKind.hung,
+)  # failures that a node may have caused
 # After so many within so long a node is left out: before REPEATS, so that the next attempt, on
-# other nodes, tells whether it was the node or the code.
+# other nodes, shows whether the node or the code is to blame.
 NODE_FAILURES, NODE_MEMORY_SECONDS = 2, 86_400.0
 
 
 class Budget:
-    """Counts failures and preemptions apart, and says when a run must not be started again."""
+    """Counts failures and preemptions separately, and decides when a run must not be restarted."""
 
     def __init__(
         self,
@@ -32,7 +36,7 @@ class Budget:
         self._on_node: dict[str, list[float]] = {}
 
     @property
-    def troubles(self) -> dict[str, int]:
+    def node_failures(self) -> dict[str, int]:
         """Recent failures of each node, by address."""
         since = self._clock() - NODE_MEMORY_SECONDS
         counts = {node: sum(at > since for at in times) for node, times in self._on_node.items()}
@@ -41,10 +45,10 @@ class Budget:
     @property
     def left_out(self) -> set[str]:
         """Nodes that failed too often to be used while there are others."""
-        return {node for node, count in self.troubles.items() if count >= NODE_FAILURES}
+        return {node for node, count in self.node_failures.items() if count >= NODE_FAILURES}
 
     def count_preemption(self) -> str | None:
-        """Counts a node that was taken away; returns why the run must stop, if it must."""
+        """Counts a preemption; returns why the run must stop, if it must."""
         self._preemptions += 1
         most = self._settings.max_preemptions
         if self._preemptions <= most:
@@ -52,8 +56,8 @@ class Budget:
         return f"{self._preemptions} preemptions (launch.max_preemptions={most})"
 
     def count(self, failure: Failure, *, saved_step: int) -> str | None:
-        """Counts a failure; returns why the run must not be started again, None where it may."""
-        if saved_step > self._saved:  # progress: older failures don't count any more
+        """Counts a failure; returns why the run must not be restarted, None if it may."""
+        if saved_step > self._saved:  # progress: older failures no longer count
             self._saved, self._failures = saved_step, []
         if failure.is_final:
             return failure.reason
@@ -67,7 +71,7 @@ class Budget:
         if len(alike) >= REPEATS and failure.kind != FailureKind.lost:
             where = "before the first step" if failure.step is None else f"at step {failure.step}"
             return (
-                f"failed {len(alike)} times in the same way {where}, with nothing gained since "
+                f"failed {len(alike)} times in the same way {where}, without progress since "
                 f"the checkpoint of step {self._saved}: {failure.reason}"
             )
         most = self._settings.max_failures

@@ -1,23 +1,26 @@
-"""Who hangs, and who only waits for it: reads the stacks of ranks that give no sign of life."""
+"""Which rank hangs and which only wait for it: reads the stacks of ranks without progress."""
 
 import re
 
 from moetrain.parallel import STEP_PHASES, Doing
 
-TRAINING = "run_rank"  # the function under which a rank trains
+TRAINING = "run_rank"  # the function that trains a rank
 # A frame as Python's traceback and as py-spy write it.
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line \d+|\((?P<path>[^()]+\.py):\d+\)')
 _WAITING = ("torch/distributed/", "torch\\distributed\\")
 
 
-def culprits(silent: dict[int, Doing], stacks: dict[int, str], *, mute: set[int]) -> list[int]:
-    """Returns which of the silent ranks the others wait for; all of them where none stands out.
+def culprits(
+    silent: dict[int, Doing], stacks: dict[int, str], *, unresponsive: set[int]
+) -> list[int]:
+    """Returns which of the ranks without progress the others wait for; all of them if none stands
+    out.
 
-    `mute` are those that don't answer at all: who waits for others does. Then come ranks that are
-    in no collective, and of those the ones that got least far: on a GPU the others may wait for
-    their device in the middle of their own code.
+    `unresponsive` ranks don't answer at all, though ranks that wait do. Next come ranks outside any
+    collective, and of those the ones at the earliest point: on a GPU the others may wait for their
+    device in the middle of their own code.
     """
-    if found := sorted(mute & silent.keys()):
+    if found := sorted(unresponsive & silent.keys()):
         return found
     found = [r for r, doing in silent.items() if not waits(doing, stacks.get(r, ""))]
     found = found or sorted(silent)
@@ -31,14 +34,14 @@ def _progress(doing: Doing) -> tuple[int, int]:
 
 
 def waits(doing: Doing, stacks: str) -> bool:
-    """Returns whether a rank is in a collective, by its own word or by its innermost frame."""
+    """Returns whether a rank is in a collective, by its own report or by its innermost frame."""
     if doing.collective is not None:
         return True
     return any(sign in innermost_frame(stacks) for sign in _WAITING)
 
 
 def innermost_frame(stacks: str) -> str:
-    """Returns the file of the innermost frame of the thread that trains; "" where there is none."""
+    """Returns the file of the innermost frame of the training thread; "" without one."""
     for thread in re.split(r"\n(?=[Tt]hread )", stacks):
         if TRAINING not in thread:
             continue

@@ -1,6 +1,6 @@
-"""Listens to ranks and nodes: who is alive, who makes progress, and who hangs.
+"""Heartbeats of ranks and nodes: who is alive, who makes progress, and who hangs.
 
-Never waits for one that doesn't answer. Leaves it to the supervisor to do something about it.
+Never waits for one that doesn't answer. Leaves reactions to the supervisor.
 """
 
 import time
@@ -15,19 +15,19 @@ from launch.on_ray.node_agent import STACK_SECONDS, NodeAgent
 from launch.placement import Node
 from moetrain.parallel import COMPUTING_PHASES, STEP_PHASES, Doing
 
-MUTE = "does not answer"
+UNRESPONSIVE = "does not answer"
 LEAST_PATIENCE_SECONDS = 30.0
 PATIENCE_IN_STEPS = 10.0
-REPORT_SECONDS = 3.0  # that stacks usually take, so that a hang is told of within its time-out
+REPORT_SECONDS = 3.0  # that stacks usually take, so that a hang is reported within its timeout
 NODE_SILENCE_SECONDS = 10.0
 NODE_ANSWER_SECONDS = 2.0
-NODE_RETURN_SECONDS = 30.0  # that a node may take to start another agent
+NODE_RETURN_SECONDS = 30.0  # timeout for another agent on a node
 NODE_START_SECONDS = 120.0  # ... the first one
 
 
 @dataclass
 class LastStatus:
-    """The last that was heard of a rank."""
+    """A rank's newest heartbeat."""
 
     at: float
     doing: Doing
@@ -45,7 +45,7 @@ class Pulse:
         self._heard = {rank: LastStatus(at=now, doing=Doing()) for rank in self._workers}
 
     def take(self, show: Callable[[str, Any], None], *, wait_seconds: float = 0.0) -> None:
-        """Takes the answers that are there, shows what they publish, and asks again."""
+        """Takes the answers that have arrived, shows what they publish, and polls again."""
         ranks = {reference: rank for rank, reference in self._asked.items()}
         for reference in answered(list(ranks), timeout=wait_seconds, wait_for_all=True):
             rank, status = ranks[reference], answer(reference)
@@ -63,20 +63,20 @@ class Pulse:
 
     @property
     def step(self) -> int | None:
-        """The step that the ranks are in, as far as they said; None before the first."""
+        """The ranks' step, as far as they reported it; None before the first."""
         steps = [h.doing.step for h in self._heard.values() if h.doing.phase in STEP_PHASES]
         return max(steps, default=None)
 
     def doing(self, rank: int) -> Doing:
-        """Returns what a rank did when it was last heard."""
+        """Returns what a rank did at its last heartbeat."""
         return self._heard[rank].doing
 
-    def patience(self, most: float) -> float:
-        """Returns the seconds without a sign of life that ranks may have now.
+    def timeout(self, most: float) -> float:
+        """Returns for how many seconds ranks may make no progress now.
 
-        While all compute, that is learned from the slowest of their last steps. Where one reads
-        data, saves or validates, it is `most`, for the others may wait for it. From that goes what
-        a report takes.
+        While all compute, that follows from the slowest of their recent steps. While one reads
+        data, saves or validates, it is `most`, because the others may wait for it. The time that a
+        report takes is subtracted.
         """
         most = max(most - REPORT_SECONDS, most / 2)
         if any(h.doing.phase not in COMPUTING_PHASES for h in self._heard.values()):
@@ -88,22 +88,22 @@ class Pulse:
         return min(most, max(LEAST_PATIENCE_SECONDS, PATIENCE_IN_STEPS * max(known)))
 
     def silent(self, most: float) -> dict[int, str]:
-        """Returns the ranks that gave no sign of life for too long, with what they were doing."""
-        now, limit = time.monotonic(), self.patience(most)
+        """Returns the ranks that made no progress for too long, with what they were doing."""
+        now, limit = time.monotonic(), self.timeout(most)
         found = {}
         for rank, heard in self._heard.items():
             unheard = now - heard.at
             if heard.silent + unheard > limit:
-                state = MUTE if unheard > limit / 2 else "makes no progress"
+                state = UNRESPONSIVE if unheard > limit / 2 else "makes no progress"
                 found[rank] = f"{state} in {heard.doing}"
         return found
 
 
 class NodeWatch:
-    """The nodes that a run uses, all the time that it lasts."""
+    """The nodes that a run uses, as long as it runs."""
 
     def __init__(self, cluster: RayCluster, *, warnings: str = "none") -> None:
-        """`warnings` names whose metadata service is asked whether a node will be taken away."""
+        """`warnings` names the cloud whose metadata service warns of preemptions."""
         self._cluster = cluster
         self._warnings = warnings
         self._own = NodeAgent(warnings)
@@ -115,7 +115,7 @@ class NodeWatch:
         self._warned: dict[str, str] = {}
 
     def watch(self, nodes: Iterable[Node]) -> None:
-        """Begins to ask nodes that weren't asked before; not this one, which lives as we do."""
+        """Begins to poll new nodes, except this one, which lives as we do."""
         for node in nodes:
             if node.id not in self._nodes:
                 self._forget(node.address)
@@ -123,10 +123,10 @@ class NodeWatch:
             self._heard.setdefault(node.id, time.monotonic())
             if node.id not in self._asked and node.id != self._cluster.own_node:
                 agent = self._cluster.start_agent(node, warnings=self._warnings)
-                self._asked[node.id] = _Asked(agent, patience=NODE_START_SECONDS, new_agent=1)
+                self._asked[node.id] = _Asked(agent, timeout=NODE_START_SECONDS, new_agent=1)
 
     def _forget(self, address: str) -> None:
-        """Forgets the nodes that had an address before: what became of them says nothing of it."""
+        """Forgets earlier nodes of an address: their state says nothing about the new one."""
         for node in [n for n, known in self._nodes.items() if known.address == address]:
             del self._nodes[node]
             self._asked.pop(node, None)
@@ -135,10 +135,10 @@ class NodeWatch:
             self._gone.discard(node)
 
     def silent(self, *, wait_seconds: float = 0.0) -> set[str]:
-        """Returns the ids of nodes that haven't answered for too long; asks the others again.
+        """Returns the ids of nodes whose heartbeat timed out; polls the others again.
 
-        Where an agent ended, or can't be reached any more, another one is started and asked. A node
-        that doesn't have that one either is gone; should it come back, it has another id.
+        If an agent ended, or can't be reached any more, another one is started and polled. If that
+        fails too, the node is lost; should it return, it has another id.
         """
         by_answer = {asked.answer: node for node, asked in self._asked.items()}
         for reference in answered(list(by_answer), timeout=wait_seconds, wait_for_all=True):
@@ -150,27 +150,28 @@ class NodeWatch:
             if isinstance(said, Failure):
                 self._doubtful.add(node)
                 agent = self._cluster.start_agent(self._nodes[node], warnings=self._warnings)
-                self._asked[node] = _Asked(agent, patience=NODE_RETURN_SECONDS, new_agent=2)
+                self._asked[node] = _Asked(agent, timeout=NODE_RETURN_SECONDS, new_agent=2)
                 continue
             self._doubtful.discard(node)
             self._heard[node] = time.monotonic()
             if said:
                 self._warned[node] = said
-            self._asked[node] = _Asked(asked.agent, patience=NODE_SILENCE_SECONDS)
+            self._asked[node] = _Asked(asked.agent, timeout=NODE_SILENCE_SECONDS)
         return self._gone | {node for node, asked in self._asked.items() if asked.is_overdue()}
 
     def silent_seconds(self, node: str) -> float:
-        """Returns for how long nothing was heard of a node."""
+        """Returns the age of a node's newest heartbeat."""
         return time.monotonic() - self._heard[node]
 
-    def unfit(self) -> set[str]:
+    def unusable(self) -> set[str]:
         """Returns the ids of nodes on which nothing should be started now."""
         return self.silent() | self._doubtful | self.warned().keys()
 
     def is_gone(self, address: str | None) -> bool:
-        """Returns whether a node seems gone, once all had a moment to answer.
+        """Returns whether a node seems lost, once all had a moment to answer.
 
-        Nothing is started on one that didn't, until it does. A first agent may still be starting.
+        Nothing is started on a node that didn't answer, until it does. A first agent may still be
+        starting.
         """
         before = {n: asked.answer for n, asked in self._asked.items() if asked.new_agent != 1}
         silent = self.silent(wait_seconds=NODE_ANSWER_SECONDS)
@@ -178,17 +179,17 @@ class NodeWatch:
         return self.is_among(silent | self._doubtful, address)
 
     def is_among(self, nodes: Iterable[str], address: str | None) -> bool:
-        """Returns whether an address is that of one of some nodes, by their ids."""
+        """Returns whether an address belongs to one of some nodes, by their ids."""
         return any(n in self._nodes and self._nodes[n].address == address for n in nodes)
 
     def warned(self) -> dict[str, str]:
-        """Returns the ids of nodes that will be taken away, with the warnings."""
+        """Returns the ids of nodes that will be preempted, with the warnings."""
         if own := self._own.ping():
             self._warned[self._cluster.own_node] = own
         return self._warned
 
     def stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
-        """Returns the processes' states and stacks by rank, of those whose node answers in time."""
+        """Returns the processes' states and stacks by rank, for nodes that answer in time."""
         by_node: dict[str, list[Worker]] = {}
         for worker in workers:
             by_node.setdefault(worker.node.id, []).append(worker)
@@ -212,13 +213,13 @@ class NodeWatch:
 
 
 class _Asked:
-    """A node's agent that was asked for a sign of life."""
+    """A node's agent with a pending heartbeat."""
 
-    def __init__(self, agent: Any, *, patience: float, new_agent: int = 0) -> None:
-        """`new_agent` is 1 for a node's first, 2 for another in its place; 0 once it answered."""
+    def __init__(self, agent: Any, *, timeout: float, new_agent: int = 0) -> None:
+        """`new_agent` is 1 for a node's first, 2 for a replacement; 0 once it answered."""
         self.agent, self.new_agent = agent, new_agent
         self.answer = agent.ping.remote()
-        self._until = time.monotonic() + patience
+        self._until = time.monotonic() + timeout
 
     def is_overdue(self) -> bool:
         return time.monotonic() > self._until

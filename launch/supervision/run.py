@@ -20,7 +20,7 @@ def run_on_ray(
     *,
     refit: Callable[[int], Resolved | None],
 ) -> Outcome:
-    """Trains by supervised Ray actors, on the cluster in reach or on this machine."""
+    """Trains with supervised Ray actors, on a cluster or on this machine."""
     address = cluster_address(config.launch)
     display.phase(f"joining the Ray cluster at {address}" if address else "starting Ray, here only")
     cluster = RayCluster.connect(

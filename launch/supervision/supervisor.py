@@ -1,7 +1,8 @@
-"""Keeps a run going on Ray: places, attempts, hangs, nodes that go and come, requests to stop.
+"""Keeps a run going on Ray: placement, attempts, hangs, nodes that leave and join, requests to
+stop.
 
-Owns the decision when, where and in which layout to start again. Leaves Ray itself to
-`ray_cluster.py`, counting to `budget.py`, and everything that a rank does to `moetrain.train`.
+Owns the decision when, where and in which layout to restart. Leaves Ray itself to
+`on_ray/cluster.py`, counting to `budget.py`, and everything that a rank does to `moetrain.train`.
 """
 
 import time
@@ -25,8 +26,8 @@ from moetrain.train.control import Outcome, RankPlace
 from moetrain.train.prepare import newest_manifest
 
 POLL_SECONDS = 0.5
-FEW_NODES = 4  # so many are named in a line
-SETTLE_SECONDS = 30.0  # in which Ray learns what is free after a loss
+FEW_NODES = 4  # most nodes named in a line
+SETTLE_SECONDS = 30.0  # for Ray to update its free resources after a loss
 
 
 def _counted(number: int, what: str) -> str:
@@ -39,14 +40,14 @@ def _listed(shares: list[Share]) -> str:
 
 
 class RunFailed(Exception):
-    """A run that can't go on, with the cause."""
+    """A run that can't continue, with the cause."""
 
 
 class Supervisor:
     """One run on a Ray cluster, over as many attempts as it takes.
 
-    `refit` returns the configuration for another number of ranks, None where there is no valid
-    layout of so many.
+    `refit` returns the configuration for another number of ranks, None if no valid layout has so
+    many.
     """
 
     def __init__(
@@ -73,18 +74,18 @@ class Supervisor:
         self._told_left_out: set[str] = set()
 
     def run(self) -> Outcome:
-        """Returns how the run ended; raises RunFailed or ClusterError when it can't go on."""
+        """Returns how the run ended; raises RunFailed or ClusterError if it can't continue."""
         again = False
         moved: str | None = None
         while True:
             try:
-                found = self._find_place(patient=again)
+                found = self._find_place(resuming=again)
             except ClusterError:
                 if moved is None:
                     raise
-                return self._stopped(f"{moved}, and there is no other place")
+                return self._stopped(f"{moved}, and no other node has room")
             if found is None:
-                return self._stopped("stopped while waiting for a place")
+                return self._stopped("stopped while waiting for nodes")
             ended = self._attempt(*found, again=again)
             again = True
             if isinstance(ended, Outcome):
@@ -104,15 +105,15 @@ class Supervisor:
             moved = failure.reason if failure.kind == FailureKind.preempted else None
 
     def _recover(self, failure: Failure) -> Failure:
-        """Tells of a failure and returns what it turned out to be.
+        """Reports a failure and returns its cause.
 
-        Raises RunFailed where the run must not be started again.
+        Raises RunFailed if the run must not be restarted.
         """
         announced = self._nodes.is_among(self._leaving(), failure.node)
         if failure.kind in NODES_OWN and announced:
             failure = replace(failure, kind=FailureKind.preempted)
         if failure.kind == FailureKind.died and self._nodes.is_gone(failure.node):
-            lost = f"node {failure.node} is gone; {failure.reason}"
+            lost = f"node {failure.node} is lost; {failure.reason}"
             failure = replace(failure, kind=FailureKind.lost, reason=lost)
         saved = self._saved_step()
         self._event(
@@ -129,30 +130,31 @@ class Supervisor:
             raise RunFailed(reason)
         if not self._stop_requested():
             self._event(EventKind.restart, step=saved)
-            self._display.say(f"{failure.reason}; starting again from step {saved}")
+            self._display.say(f"{failure.reason}; restarting from step {saved}")
         return failure
 
     def _stopped(self, reason: str) -> Outcome:
         self._display.say(reason)
         return Outcome(finished=False, step=self._saved_step(), last={})
 
-    def _find_place(self, *, patient: bool) -> "tuple[Resolved, list[Share]] | None":
-        """Returns the layout to run in and where; None where a stop was asked for meanwhile.
+    def _find_place(self, *, resuming: bool) -> "tuple[Resolved, list[Share]] | None":
+        """Returns the layout and its nodes; None if a stop was requested meanwhile.
 
-        Waits for the full layout as long as it may. An elastic run takes the largest smaller one
-        then, and at once when it goes on: it grows again later. Raises ClusterError naming what is
-        missing.
+        Waits for the full layout as long as allowed. After that, and at once when it resumes, an
+        elastic run uses the largest smaller layout, and grows again later. Raises ClusterError that
+        names what is missing.
         """
         settings = self._config.launch
-        wait = max(settings.wait_for_nodes_seconds, SETTLE_SECONDS if patient else 0.0)
+        wait = max(settings.wait_for_nodes_seconds, SETTLE_SECONDS if resuming else 0.0)
         deadline = time.monotonic() + wait
         said = False
         while not self._stop_requested():
             waits = time.monotonic() < deadline
             self._cluster.look()
-            if self._config.run.device == "auto" and not patient:  # what it began on it stays on
+            # a run stays on the device it started on
+            if self._config.run.device == "auto" and not resuming:
                 self._on_gpu = self._cluster.has_gpus()
-            place = self._place(may_shrink=settings.elastic and (patient or not waits))
+            place = self._place(may_shrink=settings.elastic and (resuming or not waits))
             if place is not None and self._cluster.reserve(place[1], on_gpu=self._on_gpu):
                 self._cluster.request(0, on_gpu=self._on_gpu)
                 self._nodes.watch(share.node for share in place[1])
@@ -163,13 +165,13 @@ class Supervisor:
             if not said:
                 said = True
                 ranks = _counted(settings.num_workers, "rank")
-                self._display.phase(f"waiting for a place for {ranks}")
+                self._display.phase(f"waiting for nodes for {ranks}")
             time.sleep(POLL_SECONDS)
         return None
 
     def _place(self, *, may_shrink: bool) -> "tuple[Resolved, list[Share]] | None":
-        """Returns the full layout with its place, or if allowed the largest smaller one that has
-        one; on nodes that failed too often only where there are no others."""
+        """Returns the full layout with its nodes, or if allowed the largest smaller one that has
+        room; nodes that failed too often are used only if there are no others."""
         nodes = self._usable_nodes()
         left_out = self._budget.left_out
         for usable in ([n for n in nodes if n.address not in left_out], nodes):
@@ -181,15 +183,15 @@ class Supervisor:
                     usable,
                     num_ranks=num_ranks,
                     group_size=config.parallel.expert_degree,
-                    troubles=self._budget.troubles,
+                    failures=self._budget.node_failures,
                 )
                 if config and shares:
                     return config, shares
         return None
 
     def _usable_nodes(self) -> list[Node]:
-        unfit = self._nodes.unfit()
-        return [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in unfit]
+        unusable = self._nodes.unusable()
+        return [n for n in self._cluster.nodes(on_gpu=self._on_gpu) if n.id not in unusable]
 
     def _what_is_missing(self) -> str:
         wanted = self._config.launch.num_workers
@@ -208,12 +210,12 @@ class Supervisor:
     ) -> "Outcome | Failure | Moved":
         """Runs all ranks once; returns the outcome, or what ended it."""
         attempt = self._take_over(may_be_alone=again)
-        # Decided here: a rank that was given no GPU may still see one, which is another's.
+        # Decided here: a rank without a GPU of its own may still see another's.
         device = "cuda" if self._on_gpu else "cpu"
         config = replace(config, run=replace(config.run, device=device))
         world_size = config.launch.num_workers
         self._display.phase(f"starting {_counted(world_size, 'rank')} on {_listed(shares)}")
-        self._tell_left_out(shares)
+        self._report_left_out(shares)
         workers: list[Worker] = []
         idle: list[Worker] = []
         try:
@@ -264,14 +266,14 @@ class Supervisor:
                 return self._stopped("stopped while the ranks started")
             return error.failure
         finally:
-            # With CUDA none is used again: its context may be broken.
+            # With CUDA no process is reused: its context may be broken.
             self._survivors = [] if self._on_gpu else self._cluster.cleared(idle)
             self._survivors_layout = config
             kept = {w.rank for w in self._survivors}
             self._cluster.end_workers([w for w in workers if w.rank not in kept])
 
     def _take_over(self, *, may_be_alone: bool) -> int:
-        """Returns the new attempt's number; tries again while the file system fails for now."""
+        """Returns the new attempt's number; retries while the file system fails temporarily."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             try:
@@ -289,10 +291,10 @@ class Supervisor:
                 time.sleep(POLL_SECONDS)
 
     def _usable_survivors(self, config: Resolved) -> list[Worker]:
-        """Returns the processes that may be used again: of the same layout, in places still held.
+        """Returns the processes that may be reused: of the same layout, on nodes still reserved.
 
-        Ends the others. Torch keeps what it worked out for distributed tensors of a layout and a
-        rank as long as the process lives; as another rank, or in another layout, it would be wrong.
+        Ends the others. Torch caches results for distributed tensors of a layout and a rank as long
+        as the process lives; as another rank, or in another layout, they would be wrong.
         """
         same = config == self._survivors_layout
         usable = [w for w in self._survivors if same and self._cluster.holds(w)]
@@ -300,7 +302,7 @@ class Supervisor:
         return usable
 
     def _interruption(self, shares: list[Share]) -> Failure | None:
-        """Returns why ranks that start needn't be waited for."""
+        """Returns why waiting for starting ranks is pointless."""
         if self._stop_requested():
             return Failure(kind=FailureKind.died, reason="a stop was asked for")
         silent = self._nodes.silent()
@@ -312,11 +314,11 @@ class Supervisor:
         )
 
     def _leaving(self) -> dict[str, str]:
-        """Returns the ids of nodes that will be taken away, and why."""
+        """Returns the ids of nodes that will be preempted, and why."""
         return self._cluster.draining() | self._nodes.warned()
 
     def _may_grow(self, num_ranks: int) -> bool:
-        """Returns whether a layout larger than the present one has a place."""
+        """Returns whether a larger layout than the present one has room."""
         full = self._config.launch.num_workers
         if num_ranks >= full:
             return False
@@ -324,12 +326,12 @@ class Supervisor:
         place = self._place(may_shrink=True)
         return place is not None and (place[0].launch.num_workers) > num_ranks
 
-    def _tell_left_out(self, shares: list[Share]) -> None:
+    def _report_left_out(self, shares: list[Share]) -> None:
         self._told_left_out &= self._budget.left_out
         used = {share.node.address for share in shares}
         for node in sorted(self._budget.left_out - used - self._told_left_out):
             self._told_left_out.add(node)
-            reason = f"node {node} failed {self._budget.troubles[node]} times and is left out"
+            reason = f"node {node} failed {self._budget.node_failures[node]} times and is left out"
             self._event(EventKind.node_left_out, node=node, reason=reason)
             self._display.say(reason)
 

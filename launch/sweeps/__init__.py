@@ -1,1 +1,1 @@
-"""Many runs by one command: trials, the runs they are, their table."""
+"""Many runs with one command: trials, their runs, their table."""

@@ -1,8 +1,8 @@
-"""Which run is which trial's: a trial is the run that was trained with its settings.
+"""Matches trials with runs: a trial is the run that was trained with its settings.
 
-A run's name is a number or what the user made of the values; neither says what was trained there.
-Its newest checkpoint does, and before the first one its `config.yaml`. Reads run folders, and
-leaves what settings mean to `moetrain.train.changes`.
+A run's name is a number or made of values; neither says what was trained. Its newest checkpoint
+does, and before the first one its `config.yaml`. Reads run folders, and leaves the meaning of
+settings to `moetrain.train.changes`.
 """
 
 import re
@@ -26,20 +26,20 @@ _NAMES = ("run.name", "run.dir")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedSettings:
     """What a run was trained with."""
 
     settings: Mapping[str, Any]
     text: str | None = None
-    """The fingerprint of the shards; None where no checkpoint says it."""
+    """The fingerprint of the shards; None if no checkpoint has it."""
     is_untrained: bool = False
-    """Whether its weights were imported, and no step was taken yet."""
+    """Whether its weights were imported and no step was taken yet."""
     earlier: Mapping[str, Any] = field(default_factory=dict)
-    """The values that settings had in the run's first steps, where it went on with others."""
+    """The first values of settings that a resume changed."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Trained":
-        """Returns what a checkpoint says."""
+    def of(cls, manifest: Manifest) -> "TrainedSettings":
+        """Returns the settings in a checkpoint."""
         return cls(
             settings=manifest.config,
             text=manifest.state.get("data") or None,
@@ -49,38 +49,38 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a trial is to be trained with."""
+class TrialSettings:
+    """The settings that a trial is to be trained with."""
 
     name: str
-    """`run.name` as composed; of several trials, if no value of theirs is in it."""
+    """`run.name` as composed; several trials share it if it has none of their values."""
     settings: Mapping[str, Any]
     """Resolved, as nested dictionaries of JSON values."""
     text: str | None = None
-    """The fingerprint of its shards; None where they are yet to be built."""
+    """The fingerprint of its shards; None if they aren't built yet."""
     varied: Collection[str] = ()
     """The settings in which the sweep's trials differ."""
     may_be_bare: bool = True
     """Whether the run may have the name without a number, if no other trial has it."""
     is_named: bool = False
-    """Whether the name stands for the trial's values, so that another run of it is an error."""
+    """Whether the name contains the trial's values, so that another run of it is an error."""
 
 
-def trained(run_dir: Path) -> Trained | None:
-    """Returns what the run in a folder was trained with, None where there is no run."""
+def trained(run_dir: Path) -> TrainedSettings | None:
+    """Returns the settings of the run in a folder, None if there is no run."""
     if manifest := newest_manifest(run_dir):
-        return Trained.of(manifest)
+        return TrainedSettings.of(manifest)
     try:
         plain = yaml.safe_load((run_dir / "config.yaml").read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, yaml.YAMLError):
         plain = None  # of a run that nothing can be said of: no trial's
-    return Trained(settings=plain if isinstance(plain, dict) else {})
+    return TrainedSettings(settings=plain if isinstance(plain, dict) else {})
 
 
 def _earlier(told: Iterable[Mapping[str, Any]], *, before: int) -> dict[str, Any]:
-    """Returns the first values of settings that were changed when the run went on."""
+    """Returns the first values of settings that a resume changed."""
     found: dict[str, Any] = {}
     for entry in told:
         if entry["step"] < before:  # else no step was taken with them
@@ -88,11 +88,11 @@ def _earlier(told: Iterable[Mapping[str, Any]], *, before: int) -> dict[str, Any
     return found
 
 
-def differences(run: Trained, wanted: Wanted) -> list[Change]:
-    """Returns in what a run was trained otherwise than a trial is to be; empty: it is the trial's.
+def differences(run: TrainedSettings, wanted: TrialSettings) -> list[Change]:
+    """Returns the differences between a run and a trial; none: the run is the trial's.
 
-    What a sweep varies must be equal, and all that decides the result. Layout, and where a run is
-    kept, may change. Weights that were imported must only be of the model.
+    What a sweep varies must be equal, and everything that decides the result. Layout and the run's
+    location may differ. Imported weights must only match the model.
     """
     found = []
     for change in changes(run.settings, wanted.settings):
@@ -120,13 +120,13 @@ def runs_in(
     folder: Path,
     names: Collection[str],
     *,
-    elsewhere: Callable[[str], Trained | None] | None = None,
+    elsewhere: Callable[[str], TrainedSettings | None] | None = None,
     num_trials: int = 0,
-) -> dict[str, Trained]:
+) -> dict[str, TrainedSettings]:
     """Returns the runs of some names, and of these names with a number: `lr`, `lr-1`, ….
 
-    `elsewhere` returns what a run is that may only be where checkpoints are uploaded to, which is
-    asked name by name.
+    `elsewhere` returns the settings of a run that exists only in an upload; it is called for each
+    name.
     """
     numbered = re.compile(f"(?:{'|'.join(map(re.escape, names))})(?:-[1-9]\\d*)?")
     try:
@@ -147,13 +147,15 @@ def runs_in(
 
 
 def assign(
-    wanted: Sequence[Wanted], runs: Mapping[str, Trained], *, taken: Collection[str] = ()
+    wanted: Sequence[TrialSettings],
+    runs: Mapping[str, TrainedSettings],
+    *,
+    taken: Collection[str] = (),
 ) -> list[str]:
-    """Returns the run's name of each trial: the run that is its own, whatever it is called, or new.
+    """Returns each trial's run name: of the run that matches it, whatever its name, or a new one.
 
-    Of several runs that could be a trial's, it is the one with the fewest differences. `taken` are
-    names that no new run may have besides. Raises ConfigError for a name made of values that
-    another run has.
+    If several runs match, the one with the fewest differences is chosen. `taken` are further names
+    that no new run may have. Raises ConfigError for a name made of values that another run has.
     """
     uses = Counter(w.name for w in wanted)
     first = wanted[0].name
@@ -177,11 +179,10 @@ def assign(
     return [names[index] for index in range(len(wanted))]
 
 
-def nearest_other(name: str, one: Wanted, runs: Mapping[str, Trained]) -> str | None:
-    """Returns how a run with a new trial's values differs from it, where there is one.
+def nearest_other(name: str, one: TrialSettings, runs: Mapping[str, TrainedSettings]) -> str | None:
+    """Returns how a run with a new trial's values differs from it, if there is one.
 
-    A user who repeats a sweep and changes what all of its trials have in common should know why
-    they begin anew.
+    A user who repeats a sweep with another shared setting should know why its trials start over.
     """
     if name in runs:
         return None
@@ -196,7 +197,13 @@ def nearest_other(name: str, one: Wanted, runs: Mapping[str, Trained]) -> str | 
     return f"{other} was trained with other settings ({listed(found)}): {name} is a new run"
 
 
-def _new(one: Wanted, *, taken: Collection[str], runs: Mapping[str, Trained], is_only: bool) -> str:
+def _new(
+    one: TrialSettings,
+    *,
+    taken: Collection[str],
+    runs: Mapping[str, TrainedSettings],
+    is_only: bool,
+) -> str:
     if one.may_be_bare and is_only and one.name not in taken:
         return one.name
     if one.is_named and is_only and one.name in runs:
@@ -212,7 +219,7 @@ def _new(one: Wanted, *, taken: Collection[str], runs: Mapping[str, Trained], is
 
 
 def listed(found: Sequence[Change], *, most: int = 3) -> str:
-    """Returns the first few of some differences, for a message; an empty text without any."""
+    """Returns the first few of some differences for a message; an empty text without any."""
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return ", ".join(map(str, found[:most])) + more
 
@@ -222,7 +229,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _parts(name: str, bases: Sequence[str]) -> tuple[str | None, int]:
-    """Returns which of some names a run is called after, and its number; 0 without one."""
+    """Returns which of some names a run has, and its number; 0 without one."""
     for base in bases:
         if name == base:
             return base, 0
@@ -232,10 +239,11 @@ def _parts(name: str, bases: Sequence[str]) -> tuple[str | None, int]:
 
 
 @contextmanager
-def held(folder: Path, names: Collection[str]) -> Iterator[None]:
-    """Keeps other sweeps on this machine off some names while the context lasts.
+def lock_names(folder: Path, names: Collection[str]) -> Iterator[None]:
+    """Locks some names against other sweeps on this machine within the context.
 
-    Two would give the same number to trials of their own. Raises ConfigError where one has it.
+    Two sweeps would give the same number to different trials. Raises ConfigError if another sweep
+    has a name.
     """
     with ExitStack() as stack:
         for name in sorted(names):

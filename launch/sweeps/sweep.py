@@ -1,8 +1,8 @@
-"""Runs the trials of a sweep, as many at once as a cluster has room for, and sums them up.
+"""Runs the trials of a sweep, as many at once as a cluster has room for, and summarises them.
 
-A trial is a command of its own: a driver with its own supervisor, signals and exit code, so that
-it saves when it is stopped and nothing that becomes of it touches the others. Leaves composing to
-`moetrain.command`, and what a trial does to that command.
+A trial is a command of its own, with its own supervisor, signals and exit code: a stop makes it
+checkpoint, and its failure affects no other. Leaves composing to `moetrain.command`, and what a
+trial does to that command.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from data_pipeline.commands.stops import INSISTENT, leave_terminal, signals_handled, stop_signals
+from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from launch.closing import TRIAL_VARIABLE
 from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
 from moetrain.checkpoint.remote.of_run import good_save
@@ -39,28 +39,28 @@ class _Running:
     reader: threading.Thread | None
 
 
-class Elsewhere(Protocol):
-    """A launcher of somebody else's, that runs trials where it runs things."""
+class ExternalLauncher(Protocol):
+    """A third-party launcher (a Hydra plugin) that runs trials elsewhere."""
 
     @property
     def num_at_once(self) -> int:
-        """How many trials run beside each other on this machine; 0: they run on others."""
+        """How many trials run side by side on this machine; 0: they run on other machines."""
 
     @property
     def num_workers(self) -> int | None:
-        """The ranks that a trial will have, None if the launcher doesn't say."""
+        """A trial's number of ranks, None if the launcher doesn't say."""
 
     def __call__(self, trials: Mapping[int, Trial], *, folder: Path) -> dict[int, int]:
-        """Runs trials, each by its place in the batch; returns exit codes by their numbers."""
+        """Runs trials, each by its index in the batch; returns exit codes by their numbers."""
 
 
 def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> int:
     """Runs all trials, prints their table and returns the exit code: 0 if all are done.
 
     `places` is the number of ranks that the cluster has room for; None: one trial after the other.
-    The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops every trial after saving, a second of the
-    former two at once. `folder` gets
-    the table, its lines as JSON, and what trials that ran side by side have said.
+    The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops every trial after a checkpoint, a second
+    SIGTERM or Ctrl-C at once. `folder` gets the table, its rows as JSON, and the output of trials
+    that ran side by side.
     """
     sweep = Sweep(folder=folder, places=places, num_trials=len(trials))
     sweep.run(trials)
@@ -82,7 +82,7 @@ class Sweep:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether somebody has asked for a stop."""
+        """Whether a stop was requested."""
         return self._stops > 0
 
     def run(self, trials: Sequence[Trial]) -> list[Result]:
@@ -95,7 +95,7 @@ class Sweep:
             while self._running or (waiting and not self._stops):
                 if not self._stops and (trial := next(filter(self._fits, waiting), None)):
                     waiting.remove(trial)
-                    if other := other_settings(trial):  # somebody began it since
+                    if other := other_settings(trial):  # another command started it since
                         self._say(f"{self._title(trial)} is another run by now ({other})")
                         codes[trial.number] = BAD_CONFIGURATION
                         continue
@@ -106,8 +106,10 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
         return self._take(trials, codes)
 
-    def run_elsewhere(self, trials: Sequence[Trial], elsewhere: Elsewhere) -> list[Result]:
-        """Runs a batch of trials by a launcher of somebody else's."""
+    def run_with_launcher(
+        self, trials: Sequence[Trial], elsewhere: ExternalLauncher
+    ) -> list[Result]:
+        """Runs a batch of trials with a third-party launcher."""
         codes = self._done_before(trials)
         waiting = {i: t for i, t in enumerate(trials) if t.number not in codes}
         for trial in waiting.values():
@@ -118,10 +120,10 @@ class Sweep:
             self._stops += 1
             codes |= {t.number: STOPPED for t in waiting.values() if _has_begun(t)}
             told = "stop" if elsewhere.num_at_once else "jobs go on in their queue: scancel stops"
-            self._say(f"stopped; {told} them after saving, and the same command goes on")
-        except Exception as error:  # whatever a launcher raises for a job that was lost
+            self._say(f"stopped; {told} them after a checkpoint, and the same command resumes")
+        except Exception as error:  # a launcher may raise anything for a lost job
             self._say(f"{type(error).__name__}: {error}")
-            self._say("other jobs may go on; after them, the same command finds what is done")
+            self._say("other jobs may still run; after them, the same command finds what is done")
         codes |= self._done_before(
             [t for t in waiting.values() if t.number not in codes], quietly=True
         )
@@ -150,7 +152,8 @@ class Sweep:
         return codes
 
     def _fits(self, trial: Trial) -> bool:
-        """Returns whether there is room; a trial too large for it all says so when it is alone."""
+        """Returns whether there is room; a trial too large for the whole cluster reports that
+        itself."""
         taken = sum(one.trial.num_workers for one in self._running)
         return not self._running or taken + trial.num_workers <= (self._places or 0)
 
@@ -158,7 +161,7 @@ class Sweep:
         self._say(self._title(trial))
         command = [sys.executable, "-m", "moetrain", *trial.command]
         if self._side_by_side and not any(a.startswith(THREADS) for a in trial.command):
-            command.append(f"{THREADS}1")  # each would take all cores for its own
+            command.append(f"{THREADS}1")  # each would use all cores
         process = subprocess.Popen(
             command,
             text=True,
@@ -166,7 +169,8 @@ class Sweep:
             stdout=subprocess.PIPE if self._side_by_side else None,
             stderr=subprocess.STDOUT if self._side_by_side else None,
             env=os.environ | _OF_A_TRIAL,
-            # Of a group of its own, so that a terminal's Ctrl-C reaches it through the sweep only.
+            # In its own process group, so that a terminal's Ctrl-C reaches it only through the
+            # sweep.
             process_group=0 if self._side_by_side else None,
             preexec_fn=_stop_with_parent,
         )
@@ -176,7 +180,7 @@ class Sweep:
             reader = threading.Thread(target=_relay, args=(process.stdout, trial.number, log))
             reader.start()
         self._running.append(_Running(trial=trial, process=process, reader=reader))
-        if self._stops:  # a signal that came while it was started
+        if self._stops:  # a signal that arrived during its start
             process.send_signal(signal.SIGTERM)
 
     def _ended(self, one: _Running) -> int:
@@ -186,10 +190,10 @@ class Sweep:
         return one.process.returncode
 
     def _on_signals(self) -> AbstractContextManager[None]:
-        """Passes a request to stop on to the trials while the context lasts."""
+        """Forwards a stop request to the trials within the context."""
 
         def handle(signum: int, _: FrameType | None) -> None:
-            leave_terminal(signum)
+            detach_terminal(signum)
             self._stops += 1
             for one in self._running:
                 one.process.send_signal(signal.SIGTERM if signum in INSISTENT else signum)
@@ -207,7 +211,7 @@ class Sweep:
 
 def _is_done(trial: Trial) -> bool:
     if trial.wanted is None or trial.wanted.settings["checkpoint"]["upload_to"] is not None:
-        return False  # it may have to be uploaded, or fetched
+        return False  # it may need an upload or a download
     if not has_finished(read_events(trial.run_dir / "events.jsonl")):
         return False
     good = good_save(trial.run_dir / "checkpoints")
@@ -219,9 +223,9 @@ def _has_begun(trial: Trial) -> bool:
 
 
 def run_trial(command: Sequence[str], *, log: str | None) -> int:
-    """Runs a trial's command where a launcher of others has started this; returns its exit code.
+    """Runs a trial's command inside a third-party launcher's job; returns its exit code.
 
-    Whatever exception stops this process stops the trial, which saves.
+    Any exception that stops this process stops the trial, which checkpoints.
     """
     with ExitStack() as stack:
         output = stack.enter_context(open(log, "a")) if log else None
@@ -249,16 +253,18 @@ def _begin_in_job() -> None:
 
 
 def _relay(lines: IO[str], number: int, log: IO[str]) -> None:
-    """Shows what a trial says with its number before each line, and keeps it."""
+    """Prints a trial's output with its number before each line, and keeps it."""
     with log:
         for line in lines:
             log.write(line)
             log.flush()
-            sys.stderr.write(f"{number}| {line}")  # one write a line, so that none are mixed
+            sys.stderr.write(
+                f"{number}| {line}"
+            )  # one write for each line, so that lines don't mix
 
 
 def _stop_with_parent() -> None:
-    """Has the kernel stop a trial, after saving, when the sweep is killed."""
+    """Makes the kernel stop a trial, after a checkpoint, when the sweep is killed."""
     if sys.platform == "linux":
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 

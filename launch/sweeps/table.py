@@ -1,4 +1,4 @@
-"""The trials of a sweep beside each other: one table, and a line of JSON for each."""
+"""The table of a sweep's trials, and a line of JSON for each."""
 
 import json
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from statistics import median
 from data_pipeline.atomic_files import write_file
 from data_pipeline.commands.shell import unquoted
 from data_pipeline.quantities import count
-from launch.dry_run import Rehearsal
-from launch.sweeps.runs import Wanted, differences, listed, trained
+from launch.dry_run import DryRun
+from launch.sweeps.runs import TrialSettings, differences, listed, trained
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.observe import by_source, final_loss, model_event, read_events, read_metrics
 
@@ -30,35 +30,35 @@ class Trial:
 
     number: int
     varied: dict[str, str]
-    """What of its settings the sweep varies."""
+    """The settings that the sweep varies."""
     command: tuple[str, ...]
-    """All overrides that it is started with, its name and folder included."""
+    """All overrides of its command, including name and folder."""
     run_dir: Path
     num_workers: int
-    wanted: Wanted | None = None
-    """What it is trained with, which is what its run must have been trained with."""
+    wanted: TrialSettings | None = None
+    """The settings that its run must have been trained with."""
 
     @property
     def label(self) -> str:
-        """What it is called where there is no column for each setting."""
+        """Its label if there is no column for each setting."""
         return " ".join(f"{key}={value}" for key, value in self.varied.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of a trial; None for what it didn't come to."""
+    """A trial's result; None for what it didn't reach."""
 
     trial: Trial
     exit_code: int | None
-    """Its own; below zero: the signal that ended it."""
+    """Its exit code; below zero: the signal that ended it."""
     other_settings: str | None = None
-    """In what its run was trained otherwise; then nothing of it is shown as this trial's."""
+    """How its run's settings differ; then none of its figures are shown as this trial's."""
     steps: int | None = None
     parameters: int | None = None
     active_parameters: int | None = None
-    """What one token meets."""
+    """The parameters that one token meets."""
     tokens: int | None = None
-    """What it was trained on."""
+    """The tokens that it was trained on."""
     training_loss: float | None = None
     """The mean over the last tenth of its steps."""
     validation_loss: float | None = None
@@ -67,7 +67,7 @@ class Result:
 
     @property
     def objective(self) -> float | None:
-        """What a sweeper that learns is told: the loss on held-out text, or in training."""
+        """The objective for an optimising sweeper: the loss on held-out text, or in training."""
         if self.exit_code != 0:
             return None
         return self.training_loss if self.validation_loss is None else self.validation_loss
@@ -84,7 +84,7 @@ class Result:
 
 
 def varied_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Returns of each trial's overrides those that aren't the same in all of them."""
+    """Returns each trial's overrides without those that all of them share."""
     pairs = [
         {key: unquoted(value) for key, _, value in (o.lstrip("+").partition("=") for o in trial)}
         for trial in overrides
@@ -96,7 +96,7 @@ def varied_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def other_settings(trial: Trial) -> str | None:
-    """Returns in what the run in a trial's folder was trained otherwise, None where it wasn't."""
+    """Returns how the run in a trial's folder differs from the trial, None if it doesn't."""
     run = trained(trial.run_dir) if trial.wanted else None
     if run is None or trial.wanted is None:
         return None
@@ -104,10 +104,10 @@ def other_settings(trial: Trial) -> str | None:
 
 
 def result_of(trial: Trial, exit_code: int | None) -> Result:
-    """Returns what a trial's run folder says of it; nothing where it is not this trial's."""
+    """Returns a trial's result from its run folder; nothing if the run is not this trial's."""
     if other := other_settings(trial):
         return Result(trial=trial, exit_code=exit_code or FAILED, other_settings=other)
-    if exit_code == BAD_CONFIGURATION:  # it was refused, and what is there is of before
+    if exit_code == BAD_CONFIGURATION:  # it was refused, so the folder is an earlier run's
         return Result(trial=trial, exit_code=exit_code)
     path = trial.run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
@@ -151,14 +151,14 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
 
 
 def _rank(result: Result) -> tuple[bool, bool, float]:
-    """Orders what is done before what isn't, and losses on held-out text before others."""
+    """Sorts finished trials first, and losses on held-out text before others."""
     validated = result.validation_loss is not None
     loss = result.validation_loss if validated else result.training_loss
     return result.end != _ENDS[0], not validated, float("inf") if loss is None else loss
 
 
-def preview_table(trials: Sequence[tuple[Trial, Rehearsal]]) -> str:
-    """Returns what the trials of a sweep would train, and how far they are, as a table."""
+def preview_table(trials: Sequence[tuple[Trial, DryRun]]) -> str:
+    """Returns a table of what a sweep's trials would train, and their progress."""
     keys = list(dict.fromkeys(key for trial, _ in trials for key in trial.varied))
     any_begun = any(rehearsal.newest for _, rehearsal in trials)
     header = ["trial", *keys, "run is", "parameters", "active", "FLOPs a token", "tokens", "ranks"]
@@ -208,7 +208,7 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows under their header, without the columns that say nothing."""
+    """Returns rows under their header, without empty columns."""
     columns = [c for c in zip(header, *rows, strict=True) if set(c[1:]) != {_NOTHING}]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(

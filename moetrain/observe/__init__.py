@@ -1,6 +1,6 @@
-"""What a run tells about itself: metrics, events, W&B and the progress display.
+"""What a run reports: metrics, events, W&B and the progress display.
 
-Knows no ranks and no model: it is handed records and writes or shows them.
+Knows no ranks and no model: it gets records and writes or shows them.
 """
 
 from moetrain.observe.events import (

@@ -1,8 +1,8 @@
 """events.jsonl: what happened to a run, when and why.
 
-Owns one line for each start, save, failure, restart and stop, and the two times that each has.
-The driver and the ranks all append to the same file. Leaves it to whoever meets an event to name
-it and give its reason, and to ledger.py to say what became of the time between two of them.
+Owns one line for each start, save, failure, restart and stop, and the two times of each. The driver
+and the ranks all append to the same file. Leaves naming an event and its reason to the caller, and
+the account of time to ledger.py.
 """
 
 import logging
@@ -55,14 +55,14 @@ def has_finished(events: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def model_event(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Returns what the newest start says of the model's size; empty for a run of before."""
+    """Returns the model's size from the newest start; empty for an older run."""
     return next((e for e in reversed(events) if e.get("event") == EventKind.model), {})
 
 
 def baselines_by_source(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns what simpler models reach on each source's held-out text, as the newest start said.
+    """Returns the baselines of each source's held-out text, from the newest start.
 
-    By the names of `data_pipeline.Baselines`; one that isn't known is left out.
+    By the names of `data_pipeline.Baselines`; unknown ones are left out.
     """
     found: dict[str, dict[str, float]] = {}
     for event in events:
@@ -76,13 +76,13 @@ def baselines_by_source(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[s
     return found
 
 
-def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Returns when each event was, in seconds since the first, never before the one before it.
+def timestamps(events: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Returns the time of each event in seconds since the first, never before its predecessor.
 
     Events of one boot of one machine are as far apart as their `clock` says. The date counts only
-    for the first event of another boot, and where there is no clock. Machines whose dates differ
-    are held together by the order of their events: those of the machine that started the life of
-    the run, the driver's, stand fast. A `sign` of life may stand later than it was left.
+    for the first event of another boot, and without a clock. Machines with different dates are
+    aligned by the order of their events: those of the driver's machine, which started the attempt,
+    are fixed. A heartbeat (`sign`) may be placed later than it was written.
     """
     found: list[float] = []
     begins: dict[str, float] = {}  # when each boot's clock would have been 0
@@ -122,11 +122,11 @@ def moments(events: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def times() -> dict[str, Any]:
-    """Returns this moment: `time`, for people, and `clock`, which nobody can set.
+    """Returns the current time: `time`, for people, and `clock`, which nobody can set.
 
-    `clock` is a boot of a machine and the seconds in it in which the machine was awake: two of the
-    same boot can be compared, from whatever processes, whatever becomes of the machine's date
-    in between. It is left out where the system doesn't say which boot this is.
+    `clock` is a boot of a machine and the seconds for which the machine was awake since: two of the
+    same boot can be compared, between processes and across changes of the machine's date. It is
+    left out if the system doesn't name its boots.
     """
     now: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
     return now | ({"clock": [boot, round(time.monotonic(), 3)]} if (boot := _boot()) else {})
@@ -134,7 +134,7 @@ def times() -> dict[str, Any]:
 
 @cache
 def _boot() -> str | None:
-    """Returns a name for this boot of this machine, as far as Linux tells."""
+    """Returns a name for this boot of this machine, on Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()[:8] or None
     except OSError:
@@ -142,7 +142,7 @@ def _boot() -> str | None:
 
 
 def _clock(event: Mapping[str, Any]) -> tuple[str | None, float]:
-    """Returns an event's boot and the seconds in it; no boot where it doesn't tell."""
+    """Returns an event's boot and the seconds since; no boot if the event has none."""
     match event.get("clock"):
         case [str(boot), int() | float() as seconds]:
             return boot, seconds

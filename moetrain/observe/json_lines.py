@@ -1,7 +1,7 @@
 """Files of one JSON object a line that survive a kill at any moment.
 
-Owns how a record becomes a line, how a line is appended whole or not at all, and how a file is
-read whose last line a kill has torn. Leaves what the records mean to metrics.py and events.py.
+Owns how a record becomes a line, how a line is appended whole or not at all, and how a file with a
+torn last line is read. Leaves the meaning of records to metrics.py and events.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _MAX_DEPTH = 20
-"""What is nested deeper, or in itself, is cut off there."""
+"""Deeper nesting, or a cycle, is cut off there."""
 _MAX_BITS = 10_000
 """Python refuses to write much longer integers out."""
 
@@ -27,7 +27,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
     NaN and infinity become null, arrays and tensors lists, and what JSON has no word for text.
     """
     text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
-    return text.encode(errors="backslashreplace") + b"\n"  # as JSON itself spells a lone surrogate
+    return text.encode(errors="backslashreplace") + b"\n"  # JSON's own escape of a lone surrogate
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
             written = os.write(descriptor, line)
-            if written != len(line):  # the disk filled up within this very write
+            if written != len(line):  # the disk filled up during this write
                 os.ftruncate(descriptor, size)
                 raise OSError(28, "No space left on device")
         finally:
@@ -54,10 +54,10 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line with its record, in order; none when the file doesn't exist.
+    """Each whole line with its record, in order; none if the file doesn't exist.
 
-    The last line counts only with its line break. Lines that hold no JSON object (torn by a kill
-    and closed later) are passed over with a warning.
+    The last line counts only with its line break. Lines without a JSON object (torn by a kill and
+    closed later) are skipped with a warning.
     """
     try:
         file = path.open("rb")
@@ -76,7 +76,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if isinstance(record, dict):
                 yield line, record
             else:
-                logger.warning("%s, line %d is no JSON object; passed over", path, number)
+                logger.warning("%s, line %d isn't a JSON object; skipped", path, number)
 
 
 def _plain(value: Any, *, depth: int = 0) -> Any:
@@ -98,5 +98,5 @@ def _plain(value: Any, *, depth: int = 0) -> Any:
         if hasattr(value, "tolist"):  # of NumPy or torch
             return _plain(value.tolist(), depth=depth + 1)
         return str(value)
-    except Exception:  # an object that can't even say what it is
+    except Exception:  # an object without a usable repr
         return f"<{type(value).__name__}>"

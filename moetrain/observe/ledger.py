@@ -1,11 +1,11 @@
-"""Where a run's time went, from its events alone.
+"""The account of a run's time, from its events alone.
 
-Owns the account: which time is the run's own, and what each part of it went to. Leaves to events.py
-how far apart two events are, and writing them to those who meet them.
+Owns which time is the run's own, and what each part of it went to. Leaves the distance between two
+events to events.py, and writing events to others.
 
-A *life* of a run goes from a `start` to its end: `finish` or `stop` (wanted), `fail`, or nothing at
-all where the driver was killed. Time between a wanted end and the next start isn't the run's. Time
-after an unwanted end is, if the run was started again: it should have been training.
+A *life* of a run goes from a `start` to its end: `finish` or `stop` (wanted), `fail`, or nothing if
+the driver was killed. Time between a wanted end and the next start isn't the run's. Time after an
+unwanted end is, if the run was started again: it should have been training.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.kinds import EventKind
-from moetrain.observe.events import moments, read_events
+from moetrain.observe.events import read_events, timestamps
 
 KINDS = {
     "training": "steps that count",
-    "saving": "training stood still for a checkpoint",
+    "saving": "training waited for a checkpoint",
     "validation": "validation",
     "starting": "from a start on request to the first step",
     "ending": "from the last save to the end",
-    "redone": "steps that were lost, and trained again where the run went on",
-    "detecting": "from the last sign of progress to the notice of a failure",
+    "redone": "steps that were lost, and trained again after the resume",
+    "detecting": "from the last progress to the detection of a failure",
     "restarting": "from a failure or a move to the next step",
-    "down": "nobody at work after a failed or killed run",
+    "down": "nothing ran after a failed or killed run",
 }
-"""What a run's time goes to."""
+"""Kinds of a run's time."""
 
 INTERRUPTED = ("redone", "detecting", "restarting", "down")
 _SPENT = ("training", "saving", "validation")
@@ -66,15 +66,15 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a run's time went to."""
+    """The account of a run's time."""
 
     seconds: Mapping[str, float]
-    """By each of KINDS; together they are `wall`."""
+    """Seconds of each of KINDS; together they are `wall`."""
     spans: Sequence[Span]
-    """The same one after the other; saving and validation stand within `training` here. A gap is
-    where the run was stopped on request."""
+    """The same in order; saving and validation are inside `training` here. A gap is where the run
+    was stopped on request."""
     interruptions: int
-    """How often training broke off unwanted, and went on later."""
+    """How often training was interrupted and resumed later."""
     redone_steps: int
 
     @property
@@ -99,39 +99,40 @@ def run_account(run_dir: Path | str, *, sign: Event | None = None) -> Account | 
 
 
 def account(events: Iterable[Event], *, sign: Event | None = None) -> Account | None:
-    """Returns what a run's time went to, up to its last event, or the last sign of life if given.
+    """Returns the account up to the last event, or up to the last heartbeat if given.
 
-    None where it can't be known: no step was begun, or a version trained that didn't say when.
+    None if it can't be known: no step was begun, or an older version trained without `training`
+    events.
     """
-    story = _Story()
+    story = _Timeline()
     everything = list(_with_signs(events, sign))
-    for event, moment in zip(everything, moments(everything), strict=True):
+    for event, moment in zip(everything, timestamps(everything), strict=True):
         story.take(event, moment)
     return story.account()
 
 
-class _Story:
-    """A run's events, told one after the other."""
+class _Timeline:
+    """A run's events, processed in order."""
 
     def __init__(self) -> None:
-        self._told: list[Span | _Stretch] = []
+        self._told: list[Span | _Training] = []
         self._doing: str | None = None  # None: in no life
         self._since = self._alive = 0.0  # when that began, and the last thing known of this life
         self._down_since: float | None = None
-        self._stretch: _Stretch | None = None  # this life's newest
+        self._training: _Training | None = None  # this life's newest
         self._unknown = False
         self._broken = False  # since the last step; however often, it is one interruption
         self._interruptions = 0
 
     def take(self, event: Event, moment: float) -> None:
-        """Goes on with the next event."""
+        """Processes the next event."""
         kind = str(event.get("event"))
         if kind == EventKind.start:
             self._start(moment)
             return
         if self._doing is None:
             if kind != EventKind.training:
-                return  # a download before a start, or somebody's last words
+                return  # a download before a start, or the last output of another command
             self._begin("starting", moment)
         before = self._alive
         if kind in _ALIVE:
@@ -160,12 +161,12 @@ class _Story:
             self._down_since = moment
 
     def account(self) -> Account | None:
-        """Returns what there is to account for; the story is over then."""
-        if self._doing == "training" and self._stretch:
-            self._stretch.goes_on = True
+        """Returns the account; no event may follow."""
+        if self._doing == "training" and self._training:
+            self._training.in_progress = True
         if self._doing is not None:
             self._end(self._alive)
-        stretches = [part for part in self._told if isinstance(part, _Stretch)]
+        stretches = [part for part in self._told if isinstance(part, _Training)]
         if self._unknown or not stretches:
             return None
         seconds, spans, redone_steps = dict.fromkeys(KINDS, 0.0), list[Span](), 0
@@ -202,29 +203,29 @@ class _Story:
         if down is not None:
             self._tell("down", down, moment)
         self._begin("starting" if down is None else "restarting", moment)
-        self._stretch, self._alive = None, moment
+        self._training, self._alive = None, moment
 
     def _train(self, event: Event, moment: float, before: float) -> None:
-        if self._doing == "training":  # the end of the attempt before this one went unseen
+        if self._doing == "training":  # the end of the previous attempt was not recorded
             self._end(before)
             self._begin("restarting", before)
             self._broken = True
         self._end(moment)
         self._begin("training", moment)
         step = int(event.get("step") or 0)
-        self._stretch = _Stretch(attempt=event.get("attempt"), first_step=step, begin=moment)
-        self._told.append(self._stretch)
+        self._training = _Training(attempt=event.get("attempt"), first_step=step, begin=moment)
+        self._told.append(self._training)
         self._interruptions += self._broken
         self._broken = False
 
     def _save(self, event: Event, moment: float) -> None:
-        if self._stretch is None:
-            self._unknown = True  # what was saved had been trained, by a version that told nothing
+        if self._training is None:
+            self._unknown = True  # what was saved had been trained, by a version without this event
         elif isinstance(step := event.get("step"), int):
-            self._stretch.saves.append((step, moment, event.get("spent")))
+            self._training.saves.append((step, moment, event.get("spent")))
 
     def _sign(self, event: Event) -> None:
-        stretch = self._stretch
+        stretch = self._training
         if self._doing == "training" and stretch and stretch.attempt == event.get("attempt"):
             stretch.last_step, stretch.so_far = event.get("step"), event.get("spent")
 
@@ -232,10 +233,10 @@ class _Story:
         self._doing, self._since = doing, moment
 
     def _end(self, moment: float, *, step: int | None = None, wanted: bool = False) -> None:
-        """Ends what was being done, and with it the life unless something else is begun."""
-        if self._doing == "training" and self._stretch:
-            self._stretch.end, self._stretch.as_wanted = moment, wanted
-            self._stretch.last_step = step if step is not None else self._stretch.last_step
+        """Ends the current span, and with it the life unless another span begins."""
+        if self._doing == "training" and self._training:
+            self._training.end, self._training.as_wanted = moment, wanted
+            self._training.last_step = step if step is not None else self._training.last_step
         elif self._doing is not None:
             self._tell(self._doing, self._since, moment)
         self._doing = None
@@ -245,7 +246,7 @@ class _Story:
 
 
 @dataclass(kw_only=True)
-class _Stretch:
+class _Training:
     """The training of one attempt."""
 
     attempt: object
@@ -253,38 +254,38 @@ class _Stretch:
     begin: float
     end: float = inf
     last_step: int | None = None
-    """The last one heard of."""
+    """The newest step."""
     as_wanted: bool = False
-    """It ended in good order: what follows its last save isn't lost."""
-    goes_on: bool = False
+    """It ended normally: what follows its last save isn't lost."""
+    in_progress: bool = False
     """It hasn't ended: what follows its last save isn't lost yet."""
     so_far: Mapping[str, float] | None = None
-    """What its last sign of life had spent."""
+    """What had been spent at its last heartbeat."""
     saves: list[tuple[int, float, Mapping[str, float] | None]] = field(default_factory=list)
-    """Step, moment of the commit, and what had been spent up to the step and on saving it."""
+    """Step, time of the commit, and what had been spent up to the step and on saving it."""
 
     def shares(self, limit: float) -> tuple[dict[str, float], str]:
-        """Returns the seconds of what counts, and what the rest of the time was.
+        """Returns the seconds of what counts, and the kinds of the other time.
 
-        `limit` is the lowest step from which a later attempt went on.
+        `limit` is the lowest step from which a later attempt resumed.
         """
         save = self._last_save(limit)
         told: Mapping[str, float] = {}
         if save is not None:
             told = save[2] or {"training": save[1] - self.begin}
-        if self.goes_on and self.so_far is not None:
+        if self.in_progress and self.so_far is not None:
             told = self.so_far
         room, spent = self.end - self.begin, {}
-        for kind in _SPENT:  # never more than there was
+        for kind in _SPENT:  # never more than elapsed
             spent[kind] = min(max(0.0, told.get(kind, 0.0)), room)
             room -= spent[kind]
-        if self.goes_on:
+        if self.in_progress:
             return spent | {"training": spent["training"] + room}, "ending"
         return spent, "ending" if self.as_wanted and save == self._last_save(inf) else "redone"
 
     def redone_steps(self, limit: float) -> int:
         """Returns how many of its steps don't count."""
-        if self.goes_on:
+        if self.in_progress:
             return 0
         kept, newest = self._last_save(limit), self._last_save(inf)
         last = max(self.last_step or 0, newest[0] if newest else self.first_step)
@@ -294,8 +295,8 @@ class _Stretch:
         return max((s for s in self.saves if s[0] <= limit), key=lambda s: s[:2], default=None)
 
 
-def _limits(stretches: Sequence[_Stretch]) -> Iterator[float]:
-    """Yields for each the lowest step from which a later one went on; none is lower than any."""
+def _limits(stretches: Sequence[_Training]) -> Iterator[float]:
+    """Yields for each attempt the lowest step from which a later one resumed."""
     limits, limit = [], inf
     for stretch in reversed(stretches):
         limits.append(limit)
@@ -304,7 +305,7 @@ def _limits(stretches: Sequence[_Stretch]) -> Iterator[float]:
 
 
 def _with_signs(events: Iterable[Event], newest: Event | None) -> Iterator[Event]:
-    """Yields the events, with each sign of life as one, after the last event of a life at work."""
+    """Yields the events, with each heartbeat as one, after the last event of a running life."""
     waiting = list[Event]()  # what a command writes before its `start` can't come before the sign
     for event in events:
         left = event.get("last_sign") if event.get("event") == EventKind.start else None

@@ -1,8 +1,8 @@
-"""metrics.jsonl: the record of a run that everything else is drawn from.
+"""metrics.jsonl: the record of a run from which everything else is drawn.
 
-Owns writing it, taking it back to a step, reading it, and the loss that a run is judged by. It has
-one writer. The names of the metrics are in the public interface and are chosen where they are
-measured; this file asks that every record tells its `step`, and reads the names that have parts.
+Owns writing it, rewinding it to a step, reading it, and the loss that a run is judged by. It has
+one writer. The names of metrics are public and chosen where they are measured; this file requires a
+`step` in every record, and parses names with parts.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 EXPERT_LOAD = "router/expert_load"
 
 LAST_PART = 0.1
-"""The share of a run's steps, at its end, whose training loss the run is judged by."""
+"""The last part of a run's steps whose training loss the run is judged by."""
 
 
 class Sink(ABC):
@@ -40,21 +40,21 @@ class Sink(ABC):
 
 
 class GuardedSink(Sink):
-    """A sink of an extension, given up where it fails: training goes on without it."""
+    """A sink of an extension; if it fails it is dropped, and training continues."""
 
     def __init__(self, make: Callable[[], Sink], *, name: str, fail: Callable[[str], None]) -> None:
-        """`fail` is told, once, what the sink raised."""
+        """`fail` is called once, with what the sink raised."""
         self._name, self._fail = name, fail
         self._sink: Sink | None = None
         self._guarded(lambda: setattr(self, "_sink", make()))
 
     def write(self, record: Record) -> None:
-        """Hands the record on, if the sink has not failed."""
+        """Passes the record on, unless the sink has failed."""
         if (sink := self._sink) is not None:
             self._guarded(lambda: sink.write(record))
 
     def close(self, exit_code: int) -> None:
-        """Closes the sink, if it has not failed."""
+        """Closes the sink, unless it has failed."""
         if (sink := self._sink) is not None:
             self._guarded(lambda: sink.close(exit_code))
 
@@ -68,11 +68,11 @@ class GuardedSink(Sink):
 
 
 class MetricsFile(Sink):
-    """One JSON object for each logged step, on disk for other processes as soon as it is written.
+    """One JSON object for each logged step, visible to other processes as soon as it is written.
 
-    Unlike the other sinks a failure here does stop the run: a metrics file with a hole in it
-    would break the promise that the same run writes the same file. That is a disk's failure: a
-    metric that is no number is none, and stands there as JSON has it.
+    Unlike the other sinks a failure here stops the run: a gap in the file would break the promise
+    that the same run writes the same file. Only the disk can fail: a metric that isn't a number is
+    written as JSON allows.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -89,10 +89,10 @@ class MetricsFile(Sink):
         append_line(self.path, record)
 
     def rewind(self, step: int) -> None:
-        """Forget every record after `step`, and a torn last line, in one atomic replacement.
+        """Removes every record after `step`, and a torn last line, in one atomic replacement.
 
-        What is kept is kept byte for byte, so that the file of a run which goes on from `step`
-        equals that of a run never stopped.
+        What stays is kept byte for byte, so that the file of a run resumed from `step` equals that
+        of a run that never stopped.
         """
         if not self.path.exists():
             return
@@ -132,7 +132,7 @@ def expert_load(record: Record) -> NDArray[np.float64] | None:
 
 
 def by_source(values: Mapping[str, Value], measure: str) -> dict[str, Value]:
-    """Returns what there is under `validation/<source>/<measure>`, by source."""
+    """Returns the values of `validation/<source>/<measure>`, by source."""
     head, tail = "validation/", f"/{measure}"
     return {
         name[len(head) : -len(tail)]: value

@@ -1,8 +1,8 @@
 """The progress display of a run, for the person in front of it.
 
-Owns what a metrics record looks like on a terminal (a live bar) or in a log (a line now and then),
-and the estimate of the time left. It writes to standard error, keeps nothing, and cannot stop a
-run: a terminal that went away only ends the display. Leaves it to the driver to feed it.
+Owns how a metrics record looks on a terminal (a live bar) or in a log (a line now and then), and
+the estimate of the time left. It writes to standard error, keeps nothing, and can't stop a run: a
+closed terminal only ends the display. The driver feeds it.
 """
 
 import logging
@@ -31,14 +31,15 @@ from moetrain.redaction import redacted_text
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-# Long enough to even out a save or a validation, short enough to notice a slower cluster.
+# Long enough to smooth a save or a validation, short enough to reflect a slower cluster.
 RATE_WINDOW_SECONDS = 60.0
 MAX_LOAD_BARS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """All that is shown. Replaced as a whole, since the live display reads it in its own thread."""
+    """The displayed state. Replaced as a whole, since the live display reads it in its own
+    thread."""
 
     step: int = 0
     phase: str | None = "starting"
@@ -53,14 +54,14 @@ class _View:
 
 
 class _StandardError(Console):
-    """rich answers a closed pipe by ending the process; here it is an error like another."""
+    """rich ends the process on a closed pipe; here it raises a normal error."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError("standard error is closed")
 
 
 class ProgressDisplay:
-    """Shows how far a run is, how fast it learns and runs, and how its experts are balanced.
+    """Shows a run's progress, loss, speed and expert balance.
 
     `mode` is `bar` (live), `lines` (one short line every ten seconds and at each validation),
     `off`, or `auto`: a bar on a terminal, else lines. Use it as a context manager in the driver
@@ -110,11 +111,11 @@ class ProgressDisplay:
         self._guarded(lambda: self._update(record))
 
     def say(self, text: str) -> None:
-        """Tell of an event, such as a restart or a save, in a line that stays."""
+        """Prints an event, such as a restart or a save, in a line that stays."""
         self._guarded(lambda: self._say(text))
 
     def phase(self, text: str) -> None:
-        """Tell what goes on while no steps are made; the next record ends it."""
+        """Shows the current phase while no steps are made; the next record ends it."""
         self._guarded(lambda: self._phase(text))
 
     def _guarded(self, call: Callable[[], None]) -> None:
@@ -151,7 +152,7 @@ class ProgressDisplay:
 
     def _phase(self, text: str) -> None:
         self._view = replace(self._view, phase=text, seen_at=self._clock())
-        self._recent.clear()  # a pause says nothing about the pace after it
+        self._recent.clear()  # a pause says nothing about the speed after it
         if self._live is None:
             self._say(text)
 
@@ -171,7 +172,7 @@ class ProgressDisplay:
     def _seconds_left(self, step: int, record: Record, now: float) -> float | None:
         """Time left at the pace of the last minute; at first, at that of the step just made."""
         if self._recent and step < self._recent[-1][1]:
-            self._recent.clear()  # a restart went back: those steps are made again
+            self._recent.clear()  # a restart went back: those steps are repeated
         if not self._recent or step > self._recent[-1][1]:
             self._recent.append((now, step))
         while len(self._recent) > 2 and now - self._recent[1][0] > RATE_WINDOW_SECONDS:

@@ -1,7 +1,7 @@
-"""What an attempt's time goes to while it trains, on the rank that keeps the run's records.
+"""The running account of an attempt's time, on the rank that keeps the run's records.
 
-Owns the running sums, what a `save` event says of them, and a sign of life for whoever has to find
-out when a run ended that was killed. Leaves it to ledger.py to make an account of it.
+Owns the sums, what a `save` event says of them, and the heartbeat from which the end of a killed
+run is found later. Leaves the account to ledger.py.
 """
 
 import json
@@ -24,10 +24,10 @@ SIGN_EVERY_SECONDS = 10.0  # how much of a killed run's end isn't known
 
 
 class Tally:
-    """Seconds since the attempt's `training` event, by what they went to."""
+    """Seconds since the attempt's `training` event, by kind."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
-        """`run_dir` has the run's events and gets the signs of life; None: neither is needed."""
+        """`run_dir` has the run's events and gets the heartbeat; None: neither is needed."""
         self._run_dir = run_dir
         self._begun = self._signed = time.monotonic()
         self._sums = {"saving": 0.0, "validation": 0.0}
@@ -52,7 +52,7 @@ class Tally:
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Counts the time inside as training standing still for the checkpoint of a step."""
+        """Counts the time inside as training waiting for the checkpoint of a step."""
         start = time.monotonic()
         # The newest two are enough: one save is in progress at a time.
         self._at = dict([*self._at.items(), (step, self.read())][-2:])
@@ -69,9 +69,9 @@ class Tally:
         return {"training": time.monotonic() - self._begun - rest} | self._sums
 
     def at(self, step: int) -> dict[str, float] | None:
-        """Returns what `read` gave when a step was about to be saved, with the save's own time.
+        """Returns what `read` returned when a step was about to be saved, with the save's own time.
 
-        Callable from the thread that saves in the background. None where no such save began.
+        Callable from the thread that saves asynchronously. None if no such save began.
         """
         spent, saving = self._at.get(step), self._saving
         if spent is None:
@@ -80,7 +80,7 @@ class Tally:
         return _rounded(spent | {"saving": spent["saving"] + unfinished})
 
     def on_save(self, event: Callable[..., None]) -> Callable[..., None]:
-        """Returns the same way to write events, which adds to a `save` what went before it."""
+        """Returns an event writer that adds the account to each `save`."""
 
         def write(kind: EventKind, **fields: Any) -> None:
             if kind == EventKind.save and (spent := self.at(fields["step"])):
@@ -98,7 +98,7 @@ class Tally:
         return (self._earlier.seconds["training"] + spent["training"]) / wall if wall else None
 
     def sign(self, step: int) -> None:
-        """Leaves a sign of life, if the last one is some seconds old; never raises for the disk."""
+        """Writes a heartbeat, if the last one is some seconds old; never raises for the disk."""
         now = time.monotonic()
         if self._run_dir is None or now - self._signed < SIGN_EVERY_SECONDS:
             return
@@ -107,11 +107,11 @@ class Tally:
         try:  # it may be lost with the machine
             write_file(self._run_dir / SIGN_OF_LIFE, json.dumps(sign) + "\n", durable=False)
         except OSError as error:
-            logger.warning("no sign of life left: %s", error)
+            logger.warning("no heartbeat written: %s", error)
 
 
 def read_sign(run_dir: Path) -> dict[str, Any] | None:
-    """Returns a run's last sign of life; None where there is none, or none that can be read."""
+    """Returns a run's last heartbeat; None if there is none, or none that can be read."""
     try:
         sign = json.loads((run_dir / SIGN_OF_LIFE).read_text())
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Which W&B run a run's folder is: one that is moved keeps its own, a copy gets another.
+"""The W&B run of a run folder: a moved folder keeps its own, a copy gets another.
 
-Owns the two small files in `<run_dir>/wandb` that say so. Imports no wandb.
+Owns the two small files in `<run_dir>/wandb` that record it. Imports no wandb.
 """
 
 import os
@@ -11,14 +11,15 @@ from data_pipeline.atomic_files import write_file
 
 RUN_ID = "run_id"
 RUN_FOLDER = "run_folder"
-"""Where the folder was when it last used its id. Inodes and devices would not do: they differ
-between the nodes of a cluster, and between two mounts of one file system."""
+"""The folder's path when it last used its id. Inodes and devices would not do: they differ between
+the nodes of a cluster, and between two mounts of one file system."""
 
 
 def wandb_run_id(run_dir: Path) -> tuple[str, str | None]:
-    """Returns the id of the W&B run of a folder, and what a person should know of it, if anything.
+    """Returns the id of a folder's W&B run, and a message for the user, if any.
 
-    It is a copy if the folder that it was is still there with the same id, and is another one.
+    The folder is a copy if the folder at the recorded path still has the same id, and is another
+    folder.
     """
     folder, here = run_dir / "wandb", os.path.abspath(run_dir)
     known, was = _read(folder / RUN_ID), _read(folder / RUN_FOLDER)
@@ -27,7 +28,7 @@ def wandb_run_id(run_dir: Path) -> tuple[str, str | None]:
         other = Path(was) / "wandb"
         if _read(other / RUN_ID) == known and not _is_the_same(other, folder):
             known = ""
-            told = f"this folder is a copy of {was}: it gets a W&B run of its own"
+            told = f"this folder is a copy of {was}: it gets its own W&B run"
         else:
             told = (
                 f"this folder was {was}, and goes on in its W&B run {known}; if that one is still "
@@ -50,7 +51,7 @@ def _read(path: Path) -> str:
 
 def _is_the_same(other: Path, folder: Path) -> bool:
     """Whether two paths lead to one folder, as with a link or a second mount."""
-    probe = folder / f".same_{secrets.token_hex(8)}"  # a new name: no cache can know it
+    probe = folder / f".same_{secrets.token_hex(8)}"  # a new name, so no cache can contain it
     probe.touch()
     try:
         return (other / probe.name).exists()

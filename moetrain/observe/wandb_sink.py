@@ -1,8 +1,8 @@
 """Weights & Biases beside metrics.jsonl: the only file that imports wandb.
 
-Owns the promise that W&B never stops, fails or delays a run by more than a bounded moment: no
+Owns the promise that W&B never stops or fails a run, or delays it by more than a bounded time: no
 network, no key, no package, a crash of its service or a full disk each end in one warning and
-silence. Leaves it to the caller to keep secrets out of the configuration it hands over.
+silence. The caller keeps secrets out of the configuration.
 """
 
 import logging
@@ -35,11 +35,11 @@ _MODES = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-"""What WANDB_MODE may say, and what it comes to here."""
+"""The values of WANDB_MODE, and the mode of each."""
 _OURS = {
     "WANDB_NAME": "the run's name is run.name",
     "WANDB_RUN_ID": "the id is kept in the run's folder",
-    "WANDB_RESUME": "a run that goes on always does so in its own W&B run",
+    "WANDB_RESUME": "a resumed run always uses its own W&B run",
 }
 """What is decided here, whatever the environment says."""
 
@@ -47,10 +47,10 @@ _OURS = {
 class WandbSink(Sink):
     """Sends metric records to one W&B run that lives as long as the run folder does.
 
-    The id of that run is kept in `<run_dir>/wandb/run_id`, so that a resumed run goes on in the
-    same curves. `resume_step` is the step a resumed run goes on from (None for a fresh one):
-    records up to it are with W&B already, and W&B refuses to go back. `tell` is called with what a
-    person should know: that W&B isn't what was asked for, and why.
+    The id of that run is kept in `<run_dir>/wandb/run_id`, so that a resumed run continues the same
+    curves. `resume_step` is the step from which a resumed run continues (None for a new one): W&B
+    has the records up to it already, and refuses to go back. `tell` is called with messages for the
+    user: that W&B isn't as requested, and why.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class WandbSink(Sink):
         self._guarded("start", start)
 
     def write(self, record: Record) -> None:
-        """Log the finite numbers of a record at its step, and the loads as histograms.
+        """Logs the finite numbers of a record at its step, and the loads as histograms.
 
-        A step gone by is not told twice.
+        A step is never logged twice.
         """
         values = {k: v for k, v in numbers_of(record).items() if v is not None and math.isfinite(v)}
         step = values.get("step")
@@ -115,7 +115,7 @@ class WandbSink(Sink):
         }
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the W&B run, waiting a bounded time for what is still to be uploaded."""
+        """Finishes the W&B run, waiting a bounded time for pending uploads."""
         if self._run is not None:
             self._guarded("finish", lambda: self._run.finish(exit_code=exit_code))
             self._run = None
@@ -125,12 +125,12 @@ class WandbSink(Sink):
             return
         try:
             call()
-        except KeyboardInterrupt:  # a person's, who wants something else
+        except KeyboardInterrupt:  # set by a user who wants something else
             raise
-        except BaseException as error:  # whatever it is, the training is worth more
+        except BaseException as error:  # whatever it is, training matters more
             self._broken = True
             self._run = None
-            self._tell(f"W&B could not {what}; going on without it: {_brief(error)}")
+            self._tell(f"W&B could not {what}; continuing without it: {_brief(error)}")
 
     def _tell(self, text: str) -> None:
         logger.warning("%s", text)
@@ -142,11 +142,11 @@ def wandb_mode(
 ) -> str:
     """Returns `offline`, `online` or `disabled`: what is set, else what the environment says.
 
-    `tell` is called for each of W&B's variables that is set and doesn't count.
+    `tell` is called for each W&B variable that is set and ignored.
     """
     for name, asked in _asked_modes(environ):
         if asked is None:
-            tell(f"{name}={environ[name]} in the environment means nothing to W&B: passed over")
+            tell(f"{name}={environ[name]} in the environment means nothing to W&B: ignored")
         elif settings.mode == "auto":
             return asked
         elif asked != settings.mode:
@@ -157,14 +157,14 @@ def wandb_mode(
     if settings.mode != "disabled":
         for name, reason in _OURS.items():
             if environ.get(name):
-                tell(f"{name} in the environment doesn't count: {reason}")
+                tell(f"{name} in the environment is ignored: {reason}")
     return "offline" if settings.mode == "auto" else settings.mode
 
 
 def _asked_modes(environ: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
-    """Yields the variables that ask for a mode, and the mode; None for a word there isn't."""
+    """Yields the variables that request a mode, and the mode; None for an unknown word."""
     if environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
-        yield "WANDB_DISABLED", "disabled"  # transformers' word for it, which users know
+        yield "WANDB_DISABLED", "disabled"  # transformers' variable, which users know
     if asked := environ.get("WANDB_MODE", "").strip():
         yield "WANDB_MODE", _MODES.get(asked.lower())
 
@@ -181,7 +181,7 @@ def _start(
     # Read at import. It also keeps W&B from asking for a key on a terminal, which would wait.
     os.environ.setdefault("WANDB_SILENT", "true")
     if os.environ.get("WANDB_MODE") not in _MODES:
-        os.environ.pop("WANDB_MODE", None)  # which W&B would refuse to start for
+        os.environ.pop("WANDB_MODE", None)  # for which W&B would refuse to start
     import wandb
 
     (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def _start(
         "silent": True,
         "console": "off",
         "save_code": False,
-        # Else W&B keeps this process's command line as it is.
+        # Otherwise W&B records this process's command line unredacted.
         "x_disable_meta": redacted_arguments(sys.argv) != sys.argv,
         "init_timeout": ONLINE_START_SECONDS,
         "finish_timeout": FINISH_SECONDS,

@@ -1,4 +1,4 @@
-"""`python -m moetrain.report run=DIR`: write the report of a run and say where it is.
+"""`moetrain report run=DIR`: writes the report of a run and prints its path.
 
 Owns the command's settings and its messages. Leaves composing the settings to `command.py`.
 """
@@ -27,7 +27,7 @@ class ReportSettings:
 
 
 def main(settings: ReportSettings) -> int:
-    """Write `report.html` into the run's folder; returns the exit code."""
+    """Writes `report.html` into the run folder; returns the exit code."""
     run_dir = Path(settings.run)
     if not is_run_dir(run_dir):
         print(_no_run(run_dir), file=sys.stderr)
@@ -41,7 +41,7 @@ def main(settings: ReportSettings) -> int:
 
 
 def _no_run(run_dir: Path) -> str:
-    """Why there is no run in a folder, and which runs there are: in it, or else beside it."""
+    """Returns why a folder has no run, and which runs exist: in it, or else beside it."""
     why = (
         "has neither config.yaml nor metrics.jsonl" if run_dir.is_dir() else "is not a run's folder"
     )
@@ -56,7 +56,7 @@ def _no_run(run_dir: Path) -> str:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The run folders in a folder, the newest first."""
+    """Returns the run folders in a folder, the newest first."""
     if not folder.is_dir():
         return []
     runs = [path for path in folder.iterdir() if path.is_dir() and is_run_dir(path)]

@@ -1,8 +1,8 @@
 """The figures of a report: the only file that imports matplotlib.
 
-Owns what a curve looks like: one palette, quiet axes, colours that read on a light and on a dark
-page. Each function takes a run and returns SVG text, or None where there is nothing to draw.
-Leaves the page around them to page.py.
+Owns the look of curves: one palette, quiet axes, colours that work on a light and on a dark page.
+Each function takes a run and returns SVG text, or None if there is nothing to draw. Leaves the page
+to page.py.
 """
 
 import io
@@ -28,11 +28,11 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#4285d4", "#e8833a", "#35a07a", "#d9566a", "
 TEAL, PINK, OLIVE = "#22a3b8", "#d873ac", "#a89432"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, OLIVE)
 
-# Colours that no curve has: on the page they become the page's own text and line colours.
+# Colours of no curve: they become the page's own text and line colours.
 _INK, _FAINT, _GRID = "#343b48", "#5f6877", "#d9dde3"
 _PAGE_COLOURS = {_INK: "currentColor", _FAINT: "var(--faint)", _GRID: "var(--line)"}
 
-# Starved experts are blue, a fair share is pale, crowded ones are orange.
+# Underloaded experts are blue, a fair share is pale, overloaded ones are orange.
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", [BLUE, "#c9dcf3", "#f6f4ef", ORANGE, RED])
 
 MAX_CURVE_LAYERS, MAX_CURVE_EXPERTS = 8, 16
@@ -103,7 +103,7 @@ def throughput_figure(run: RunRecord) -> str | None:
 
 
 def balance_figure(run: RunRecord) -> str | None:
-    """How far the worst layer is from balance, and how sure the router is."""
+    """Max violation of the worst layer, and the router's entropy."""
     return _panels(
         [
             ("Max violation, worst layer", run.get("router/max_violation"), ORANGE, False),
@@ -204,7 +204,7 @@ def _draw_loss(ax: Axes, run: RunRecord) -> None:
             label="validation",
         )
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy, nats a token")
+    ax.set_ylabel("cross-entropy, nats/token")
     _scale_y(ax, [s.values for s in (training, validation) if s])
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper right")

@@ -1,7 +1,7 @@
-"""report.html: one file that tells a run, to be opened anywhere, offline, in light or dark.
+"""report.html: one file that describes a run, readable anywhere, offline, in light or dark.
 
-Owns the words, the tables and the style of the page, and that nothing in it is markup but ours:
-every name, value and reason is escaped. Leaves the curves to figures.py, and where the time went to
+Owns the words, tables and style of the page, and that nothing in it is foreign markup: every name,
+value and reason is escaped. Leaves the curves to figures.py, and the account of time to
 time_line.py.
 """
 
@@ -24,9 +24,9 @@ _NOT_FOR_PEOPLE = ("time", "event", "reason", "step", "clock", "last_sign", "spe
 
 
 def render_report(run_dir: Path | str) -> Path:
-    """Write `<run_dir>/report.html` from whatever the run has logged so far, and return its path.
+    """Writes `<run_dir>/report.html` from whatever the run has logged so far, and returns its path.
 
-    The file appears whole or not at all. Raises OSError where it can't be written.
+    The file appears whole or not at all. Raises OSError if it can't be written.
     """
     path = Path(run_dir) / "report.html"
     text = page(read_run(Path(run_dir)))
@@ -108,7 +108,7 @@ def _tile(label: str, value: str, note: str = "") -> str:
 
 
 def _bits_per_byte(run: RunRecord) -> str:
-    """The model's bits per byte by source, beside what simpler models make of the same text."""
+    """The model's bits per byte by source, beside baselines of the same text."""
     ours = {s: series.last for s, series in run.by_source("bits_per_byte").items() if series}
     if not ours:
         return ""

@@ -1,7 +1,7 @@
 """A run folder read into memory, as much of it as a report shows.
 
-Owns merging the metrics into one series for each name, thinning what is too long to draw, and
-telling a run's state from its events. Leaves drawing to figures.py and words to page.py.
+Owns merging the metrics into one series for each name, thinning long series, and deriving a run's
+state from its events. Leaves drawing to figures.py and words to page.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 # More columns than this can't be told apart in a figure; fewer keep a 32 × 64-expert file small.
 MAX_LOAD_RECORDS = 160
 
-# What the last telling event of a run says about it.
+# A run's state by its last event of these kinds.
 _STATES: dict[str, str] = {
     EventKind.start: "running",
     EventKind.restart: "running",
@@ -77,7 +77,7 @@ class ExpertLoads:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """All that a report knows of one run."""
+    """Everything that a report knows of one run."""
 
     name: str
     state: str
@@ -88,8 +88,8 @@ class RunRecord:
     final_loss: float | None  # of training, over the last tenth of the steps
     expert_loads: ExpertLoads | None
     events: list[dict[str, Any]]
-    account: Account | None  # where its time went; None where that isn't known
-    baselines: Mapping[str, Mapping[str, float]]  # of simpler models, by source and name
+    account: Account | None  # the account of its time; None if unknown
+    baselines: Mapping[str, Mapping[str, float]]  # baselines, by source and name
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -112,10 +112,10 @@ def is_run_dir(path: Path) -> bool:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read whatever of a run is there; records of one step are joined, and the later value wins."""
+    """Reads whatever a run has; records of one step are joined, and the later value wins."""
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(errors="replace") if config_path.is_file() else ""
-    config_text = redacted_text(config_text)  # of a version that saved it as it was
+    config_text = redacted_text(config_text)  # of an older version that saved it unresolved
     config = _parsed(config_text)
     events = read_events(run_dir / "events.jsonl")
     state, reason = _state(events)

@@ -1,6 +1,6 @@
-"""Where a run's time went: its lives on one line, and a table of the sums.
+"""The account of a run's time: its lives on one line, and a table of the sums.
 
-Owns how an account of the ledger looks on the page. Leaves the sums themselves to moetrain.observe.
+Owns how the account looks on the page. Leaves the sums to moetrain.observe.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ MAX_PIECES = 600  # narrower ones couldn't be told apart
 
 
 def section(account: Account | None) -> str:
-    """The section on time; empty where nothing is known of it."""
+    """The section on time; empty if nothing is known of it."""
     if account is None or account.effective is None:
         return ""
     whole = account.spans[-1].end - account.spans[0].begin
@@ -38,7 +38,7 @@ def section(account: Account | None) -> str:
 
 
 def joined(spans: Sequence[Span], *, shortest: float) -> list[Span]:
-    """Returns the spans, each too short to be seen as one with its next, by what most of it is."""
+    """Returns the spans; short neighbours are merged and named after their largest part."""
     groups: list[list[Span]] = []
     for span in spans:
         last = groups[-1] if groups else None

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.commands.settings_tree import plain_reason, spelt
+from data_pipeline.commands.settings_tree import plain_reason, setting_name
 from moetrain.checks import ConfigError, nearest
 
 Tree = TypeVar("Tree")
@@ -24,7 +24,7 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
             known = known_keys(tree, path[:-1])
             reason = unknown_setting(path[-1], known)
         value = "(missing)" if first["type"].startswith("missing") else first["input"]
-        raise ConfigError(".".join(map(spelt, path)), value, reason) from None
+        raise ConfigError(".".join(map(setting_name, path)), value, reason) from None
 
 
 def unknown_setting(name: str, known: list[str]) -> str:

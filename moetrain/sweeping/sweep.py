@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from data_pipeline import DataError, opened_or_planned
-from launch.dry_run import rehearsal_of
+from launch.dry_run import prepare_dry_run
 from launch.on_ray.cluster import ClusterError, RayCluster
 from launch.plan import cluster_address, persistent_folder
-from launch.sweeps.sweep import Elsewhere, Sweep, run_sweep
+from launch.sweeps.sweep import ExternalLauncher, Sweep, run_sweep
 from launch.sweeps.table import Result, Trial, preview_table, varied_settings
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
@@ -79,7 +79,7 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
     trials = trials_of(combinations, resolved, wanted, varied=varied)
     for trial, config, one in zip(trials, resolved, combinations, strict=True):
         rows.append(
-            (trial, rehearsal_of(renamed(config, trial.run_dir.name), data=one.settings.data))
+            (trial, prepare_dry_run(renamed(config, trial.run_dir.name), data=one.settings.data))
         )
     num_open = sum(not rehearsal.is_complete for _, rehearsal in rows)
     end = f"dry run: {num_open} of {len(rows)} could start; nothing was written"
@@ -122,7 +122,7 @@ class SweepInBatches:
         combinations: Sequence[Combination[Config]],
         *,
         varied: Sequence[dict[str, str]],
-        elsewhere: Elsewhere | None,
+        elsewhere: ExternalLauncher | None,
     ) -> list[Result]:
         """Trains a batch, by a launcher if one is given; raises SweepEnded where that is all."""
         if self._sweep is not None and self._sweep.is_stopped:
@@ -143,7 +143,7 @@ class SweepInBatches:
             print(f"moetrain: {error}", file=sys.stderr)
             raise SweepEnded(FAILED) from error
         run = self._sweep
-        results = run.run_elsewhere(trials, elsewhere) if elsewhere else run.run(trials)
+        results = run.run_with_launcher(trials, elsewhere) if elsewhere else run.run(trials)
         if run.is_stopped:
             raise SweepEnded(STOPPED)
         settings = [one.settings for one in once]
@@ -165,7 +165,9 @@ def _require_training(combinations: Sequence[Combination[Config]]) -> None:
         )
 
 
-def _require_room(combinations: Sequence[Combination[Config]], elsewhere: Elsewhere | None) -> None:
+def _require_room(
+    combinations: Sequence[Combination[Config]], elsewhere: ExternalLauncher | None
+) -> None:
     """Raises ConfigError where trials beside each other would take each other's devices."""
     if elsewhere is None or elsewhere.num_at_once < 2:
         return

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from data_pipeline.commands.command_line import as_one_run
 from data_pipeline.commands.shell import unquoted
 from data_pipeline.commands.stops import signals_handled
-from launch.sweeps.sweep import Elsewhere, run_trial
+from launch.sweeps.sweep import ExternalLauncher, run_trial
 from launch.sweeps.table import Result, Trial
 from moetrain.sweeping.demands import JOBLIB
 
@@ -35,7 +35,7 @@ class Batches(Protocol):
         combinations: Sequence[Any],
         *,
         varied: Sequence[dict[str, str]],
-        elsewhere: Elsewhere | None,
+        elsewhere: ExternalLauncher | None,
     ) -> list[Result]:
         """Trains a batch, by a launcher if one is given; raises SweepEnded where that is all.
 

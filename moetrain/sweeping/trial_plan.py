@@ -11,8 +11,15 @@ from pathlib import Path
 from data_pipeline import DataSettings, PlannedBuild, ShardFolder, open_or_build
 from data_pipeline.commands.shell import as_typed, shell_command, unquoted
 from launch.plan import choose_plan
-from launch.sweeps.runs import Trained, Wanted, assign, held, nearest_other, runs_in
-from launch.sweeps.sweep import Elsewhere
+from launch.sweeps.runs import (
+    TrainedSettings,
+    TrialSettings,
+    assign,
+    lock_names,
+    nearest_other,
+    runs_in,
+)
+from launch.sweeps.sweep import ExternalLauncher
 from launch.sweeps.table import Trial
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
 from moetrain.checks import ConfigError
@@ -45,7 +52,7 @@ class TrialPlan:
         combinations: Sequence[Combination[Config]],
         *,
         varied: Sequence[dict[str, str]],
-        elsewhere: Elsewhere | None = None,
+        elsewhere: ExternalLauncher | None = None,
     ) -> list[Trial]:
         """Returns the trials of some combinations; ConfigError where one could not begin.
 
@@ -81,7 +88,7 @@ class TrialPlan:
         names = [name or self._base or "" for name in given]
         for folder in sorted(folders):
             new = {name for name in names if (folder, name) not in self._names}
-            self._held.enter_context(held(folder / "sweeps", new))
+            self._held.enter_context(lock_names(folder / "sweeps", new))
             self._names |= {(folder, name) for name in new}
 
 
@@ -94,13 +101,13 @@ def wanted_of(
     differing: Collection[str],
     varied: Sequence[Mapping[str, str]],
     in_batches: bool = False,
-) -> list[Wanted]:
+) -> list[TrialSettings]:
     """Returns what each combination is to be trained with; `base` names those without a name."""
     names = [c.settings.run.name or base for c in combinations]
     several = len(set(names)) > 1
     own = [_holds_values(c, values) for c, values in zip(combinations, varied, strict=True)]
     return [
-        Wanted(
+        TrialSettings(
             name=name,
             settings=as_plain(config),
             text=text,
@@ -124,7 +131,7 @@ def once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[C
     return kept
 
 
-def resolved_as_trial(config: Config, elsewhere: Elsewhere | None = None) -> Resolved:
+def resolved_as_trial(config: Config, elsewhere: ExternalLauncher | None = None) -> Resolved:
     if elsewhere is not None and not elsewhere.num_at_once:
         return _resolved_there(config, elsewhere.num_workers)
     check(config)
@@ -153,7 +160,7 @@ def _resolved_there(config: Config, num_workers: int | None) -> Resolved:
     return replace(found, model=model, run=replace(found.run, device=run.device))
 
 
-def _threads(resolved: Sequence[Resolved], elsewhere: Elsewhere | None) -> int | None:
+def _threads(resolved: Sequence[Resolved], elsewhere: ExternalLauncher | None) -> int | None:
     """Returns the threads of each rank where trials share this machine's cores unasked."""
     at_once = min(elsewhere.num_at_once, len(resolved)) if elsewhere else 0
     if at_once < 2 or any(config.run.threads_per_rank for config in resolved):
@@ -218,7 +225,7 @@ def _new_base(folders: Collection[Path]) -> Iterator[str]:
         with ExitStack() as stack:
             try:
                 for folder in sorted(folders):
-                    stack.enter_context(held(folder / "sweeps" / ".unnamed", {base}))
+                    stack.enter_context(lock_names(folder / "sweeps" / ".unnamed", {base}))
             except ConfigError:
                 continue  # of a sweep that began in the same second
             yield base
@@ -228,7 +235,7 @@ def _new_base(folders: Collection[Path]) -> Iterator[str]:
 def trials_of(
     combinations: Sequence[Combination[Config]],
     resolved: Sequence[Resolved],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[TrialSettings],
     *,
     varied: Sequence[dict[str, str]],
     first: int = 1,
@@ -264,7 +271,7 @@ def renamed(config: Resolved, name: str) -> Resolved:
 
 
 def _assigned(
-    resolved: Sequence[Resolved], wanted: Sequence[Wanted], *, taken: Collection[str]
+    resolved: Sequence[Resolved], wanted: Sequence[TrialSettings], *, taken: Collection[str]
 ) -> list[str]:
     """Returns the name of each trial's run; tells where one begins that a user may not expect."""
     names: dict[int, str] = {}
@@ -283,13 +290,13 @@ def _assigned(
 
 
 def _runs(
-    folder: Path, wanted: Sequence[Wanted], uploads: Sequence[CheckpointSettings]
-) -> dict[str, Trained]:
+    folder: Path, wanted: Sequence[TrialSettings], uploads: Sequence[CheckpointSettings]
+) -> dict[str, TrainedSettings]:
     """Returns the runs of a sweep's names that are here, or where checkpoints are uploaded to."""
 
-    def elsewhere(name: str) -> Trained | None:
+    def elsewhere(name: str) -> TrainedSettings | None:
         there = (newest_manifest_there(settings, run=name) for settings in uploads)
-        return next((Trained.of(manifest) for manifest in there if manifest), None)
+        return next((TrainedSettings.of(manifest) for manifest in there if manifest), None)
 
     return runs_in(
         folder,

@@ -137,7 +137,7 @@ def test_disk_that_fills_is_one_message_and_exit_1(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "File too large" in result.stderr
     (line,) = told(result)
-    assert line.endswith("; the same command goes on from what is finished")
+    assert line.endswith("; the same command resumes from what is finished")
     assert os.listdir(tmp_path) == ["corpus.jsonl"]
 
 

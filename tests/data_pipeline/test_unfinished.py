@@ -345,7 +345,7 @@ def test_stopped_command_says_that_it_goes_on(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: its workers get it too
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert said.endswith("stopped; the same command goes on from what is finished\n")
+    assert said.endswith("stopped; the same command resumes from what is finished\n")
     assert "Traceback" not in said
     assert not (tmp_path / "to").exists()
     assert finished_shards(tmp_path / HIDDEN)
@@ -389,6 +389,6 @@ def test_killed_worker_ends_the_command_with_a_message(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "a process that tokenises was killed" in said
-    assert said.endswith("; the same command goes on from what is finished\n")
+    assert said.endswith("; the same command resumes from what is finished\n")
     assert "Traceback" not in said
     assert finished_shards(tmp_path / HIDDEN)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from tests.drills import cluster, single_host
 from tests.drills.drill import Result, Site, table
 from tests.drills.hosts import no_hosts_because
@@ -101,5 +101,5 @@ def heading(command: str, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     sys.exit(main(sys.argv[1:]))

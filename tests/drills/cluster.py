@@ -235,7 +235,7 @@ def drained(site: ClusterSite) -> Result:
 
 
 def warned(site: ClusterSite) -> Result:
-    """A cloud's own service says, on a node and nowhere else, that the node will be taken away."""
+    """A cloud's own service says, on a node and nowhere else, that the node will be preempted."""
     with clouds(site) as warn:
         return announced(
             site, "spot warning, run moves to the spare", lambda host, _: warn(host),
@@ -278,7 +278,7 @@ def announced_too_late(
         (pid,) = [r["pid"] for r in run.ranks() if r["node"] == site.hosts.address(host)]
         os.kill(pid, signal.SIGSTOP)  # so that it can't save
         announce(host)
-        run.wait_for("notice", lambda: "will be taken away" in run.log.read_text())
+        run.wait_for("notice", lambda: "will be preempted" in run.log.read_text())
         end(host)
 
     return struck(
@@ -316,7 +316,7 @@ def clouds(site: ClusterSite) -> Iterator[Callable[[int], None]]:
 def announced(
     site: ClusterSite, name: str, announce: Callable[[int, str], None], *overrides: str
 ) -> Result:
-    """A notice that a node will be taken away: the run saves, and moves before it is gone.
+    """A notice that a node will be preempted: the run saves, and moves before it is gone.
 
     `announce` gives it, by the host's number and Ray's id of the node.
     """

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.observe import run_account
 from tests.drills.drill import Run, alive, time_of
 from tests.drills.faults import disarm
@@ -182,5 +182,5 @@ def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[s
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     sys.exit(main(sys.argv[1:]))

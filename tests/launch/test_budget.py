@@ -65,7 +65,7 @@ def test_a_node_that_failed_repeatedly_is_left_out() -> None:
     count = budget(failures=100)
     for step, node in ((1, "a"), (2, "b")):
         count.count(died(step, node=node), saved_step=step)
-    assert count.troubles == {"a": 1, "b": 1}
+    assert count.node_failures == {"a": 1, "b": 1}
     for kind in map(FailureKind, ("memory", "service", "peer")):
         count.count(died(4, kind=kind, node="a"), saved_step=4)
     assert count.left_out == set(), "what isn't the node's fault"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from launch.submit.__main__ import passed_on
+from launch.submit.__main__ import training_arguments
 from launch.sweeps.table import Trial, result_of, write_table
 from moetrain.command import config_dir, run_command
 from moetrain.config import check
@@ -121,7 +121,7 @@ def test_an_older_run_of_the_name_is_looked_at(
     dry: Any, begun: Path, tmp_path: Path, capsys: Any
 ) -> None:
     assert dry(begun) == 0
-    assert "runs/tiny, which would go on from step 4\n" in capsys.readouterr().out
+    assert "runs/tiny, which would resume from step 4\n" in capsys.readouterr().out
     assert dry(begun, train__num_steps=4) == 0
     said = capsys.readouterr().out
     assert "runs/tiny, which has all its 4 steps\n" in said
@@ -183,7 +183,7 @@ def test_a_sweep_is_a_table_and_leaves_nothing(
 
 def test_a_submitted_job_is_the_one_that_makes_the_dry_run() -> None:
     words = ["model=toy", "dry_run=true", "launch.address=auto", "submit.python=python3"]
-    assert passed_on(words) == ["model=toy", "dry_run=true"]
+    assert training_arguments(words) == ["model=toy", "dry_run=true"]
 
 
 def test_a_run_s_record_report_and_table_have_its_counts(

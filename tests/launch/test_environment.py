@@ -24,7 +24,7 @@ SHELL = {
 
 def test_ranks_get_what_is_listed_and_secrets_apart() -> None:
     got = for_ranks(SHELL, cluster_env={"NCCL_DEBUG": "WARN", "DB_PASSWORD": "x"}, pass_env=[])
-    assert got.shown == {
+    assert got.public == {
         "NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "2", "WANDB_PROJECT": "moe", "AWS_REGION": "eu-1",
     }  # fmt: skip
     assert got.secret == {
@@ -36,16 +36,16 @@ def test_ranks_get_what_is_listed_and_secrets_apart() -> None:
 def test_the_clusters_word_on_waiting_threads_replaces_the_commands() -> None:
     shell = {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "2"}
     active = {"OMP_WAIT_POLICY": "active"}
-    assert for_ranks(shell, cluster_env={}, pass_env=[]).shown == shell
+    assert for_ranks(shell, cluster_env={}, pass_env=[]).public == shell
     got = for_ranks(shell, cluster_env=active, pass_env=[])
-    assert got.shown == {"OMP_NUM_THREADS": "2"} | active
+    assert got.public == {"OMP_NUM_THREADS": "2"} | active
 
 
 def test_a_secret_within_a_variable_of_many_settings_is_one() -> None:
     options = '{"key": "minio-user", "secret": "minio-pass", "endpoint_url": "http://minio:9000"}'
     shell = {"FSSPEC_S3": options, "FSSPEC_S3_ENDPOINT_URL": "http://minio:9000"}
     got = for_ranks(shell, cluster_env={}, pass_env=[])
-    assert got.shown == {"FSSPEC_S3_ENDPOINT_URL": "http://minio:9000"}
+    assert got.public == {"FSSPEC_S3_ENDPOINT_URL": "http://minio:9000"}
     assert got.secret == {"FSSPEC_S3": options}
 
 
@@ -59,7 +59,7 @@ def test_only_the_first_rank_may_write_to_wandb() -> None:
 
 def test_more_is_passed_by_name_or_pattern_and_a_name_that_is_not_set_is_refused() -> None:
     got = for_ranks(SHELL, cluster_env={}, pass_env=["MY_*", "YOUR_*"])
-    assert got.shown["MY_FLAG"] == "on"
+    assert got.public["MY_FLAG"] == "on"
     assert got.secret["MY_TOKEN"] == "my-own-token"
     with pytest.raises(ConfigError, match=r"^launch.pass_env=MY_FLAGS: isn't set"):
         for_ranks(SHELL, cluster_env={}, pass_env=["MY_FLAGS"])

@@ -118,7 +118,7 @@ def test_torchruns_variables_without_an_address_give_the_line_that_would_do() ->
     ("environ", "said"),
     [
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one: must be a number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: is no rank of 2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: isn't a rank of 2"),
     ],
 )
 def test_numbers_that_can_be_no_rank_are_named(environ: dict[str, str], said: str) -> None:

@@ -54,20 +54,20 @@ def test_who_says_what_it_waits_for_waits() -> None:
 
 def test_the_culprit_is_who_does_not_wait() -> None:
     waiting = Doing(phase="forward", collective="token all-to-all of layer 1")
-    assert culprits({0: waiting, 1: HERE, 2: waiting}, {}, mute=set()) == [1]
-    nobody = culprits({0: waiting, 2: waiting}, {}, mute=set())
+    assert culprits({0: waiting, 1: HERE, 2: waiting}, {}, unresponsive=set()) == [1]
+    nobody = culprits({0: waiting, 2: waiting}, {}, unresponsive=set())
     assert nobody == [0, 2], "nobody stands out: all are named"
 
 
 def test_a_stopped_rank_is_the_culprit_wherever_it_was_stopped() -> None:
     waiting = Doing(phase="forward", collective="token all-to-all of layer 1")
-    assert culprits({0: waiting, 1: waiting, 2: HERE}, {}, mute={1, 7}) == [1]
+    assert culprits({0: waiting, 1: waiting, 2: HERE}, {}, unresponsive={1, 7}) == [1]
 
 
 def test_of_ranks_that_wait_in_no_collective_the_last_is_the_culprit() -> None:
     """As on a GPU, where a rank waits for its device in the middle of the model's code."""
     later = Doing(phase="backward", step=3)
-    assert culprits({0: later, 1: HERE, 2: later}, {}, mute=set()) == [1]
+    assert culprits({0: later, 1: HERE, 2: later}, {}, unresponsive=set()) == [1]
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -49,7 +49,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     folder = tmp_path_factory.mktemp("undisturbed")
     done = moetrain(folder, shards, *RAY)
     assert done.returncode == 0, done.stderr
-    for part in ("nats a token on held-out text", "tokens/s (median)", "runs/tiny", "next "):
+    for part in ("nats/token on held-out text", "tokens/s (median)", "runs/tiny", "next "):
         assert part in done.stdout
     assert (folder / "runs/tiny/report.html").is_file()
     metrics = metrics_of(folder)
@@ -168,7 +168,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
     stopped = events_of(tmp_path)[-1]
     assert stopped["event"] == "stop"
     assert (tmp_path / "runs/tiny/checkpoints/latest").read_text() == f"step_{stopped['step']:08d}"
-    assert "goes on from here" in output
+    assert "resumes from here" in output
     done = moetrain(tmp_path, shards, *how)
     assert done.returncode == 0, done.stderr
     if mode == "ray":
@@ -181,7 +181,7 @@ def test_a_clouds_warning_saves_and_exits_75_and_the_same_command_goes_on(
     undisturbed: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The machine of the command itself will be taken away: there is nowhere to move to."""
+    """The machine of the command itself will be preempted: there is nowhere to move to."""
     said = tmp_path / "cloud/computeMetadata/v1/instance/preempted"
     said.parent.mkdir(parents=True)
     said.write_text("FALSE")
@@ -195,13 +195,13 @@ def test_a_clouds_warning_saves_and_exits_75_and_the_same_command_goes_on(
             os.kill(rank, signal.SIGSTOP)  # the run would be done before the service is asked again
             said.write_text("TRUE")
             assert process.stderr
-            told = next(line for line in process.stderr if "will be taken away" in line)
+            told = next(line for line in process.stderr if "will be preempted" in line)
             os.kill(rank, signal.SIGCONT)
             output, errors = process.communicate(timeout=60)
         service.shutdown()
     assert process.returncode == 75, errors
-    assert "Compute Engine will take this instance" in told
-    assert "goes on from here" in output
+    assert "Compute Engine will preempt this instance" in told
+    assert "resumes from here" in output
     assert kinds(tmp_path)[-2:] == ["move", "stop"]
     done = moetrain(tmp_path, shards, *RAY)
     assert done.returncode == 0, done.stderr

@@ -55,11 +55,11 @@ def test_the_last_ranks_take_the_tightest_node() -> None:
 
 
 def test_nodes_that_made_trouble_come_last() -> None:
-    troubles = {"10.0.0.0": 1}
-    assert placed(choose_nodes(nodes(8, 8), num_ranks=8, group_size=1, troubles=troubles)) == [
+    failures = {"10.0.0.0": 1}
+    assert placed(choose_nodes(nodes(8, 8), num_ranks=8, group_size=1, failures=failures)) == [
         ("10.0.0.1", 8)
     ]
-    both = choose_nodes(nodes(8, 8), num_ranks=16, group_size=1, troubles=troubles)
+    both = choose_nodes(nodes(8, 8), num_ranks=16, group_size=1, failures=failures)
     assert placed(both) == [("10.0.0.0", 8), ("10.0.0.1", 8)], "used all the same where needed"
 
 

@@ -15,7 +15,7 @@ import ray
 from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node
 from launch.supervision import pulse
-from launch.supervision.pulse import MUTE, NodeWatch, Pulse
+from launch.supervision.pulse import UNRESPONSIVE, NodeWatch, Pulse
 from moetrain.train.control import Control
 
 HANG_SECONDS = 4.0
@@ -162,7 +162,7 @@ class TestPulse:
                 assert time.monotonic() - began < PATIENCE
         finally:
             os.kill(ranks[0].pid, signal.SIGCONT)
-        assert silent == {0: f"{MUTE} in backward at step 5"}
+        assert silent == {0: f"{UNRESPONSIVE} in backward at step 5"}
 
     def test_an_ended_process_is_left_to_its_own_result(self, ranks: list[Worker]) -> None:
         heard = Pulse(ranks)
@@ -180,14 +180,14 @@ class TestPulse:
         ray.get(ranks[0].actor.train.remote(8))
         ray.get(ranks[1].actor.train.remote(2))
         hear(heard)
-        assert heard.patience(most) == most - REPORT_SECONDS, "one of them took too few"
+        assert heard.timeout(most) == most - REPORT_SECONDS, "one of them took too few"
         ray.get(ranks[1].actor.train.remote(8))
         hear(heard)
-        learned = heard.patience(most)
+        learned = heard.timeout(most)
         assert 10 * STEP_SECONDS <= learned < most - REPORT_SECONDS
-        assert heard.patience(learned / 2) < learned / 2, "the time-out bounds it from above"
+        assert heard.timeout(learned / 2) < learned / 2, "the time-out bounds it from above"
         monkeypatch.setattr(pulse, "LEAST_PATIENCE_SECONDS", 50.0)
-        assert heard.patience(most) == 50.0, "steps of milliseconds are no measure"
+        assert heard.timeout(most) == 50.0, "steps of milliseconds are no measure"
 
     def test_while_one_does_what_may_take_long_all_have_the_whole_time(
         self, ranks: list[Worker], monkeypatch: pytest.MonkeyPatch
@@ -196,15 +196,15 @@ class TestPulse:
         heard = Pulse(ranks)
         ray.get([worker.actor.train.remote(8) for worker in ranks])
         hear(heard)
-        learned = heard.patience(100.0)
+        learned = heard.timeout(100.0)
         assert learned < 100.0 - REPORT_SECONDS
         for phase in ("reading data", "saving", "validating"):
             tell(ranks[1], phase, 8)
             hear(heard)
-            assert heard.patience(100.0) == 100.0 - REPORT_SECONDS, phase
+            assert heard.timeout(100.0) == 100.0 - REPORT_SECONDS, phase
             tell(ranks[1], "forward", 8)
             hear(heard)
-            assert heard.patience(100.0) < 50.0, phase
+            assert heard.timeout(100.0) < 50.0, phase
 
 
 class TestNodeWatch:
@@ -218,11 +218,11 @@ class TestNodeWatch:
         ray.kill(cluster.agents[0])
         until(lambda: (watch.silent(), len(cluster.agents))[1] == 2)
         assert watch.silent() == set(), "an agent is not the node"
-        assert watch.unfit() == {node.id}, "but nothing starts there until another answers"
-        until(lambda: watch.unfit() == set())
+        assert watch.unusable() == {node.id}, "but nothing starts there until another answers"
+        until(lambda: watch.unusable() == set())
         ray.kill(cluster.agents[1])
         until(lambda: (watch.silent(), len(cluster.agents))[1] == 3)
-        until(lambda: watch.unfit() == set())
+        until(lambda: watch.unusable() == set())
 
     def test_a_stopped_agent_makes_its_node_doubtful_at_a_loss_and_silent_in_time(
         self, cluster: AgentsKept, node: Node, monkeypatch: pytest.MonkeyPatch
@@ -237,13 +237,13 @@ class TestNodeWatch:
         try:
             watch.silent(wait_seconds=0.2)  # the answer to what was asked before
             assert watch.is_gone(node.address), "a rank died there, and nobody answers"
-            assert watch.unfit() == {node.id}
+            assert watch.unusable() == {node.id}
             assert watch.silent() == set(), "it may answer yet"
             until(lambda: watch.silent() == {node.id})
             assert watch.silent_seconds(node.id) > 6.0
         finally:
             os.kill(pid, signal.SIGCONT)
-        until(lambda: watch.unfit() == set())
+        until(lambda: watch.unusable() == set())
         assert watch.silent_seconds(node.id) < 6.0
         assert not watch.is_gone(node.address)
 
@@ -254,7 +254,7 @@ class TestNodeWatch:
         watch = NodeWatch(cluster)
         watch.watch([node])
         assert not watch.is_gone(node.address)
-        assert watch.unfit() == set()
+        assert watch.unusable() == set()
 
     def test_a_node_without_two_agents_is_gone_and_its_successor_inherits_nothing(
         self, cluster: AgentsKept, node: Node
@@ -267,7 +267,7 @@ class TestNodeWatch:
         watch.watch([node])
         assert watch.silent(wait_seconds=DEADLINE_SECONDS) == set()
         assert not watch.is_gone(node.address)
-        assert watch.unfit() == set()
+        assert watch.unusable() == set()
 
     def test_stacks_come_from_the_ranks_nodes(self, cluster: AgentsKept, node: Node) -> None:
         watch = NodeWatch(cluster)

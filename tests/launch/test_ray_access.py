@@ -153,8 +153,8 @@ def test_a_cluster_with_a_token_is_used_with_that_token_alone(tmp_path: Path) ->
         for where in (address, f"ray://{address.replace(':17311', ':17312')}"):
             environs: list[dict[str, str]] = [{}, wrong, right, home]
             missing, refused, *taken = ask(tmp_path, *((e, where, False) for e in environs))
-            assert "wants a token, and none is in reach: set RAY_AUTH_TOKEN" in missing
-            assert "doesn't take the token that is in reach here" in refused
+            assert "requires a token, and none is set here: set RAY_AUTH_TOKEN" in missing
+            assert "rejects the token that is set here" in refused
             assert taken == [f"at {where}"] * 2
         # And Ray itself then gets through, though nothing in the environment told it to.
         connect = (
@@ -220,7 +220,7 @@ def test_a_run_on_this_machine_listens_on_loopback_and_wants_a_token(tmp_path: P
         (refused,) = ask(
             tmp_path, ({}, f"127.0.0.1:{gcs}", False), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"
         )
-        assert "wants a token, and none is in reach" in refused
+        assert "requires a token, and none is set here" in refused
         # The token can be read by this user alone, and stands in no process's environment.
         raylet = next(pid for pid in own if "/raylet " in title_of(pid))
         environ = environment_of(raylet)

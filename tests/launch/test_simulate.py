@@ -64,7 +64,7 @@ def test_every_share_is_that_of_the_simulated_events(
     assert failures is not None
     sample = simulate(settings, nodes=nodes, interval=interval, failures=failures, seed=1)
     expected = shares(settings, nodes=nodes, interval=interval)
-    assert sample.furthest(expected) < STANDARD_ERRORS, (sample, expected)
+    assert sample.worst_error(expected) < STANDARD_ERRORS, (sample, expected)
     assert sum(astuple(expected)) == pytest.approx(1, abs=1e-12)
     assert min(astuple(expected)) >= 0
 

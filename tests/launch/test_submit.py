@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch.submit.__main__ import passed_on
+from launch.submit.__main__ import training_arguments
 from launch.submit.job import entrypoint
 from moetrain.checks import ConfigError
 from tests.launch.test_launching import TINY, alive, kinds, rank_pids, reached, wait_for
@@ -128,7 +128,7 @@ class TestExitCodes:
             assert "finish" not in kinds(tmp_path), "while it trains"
             rest, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-        assert "nats a token on held-out text" in rest
+        assert "nats/token on held-out text" in rest
         assert metrics_of(tmp_path) == undisturbed
 
     def test_what_only_the_job_can_know_to_be_wrong_gives_2(
@@ -213,7 +213,7 @@ class TestConnections:
         assert f"no connection to {road.address}" in errors
         assert "connected again" in errors
         assert (seen + rest).count("step 1/60") == 1, "the log goes on where it was"
-        assert "nats a token on held-out text" in rest
+        assert "nats/token on held-out text" in rest
         assert metrics_of(tmp_path) == undisturbed
 
     def test_a_connection_that_stays_lost_ends_the_waiting_with_the_command_to_go_on(
@@ -375,12 +375,12 @@ class TestBeforeAnythingIsSubmitted:
     )
     def test_a_secret_is_refused(self, argument: str) -> None:
         with pytest.raises(ConfigError, match=r"=\[redacted\]: looks like a secret"):
-            passed_on([argument])
+            training_arguments([argument])
 
     def test_all_but_the_submission_s_own_settings_are_passed_on(self) -> None:
         kept = ["-m", "+model=8x7b", "data.tokenizer=mixtral-v1", "launch.pass_env=[WANDB_API_KEY]"]
         own = ["launch.address=auto", "submit.python=python3", "++submit.stop_seconds=9"]
-        assert passed_on([*own, *kept]) == kept
+        assert training_arguments([*own, *kept]) == kept
 
 
 def test_the_shell_of_a_job_says_the_code_of_a_command_that_was_stopped_with_it(

@@ -133,21 +133,21 @@ class TestDevice:
     def test_gpus_that_join_while_a_run_waits_are_what_it_runs_on(self, tmp_path: Path) -> None:
         nodes = Nodes(A, gpus=(self.G,), gpus_join_at=3)
         run = supervised(nodes, tmp_path, device="auto", wait_for_nodes_seconds=60)
-        assert placed(run._find_place(patient=False)) == ["g", "g", "g"]
+        assert placed(run._find_place(resuming=False)) == ["g", "g", "g"]
         assert nodes.requested == [(3, False), (3, False), (0, True)]
 
     def test_a_run_that_waits_for_gpus_asks_an_autoscaler_for_those(self, tmp_path: Path) -> None:
         nodes = Nodes(A, B, C)
         run = supervised(nodes, tmp_path, device="cuda", wait_for_nodes_seconds=1)
         with pytest.raises(ClusterError, match="each rank needs a free GPU"):
-            run._find_place(patient=False)
+            run._find_place(resuming=False)
         assert set(nodes.requested) == {(3, True)}
 
     def test_a_run_stays_on_what_it_began_on(self, tmp_path: Path) -> None:
         nodes = Nodes(A, B, C, gpus=(self.G,), gpus_join_at=2)
         run = supervised(nodes, tmp_path, device="auto")
-        assert placed(run._find_place(patient=False)) == ["a", "b", "c"]
-        assert placed(run._find_place(patient=True)) == ["a", "b", "c"]
+        assert placed(run._find_place(resuming=False)) == ["a", "b", "c"]
+        assert placed(run._find_place(resuming=True)) == ["a", "b", "c"]
         assert nodes.has_gpus()
 
 
@@ -156,10 +156,10 @@ class TestFailures:
         self, tmp_path: Path
     ) -> None:
         run = supervised(Nodes(A, B, C), tmp_path, elastic=True)
-        assert placed(run._find_place(patient=False)) == ["a", "b", "c"]
+        assert placed(run._find_place(resuming=False)) == ["a", "b", "c"]
         for _ in range(2):
             assert run._recover(died(C)).kind == "died"
-        assert placed(run._find_place(patient=True)) == ["a", "b"]
+        assert placed(run._find_place(resuming=True)) == ["a", "b"]
         assert not run._may_grow(2), "the bad node is no room"
 
     @pytest.mark.parametrize("kind", [FailureKind.died, FailureKind.lost, FailureKind.hung])
@@ -168,7 +168,7 @@ class TestFailures:
     ) -> None:
         nodes = Nodes(A, B, C)
         run = supervised(nodes, tmp_path, max_failures=0)
-        run._find_place(patient=False)
+        run._find_place(resuming=False)
         nodes.leaving = {"c": "Ray drains it"}
         assert run._recover(died(C, kind=kind)).kind == "preempted"
         with pytest.raises(supervisor.RunFailed, match="1 failures"):
@@ -248,5 +248,5 @@ def test_a_move_that_is_called_off_too_late_is_a_move(
         may_grow=lambda: not ray.get(actor.is_told_to_move.remote()),
     )
     assert at_work.watch() == Moved(
-        reason="there is room for more ranks again", step=20, forced=False, ends=False
+        reason="there is room for a larger layout again", step=20, forced=False, ends=False
     )

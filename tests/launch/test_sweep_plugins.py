@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from launch.sweeps.sweep import Elsewhere
+from launch.sweeps.sweep import ExternalLauncher
 from launch.sweeps.table import Result, Trial
 from moetrain.command import config_dir, run_command
 from moetrain.settings import Config
@@ -52,7 +52,7 @@ class Quadratic:
         combinations: Sequence[Any],
         *,
         varied: Sequence[dict[str, str]],
-        elsewhere: Elsewhere | None,
+        elsewhere: ExternalLauncher | None,
     ) -> list[Result]:
         assert elsewhere is None
         self.varied += varied

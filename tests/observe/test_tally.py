@@ -100,7 +100,7 @@ def test_no_sign_of_life_stops_training(tmp_path: Path, caplog: pytest.LogCaptur
     kept = Tally(tmp_path / "gone")
     kept.begin(1)
     kept.sign(1)
-    assert "no sign of life" in caplog.text
+    assert "no heartbeat" in caplog.text
     assert read_sign(tmp_path / "gone") is None
     (tmp_path / "last_sign.json").write_text('{"torn')
     assert read_sign(tmp_path) is None

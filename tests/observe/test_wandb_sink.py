@@ -181,9 +181,9 @@ def test_a_wandb_that_raises_anything_is_told_of_once_and_then_left_alone(
         sink.write({"step": step})
     sink.close(1)
     assert calls == ["log"]
-    assert caplog.text.count("going on without it") == 1
+    assert caplog.text.count("continuing without it") == 1
     (text,) = told
-    assert text.startswith(f"W&B could not log; going on without it: {type(error).__name__}")
+    assert text.startswith(f"W&B could not log; continuing without it: {type(error).__name__}")
 
     def refuse() -> None:
         raise error
@@ -259,7 +259,7 @@ def test_metrics_that_are_no_numbers_stop_no_sink_and_the_numbers_beside_them_ar
             "online",
             ["observe.wandb.mode=online counts, and not WANDB_MODE=disabled"],
         ),
-        ("auto", {"WANDB_NAME": "x"}, "offline", ["WANDB_NAME in the environment doesn't count"]),
+        ("auto", {"WANDB_NAME": "x"}, "offline", ["WANDB_NAME in the environment is ignored"]),
         ("disabled", {"WANDB_NAME": "x"}, "disabled", []),
     ],
 )
@@ -301,7 +301,7 @@ def test_a_copied_run_folder_gets_a_wandb_run_of_its_own(tmp_path: Path) -> None
     shutil.copytree(run, copy)
     second, told = wandb_run_id(copy)
     assert second != first
-    assert told == f"this folder is a copy of {run}: it gets a W&B run of its own"
+    assert told == f"this folder is a copy of {run}: it gets its own W&B run"
     # Both keep what they have from then on.
     assert wandb_run_id(copy) == (second, None)
     assert wandb_run_id(run) == (first, None)
@@ -340,7 +340,7 @@ def test_no_wandb_installed_is_warned_of_once(
     sink = _sink(tmp_path)
     sink.write({"step": 1})
     sink.close()
-    assert caplog.text.count("W&B could not start; going on without it") == 1
+    assert caplog.text.count("W&B could not start; continuing without it") == 1
 
 
 def test_disabled_touches_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.commands.standard_streams import outlive_readers
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from tests.torture.disks import torture_by_disks
 from tests.torture.kills import torture_by_kills
 from tests.torture.loads import torture_by_harm
@@ -93,5 +93,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    ignore_broken_pipes()
     sys.exit(main(sys.argv[1:]))
