@@ -18,6 +18,14 @@ _DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "
 _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "rendezvous")
 
 
+class RunFailed(Exception):
+    """A run that can't continue, with the cause."""
+
+
+class ClusterError(Exception):
+    """A cluster that can't be reached, or lacks what the run needs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why a rank, and with it an attempt, failed."""

@@ -10,14 +10,12 @@ from pathlib import Path
 
 from data_pipeline import DataError, DataSettings
 from launch.external_run import run_external
+from launch.failure import ClusterError, RunFailed
 from launch.inline import run_inline
-from launch.on_ray.cluster import ClusterError
 from launch.plan import Plan, is_ray_copy
 from launch.run_folder import close_run, complete_save, open_run, prepared_run, report_complete
 from launch.run_lock import lock_run
 from launch.signals import StopRequest, stops_at_once
-from launch.supervision.run import run_on_ray
-from launch.supervision.supervisor import RunFailed
 from moetrain.checkpoint.folders import with_way_out
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.exit_codes import FAILED
@@ -81,6 +79,9 @@ def _run(
             if plan.mode == "inline":
                 outcome = run_inline(config, display, stop)
             else:
+                # Here, because Ray takes a second to import.
+                from launch.supervision.run import run_on_ray
+
                 outcome = run_on_ray(config, display, stop, refit=partial(refit, config))
     except (RunFailed, ClusterError, CheckpointError, DataError, TrainingError, OSError) as error:
         event(EventKind.fail, reason=str(error))

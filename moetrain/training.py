@@ -2,10 +2,11 @@
 
 import sys
 from datetime import datetime
+from pathlib import Path
 
 from data_pipeline import DataError
 from launch.dry_run import dry_run
-from launch.on_ray.cluster import ClusterError
+from launch.failure import ClusterError
 from launch.plan import choose_plan
 from launch.start import start
 from moetrain.checkpoint.folders import with_way_out
@@ -14,7 +15,6 @@ from moetrain.checks import ConfigError
 from moetrain.config import check, refit, resolve
 from moetrain.exit_codes import BAD_CONFIGURATION, FAILED
 from moetrain.redaction import redacted_text
-from moetrain.report import render_report
 from moetrain.settings import Config
 
 
@@ -31,7 +31,7 @@ def train(config: Config) -> int:
             plan,
             data=config.data,
             refit=refit,
-            report=render_report,
+            report=_report,
         )
     except (ConfigError, DataError) as error:
         print(f"moetrain: {redacted_text(str(error))}", file=sys.stderr)
@@ -39,3 +39,10 @@ def train(config: Config) -> int:
     except (ClusterError, CheckpointError, OSError) as error:
         print(f"moetrain: {redacted_text(with_way_out(str(error), error))}", file=sys.stderr)
         return FAILED
+
+
+def _report(run_dir: Path) -> Path:
+    # Here, because matplotlib takes a second to import.
+    from moetrain.report import render_report
+
+    return render_report(run_dir)

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import (
 
 import launch.on_ray.node_agent
 from launch.environment import Environment, reduced
-from launch.failure import Failure
+from launch.failure import ClusterError, Failure
 from launch.on_ray.access import only_this_user, require_access
 from launch.on_ray.answers import WorkersLost, answer, answered, ask
 from launch.on_ray.node_agent import NodeAgent
@@ -38,10 +38,6 @@ LOOK_SECONDS = 2.0
 CLEAR_SECONDS = 5.0
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # ranks exchange tensors themselves, not through Ray
-
-
-class ClusterError(Exception):
-    """A cluster that can't be reached, or lacks what the run needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from launch.failure import Failure
+from launch.failure import ClusterError, Failure, RunFailed
 from launch.on_ray.answers import WorkersLost
-from launch.on_ray.cluster import ClusterError, RayCluster, Worker
+from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node, Share, choose_nodes
 from launch.supervision.attempt import Attempt, Moved
 from launch.supervision.budget import NODES_OWN, Budget
@@ -37,10 +37,6 @@ def _counted(number: int, what: str) -> str:
 def _listed(shares: list[Share]) -> str:
     few = len(shares) <= FEW_NODES
     return ", ".join(s.node.address for s in shares) if few else f"{len(shares)} nodes"
-
-
-class RunFailed(Exception):
-    """A run that can't continue, with the cause."""
 
 
 class Supervisor:

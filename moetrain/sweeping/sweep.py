@@ -14,7 +14,8 @@ import torch
 
 from data_pipeline import DataError, opened_or_planned
 from launch.dry_run import prepare_dry_run
-from launch.on_ray.cluster import ClusterError, RayCluster
+from launch.failure import ClusterError
+from launch.on_ray.cluster import RayCluster
 from launch.plan import cluster_address, persistent_folder
 from launch.sweeps.sweep import ExternalLauncher, Sweep, run_sweep
 from launch.sweeps.table import Result, Trial, preview_table, varied_settings

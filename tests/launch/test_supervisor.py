@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 import ray
 
-from launch.failure import Failure
-from launch.on_ray.cluster import ClusterError, RayCluster, Worker
+from launch.failure import ClusterError, Failure, RunFailed
+from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node, Share
 from launch.supervision import attempt, supervisor
 from launch.supervision.attempt import Attempt, Moved
@@ -171,7 +171,7 @@ class TestFailures:
         run._find_place(resuming=False)
         nodes.leaving = {"c": "Ray drains it"}
         assert run._recover(died(C, kind=kind)).kind == "preempted"
-        with pytest.raises(supervisor.RunFailed, match="1 failures"):
+        with pytest.raises(RunFailed, match="1 failures"):
             run._recover(died(B, kind=kind))
 
 
