@@ -28,7 +28,7 @@ class Lion(Optimizer):
     """Moves each weight by the sign of its momentum: element by element, so exact when sharded."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it
         """Takes a step of what `param.grad` holds."""
         for group in self.param_groups:
             for param in (p for p in group["params"] if p.grad is not None):
