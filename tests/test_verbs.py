@@ -26,7 +26,7 @@ def test_each_command_is_a_verb() -> None:
     """What can be run by `python -m` has a verb, and each verb's module is there."""
     commands = set()
     for path in SOURCES:
-        if 'if __name__ == "__main__":' in path.read_text():
+        if '\nif __name__ == "__main__":' in path.read_text():
             parts = path.relative_to(ROOT).with_suffix("").parts
             commands.add(".".join(parts[:-1] if parts[-1] == "__main__" else parts))
     assert commands == {verb.module for verb in VERBS.values()} | {"moetrain"}
