@@ -1,16 +1,13 @@
 """An optimizer of one's own and its schedule: Lion (arXiv 2302.06675) with 1/sqrt(step).
 
-`moetrain +model=toy extensions=[examples.lion_and_inverse_sqrt] optim.name=lion optim.lr=3e-4
-schedule.name=inverse_sqrt` trains with both.
+`moetrain extensions=[examples.lion_and_inverse_sqrt] optim.name=lion schedule.name=inverse_sqrt`
 """
 
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from moetrain import api
 from moetrain import extensions as ext
@@ -24,14 +21,14 @@ class LionOptions:
     beta2: float = 0.99
 
 
-class Lion(Optimizer):
+class Lion(torch.optim.Optimizer):
     """Moves each weight by the sign of its momentum: element by element, so exact when sharded."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch overloads it
         """Takes a step of what `param.grad` holds."""
         for group in self.param_groups:
-            for param in (p for p in group["params"] if p.grad is not None):
+            for param in group["params"]:
                 momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
                 update = momentum.lerp(param.grad, 1 - group["beta1"]).sign_()
                 param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
@@ -39,7 +36,9 @@ class Lion(Optimizer):
 
 
 @ext.register_optimizer("lion", options=LionOptions)
-def lion(groups: ext.Groups, settings: ext.OptimSettings, options: LionOptions) -> Optimizer:
+def lion(
+    groups: ext.Groups, settings: ext.OptimSettings, options: LionOptions
+) -> torch.optim.Optimizer:
     """Returns Lion over the groups, each with its weight decay."""
     return Lion(groups, {"lr": settings.lr, **vars(options)})
 
@@ -51,9 +50,9 @@ def inverse_sqrt(step: int, num_steps: int, settings: ext.ScheduleSettings, opti
 
 
 def main() -> None:
-    """Trains some steps."""
-    mine = ("optim.name=lion", "optim.lr=3e-4", "schedule.name=inverse_sqrt")
-    with api.training(api.compose("+model=toy", *mine, *sys.argv[1:])) as training:
+    """Trains some steps with both."""
+    mine = ("+model=toy", "optim.name=lion", "optim.lr=3e-4", "schedule.name=inverse_sqrt")
+    with api.training(api.compose(*mine, *sys.argv[1:])) as training:
         for batch in training.batches():
             print(f"step {training.num_steps}  loss {training.step(batch).loss:.4f}")
 

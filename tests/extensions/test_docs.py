@@ -3,11 +3,16 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+
+from tests.support.ranks import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -77,3 +82,43 @@ def test_options_of_extensions_are_shown_with_their_defaults(tmp_path: Path) -> 
     said = run(tmp_path, "moetrain", *SMALL, "optim.name=sign", "dry_run=true")
     assert said.returncode == 2
     assert "optim.name=sign: must be one of adamw, sgd" in said.stderr
+
+
+def run_scripts(names: list[str], words: list[str], folder: Path) -> dict[str, list[str]]:
+    """Runs scripts of examples/ one after the other in this process; returns what each printed."""
+    os.chdir(folder)
+    sys.argv[1:] = words
+    printed = {}
+    for name in names:
+        with redirect_stdout(StringIO()) as output:
+            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        printed[name] = output.getvalue().splitlines()
+    return printed
+
+
+def test_the_examples_of_extensions_run_as_scripts(tmp_path: Path) -> None:
+    names = ["squares_data_source.py", "cosine_router.py", "lion_and_inverse_sqrt.py"]
+    small = [*SMALL[1:], "data.corpus_options.count=60", "train.num_steps=2", "data.corpus=squares"]
+    with CONTEXT.Pool(1) as pool:
+        printed = pool.apply(run_scripts, (names, small, tmp_path))
+    for name in names:
+        steps = [line.split("  ")[0] for line in printed[name] if line.startswith("step ")]
+        assert len(steps) == 2, printed
+    assert printed["cosine_router.py"][2].startswith("layer 0: scale ")
+    assert all(len((ROOT / "examples" / name).read_text().splitlines()) < 60 for name in names)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_metric_and_a_callback_is_named_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "conf/variant").mkdir(parents=True)
+    (tmp_path / "conf/variant/mine.yaml").write_text(
+        "# @package _global_\n"
+        "extensions: [examples.layer_entropy_and_best_loss]\n"
+        "observe: {metrics: [entropy]}\n"
+        "train: {callbacks: [best_loss], callback_options: {best_loss: {margin: 0.01}}}\n"
+    )
+    said = run(tmp_path, "moetrain", "--config-dir", "conf", *SMALL, "+variant=mine", "run.name=m")
+    assert said.returncode == 0, said.stderr
+    assert "best validation loss so far: " in said.stdout + said.stderr
+    record = json.loads((tmp_path / "runs/m/metrics.jsonl").read_text().splitlines()[-1])
+    assert sum(record["lab/entropy"]) / 2 == pytest.approx(record["router/entropy"], rel=2**-22)

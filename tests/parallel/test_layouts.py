@@ -172,7 +172,8 @@ def train_steps(
             meshes=meshes,
             learning_rate=0.3,
         )
-        reports.append(dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()})
+        figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
+        reports.append(figures | figures.pop("metric_sums"))  # an extension's, by their names
     named = {plain_name(n): p for n, p in model.named_parameters()} | dict(model.named_buffers())
     seen |= {"reports": reports, "weights": gathered(named)}
     return seen if rank == 0 else {"weights": seen["weights"]}
