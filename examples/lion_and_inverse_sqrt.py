@@ -36,9 +36,7 @@ class Lion(torch.optim.Optimizer):
 
 
 @ext.register_optimizer("lion", options=LionOptions)
-def lion(
-    groups: ext.Groups, settings: ext.OptimSettings, options: LionOptions
-) -> torch.optim.Optimizer:
+def lion(groups: ext.Groups, settings: ext.OptimSettings, options: LionOptions) -> Lion:
     """Returns Lion over the groups, each with its weight decay."""
     return Lion(groups, {"lr": settings.lr, **vars(options)})
 
