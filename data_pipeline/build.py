@@ -26,7 +26,7 @@ def build(settings: BuildSettings) -> None:
         print(_summary(source))
     num_bytes = sum(folder.num_bytes(split) for split in ("train", "validation"))
     # Only part of the text was worked on in this time where an earlier start had begun.
-    speed = "since it went on" if goes_on else f"{decimal_size(num_bytes / seconds)}/s"
+    speed = "since it resumed" if goes_on else f"{decimal_size(num_bytes / seconds)}/s"
     print(
         f"{settings.to} is complete: {decimal_size(num_bytes)} of text in {duration(seconds)} "
         f"({speed})"

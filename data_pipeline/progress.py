@@ -84,7 +84,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed < _SECONDS_BETWEEN_LINES or self._done == self._done_printed:
             return
-        # Since the last line: a build that goes on skims what it had finished.
+        # Since the last line: a resumed build skims what it had finished.
         speed = (self._done - self._done_printed) / (now - self._printed)
         self._printed, self._done_printed = now, self._done
         left = max(self._total - self._done, 0) / speed

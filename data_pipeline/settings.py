@@ -80,7 +80,7 @@ class UnavailableError(OSError):
 
 
 class OnCorrupt(StrEnum):
-    """What to do with data that isn't what it should be: end, or count it and go on without."""
+    """What to do with data that isn't what it should be: end, or count it and continue without."""
 
     fail = "fail"
     skip = "skip"

@@ -1,4 +1,4 @@
-"""`python -m moetrain.branch run=DIR to=DIR`: a new run that goes on from a checkpoint of another.
+"""`python -m moetrain.branch run=DIR to=DIR`: a new run that resumes from a checkpoint of another.
 
 Owns the command: what of the old run the new one has, and the note of where it came from. The new
 one has a history, attempts and a W&B run of its own; the old one is left as it is.

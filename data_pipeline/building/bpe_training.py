@@ -1,6 +1,6 @@
 """The tokenizer of `bpe:N`: trained on the text that is built, once.
 
-Owns which text it is trained on, and that a build which goes on keeps it. Leaves the training
+Owns which text it is trained on, and that a resumed build keeps it. Leaves the training
 itself to `json_tokenizer`.
 """
 

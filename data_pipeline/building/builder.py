@@ -94,7 +94,7 @@ def build_shards(
         if other is not None:
             say(f"{unfinished.path} was of a build with {other}; beginning anew")
         if unfinished.num_finished():
-            say(f"going on in {unfinished.path}: {unfinished.num_finished()} shards are finished")
+            say(f"resuming in {unfinished.path}: {unfinished.num_finished()} shards are finished")
         try:
             _write(unfinished, corpora, tokenizer, settings, progress=progress)
         except TextChanged:
@@ -107,7 +107,7 @@ def build_shards(
                 raise
             raise DataError(
                 f"{error}; {unfinished.num_finished()} finished shards are kept in "
-                f"{unfinished.path}, and the same command goes on from there"
+                f"{unfinished.path}, and the same command resumes there"
             ) from error
         except OSError as error:
             if error.errno != errno.ENOSPC or error.filename is not None:

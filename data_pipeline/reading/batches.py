@@ -177,8 +177,8 @@ class GlobalBatches:
             if theirs.get(key) != value:
                 raise DataError(
                     f"{key}={value} isn't the {theirs.get(key)} that this run was trained with: "
-                    "the order of samples hangs on it, and some would come twice; go back to that, "
-                    "or use another run.name"
+                    "the order of samples depends on it, and some would come twice; use that, or "
+                    "another run.name"
                 )
         return position_from({key: value for key, value in record.items() if key != "order"})
 

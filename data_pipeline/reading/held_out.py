@@ -19,7 +19,7 @@ from data_pipeline.tokenizers.tokenizer import Tokenizer
 
 _Integers = NDArray[np.int64]
 
-# What a tokenizer makes of a token hangs on some before it, as where a text begins, and a
+# What a tokenizer makes of a token depends on some before it, as where a text begins, and a
 # character may be several tokens. Of bytes those are four at most.
 _CONTEXT = 8
 

@@ -306,7 +306,7 @@ class Documents:
     def _lose(self, shard: int, why: str) -> None:
         """Counts all documents of a shard as corrupt."""
         if self._on_corrupt is OnCorrupt.fail:
-            raise DataError(f"{why}; or go on without it with data.on_corrupt=skip")
+            raise DataError(f"{why}; or continue without it with data.on_corrupt=skip")
         self._known[self._firsts[shard] : self._firsts[shard + 1]] = _CORRUPT
 
     def _complaint(self, document: int, shard: int) -> str:
@@ -314,7 +314,7 @@ class Documents:
         return (
             f"{self._shards[shard].file}: its document {document - self._firsts[shard]} (bytes "
             f"{begin} to {end}) isn't what was written; restore the shard, build the folder "
-            "again, or go on without such documents with data.on_corrupt=skip"
+            "again, or continue without such documents with data.on_corrupt=skip"
         )
 
     def _shard_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -187,7 +187,7 @@ class UnfinishedBuild:
         """Gives the shards their place: all of it is on disk, then one rename.
 
         What stands there is put aside, and removed with the hidden folder: what is killed between
-        the two goes on from the finished shards.
+        the two resumes from the finished shards.
         """
         sync_tree(self.shards)
         if folder.exists() and any(folder.iterdir()):
@@ -195,7 +195,7 @@ class UnfinishedBuild:
         name_folder(self.shards, folder)
 
     def close(self) -> None:
-        """Removes the folder, unless a later start can go on from it."""
+        """Removes the folder, unless a later start can resume from it."""
         if self.shards.exists() and (self.num_finished() or self._trained.exists()):
             self._remove_half_written()
         else:

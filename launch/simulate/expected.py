@@ -4,7 +4,7 @@ Owns the arithmetic. The model, in seconds: failures come at the rate r, at any 
 between them that are exponential. A run trains for `interval`, waits `save` for a save, and goes
 on; the save is safe `durable` after it began, so `lag = durable - save` into the next interval. A
 failure takes what was trained since the last save that was safe. It is detected after `detect`,
-and `restart` later training goes on from that save; a failure in between begins both anew. A save
+and `restart` later training resumes from that save; a failure in between begins both anew. A save
 is over before the next one begins: `lag <= interval`.
 
 The classic is Young (1974), first order in r, and Daly (2006), whose complete model is this one

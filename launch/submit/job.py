@@ -103,7 +103,7 @@ class JobWatch:
                 if now - lost_at > self._give_up_seconds:
                     raise JobUnreachable(
                         f"no connection to {self._jobs.address} for {now - lost_at:.0f} s; "
-                        "the job may go on"
+                        "the job may continue"
                     ) from error
                 if self._asked > 1:
                     raise JobUnreachable("gave up waiting; the job may still run") from error

@@ -16,7 +16,7 @@ from launch.placement import Node
 from moetrain.parallel import COMPUTING_PHASES, STEP_PHASES, Doing
 
 UNRESPONSIVE = "does not answer"
-LEAST_PATIENCE_SECONDS = 30.0
+LEAST_TIMEOUT_SECONDS = 30.0
 PATIENCE_IN_STEPS = 10.0
 REPORT_SECONDS = 3.0  # that stacks usually take, so that a hang is reported within its timeout
 NODE_SILENCE_SECONDS = 10.0
@@ -85,7 +85,7 @@ class Pulse:
         known = [seconds for seconds in slowest if seconds is not None]
         if len(known) < len(slowest):
             return most
-        return min(most, max(LEAST_PATIENCE_SECONDS, PATIENCE_IN_STEPS * max(known)))
+        return min(most, max(LEAST_TIMEOUT_SECONDS, PATIENCE_IN_STEPS * max(known)))
 
     def silent(self, most: float) -> dict[int, str]:
         """Returns the ranks that made no progress for too long, with what they were doing."""

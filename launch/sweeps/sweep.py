@@ -119,7 +119,9 @@ class Sweep:
         except KeyboardInterrupt:
             self._stops += 1
             codes |= {t.number: STOPPED for t in waiting.values() if _has_begun(t)}
-            told = "stop" if elsewhere.num_at_once else "jobs go on in their queue: scancel stops"
+            told = (
+                "stop" if elsewhere.num_at_once else "jobs continue in their queue: scancel stops"
+            )
             self._say(f"stopped; {told} them after a checkpoint, and the same command resumes")
         except Exception as error:  # a launcher may raise anything for a lost job
             self._say(f"{type(error).__name__}: {error}")

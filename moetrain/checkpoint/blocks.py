@@ -108,7 +108,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Staging:
-    """Copies of a rank's parts in memory that stays reserved: training may go on beside a save."""
+    """Copies of a rank's parts in memory that stays reserved: training may continue meanwhile."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}

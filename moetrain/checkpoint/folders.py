@@ -44,7 +44,7 @@ class Save(NamedTuple):
 def in_order(saves: Iterable[Save]) -> tuple[list[Save], list[Save]]:
     """Returns the saves of the run's own line, newest first, and those beside it.
 
-    An attempt goes on from some step, and what older attempts had saved from there on is beside
+    An attempt resumes from some step, and what older attempts had saved from there on is beside
     the line from then on: it was passed over as damaged, or somebody went back. The newest attempt
     decides, so that a worker of an older one, cut off and come back, never gets ahead of it.
     """

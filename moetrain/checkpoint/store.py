@@ -179,7 +179,7 @@ class CheckpointStore:
         None where the run has none. A checkpoint that doesn't verify is passed over with an
         event that says why. Raises CheckpointError where one verifies but belongs to another
         model (`same_model` raises, or names, shapes or dtypes differ), or where none is left.
-        `unread` says of a checkpoint's tensor, by its name, that the run goes on without it.
+        `unread` says of a checkpoint's tensor, by its name, that the run resumes without it.
         """
         rejected = []
 
@@ -207,8 +207,8 @@ class CheckpointStore:
                 )
             except CheckpointError as error:
                 failure = error
-            if troubles := self._troubles(failure):
-                reject(name, troubles[0].reason)
+            if problems := self._problems(failure):
+                reject(name, problems[0].reason)
                 continue
             same_model(manifest)
             wanted = tensors(manifest)
@@ -258,8 +258,8 @@ class CheckpointStore:
         dist.gather_object((written, rank_failure(failure)), gathered, dst=0, group=self._group)
         if gathered is not None:
             try:
-                if troubles := [trouble for _, trouble in gathered if trouble]:
-                    raise min(troubles).error()
+                if problems := [problem for _, problem in gathered if problem]:
+                    raise min(problems).error()
                 manifest = _complete(manifest, [written for written, _ in gathered])
                 folder = commit(self._directory, staged, manifest)
                 size = sum(entry.size for entry in manifest.files.values())
@@ -274,9 +274,9 @@ class CheckpointStore:
         """Deletes what needn't stay, once the newest checkpoint has been read back and is good."""
         if writing.exception() is not None:
             return  # on all ranks: nothing is newer than it was
-        trouble, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
-        if trouble:
-            raise trouble.error(f"old checkpoints of {self._directory} can't be found")
+        problem, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
+        if problem:
+            raise problem.error(f"old checkpoints of {self._directory} can't be found")
         if not old:
             return
         newest = self._directory / folder_name(manifest.step)
@@ -293,11 +293,11 @@ class CheckpointStore:
             )
         except (CheckpointError, OSError) as error:
             failure = error
-        troubles = self._troubles(failure)
-        if self._leads and troubles:  # the older ones stay for this
+        problems = self._problems(failure)
+        if self._leads and problems:  # the older ones stay for this
             self._damaged.add(Save(manifest.step, manifest.attempt))
             self._event(
-                EventKind.checkpoint_rejected, reason=troubles[0].reason, checkpoint=newest.name
+                EventKind.checkpoint_rejected, reason=problems[0].reason, checkpoint=newest.name
             )
         elif self._leads:
             try:
@@ -306,7 +306,7 @@ class CheckpointStore:
                 delete(self._directory, free, attempt=self._attempt)
             except Exception as error:
                 failure = error
-        self._agree(failure if not troubles else None, f"{self._directory} can't be tidied")
+        self._agree(failure if not problems else None, f"{self._directory} can't be tidied")
 
     def _to_tidy(self) -> tuple[RankFailure | None, list[Save], Manifest | None]:
         """Returns why it can't be said, or what may be deleted and the newest one's manifest."""
@@ -329,11 +329,11 @@ class CheckpointStore:
 
     def _agree(self, failure: Exception | None, what: str) -> None:
         """Raises CheckpointError on every rank if any of them failed."""
-        if troubles := self._troubles(failure):
-            raise min(troubles).error(what) from failure
+        if problems := self._problems(failure):
+            raise min(problems).error(what) from failure
 
-    def _troubles(self, failure: Exception | None) -> list[RankFailure]:
-        return [trouble for trouble in self._gather(rank_failure(failure)) if trouble]
+    def _problems(self, failure: Exception | None) -> list[RankFailure]:
+        return [problem for problem in self._gather(rank_failure(failure)) if problem]
 
     def _gather(self, own: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size()

@@ -41,7 +41,7 @@ def fetch_model(
 
     `demand` is called before the weights are fetched, with the folder of everything else, and
     raises where they would be of no use. What is in the cache is not fetched again, and what
-    was fetched in part goes on. Raises ConversionError for a model that there isn't, or that
+    was fetched in part is resumed. Raises ConversionError for a model that there isn't, or that
     nobody may have, and OSError where the Hub can't be reached.
     """
     fetch = _Fetch(name, revision=revision, cache_dir=cache_dir)
@@ -107,7 +107,7 @@ class _Fetch:
                 ) from None
             raise OSError(
                 f"from={self.name}: can't be fetched from the Hub: {_brief(error)}; the same "
-                f"command goes on from what was fetched. {self._by_hand()}"
+                f"command resumes from what was fetched. {self._by_hand()}"
             ) from None
 
     def _refused(self, reason: str) -> ConversionError:

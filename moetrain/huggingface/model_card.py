@@ -130,7 +130,7 @@ def _how_to_load(facts: RunFacts, *, dtype: str, has_tokenizer: bool) -> str:
         f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="{dtype}")\n'
         'inputs = tokenizer("The beginning of a text", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n"
-        "It is given the beginning of a text and goes on with it."
+        "It is given the beginning of a text and continues it."
     )
     if facts.tokens:
         text += (

@@ -1,4 +1,4 @@
-"""A run's folder for a model that was not trained here: what training goes on from.
+"""A run's folder for a model that was not trained here: what training resumes from.
 
 Owns the settings that such a run begins with, the files that make Hydra know its model, and the
 command that trains it. Leaves where the tensors come from to the caller.
@@ -24,7 +24,7 @@ from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.changes import as_plain
 
-# For going on with a model that has learnt: a tenth of a learning rate to begin with.
+# For continuing with a trained model: a tenth of a learning rate to begin with.
 _SEQ_LEN = 4096
 _RECIPE: dict[str, dict[str, Any]] = {
     "train": {"num_steps": 1000, "global_batch_size": 128, "validate_every_steps": 100},

@@ -45,7 +45,7 @@ class Doing:
 
 
 class Activity:
-    """What one rank is doing; each thing said is a sign of life. Readable from any thread."""
+    """What one rank is doing; each report is a heartbeat. Readable from any thread."""
 
     def __init__(self) -> None:
         self._now = (Doing(), time.monotonic())  # replaced as a whole
@@ -75,7 +75,7 @@ class Activity:
         self._say(replace(self._now[0], collective=None))
 
     def goes_on(self) -> None:
-        """Gives a sign of life in the middle of something long; callable from any thread."""
+        """Sends a heartbeat in the middle of something long; callable from any thread."""
         self._alive = time.monotonic()
 
     def read(self) -> tuple[Doing, float]:

@@ -21,12 +21,12 @@ class CheckpointSettings:
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that this divides stay for good; a multiple of `every_steps`."""
     resume: Annotated[str, AfterValidator(one_of("auto", "never"))] = "auto"
-    """`auto` goes on from the newest good checkpoint; `never` refuses a run that has one."""
+    """`auto` resumes from the newest good checkpoint; `never` refuses a run that has one."""
     accept_changes: list[str] = field(default_factory=list)
     """Settings of the model that may have another value than the checkpoint was trained with,
     though its weights then compute something else."""
     async_save: bool = True
-    """Whether training goes on while a checkpoint is being written. It takes host memory for a
+    """Whether training continues while a checkpoint is being written. It takes host memory for a
     copy of what a rank has of the model and its optimizer."""
     upload_to: PathText | None = None
     """The address of a folder, such as s3://bucket/runs, that gets a copy of each checkpoint."""

@@ -18,7 +18,7 @@ from moetrain.checks import one_of
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class LaunchSettings:
-    """Who starts the ranks, how many, and how much trouble they may have."""
+    """Who starts the ranks, how many, and how many failures they may have."""
 
     mode: Annotated[str, AfterValidator(one_of("auto", "inline", "ray"))] = "auto"
     """`inline`: one rank in this process; `ray`: supervised actors; `auto`: whichever fits."""
@@ -32,15 +32,15 @@ class LaunchSettings:
     max_preemptions: NonNegativeInt = 100
     """Restarts after a node was taken away; counted apart from failures."""
     hang_timeout_seconds: PositiveFloat = 600.0
-    """Time without a sign of life after which a rank counts as hung and all are started anew, at
+    """Time without a heartbeat after which a rank counts as hung and all are started anew, at
     most: in training it is learned from the run's own steps, and usually shorter."""
     lease_seconds: PositiveFloat = 60.0
     """Time without a word from the supervisor after which a rank ends itself."""
     elastic: bool = False
-    """Whether the run goes on in a smaller layout where nodes are missing, until they are back."""
+    """Whether the run continues in a smaller layout while nodes are missing."""
     wait_for_nodes_seconds: NonNegativeFloat = 0.0
     """Time to wait for a place for all ranks, at the start, and after a loss unless the run is
-    elastic: then it goes on at once in a smaller layout, and grows again."""
+    elastic: then it continues at once in a smaller layout, and grows again."""
     allow_unauthenticated: bool = False
     """Use a cluster that isn't on this machine and takes commands from anybody."""
     pass_env: list[str] = field(default_factory=list)

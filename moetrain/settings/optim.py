@@ -37,7 +37,7 @@ class OptimSettings:
     clip_grad_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; None never clips."""
     restart_from: PositiveInt | None = None
-    """The step of a checkpoint from which the run goes on with a fresh optimizer state, as another
+    """The step of a checkpoint from which the run resumes with a fresh optimizer state, as another
     optimizer needs. Later resumes keep the state since then."""
     options: dict[str, Any] = field(default_factory=dict)
     """The settings of an optimizer of an extension (docs/extending.md)."""

@@ -80,7 +80,7 @@ class RunSettings:
     """What the run is called, where it is kept and what it runs on."""
 
     name: FolderName | None = None
-    """A run that has the name already goes on from its newest checkpoint; None: a new name."""
+    """A run that has the name already resumes from its newest checkpoint; None: a new name."""
     dir: PathText = "runs"
     """The folder that holds the runs."""
     device: Annotated[str, AfterValidator(one_of("auto", "cpu", "cuda"))] = "auto"

@@ -1,7 +1,7 @@
 """What a sweeper of others has to do with: a launcher that runs its jobs as trials.
 
 A trial stays what it is in a sweep of ours, a training command of its own: a sweeper gets its loss,
-and a launcher starts the command where it starts things. So names, table and going on are the same.
+and a launcher starts the command where it starts things. So names, table and resuming are the same.
 """
 
 import signal

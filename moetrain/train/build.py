@@ -71,11 +71,11 @@ def build_trainer(
     """Returns a rank's trainer, restored from the newest good checkpoint; all ranks call it."""
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    patience = collective_timeout(config.launch.hang_timeout_seconds)
+    timeout = collective_timeout(config.launch.hang_timeout_seconds)
     model, optimizer, gradients, meshes = build_model(
         config,
         device=device,
-        timeout_seconds=patience,
+        timeout_seconds=timeout,
         activity=control.activity,
     )
     shards = _opened_shards(config, place)
@@ -94,7 +94,7 @@ def build_trainer(
         attempt=place.attempt,
         config=as_plain(config),
         mesh=_mesh(config, place, device),
-        timeout=timedelta(seconds=patience),
+        timeout=timedelta(seconds=timeout),
         event=tally.on_save(event),
         good=_tell_nobody if uploader is None else uploader.submit,
         in_use=set if uploader is None else uploader.busy,
@@ -211,7 +211,7 @@ def _tell_of_resume(
 ) -> None:
     """Tells where a run resumes, and what has changed since; changed settings are kept as state."""
     event(EventKind.resume, step=state.step, attempt=place.attempt)
-    say(f"goes on from step {state.step}")
+    say(f"resumes at step {state.step}")
     if changed := told_changes(config, resumed_from):
         told = in_one_line(config, resumed_from, changed)
         values = {c.name: [c.before, c.now] for c in changed}
@@ -365,7 +365,7 @@ def _uploader(
     def tell(kind: EventKind, **fields: Any) -> None:
         event(kind, **fields)
         if kind == EventKind.upload_failed:
-            control.publish("say", f"warning: training goes on, not uploaded: {fields['reason']}")
+            control.publish("say", f"warning: training continues, not uploaded: {fields['reason']}")
 
     name = config.run.name
     return start_uploads(config.checkpoint, run=name, attempt=place.attempt, event=tell)

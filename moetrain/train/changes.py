@@ -103,7 +103,7 @@ class Change:
 def as_plain(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values, without its secrets.
 
-    Nothing goes on from what is saved of a secret: the same command gives it again. Whether a
+    Nothing is resumed from what is saved of a secret: the same command gives it again. Whether a
     command only says what it would do is no setting of a run.
     """
     plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))

@@ -78,7 +78,7 @@ class Control:
         self.activity.begin(phase, step=step)
 
     def keep_alive(self) -> None:
-        """Gives a sign of life in the middle of something long that gets on."""
+        """Sends a heartbeat in the middle of something long that gets on."""
         self.activity.goes_on()
 
     def publish(self, kind: str, content: Any) -> None:
@@ -87,7 +87,7 @@ class Control:
             self._published.append((kind, content))
 
     def collect(self) -> dict[str, Any]:
-        """Returns what the rank does, seconds since its last sign of life, and what it published.
+        """Returns what the rank does, seconds since its last heartbeat, and what it published.
 
         With it the seconds of the slowest of its last steps, None before it took enough. Being
         asked renews the rank's lease.
@@ -123,6 +123,7 @@ class DisplaySink(Sink):
 def collective_timeout(hang_timeout_seconds: float) -> float:
     """Returns the time after which a collective gives up.
 
-    Longer than a supervisor's patience: it names the rank that hangs, a collective only itself.
+    Longer than the supervisor's hang timeout, which names the rank that hangs; a collective names
+    only itself.
     """
     return 1.5 * hang_timeout_seconds + 30.0

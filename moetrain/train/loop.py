@@ -32,7 +32,7 @@ FORCED_BALANCE = (
 
 
 class TrainingError(Exception):
-    """Training that can't go on, with the reason."""
+    """Training that can't continue, with the reason."""
 
 
 def train(trainer: Trainer) -> Outcome:

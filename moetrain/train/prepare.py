@@ -92,7 +92,7 @@ def rehearse(
 ) -> Prepared | PlannedBuild:
     """Does what `prepare` does without a write: returns the build of shards that aren't there.
 
-    `newest` is the manifest of the checkpoint that the run would go on from.
+    `newest` is the manifest of the checkpoint that the run would resume from.
     """
     found = _found(config, data, newest, progress=False)
     return _prepared(config, found, newest) if isinstance(found, ShardFolder) else found
@@ -126,7 +126,7 @@ def _found(
 
 
 def _require_run(config: Resolved, newest: Manifest | None) -> None:
-    """Raises ConfigError where a run's newest checkpoint isn't one to go on from as wanted."""
+    """Raises ConfigError where a run's newest checkpoint isn't one to resume from as wanted."""
     if newest is None:
         return require_no_restart(config)
     if config.checkpoint.resume == "never":
@@ -134,7 +134,7 @@ def _require_run(config: Resolved, newest: Manifest | None) -> None:
             "checkpoint.resume",
             "never",
             f"run {config.run.name} has a checkpoint of step {newest.step}: use another "
-            "run.name, or auto to go on from it",
+            "run.name, or auto to resume from it",
         )
     return require_same_model(config, newest)
 

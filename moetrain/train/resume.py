@@ -1,4 +1,4 @@
-"""What a run may change where it goes on from a checkpoint, what is refused and what is told.
+"""What a run may change where it resumes from a checkpoint, what is refused and what is reported.
 
 Knows settings and manifests; reads no tensor. `changes` says what a setting decides.
 """
@@ -22,7 +22,7 @@ _OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
 
 
 def require_same_model(config: Resolved, manifest: Manifest) -> None:
-    """Raises ConfigError where a run can't go on from a checkpoint with these settings.
+    """Raises ConfigError where a run can't resume from a checkpoint with these settings.
 
     Its weights would be another model, unless that is accepted, its samples come in another order,
     its optimizer find the state of another one, or its schedule begin elsewhere than it stands.
@@ -89,7 +89,7 @@ def told_changes(config: Resolved, manifest: Manifest) -> list[Change]:
 
 
 def in_one_line(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> str:
-    """Returns what of its settings a run goes on with otherwise, and what becomes of its rate."""
+    """Returns which changed settings a run resumes with, and what becomes of its rate."""
     line = f"from step {manifest.step} on: {', '.join(map(str, found))}"
     if any(c.name.startswith(_OF_THE_RATE) for c in found):
         rate = learning_rate(
@@ -115,7 +115,7 @@ def _last_rate(manifest: Manifest) -> float:
 
 
 def begins_optimizer(config: Resolved, manifest: Manifest) -> bool:
-    """Returns whether a run goes on from a checkpoint with a fresh optimizer state."""
+    """Returns whether a run resumes from a checkpoint with a fresh optimizer state."""
     return config.optim.restart_from == manifest.step
 
 
@@ -125,7 +125,7 @@ def require_no_restart(config: Resolved) -> None:
         raise ConfigError(
             name,
             step,
-            f"run {config.run.name} has no checkpoint in {config.run.dir} to go on from: leave it "
+            f"run {config.run.name} has no checkpoint in {config.run.dir} to resume from: leave it "
             "out, or use the run.name and run.dir of a run that has one of that step",
         )
 
@@ -200,8 +200,8 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
         f"optim.{key}",
         getattr(config.optim, key),
         f"run {config.run.name} was trained with optim.{key}={before.get(key)} up to step "
-        f"{manifest.step}, and another optimizer can't go on from the state of that one: use "
-        f"{_settings(theirs)}, add {' '.join(add)} to go on with a fresh optimizer state, or "
+        f"{manifest.step}, and another optimizer can't use the state of that one: use "
+        f"{_settings(theirs)}, add {' '.join(add)} to resume with a fresh optimizer state, or "
         "use another run.name",
     )
 
@@ -214,7 +214,7 @@ def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]
                 change.name,
                 as_typed_value(change.now),
                 f"run {config.run.name} has {as_typed_value(change.before)} up to step "
-                f"{manifest.step}, and the order of samples hangs on it; some would come twice: "
+                f"{manifest.step}, and the order of samples depends on it; some would come twice: "
                 "use that, or another run.name",
             )
     if samples and not manifest.state.get("position"):

@@ -42,11 +42,11 @@ class TrainState:
     branched_from: dict[str, Any] = field(default_factory=dict)
     """Run, step and attempt that the run was branched from; empty for any other."""
     changes: list[dict[str, Any]] = field(default_factory=list)
-    """With which settings the run went on otherwise: the step, and before and now by name."""
+    """With which other settings the run resumed: the step, and before and now by name."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """What callbacks of extensions remember, by their names."""
     since_record: RunningMeans = field(default_factory=RunningMeans)
-    """Means over the steps since the last record: the next one's, also of a run that goes on."""
+    """Means over the steps since the last record: the next one's, also of a resumed run."""
 
     @classmethod
     def restored(cls, counters: Mapping[str, Any]) -> "TrainState":

@@ -22,7 +22,7 @@ from moetrain.kinds import EventKind
 from moetrain.model import Attention
 from moetrain.parallel import Activity, gather_objects, gather_over_ranks
 
-# A rank is told of if it is so much slower in each of so many windows in a row. A window has at
+# A rank is reported if it is so much slower in each of so many windows in a row. A window has at
 # least so many steps, and lasts long enough for the scheduler's noise to even out.
 MARGIN, WINDOWS = 1.5, 3
 WINDOW_STEPS, WINDOW_SECONDS = 10, 30.0

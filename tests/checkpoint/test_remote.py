@@ -32,7 +32,7 @@ from moetrain.checkpoint.remote.checkpoints import (
     remote_name,
 )
 from moetrain.checkpoint.remote.download import fetch_newest
-from moetrain.checkpoint.remote.folder import Patience, RemoteUnavailableError, check_url
+from moetrain.checkpoint.remote.folder import RemoteUnavailableError, Retries, check_url
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checks import ConfigError
 from tests.support.s3_server import Request, S3Server, s3_server
@@ -47,7 +47,7 @@ from tests.support.uploading import (
     uploads,
 )
 
-_SOON = Patience(timeout_seconds=5.0, num_tries=3, pause_seconds=0.01)
+_SOON = Retries(timeout_seconds=5.0, num_tries=3, pause_seconds=0.01)
 # More than two parts of an upload, and no multiple of them.
 _LARGE = 17 * 2**20 + 12_345
 
@@ -108,8 +108,8 @@ def on_s3(server: S3Server, tmp_path: Path) -> RemoteCheckpoints:
     return opened(f"s3://bucket/{tmp_path.name}")
 
 
-def opened(address: str, patience: Patience = _SOON) -> RemoteCheckpoints:
-    return open_remote(address, run="toy", patience=patience)
+def opened(address: str, retries: Retries = _SOON) -> RemoteCheckpoints:
+    return open_remote(address, run="toy", retries=retries)
 
 
 def save(
@@ -431,7 +431,7 @@ def test_fault_that_passes_is_got_over(status: int, server: S3Server, tmp_path: 
     server.hook = fail_first
     folder = save(tmp_path / "here", 100)
     # A listing alone may take three requests.
-    on_s3 = opened(f"s3://bucket/{tmp_path.name}", Patience(num_tries=4, pause_seconds=0.01))
+    on_s3 = opened(f"s3://bucket/{tmp_path.name}", Retries(num_tries=4, pause_seconds=0.01))
     assert on_s3.take_attempt(0) == 1
     upload(on_s3, folder)
     fetched = fetch(on_s3, tmp_path / "there")
@@ -503,7 +503,7 @@ def test_unreachable_server_and_missing_credentials_are_said(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        few = Patience(timeout_seconds=5.0, num_tries=1)
+        few = Retries(timeout_seconds=5.0, num_tries=1)
         with pytest.raises(RemoteUnavailableError, match=r"Could not connect|nothing came"):
             opened("s3://bucket/x", few).take_attempt(0)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -520,7 +520,7 @@ def test_server_that_says_nothing_is_given_up_in_time(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{silent.address}")
         silent.files["/bucket"] = b""
         silent.next_fault = lambda path: Fault.SILENT
-        remote = opened("s3://bucket/x", Patience(timeout_seconds=0.5, num_tries=2))
+        remote = opened("s3://bucket/x", Retries(timeout_seconds=0.5, num_tries=2))
         with pytest.raises(RemoteUnavailableError, match=r"tried 2 times: nothing came for 0\.5 s"):
             remote.take_attempt(0)
 
@@ -950,8 +950,8 @@ def test_close_says_why_the_last_one_is_not_there(
 def test_close_gives_a_server_that_stalls_up_after_its_time(
     server: S3Server, tmp_path: Path
 ) -> None:
-    # A patience that outlasts the test: what ends the upload is the close.
-    remote = opened(f"s3://bucket/{tmp_path.name}", Patience(timeout_seconds=60.0))
+    # Retries that outlast the test: what ends the upload is the close.
+    remote = opened(f"s3://bucket/{tmp_path.name}", Retries(timeout_seconds=60.0))
     going, go_on = threading.Event(), threading.Event()
 
     def stall(request: Request) -> None:

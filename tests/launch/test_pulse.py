@@ -174,7 +174,7 @@ class TestPulse:
     def test_patience_is_learned_from_steps_once_all_have_taken_some(
         self, ranks: list[Worker], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pulse, "LEAST_PATIENCE_SECONDS", 0.1)
+        monkeypatch.setattr(pulse, "LEAST_TIMEOUT_SECONDS", 0.1)
         heard = Pulse(ranks)
         most = 100.0
         ray.get(ranks[0].actor.train.remote(8))
@@ -186,13 +186,13 @@ class TestPulse:
         learned = heard.timeout(most)
         assert 10 * STEP_SECONDS <= learned < most - REPORT_SECONDS
         assert heard.timeout(learned / 2) < learned / 2, "the time-out bounds it from above"
-        monkeypatch.setattr(pulse, "LEAST_PATIENCE_SECONDS", 50.0)
+        monkeypatch.setattr(pulse, "LEAST_TIMEOUT_SECONDS", 50.0)
         assert heard.timeout(most) == 50.0, "steps of milliseconds are no measure"
 
     def test_while_one_does_what_may_take_long_all_have_the_whole_time(
         self, ranks: list[Worker], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pulse, "LEAST_PATIENCE_SECONDS", 0.1)
+        monkeypatch.setattr(pulse, "LEAST_TIMEOUT_SECONDS", 0.1)
         heard = Pulse(ranks)
         ray.get([worker.actor.train.remote(8) for worker in ranks])
         hear(heard)

@@ -227,7 +227,7 @@ class TestConnections:
                 road.cut()
                 _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert "the job may go on" in errors
+        assert "the job may continue" in errors
         assert f"submit.attach={job}" in errors
         assert ray_job(head, "stop", job).returncode == 0
         unknown = submit(head, tmp_path, "submit.attach=raysubmit_none", at(head))

@@ -16,7 +16,7 @@ from typing import Any
 from moetrain.checkpoint.folders import Save, to_delete
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.remote.checkpoints import RemoteCheckpoints, open_remote
-from moetrain.checkpoint.remote.folder import Patience
+from moetrain.checkpoint.remote.folder import Retries
 from moetrain.checkpoint.remote.uploader import Uploader
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -76,7 +76,7 @@ def _fork_for_each(connection: Connection) -> None:
             code = 1
             try:
                 os.environ.update(variables)
-                remote = open_remote(address, run="toy", patience=Patience(num_tries=1))
+                remote = open_remote(address, run="toy", retries=Retries(num_tries=1))
                 upload(remote, folder)
                 remote.delete_old(but_two, owner=1)
                 code = 0

@@ -275,9 +275,9 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
         require_same_model(sgd, manifest)
     assert str(refused.value).startswith(
         "optim.name=sgd: run tiny was trained with optim.name=adamw up to step 4, and another "
-        "optimizer can't go on from the state of that one"
+        "optimizer can't use the state of that one"
     )
-    assert "use optim.name=adamw, add optim.restart_from=4 to go on" in str(refused.value)
+    assert "use optim.name=adamw, add optim.restart_from=4 to resume" in str(refused.value)
     assert "another model" not in str(refused.value)
     faster = tiny_config(tmp_path, shards=shards, **MODEL, optim__name="sgd", optim__lr=0.5)
     with pytest.raises(ConfigError, match=r"use optim.name=adamw optim.lr=[0-9.e-]+, add"):
@@ -285,7 +285,7 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
     betas: Changes = {"optim__betas": (0.8, 0.99), "optim__eps": 1e-6, "optim__weight_decay": 0.0}
     require_same_model(tiny_config(tmp_path, shards=shards, **MODEL, **betas), manifest)
     still = MODEL | RESTARTED | {"optim__momentum": 0.0, "train__num_steps": 12}
-    with pytest.raises(ConfigError, match=r"optim.momentum=0.9.*optim.restart_from=10 to go on"):
+    with pytest.raises(ConfigError, match=r"optim.momentum=0.9.*optim.restart_from=10 to resume"):
         require_same_model(
             tiny_config(tmp_path, shards=shards, **still), newest(gone_on / "restarted")
         )

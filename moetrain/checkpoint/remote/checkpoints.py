@@ -27,9 +27,9 @@ from moetrain.checkpoint.manifest import (
 )
 from moetrain.checkpoint.remote.disk_folder import DiskFolder
 from moetrain.checkpoint.remote.folder import (
-    Patience,
     RemoteFolder,
     RemoteUnavailableError,
+    Retries,
     check_url,
     in_parallel,
 )
@@ -37,7 +37,7 @@ from moetrain.checkpoint.remote.object_folder import ObjectFolder
 
 ATTEMPTS = "attempts"
 
-_PATIENCE = Patience()
+_RETRIES = Retries()
 _FOLDER = re.compile(r"step_(\d{8,15})_attempt_(\d{1,15})")
 _ATTEMPT = re.compile(r"\d{8,15}")
 # No `/`, and no dot in front: such a name stays in its folder and is no hidden file.
@@ -71,7 +71,7 @@ def require_file_names(names: Iterable[str]) -> None:
             )
 
 
-def open_remote(upload_to: str, *, run: str, patience: Patience = _PATIENCE) -> "RemoteCheckpoints":
+def open_remote(upload_to: str, *, run: str, retries: Retries = _RETRIES) -> "RemoteCheckpoints":
     """The checkpoints of a run below an address; asks no server yet.
 
     Raises ConfigError where the address can't be, or the packages for it are missing.
@@ -81,7 +81,7 @@ def open_remote(upload_to: str, *, run: str, patience: Patience = _PATIENCE) -> 
     below = f"{run}/checkpoints"
     if protocol == "file":
         return RemoteCheckpoints(DiskFolder(Path(path or "/"), below))
-    return RemoteCheckpoints(ObjectFolder(protocol, f"{path}/{below}", patience=patience))
+    return RemoteCheckpoints(ObjectFolder(protocol, f"{path}/{below}", retries=retries))
 
 
 def complete_of(folders: Mapping[Save, Mapping[str, int]]) -> list[Save]:

@@ -26,8 +26,8 @@ class RemoteUnavailableError(CheckpointError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a server is waited for."""
+class Retries:
+    """How long a request waits for a server, and how often it is tried again."""
 
     timeout_seconds: float = 120.0
     """After so long without a byte a request counts as lost."""

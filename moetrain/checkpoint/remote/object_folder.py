@@ -24,8 +24,8 @@ from data_pipeline.object_stores import is_final, new_filesystem, pause_before
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checkpoint.remote.folder import (
     SETTING,
-    Patience,
     RemoteUnavailableError,
+    Retries,
     without_credentials,
 )
 from moetrain.checks import ConfigError
@@ -44,8 +44,8 @@ _logger = logging.getLogger(__name__)
 class ObjectFolder:
     """The objects below a prefix of a bucket."""
 
-    def __init__(self, protocol: str, path: str, *, patience: Patience) -> None:
-        self._protocol, self._path, self._patience = protocol, path, patience
+    def __init__(self, protocol: str, path: str, *, retries: Retries) -> None:
+        self._protocol, self._path, self._retries = protocol, path, retries
         self._stopped = threading.Event()
         self._filesystem = self._new_filesystem()
 
@@ -184,7 +184,7 @@ class ObjectFolder:
             if self._stopped.is_set():
                 future.cancel()
                 self._require_running()
-            if time.monotonic() - since > self._patience.timeout_seconds:
+            if time.monotonic() - since > self._retries.timeout_seconds:
                 future.cancel()
                 raise TimeoutError
 
@@ -194,7 +194,7 @@ class ObjectFolder:
 
     def _tried(self, path: str, work: Callable[[], Result], *, may_miss: bool = False) -> Result:
         """What `work` returns, done again where it fails for a reason that may pass."""
-        url, last = f"{self._protocol}://{path}", self._patience.num_tries
+        url, last = f"{self._protocol}://{path}", self._retries.num_tries
         for number in range(1, last + 1):
             try:
                 return work()
@@ -220,14 +220,14 @@ class ObjectFolder:
                         f"{url} can't be used, tried {number} times: {why}; see to the network or "
                         f"the server, or change {SETTING}"
                     ) from None
-                pause = pause_before(number, first_seconds=self._patience.pause_seconds)
+                pause = pause_before(number, first_seconds=self._retries.pause_seconds)
                 _logger.warning("%s: %s; trying again in %.1f s", url, why, pause)
                 self._stopped.wait(pause)
         raise AssertionError("unreachable")
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
-            return f"nothing came for {self._patience.timeout_seconds:g} s"
+            return f"nothing came for {self._retries.timeout_seconds:g} s"
         return f"{type(error).__name__}: {without_credentials(str(error))}"
 
     def _new_filesystem(self) -> Any:

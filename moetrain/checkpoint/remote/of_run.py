@@ -105,7 +105,7 @@ def fetch_newer(
 ) -> None:
     """Downloads the newest good remote checkpoint, if it is newer than the directory's good one.
 
-    `demand` raises for a manifest that the run can't go on from, before more is downloaded. Raises
+    `demand` raises for a manifest that the run can't resume from, before more is downloaded. Raises
     CheckpointError where the remote folder can't be asked, or this disk has no room.
     """
     assert settings.upload_to is not None
