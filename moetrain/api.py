@@ -32,7 +32,7 @@ from moetrain.optim import learning_rate
 from moetrain.parallel import Gradients, Meshes, join_ranks
 from moetrain.parallel.parallelize import initialise
 from moetrain.settings import Config, ModelSettings, Resolved
-from moetrain.settings.validation import validated
+from moetrain.settings.validation import asking_for_extensions, validated, validated_run
 from moetrain.train.build import build_model
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.objective import build_objective
@@ -101,7 +101,8 @@ def load_model(
         settings, tensors = read_model(folder)
     else:
         with CheckpointReader(chosen_checkpoint(folder, step=step, key="source")) as reader:
-            settings = validated(reader.manifest.config["model"], ModelSettings)
+            with asking_for_extensions(reader.manifest.config):
+                settings = validated(reader.manifest.config["model"], ModelSettings)
             names = [name for name in reader.manifest.tensors if name.startswith("model.")]
             tensors = {name.removeprefix("model."): reader.read(name) for name in names}
     with torch.device("meta"):
@@ -118,7 +119,7 @@ def load_tokenizer(run: str | Path) -> Tokenizer:
     folder = Path(run)
     with CheckpointReader(chosen_checkpoint(folder, key="run")) as reader:
         manifest = reader.manifest
-    config = validated(manifest.config, Resolved)
+    config = validated_run(manifest.config)
     return tokenizer_of_run(
         config, fingerprint=manifest.state.get("tokenizer") or None, run_dir=folder
     )

@@ -28,7 +28,7 @@ from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.kinds import EventKind
 from moetrain.observe import EventLog, MetricsFile, append_line, read_events
 from moetrain.settings import Resolved
-from moetrain.settings.validation import validated
+from moetrain.settings.validation import validated_run
 from moetrain.train.changes import as_plain
 
 _ORIGINS = (EventKind.import_, EventKind.upcycle, EventKind.branch)
@@ -61,7 +61,7 @@ def _branch(settings: BranchSettings, run_dir: Path, to: Path) -> None:
     require_new(to, num_bytes=0)  # said before a large checkpoint is read
     checkpoint = chosen_checkpoint(run_dir, step=settings.step)
     manifest = read_manifest(checkpoint)
-    config = validated(_own(manifest.config, run_dir, to), Resolved)
+    config = validated_run(_own(manifest.config, run_dir, to))
     origin: dict[str, Any] = {
         "run": run_dir.resolve().name,
         "step": manifest.step,

@@ -23,8 +23,7 @@ from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_pl
 from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
 from moetrain.huggingface.shards import num_bytes
 from moetrain.huggingface.tokenizer import NONE, write_tokenizer
-from moetrain.settings import Resolved
-from moetrain.settings.validation import validated
+from moetrain.settings.validation import validated_run
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -64,7 +63,7 @@ def _export(settings: ExportSettings) -> None:
 
 def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> None:
     run_dir, to, manifest = Path(settings.run), Path(settings.to), reader.manifest
-    config = validated(manifest.config, Resolved)
+    config = validated_run(manifest.config)
     placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)
     dtype = export_dtype(settings.dtype, manifest)
     size = num_bytes(placed, DTYPES[dtype])

@@ -1,13 +1,15 @@
 """A plain dictionary becomes a typed tree of settings, or one message on the first thing wrong."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.commands.settings_tree import plain_reason, setting_name
 from moetrain.checks import ConfigError, nearest
+from moetrain.settings.resolved import Resolved
 
 Tree = TypeVar("Tree")
 
@@ -25,6 +27,32 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
             reason = unknown_setting(path[-1], known)
         value = "(missing)" if first["type"].startswith("missing") else first["input"]
         raise ConfigError(".".join(map(setting_name, path)), value, reason) from None
+
+
+@contextmanager
+def asking_for_extensions(config: Mapping[str, Any]) -> Iterator[None]:
+    """Names, in a ConfigError about a checkpoint's configuration, the extensions that it needs.
+
+    Nothing is imported because a checkpoint names it.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        modules = config.get("run", {}).get("extensions")
+        if not modules:
+            raise
+        raise ConfigError(
+            error.key,
+            error.value,
+            f"{error.reason}. The run was trained with extensions=[{','.join(modules)}]: give that "
+            "(in Python, import it) if you trust the code",
+        ) from None
+
+
+def validated_run(config: Mapping[str, Any]) -> Resolved:
+    """Returns the configuration that a checkpoint keeps; ConfigError names what is wrong."""
+    with asking_for_extensions(config):
+        return validated(config, Resolved)
 
 
 def unknown_setting(name: str, known: list[str]) -> str:

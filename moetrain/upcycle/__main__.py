@@ -30,8 +30,8 @@ from moetrain.huggingface.tokenizer import IMPORTED
 from moetrain.kinds import EventKind
 from moetrain.model import active_parameters, total_parameters
 from moetrain.observe import EventLog
-from moetrain.settings import ModelSettings, Resolved
-from moetrain.settings.validation import validated
+from moetrain.settings import ModelSettings
+from moetrain.settings.validation import validated_run
 from moetrain.upcycle.experts import Changes, Index, Upcycled, dense_name
 
 
@@ -66,7 +66,7 @@ def upcycle(settings: UpcycleSettings) -> int:
 def _upcycle(settings: UpcycleSettings, source: Path, to: Path) -> None:
     with CheckpointReader(chosen_checkpoint(source, key="from")) as reader:
         manifest = reader.manifest
-        dense = validated(manifest.config, Resolved)
+        dense = validated_run(manifest.config)
         model = _model(settings, dense.model, source)
         tokenizer = source / IMPORTED
         has_tokenizer = (tokenizer / "tokenizer.json").is_file()

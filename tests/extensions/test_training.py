@@ -1,14 +1,20 @@
 """Things of a package outside the repository train on real ranks, resume, and are recorded."""
 
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.extensions import load_extensions
+from moetrain import api
+from moetrain.branch import BranchSettings, branch
 from moetrain.checks import ConfigError
+from moetrain.export import ExportSettings, export
 from moetrain.settings import Config, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.changes import as_plain
@@ -167,3 +173,36 @@ def test_another_option_of_a_router_is_another_model_unless_it_is_accepted(
     accepted = {"checkpoint__accept_changes": ["model.router.options.temperature"]}
     config = configuration(tmp_path, lab, **more, **accepted)
     assert run_ranks(train, 2, lab, config, None, 3)[0].finished
+
+
+def _commands(lab: Path, run: Path, folder: Path) -> dict[str, str]:
+    """Returns what commands and the library say of a run whose package was not imported."""
+    sys.path.insert(0, str(lab))
+    said = {}
+    try:
+        api.load_model(run)
+    except ConfigError as error:
+        said["api"] = str(error)
+    commands: list[tuple[str, Callable[[], int]]] = [
+        ("export", lambda: export(ExportSettings(run=str(run), to=str(folder / "hf")))),
+        ("branch", lambda: branch(BranchSettings(run=str(run), to=str(folder / "b")))),
+    ]
+    for name, command in commands:
+        with redirect_stderr(StringIO()) as errors:
+            assert command() == 2
+        said[name] = errors.getvalue()
+    assert "my_lab" not in sys.modules
+    import my_lab  # type: ignore[import-not-found]  # noqa: F401 - written by the test
+
+    said["router"] = type(api.load_model(run).moe_layers()[0].router).__name__
+    return said
+
+
+def test_a_checkpoint_asks_for_its_extensions_by_name(lab: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path, lab, train__num_steps=3, train__validate_every_steps=3)
+    run_ranks(train, 2, lab, config, None, 1)
+    with CONTEXT.Pool(1) as pool:
+        said = pool.apply(_commands, (lab, tmp_path / "runs/tiny", tmp_path))
+    for command in ("api", "export", "branch"):
+        assert "trained with extensions=[my_lab,my_lab.things]: give that" in said[command]
+    assert said["router"] == "Noisy"
