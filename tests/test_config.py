@@ -1,7 +1,6 @@
 """The configuration: what composes, what resolves, and what a mistake is told."""
 
 import subprocess
-import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,16 +17,14 @@ from moetrain.command import register
 from moetrain.config import check, refit, resolve
 from moetrain.settings import Config
 from moetrain.settings.validation import validated
+from tests.support.commands import run_module
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
 
 def moetrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moetrain", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return run_module("moetrain", *arguments, cwd=cwd)
 
 
 def toy(**changes: Any) -> dict[str, Any]:
@@ -169,10 +166,7 @@ def test_plus_model_and_model_and_nothing_compose(tmp_path: Path) -> None:
 def test_settings_that_no_run_would_accept_are_printed_and_refused(
     module: str, words: list[str], said: str, tmp_path: Path
 ) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", module, *words, "--cfg", "job"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ended = run_module(module, *words, "--cfg", "job", cwd=tmp_path)
     assert ended.returncode == 2
     key, value = words[-1].split("=")
     printed = yaml.safe_load(ended.stdout)
