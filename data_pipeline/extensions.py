@@ -177,8 +177,20 @@ def load_extensions(names: Iterable[str]) -> list[str]:
 
 
 def load_installed() -> list[str]:
-    """Imports the extensions that installed packages offer as entry points; returns their names."""
-    return load_extensions(sorted(_entry_points().values()))
+    """Imports the extensions that installed packages offer as entry points; returns their names.
+
+    Raises ValueError where an import fails: a run would otherwise depend on what happened to load.
+    """
+    loaded: list[str] = []
+    for name, module in sorted(_entry_points().items()):
+        try:
+            loaded += load_extensions([module])
+        except ValueError as error:
+            raise ValueError(
+                f"an installed package offers the extension {name}, and {error}: mend or uninstall "
+                "it"
+            ) from None
+    return list(dict.fromkeys(loaded))
 
 
 def _load(name: str) -> str:

@@ -118,6 +118,11 @@ def test_modules_are_found_by_name_by_entry_point_and_in_the_working_directory(
     assert load_installed() == ["some_lab.parts"]
     assert source_of("some_lab.parts").startswith("1.2 sha256:")
 
+    (info / "entry_points.txt").write_text("[moetrain.extensions]\nparts = some_lab.gone\n")
+    extensions._entry_points.cache_clear()
+    with pytest.raises(ValueError, match=r"package offers the extension parts, and .*uninstall it"):
+        load_installed()
+
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "here_alone.py").write_text("")
