@@ -451,7 +451,7 @@ def test_a_warning_to_torchruns_ranks_saves_and_all_leave_together(
                 os.killpg(process.pid, signal.SIGKILL)
     assert len(children) == 2
     assert len(re.findall(r"exitcode *: 75 ", errors)) == 2, errors
-    assert output.count("next      the same command with run.name=tiny goes on") == 1
+    assert output.count("next      the same command with run.name=tiny resumes from here") == 1
     assert kinds(tmp_path)[-1] == "stop"
     assert (tmp_path / "runs/tiny/report.html").is_file()
 

@@ -127,7 +127,7 @@ def test_a_cluster_that_takes_commands_from_anybody_is_refused_unless_insisted(
             tmp_path, *((environ, where, False) for environ, where, _ in told), ({}, address, True)
         )
         for said, (_, _, shown) in zip(refusals, told, strict=True):
-            assert said.startswith(f"ConfigError launch.address={shown}: this Ray cluster takes")
+            assert said.startswith(f"ConfigError launch.address={shown}: this Ray cluster accepts")
             for part in ("CVE-2023-48022", "ray get-auth-token --generate", "RAY_AUTH_MODE=token",
                          "launch.allow_unauthenticated=true"):  # fmt: skip
                 assert part in said

@@ -335,7 +335,7 @@ class TestAccess:
             insist = ["data.dir=/nowhere", "launch.allow_unauthenticated=true"]
             taken = submit(wide, tmp_path, *TINY, *insist, at(wide), PYTHONPATH=str(ROOT))
         assert refused.returncode == 2, refused.stderr
-        assert f"launch.address={wide.dashboard}: this Ray cluster takes jobs" in refused.stderr
+        assert f"launch.address={wide.dashboard}: this Ray cluster accepts jobs" in refused.stderr
         for part in ("CVE-2023-48022", "RAY_AUTH_MODE=token", "launch.allow_unauthenticated=true"):
             assert part in refused.stderr
         assert taken.returncode == 2
