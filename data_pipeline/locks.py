@@ -58,7 +58,7 @@ def locked(
 
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
-    """Holds the lock of a file that contains this process's id; LockHeldError instead of waiting."""
+    """Holds the lock of a file that has this process's id in it; raises LockHeldError at once."""
     with locked(path, wait=False) as file:
         os.ftruncate(file.fileno(), 0)
         os.pwrite(file.fileno(), str(os.getpid()).encode(), 0)

@@ -136,10 +136,10 @@ class DataSettings:
     the working directory, and built there if missing; `on_changed` says what happens if their text
     has changed since. Both are built with `tokenizer`, from the `text_field` of JSON and tables.
 
-    Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of 1
-    / `temperature` (1: proportional; larger: more even); `stages` change the weights later. A value
-    of None cancels what a file sets for a source. If a source would be read more than `max_epochs`
-    times, the command fails before it starts.
+    Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
+    1 / `temperature` (1: proportional; larger: more even); `stages` change the weights later. A
+    value of None cancels what a file sets for a source. If a source would be read more than
+    `max_epochs` times, the command fails before it starts.
 
     `mask_documents` restricts attention to within a document. `shuffle_window` is the number of
     shards among which sequences are mixed at a time; default: a whole epoch. `num_workers` threads
