@@ -50,9 +50,8 @@ class Stage:
 class MixturePosition:
     """The state of a mixture between two steps: what must be kept about the samples drawn so far.
 
-    `units` are the weights in force just before `next_sample`. They came into force at sample
-    `origin`, when `base` samples of each source had been drawn. `drawn` is the same count at
-    `next_sample`.
+    `units` are the weights of the stage at `next_sample`. They took effect at sample `origin`,
+    when `base` samples of each source had been drawn. `drawn` is the same count at `next_sample`.
     """
 
     next_sample: int
