@@ -1,11 +1,11 @@
-"""Checkpoints: how fast one is saved and loaded, and how long training stands still for it.
+"""Checkpoints: how fast one is saved and loaded, and for how long that blocks training.
 
-`python -m benchmarks.checkpoint` prints one JSON object a line on standard output and a table on
-standard error. The model of a preset is sharded over gloo ranks with AdamW's state beside it and
-saved and loaded in turn by moetrain (hashed, verified, committed), by plain
-torch.distributed.checkpoint (no hash, no manifest, no commit), and as the limit by a bare write
-or read of as many bytes into or from one file a rank. All of them sync to disk. A save in the
-background is timed by what `save` takes, before each of which the one before has ended.
+`python -m benchmarks.checkpoint` prints one JSON object per line on standard output and a table on
+standard error. The model of a preset is sharded over gloo ranks, with AdamW's state. It is saved
+and loaded in turn by moetrain (hashed, verified, committed), by plain torch.distributed.checkpoint
+(no hash, no manifest, no commit), and, as the limit, by writing or reading as many bytes to or from
+one file per rank. All of them sync to disk. For an asynchronous save, the time is that of the
+`save` call; the previous save has ended before it.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _config(folder: str, *, num_layers: int, num_ranks: int) -> Resolved:
-    """Returns a configuration whose model has 16 M parameters beside those of its layers."""
+    """Returns a configuration whose model has 16 M parameters besides those of its layers."""
     values = {
         "model": {
             "dim": 256, "num_layers": num_layers, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64,
@@ -114,7 +114,7 @@ def _config(folder: str, *, num_layers: int, num_ranks: int) -> Resolved:
 
 
 def _measure_as_rank(job: tuple[Resolved, str, int], _: Any) -> dict[str, Any]:
-    """Returns, as one of the ranks, the seconds of each round of each way to save and to load."""
+    """Returns, on one of the ranks, the seconds of each round of each way to save and to load."""
     config, folder, rounds = job
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model, optimizer, *_ = build_model(config, device=CPU, timeout_seconds=600)

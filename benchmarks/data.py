@@ -1,10 +1,10 @@
-"""Data: how fast text becomes shards and shards become batches, and what a training run waits.
+"""Data: how fast text becomes shards and shards become batches, and how long training waits.
 
-`python -m benchmarks.data` prints one JSON object a line on standard output and a table on
-standard error. Reading: batches of 4096-token sequences, by one process from the page cache, in
-turn with plain WebDataset streaming and torchdata over the same shards, and with a copy of as many
-tokens from one flat array, than which nothing can be faster. Building: `python -m
-data_pipeline.build` with Mixtral's tokenizer. Waiting: the toy, trained by its own command.
+`python -m benchmarks.data` prints one JSON object per line on standard output and a table on
+standard error. Reading: batches of 4096-token sequences, by one process from the page cache,
+compared in turn with plain WebDataset streaming and torchdata over the same shards, and with a copy
+of as many tokens from one flat array, which is the limit. Building: `python -m data_pipeline.build`
+with Mixtral's tokenizer. Waiting: the toy, trained by its own command.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure_reading(
     folder: Path, *, mean_tokens: int, num_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Returns a record for each way to read about `num_tokens`, taken in turn."""
+    """Returns a record for each way to read about `num_tokens`, measured in turn."""
     shards = _random_shards(folder, mean_tokens=mean_tokens, num_tokens=num_tokens)
     batches = GlobalBatches(
         shards, seq_len=SEQ_LEN, global_batch_size=BATCH_SIZE, seed=0, data=DataSettings()
@@ -117,8 +117,8 @@ def measure_reading(
 def measure_building(folder: Path, *, num_bytes: int, rounds: int) -> list[dict[str, Any]]:
     """Returns a record for building shards of Python sources with Mixtral's tokenizer.
 
-    Beside it stands the tokenizer alone, as mistral-common gives it, in one process: the text
-    divided by its speed and by the cores.
+    It is compared with the tokenizer alone, mistral-common's in one process: the size of the text
+    divided by its speed and by the number of cores.
     """
     corpus, num_bytes = _python_sources(folder / "sources.jsonl", num_bytes=num_bytes)
     numbers = iter(range(1000))
@@ -167,7 +167,7 @@ def measure_building(folder: Path, *, num_bytes: int, rounds: int) -> list[dict[
 
 
 def measure_waiting(folder: Path, *, num_steps: int) -> dict[str, Any]:
-    """Returns a record of what the toy's steps waited for their data, by its own metrics."""
+    """Returns a record of how long the toy's steps waited for data, by its own metrics."""
     command = [sys.executable, "-m", "moetrain", "+model=toy", "run.name=wait"]
     command += [f"run.dir={folder / 'runs'}", "launch.mode=inline", "observe.wandb.mode=disabled"]
     command += [f"train.num_steps={num_steps}", "schedule.warmup_steps=5"]
@@ -216,7 +216,7 @@ def _read_ours(batches: GlobalBatches, num_batches: int) -> int:
 
 
 def _read_flat(flat: np.ndarray, num_batches: int) -> int:
-    """Inputs and targets as int64, like a batch's, with nothing to look up."""
+    """Reads inputs and targets as int64, like a batch's, without any lookup."""
     size = BATCH_SIZE * SEQ_LEN
     for number in range(num_batches):
         rows = flat[number * size : (number + 1) * size].astype(np.int64)
@@ -225,7 +225,7 @@ def _read_flat(flat: np.ndarray, num_batches: int) -> int:
 
 
 def _streamed(tars: list[str]) -> Iterator[np.ndarray]:
-    """Documents as plain WebDataset gives them, tar after tar."""
+    """Yields documents from plain WebDataset, tar after tar."""
     import webdataset
 
     dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
@@ -233,7 +233,7 @@ def _streamed(tars: list[str]) -> Iterator[np.ndarray]:
 
 
 def _batched(documents: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets [sequences, seq_len] of documents joined one after the other."""
+    """Yields inputs and targets [sequences, seq_len] of concatenated documents."""
     size, waiting, num_waiting = BATCH_SIZE * SEQ_LEN + 1, list[np.ndarray](), 0
     for document in documents:
         waiting.append(document)
@@ -246,7 +246,7 @@ def _batched(documents: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.n
 
 
 def _torchdata(tars: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same stream as a graph of torchdata's nodes, read ahead by a thread, with its state."""
+    """Yields the same from a graph of torchdata's nodes, with state, prefetched by a thread."""
     from torchdata.nodes import IterableWrapper, Loader, Prefetcher
 
     graph = Prefetcher(IterableWrapper(_batched(_streamed(tars))), prefetch_factor=2)
@@ -258,7 +258,7 @@ def _consume(batches: Iterator[tuple[np.ndarray, np.ndarray]], num_batches: int)
 
 
 def _random_shards(folder: Path, *, mean_tokens: int, num_tokens: int) -> ShardFolder:
-    """Shards of random bytes in documents whose lengths are log-normal, as those of the web are."""
+    """Builds shards of random bytes in documents whose lengths are log-normal, like web pages'."""
     random = np.random.default_rng(0)
     corpus = folder.with_suffix(".jsonl")
     lengths = random.lognormal(sigma=1.0, size=int(num_tokens / mean_tokens))
@@ -274,7 +274,7 @@ def _random_shards(folder: Path, *, mean_tokens: int, num_tokens: int) -> ShardF
 
 
 def _python_sources(path: Path, *, num_bytes: int) -> tuple[Path, int]:
-    """A file of JSON lines with Python sources that are installed here, and their bytes."""
+    """Writes installed Python sources as JSON lines; returns the path and the bytes of text."""
     written = 0
     with path.open("w") as file:
         for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):

@@ -1,7 +1,7 @@
 """The MoE layers that are compared: ours, other libraries', and the limit, on the same weights.
 
-Each builder returns a `Layer` that computes the same function: a softmax router whose chosen
-gates are renormalised, and SwiGLU experts. `Unavailable` says why one can't run here.
+Each builder returns a `Layer` that computes the same function: a softmax router with renormalised
+gates of the chosen experts, and SwiGLU experts. `Unavailable` says why one can't run here.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from moetrain.model import MoELayer
 from moetrain.settings import ExpertsSettings, ModelSettings
 
 TORCHTITAN = "0.3.0"
-# With these beside it, its MoE imports; its other requirements (data sets, logging) are not used.
+# Its MoE needs only these; its other requirements (data sets, logging) are not used.
 TORCHTITAN_NEEDS = ("spmd_types==0.2.3", "einops", "tyro", "docstring_parser", "typeguard")
 PEERS_DIR = Path(os.path.expanduser("~/.cache/moetrain/benchmarks"))
 
@@ -58,14 +58,14 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Token copies: what the experts work on."""
+        """Token–expert assignments: the rows that the experts compute."""
         return self.tokens * self.top_k
 
     @property
     def flops(self) -> int:
-        """FLOPs of the seven matrix products, two a multiplication and addition.
+        """FLOPs of the seven matrix products; a multiplication and an addition count as two.
 
-        The first and the fifth take gate and up together and count double: nine times
+        The first and the fifth compute gate and up together and count double: nine times
         2 · rows · dim · hidden.
         """
         return 18 * self.rows * self.dim * self.hidden
@@ -115,14 +115,14 @@ class Layer(NamedTuple):
 def balanced_choice(shape: Shape, device: torch.device) -> Tensor:
     """Returns the forced choice: experts in turn, so that all get equally many; [tokens, top_k].
 
-    torchtitan's own forced balance makes the same one.
+    torchtitan's own forced balance makes the same choice.
     """
     copies = torch.arange(shape.rows, device=device) % shape.experts
     return copies.view(shape.tokens, shape.top_k)
 
 
 def model_settings(shape: Shape, *, experts: ExpertsSettings | None = None) -> ModelSettings:
-    """Returns a model of one such layer; what is outside of the MoE layer doesn't matter."""
+    """Returns a model of one such layer; everything outside the MoE layer doesn't matter."""
     return ModelSettings(
         dim=shape.dim,
         num_layers=1,
@@ -143,7 +143,7 @@ def model_settings(shape: Shape, *, experts: ExpertsSettings | None = None) -> M
 def moetrain(
     shape: Shape, weights: Weights, choice: Tensor | None, *, experts: ExpertsSettings | None = None
 ) -> Layer:
-    """Returns this project's layer; it also makes the router's statistics, as in training."""
+    """Returns this project's layer; it also computes the router's statistics, as in training."""
     device, dtype = weights.gate.device, weights.gate.dtype
     layer = MoELayer(model_settings(shape, experts=experts)).to(device, dtype)
     layer.router.weight.copy_(weights.router)
@@ -216,12 +216,12 @@ def _transformers(
 
 
 def torchtitan(shape: Shape, weights: Weights, choice: Tensor | None) -> Layer:
-    """Returns torchtitan's MoE as it is published: its experts compute in bfloat16 always."""
+    """Returns torchtitan's MoE as it is published: its experts always compute in bfloat16."""
     return _torchtitan(shape, weights, choice, as_published=True)
 
 
 def torchtitan_float32(shape: Shape, weights: Weights, choice: Tensor | None) -> Layer:
-    """Returns torchtitan's MoE with the casts of its experts to bfloat16 left out."""
+    """Returns torchtitan's MoE without the casts of its experts to bfloat16."""
     if weights.gate.dtype != torch.float32:
         raise Unavailable(f"the same as torchtitan in {weights.gate.dtype}")
     return _torchtitan(shape, weights, choice, as_published=False)
@@ -284,14 +284,14 @@ def _torchtitan(
 def install_torchtitan() -> Path:
     """Installs torchtitan and what its MoE imports into a folder of its own; returns the folder.
 
-    No part of moetrain's environment changes: the folder is looked into last, and only here.
-    Raises Unavailable where pip can't get it.
+    moetrain's environment doesn't change: the folder comes last on the path, and only here. Raises
+    Unavailable if pip can't install it.
     """
     folder = PEERS_DIR / f"torchtitan-{TORCHTITAN}-torch-{torch.__version__}"
     if (folder / "torchtitan").is_dir():
         return folder
     wanted = [f"torchtitan=={TORCHTITAN}", *TORCHTITAN_NEEDS]
-    if importlib.util.find_spec("triton") is None:  # it is imported, though never run on CPU
+    if importlib.util.find_spec("triton") is None:  # it is imported, but never run on CPU
         wanted.append("triton")
     partial = folder.with_name(f".{folder.name}.installing")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
@@ -307,7 +307,7 @@ def install_torchtitan() -> Path:
 def _import_peer(module: str) -> Any:
     folder = str(install_torchtitan())
     if folder not in sys.path:
-        sys.path.append(folder)  # last: whatever moetrain's environment has stays as it is
+        sys.path.append(folder)  # last, so that it replaces nothing in moetrain's environment
     return importlib.import_module(module)
 
 
@@ -356,7 +356,7 @@ def megablocks(shape: Shape, weights: Weights, choice: Tensor | None) -> Layer:
 
     def forward(x: Tensor) -> Tensor:
         out: Tensor = layer(x.unsqueeze(1)).squeeze(1)
-        moe.clear_load_balancing_loss()  # a list of the module's, which would grow without end
+        moe.clear_load_balancing_loss()  # a list in the module, which would grow without bound
         return out
 
     version = importlib.metadata.version("megablocks")
@@ -378,9 +378,9 @@ BUILDERS: dict[str, Callable[[Shape, Weights, Tensor | None], Layer]] = {
 class Limit:
     """The seven matrix products of the experts alone, as one dense chain of the same FLOPs.
 
-    All rows meet one expert's matrices, every output stands ready, and nothing is done element by
-    element: no layer of these FLOPs can be faster by other means than faster products. `product`
-    computes them, by default as torch.mm does.
+    All rows are multiplied with one expert's matrices, every output is preallocated, and there are
+    no elementwise operations: with the same FLOPs, only faster products make a layer faster.
+    `product` computes them, by default like torch.mm.
     """
 
     def __init__(

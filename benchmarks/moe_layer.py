@@ -1,7 +1,7 @@
-"""One MoE layer, forward and backward, beside other libraries' and the limit.
+"""One MoE layer, forward and backward, compared with other libraries' and the limit.
 
-`python -m benchmarks.moe_layer` prints one JSON object a line on standard output and a table for
-people on standard error; `--help` lists the options. How it measures: docs/performance.md.
+`python -m benchmarks.moe_layer` prints one JSON object per line on standard output and a table on
+standard error; `--help` lists the options. docs/performance.md describes the method.
 """
 
 import argparse
@@ -61,7 +61,7 @@ ROUTINGS = ("learned", "forced")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One table: a shape, where and how it runs."""
+    """One table: a shape, where it runs and how."""
 
     shape: Shape
     dtype: str
@@ -70,7 +70,7 @@ class Case:
     routing: str
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the public form of the case."""
+        """Returns the case as it is printed."""
         place = {"threads": self.threads} if self.device.type == "cpu" else {}
         return {
             **{name: getattr(self.shape, name) for name in self.shape.__dataclass_fields__},
@@ -150,7 +150,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns one record for each implementation that can run here, the limit's first.
 
-    Rounds go on for about `seconds`, ten to a thousand of them, unless `rounds` says how many.
+    Rounds continue for about `seconds`, ten to a thousand of them, unless `rounds` is given.
     """
     shape, device, dtype = case.shape, case.device, DTYPES[case.dtype]
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def measure(
 
     passes: dict[str, Pass] = {"limit": Limit(shape, dtype=dtype, device=device), **steps}
     if device.type == "cpu" and dtype == torch.float32:
-        # A stricter one: torch.mm leaves speed that oneDNN has on some processors.
+        # A stricter limit: on some processors oneDNN is faster than torch.mm.
         passes[ONEDNN] = Limit(shape, dtype=dtype, device=device, product=_onednn)
     if rounds is None:
         once = time_in_turn(passes, rounds=1, warmup=1, device=device, prepare=clear)
@@ -202,7 +202,7 @@ def measure(
 
 
 def _onednn(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    # It has no form that fills a tensor; dropping its own is cheaper than copying it.
+    # It has no form that writes into a given tensor; dropping its own is cheaper than copying it.
     torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
@@ -226,7 +226,7 @@ def _step(layer: Layer, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _clearing(layers: Sequence[Layer], x: Tensor) -> Callable[[], None]:
-    """Returns what takes all gradients away, so that each pass makes its own."""
+    """Returns a function that clears all gradients, so that each pass allocates its own."""
     tensors = [x, *(parameter for layer in layers for parameter in layer.parameters)]
 
     def clear() -> None:
@@ -253,7 +253,7 @@ def _difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[s
 
 
 def _load(weights: Weights, x: Tensor, choice: Tensor | None, shape: Shape) -> float:
-    """Returns the copies of the busiest expert over the mean."""
+    """Returns the number of assignments of the busiest expert over the mean."""
     if choice is None:
         logits = x.detach().float() @ weights.router.float().t()
         choice = logits.topk(shape.top_k, dim=-1).indices

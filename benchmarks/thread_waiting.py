@@ -1,8 +1,8 @@
-"""How long waiting threads should loop before they sleep: alone, and beside other busy processes.
+"""How long waiting threads should spin before they sleep: alone, and next to busy processes.
 
-`python -m benchmarks.thread_waiting` prints one JSON object a line on standard output and a table
-on standard error. GNU's OpenMP reads its settings when it is loaded, so each of them has a
-process of its own; a round runs all of them, one after the other.
+`python -m benchmarks.thread_waiting` prints one JSON object per line on standard output and a table
+on standard error. GNU's OpenMP reads its settings when it is loaded, so each setting has a process
+of its own; a round runs all of them, one after the other.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from moetrain.train.rank import keep_freed_memory
 
 SETTINGS = ("GOMP_SPINCOUNT=300000", "GOMP_SPINCOUNT=10000", "GOMP_SPINCOUNT=1000",
             "GOMP_SPINCOUNT=0", "OMP_WAIT_POLICY=passive")  # fmt: skip
-# The first is what GNU's OpenMP does where nothing is set.
+# The first is the default of GNU's OpenMP.
 WORK = {"products": "20 products of 256 × 256", "step": "a step of the toy, 16 × 256 tokens"}
 CPU = torch.device("cpu")
-STILL_SECONDS = 0.1  # until no thread of the pass before loops any more
+STILL_SECONDS = 0.1  # until no thread of the previous pass spins any more
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     work: str, *, settings: Sequence[str], busy: Sequence[int], threads: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Returns a record for each setting beside each number of busy processes."""
+    """Returns a record for each setting with each number of busy processes."""
     records = []
     with ExitStack() as servers:
         passes = {
@@ -98,7 +98,7 @@ def measure(
                     },
                     "implementation": setting,
                     "seconds": spread(taken[setting]),
-                    # There is no limit: the ratio is to the first setting, above 1 where faster.
+                    # There is no limit: the ratio is to the first setting, above 1 if faster.
                     "ratio_to_limit": None,
                     "ratio_to_first": median(taken[settings[0]]) / median(taken[setting]),
                     "rounds": rounds,
@@ -110,7 +110,7 @@ def measure(
 
 @contextmanager
 def _served(work: str, setting: str, *, threads: int) -> Iterator[Callable[[], None]]:
-    """Gives a pass of some work in a process that began with a setting."""
+    """Yields a pass of some work in a process that was started with a setting."""
     name, _, value = setting.partition("=")
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.thread_waiting", "--serve", work,
@@ -138,7 +138,7 @@ def _answer(answers: IO[str]) -> None:
 
 
 def serve(work: str, *, threads: int) -> None:
-    """Does a pass of the work for each line on standard input, and answers with a line."""
+    """Runs a pass of the work for each line on standard input, and answers with a line."""
     torch.set_num_threads(threads)
     keep_freed_memory()  # as run_rank does
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def _step(folder: Path) -> Callable[[], object]:
 
 @contextmanager
 def _busy(count: int) -> Iterator[None]:
-    """Runs processes that compute all the time while the context lasts."""
+    """Runs processes that compute all the time, within the context."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

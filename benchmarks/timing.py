@@ -1,7 +1,7 @@
 """How the benchmarks measure: passes in turn, medians, peak memory, JSON lines and a table.
 
-Owns nothing of what is measured. Everything that one case compares is timed in one process, one
-pass of each in every round, so that a machine that slows down slows all of them alike.
+Independent of what is measured. Everything that one case compares is timed in one process, one pass
+of each in every round, so that a machine that slows down affects all of them alike.
 """
 
 import json
@@ -27,10 +27,10 @@ def time_in_turn(
     device: torch.device,
     prepare: Pass = lambda: None,
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each pass in each round, `warmup` rounds left out.
+    """Returns the seconds of each pass in each round, without the `warmup` rounds.
 
-    A round runs every pass once, in an order of its own: in a fixed order each would always find
-    the caches and the allocator as the same other pass leaves them. `prepare` runs before each
+    A round runs every pass once, in an order of its own: in a fixed order each pass would always
+    find the caches and the allocator as the same other pass leaves them. `prepare` runs before each
     pass, outside its time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in passes}
@@ -49,11 +49,11 @@ def time_in_turn(
 
 
 def peak_memory(run: Pass, device: torch.device) -> int:
-    """Returns the most bytes that a pass holds at once above what stood before it.
+    """Returns the most bytes that a pass holds at once, above what was allocated before it.
 
-    On CUDA the caching allocator's own peak. On CPU the profiler's record of every allocation and
-    release of torch's allocator, temporaries inside operators included; what a matrix library
-    takes for itself goes past it.
+    On CUDA it is the peak of the caching allocator. On CPU it comes from the profiler's record of
+    every allocation and release of torch's allocator, including temporaries inside operators;
+    buffers that a matrix library allocates itself are not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -70,7 +70,7 @@ def peak_memory(run: Pass, device: torch.device) -> int:
 
 
 def held_memory(run: Pass, device: torch.device) -> int:
-    """Returns how many bytes more are held after a pass than before it."""
+    """Returns how many more bytes are allocated after a pass than before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         run()
@@ -79,8 +79,8 @@ def held_memory(run: Pass, device: torch.device) -> int:
 
 
 def _allocations(run: Pass) -> list[int]:
-    """Returns what torch's CPU allocator gave (positive) and took back in a pass, in order."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every start and stop
+    """Returns what torch's CPU allocator allocated (positive) and freed in a pass, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
@@ -90,7 +90,7 @@ def _allocations(run: Pass) -> list[int]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given; nothing on CPU."""
+    """Waits until the device has completed its work; does nothing on CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -101,7 +101,7 @@ def spread(seconds: Sequence[float]) -> list[float]:
 
 
 def machine(device: torch.device) -> str:
-    """Returns what the figures were measured on, for people."""
+    """Returns a description of the machine, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = next(
@@ -129,7 +129,7 @@ def print_record(record: Mapping[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Prints to people, on standard error."""
+    """Prints on standard error, for people."""
     print(text, file=sys.stderr, flush=True)
 
 

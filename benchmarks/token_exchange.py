@@ -1,9 +1,9 @@
 """The MoE layer at expert degree 2 on gloo: what it sends, and the time beyond sending it.
 
-`python -m benchmarks.token_exchange` runs two ranks of one thread each and prints one JSON object a
-line on standard output and a table on standard error. In turn with the layer it times what no
-layer of that routing can do without: a layer that has the same rows for each of its experts and
-exchanges nothing, and four bare all-to-alls of the fewest bytes. How: docs/performance.md.
+`python -m benchmarks.token_exchange` runs two ranks of one thread each and prints one JSON object
+per line on standard output and a table on standard error. In turn with the layer it times the lower
+bound of any layer with that routing: a layer with the same rows for each of its experts and no
+exchange, and four bare all-to-alls of the fewest bytes. docs/performance.md describes the method.
 """
 
 import argparse
@@ -32,7 +32,7 @@ OTHER_WAYS = {
     "send_once=false": ExchangeSettings(send_once=False),
     "num_rounds=2": ExchangeSettings(num_rounds=2),
 }
-# The collectives that could carry rows; the others are counted too if the layer takes to them.
+# The collectives that could carry rows; unused ones are counted too, should the layer use them.
 COLLECTIVES = (
     "all_to_all_single",
     "all_to_all",
@@ -54,7 +54,7 @@ class Sent:
     rows: int = 0
     """Token rows and their gradients, `dim` columns wide."""
     metadata: int = 0
-    """All the rest: counts, gates, places."""
+    """Everything else: counts, gates, positions."""
     collectives: int = 0
 
 
@@ -179,10 +179,10 @@ def _measure_as_rank(job: tuple[Shape, str, int], _: object) -> dict[str, Any]:
             tensor.grad = None
         dist.barrier()
 
-    # The order of a round hangs on its number alone, so that both ranks have the same.
+    # The order of a round depends only on its number, so that both ranks have the same.
     seconds = time_in_turn(passes, rounds=rounds, warmup=2, device=cpu, prepare=together)
-    # There and back with the rows, and again with their gradients: what goes to the other rank
-    # as a token comes from it as a gradient, and the results go the other way.
+    # The rows travel there and back, and so do their gradients: what is sent as a token comes back
+    # as a gradient, and the results go the other way.
     minimum = 2 * (pairs + incoming) * shape.dim * x.element_size()
     return {
         "seconds": seconds,
@@ -207,9 +207,9 @@ def _layer(shape: Shape, mine: Weights) -> MoELayer:
 
 
 def _layer_without_exchange(shape: Shape, mine: Weights, counts: Tensor) -> MoELayer:
-    """Returns a whole layer of this rank's experts alone, which gives each as many rows as came.
+    """Returns a whole layer of this rank's experts alone, which gives each as many rows as it got.
 
-    Up to top_k - 1 rows fewer: they don't make up a token.
+    Up to top_k - 1 rows fewer, if they don't make up a token.
     """
     alone = replace(shape, experts=len(counts), top_k=min(shape.top_k, len(counts)))
     layer = _layer(alone, mine._replace(router=mine.router[: len(counts)]))
@@ -222,7 +222,7 @@ def _layer_without_exchange(shape: Shape, mine: Weights, counts: Tensor) -> MoEL
 
 
 def _spied_choice(layer: MoELayer) -> list[Tensor]:
-    """Returns a list whose only element is the newest choice of experts, [tokens, top_k]."""
+    """Returns a list whose only element is the latest choice of experts, [tokens, top_k]."""
     select = layer.router.select
     seen: list[Tensor] = []
 
@@ -262,7 +262,7 @@ def _rows_between(chosen: Tensor, shape: Shape) -> tuple[int, int]:
 
 
 def _bare_exchange(away: int, incoming: int, dim: int) -> Callable[[], None]:
-    """Returns the four all-to-alls of the fewest rows, into buffers that stand ready."""
+    """Returns the four all-to-alls of the fewest rows, into preallocated buffers."""
     rank = dist.get_rank()
     there = [0, away] if rank == 0 else [away, 0]
     back = [0, incoming] if rank == 0 else [incoming, 0]
@@ -278,7 +278,7 @@ def _bare_exchange(away: int, incoming: int, dim: int) -> Callable[[], None]:
 
 @contextmanager
 def counting(dim: int) -> Iterator[Sent]:
-    """Counts what torch.distributed's collectives send to other ranks, while it lasts."""
+    """Counts what torch.distributed's collectives send to other ranks, within the context."""
     sent, originals = Sent(), {name: getattr(dist, name) for name in COLLECTIVES}
 
     def counted_all_to_all(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +287,7 @@ def counting(dim: int) -> Iterator[Sent]:
         splits = splits or [len(input) // world] * world
         others = sum(splits) - splits[rank]
         width = input[0].numel() if len(input) else 0
-        # Whatever travels beside a row, in more columns, is metadata as well.
+        # What is sent with a row in additional columns is metadata as well.
         of_rows = dim if input.is_floating_point() and width >= dim else 0
         sent.collectives += 1
         sent.rows += others * of_rows * input.element_size()
@@ -311,7 +311,7 @@ def counting(dim: int) -> Iterator[Sent]:
         for name in COLLECTIVES:
             setattr(dist, name, uncounted(name))
         dist.all_to_all_single = counted_all_to_all
-        dist.all_gather = counted_all_gather  # of counts: the rows go by all-to-all
+        dist.all_gather = counted_all_gather  # of counts: rows are sent by all-to-all
         yield sent
     finally:
         for name, original in originals.items():

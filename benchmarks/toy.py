@@ -1,6 +1,6 @@
-"""Holds a finished toy run against its targets: `python -m benchmarks.toy runs/toy`.
+"""Checks a finished toy run against its targets: `python -m benchmarks.toy runs/toy`.
 
-Prints one JSON object and exits with 1 where a target is missed.
+Prints one JSON object and exits with 1 if a target is missed.
 """
 
 import json
@@ -25,7 +25,7 @@ def main() -> int:
     records, events = read_metrics(run_dir / "metrics.jsonl"), read_events(run_dir / "events.jsonl")
     last = records[-1]
     at = {e["event"]: datetime.fromisoformat(e["time"]) for e in events}
-    # From the ranks' processes being there to the end: building, training, validation, saving.
+    # From the start of the ranks' processes to the end: building, training, validation, saving.
     seconds = (at["finish"] - at["attempt"]).total_seconds()
     baselines = next(e["baselines"] for e in events if e["event"] == "data")
     figures = {

@@ -1,9 +1,9 @@
-"""A whole training step, beside transformers' model trained as its Trainer does it.
+"""A whole training step, compared with transformers' model trained as its Trainer does it.
 
-`python -m benchmarks.train_step` prints one JSON object a line on standard output and a table on
+`python -m benchmarks.train_step` prints one JSON object per line on standard output and a table on
 standard error. Both sides start from the same weights and take the same batches: tokens of the
-standard library's sources. Ours is the trainer that `python -m moetrain` builds, its balance and
-z losses, statistics and global norm included.
+standard library's sources. Ours is the trainer that `python -m moetrain` builds, including its
+balance loss, z-loss, statistics and global norm.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from moetrain.train.rank import keep_freed_memory
 from moetrain.train.step import train_step
 from moetrain.train.trainer import Trainer
 
-TOKENIZERS = {257: "bytes", 32000: "mixtral-v1"}  # by size of the vocabulary
+TOKENIZERS = {257: "bytes", 32000: "mixtral-v1"}  # by vocabulary size
 EXPERTS = ("eager", "grouped_mm")
 
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     case: Case, *, device: torch.device, threads: int, rounds: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Returns a record for our step and for each of transformers', taken in turn."""
+    """Returns a record for our step and for each of transformers', measured in turn."""
     config = configured(case, device=device, folder=folder)
     place = RankPlace(rank=0, world_size=1, rendezvous="joined", attempt=1)
     trainer = build_trainer(config, place, Control(), device=device)
@@ -145,7 +145,7 @@ def measure(
             },
             "implementation": name if name == "moetrain" else f"transformers {version} {name}",
             "seconds": spread(taken[name]),
-            # There is no limit of a whole step: the ratio is to ours, above 1 where it is faster.
+            # A whole step has no limit: the ratio is to ours, above 1 if it is faster.
             "ratio_to_limit": None,
             "ratio_to_moetrain": ours / median(taken[name]),
             "tokens_per_second": tokens / median(taken[name]),
@@ -197,7 +197,7 @@ class _TransformersStep:
         return self.model(
             input_ids=self.batch.tokens,
             labels=self.labels,
-            shift_labels=self.labels,  # ours come shifted
+            shift_labels=self.labels,  # ours are already shifted
             use_cache=False,
         )
 
@@ -221,7 +221,7 @@ class _TransformersStep:
 
 
 def configured(case: Case, *, device: torch.device, folder: Path) -> Resolved:
-    """Returns the resolved configuration of the preset and its experiment, cut to the case."""
+    """Returns the resolved configuration of the preset and its experiment, reduced to the case."""
     files = config_dir()
     values = yaml.safe_load((files / "experiment" / f"{case.model}.yaml").read_text())
     model = yaml.safe_load((files / "model" / f"{case.model}.yaml").read_text())
@@ -275,7 +275,7 @@ def _same_in_transformers(model: Transformer) -> nn.Module:
             attn_implementation="sdpa",
             num_local_experts=settings.num_experts,
             num_experts_per_tok=settings.top_k,
-            output_router_logits=True,  # as it is trained: with the balance loss
+            output_router_logits=True,  # as in training: with the balance loss
             router_aux_loss_coef=settings.router.load_balance_loss_weight,
         )
     )
@@ -299,7 +299,7 @@ def _same_in_transformers(model: Transformer) -> nn.Module:
         named[f"{there}mlp.experts.gate_up_proj"] = torch.cat(experts[:2], 1)
         named[f"{there}mlp.experts.down_proj"] = experts[2].transpose(1, 2)
     assert all(name.endswith("router.bias") for name in ours), f"left over: {sorted(ours)}"
-    oracle.load_state_dict(named)  # raises where a name is missing on either side
+    oracle.load_state_dict(named)  # raises if a name is missing on either side
     return oracle
 
 

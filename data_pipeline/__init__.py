@@ -1,6 +1,6 @@
 """Text to tokens, tokens to WebDataset shards, shards to deterministic global batches.
 
-Knows no model and no process group: ranks are two integers, batches are numpy arrays.
+Independent of models and process groups: ranks are two integers, batches are numpy arrays.
 """
 
 from data_pipeline.building.builder import build_shards
@@ -33,7 +33,7 @@ from data_pipeline.tokenizers.named import resolved_tokenizer, tokenizer_named
 from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry
 from data_pipeline.tokenizers.tokenizer_json import TokenizerJson, tokenizer_json
 
-sleep_when_waiting()  # webdataset loads torch, as a user's script may after this
+sleep_when_waiting()  # webdataset loads torch; so may a user's script afterwards
 
 __all__ = [
     "Baselines",

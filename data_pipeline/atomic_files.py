@@ -1,8 +1,8 @@
-"""Files and folders that are seen whole or not at all, whenever their writer is killed.
+"""Atomic files and folders: readers see all of one or none of it, even if its writer is killed.
 
-Owns the order of writing, `fsync` and renaming, and the names of what is being written. What a
-killed writer leaves has a name with a dot before and `.new` behind; readers pass over such names,
-and who owns a folder removes them.
+Owns the order of writing, `fsync` and renaming, and the names of unfinished files. The leftovers of
+a killed writer begin with a dot and end in `.new`. Readers ignore such names, and the folder's
+owner removes them.
 """
 
 import os
@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 _KILLED_SECONDS = 60.0
-"""What hasn't been written to for longer has no writer any more."""
+"""A file that hasn't been written to for longer has no writer any more."""
 
 
 @contextmanager
 def new_file(path: Path, *, durable: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
-    """Yields a file that takes its name when the context ends well, in place of one that has it.
+    """Yields a file that is renamed to `path` if the context succeeds, replacing an existing one.
 
-    After an error it is gone, and what had the name is as it was. It gets the permissions of the
-    file that it replaces, else those of any new file. With `durable` the bytes are on the disk
-    before the name leads to them, and the name when this returns: also a power cut leaves either
-    file whole. Without `replace` FileExistsError is raised where the name is taken. Several
-    threads, processes and machines may write one name at once: the last one's file stays.
+    After an error the new file is removed and an existing one is left as it was. The new file gets
+    the permissions of the file that it replaces, else the default permissions. With `durable` the
+    bytes are on the disk before the rename, and the rename is on the disk when this returns: after
+    a power failure, too, either file is whole. If `replace` is false, FileExistsError is raised for
+    an existing name. Threads, processes and machines may write the same name concurrently: the last
+    rename wins.
     """
-    # A name of its own: another writer of the same file may be anywhere.
+    # A unique name: another machine may be writing the same file.
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         with open(new, "xb") as file:
@@ -45,18 +46,18 @@ def new_file(path: Path, *, durable: bool = True, replace: bool = True) -> Itera
         if durable:
             sync(path.parent)
     finally:
-        with suppress(OSError):  # it has its name, or the disk has gone: that error is raised
+        with suppress(OSError):  # renamed already, or the disk is gone: the first error is raised
             new.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Writes a whole file by `new_file`; a text in UTF-8."""
+    """Writes a whole file with `new_file`; a string is encoded as UTF-8."""
     with new_file(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what writers in a folder left that were killed more than a minute ago."""
+    """Removes the leftovers of writers that were killed more than a minute ago."""
     for leftover in folder.glob(".*.new"):
         with suppress(OSError):  # another process does the same
             if leftover.stat().st_mtime < time.time() - _KILLED_SECONDS:
@@ -64,10 +65,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def name_folder(unnamed: Path, path: Path) -> None:
-    """Gives a folder its name, with the names in it on the disk before and its own afterwards.
+    """Renames a folder; its directory entries are synced before, and its own name afterwards.
 
-    The content of its files must be there already (`sync_tree`). OSError where the name is that of
-    a file, or of a folder with something in it.
+    The content of its files must be synced already (`sync_tree`). Raises OSError if the new name is
+    that of a file or of a folder that isn't empty.
     """
     sync(unnamed)
     os.rename(unnamed, path)
@@ -75,14 +76,14 @@ def name_folder(unnamed: Path, path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Brings everything in a folder to the disk, what is in a folder before the folder."""
+    """Syncs everything in a folder to the disk: its content before the folder itself."""
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Brings a file's content or the names in a folder to the disk."""
+    """Syncs a file's content, or a folder's directory entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +92,7 @@ def sync(path: Path) -> None:
 
 
 def _take_permissions(file: BinaryIO, path: Path) -> None:
-    with suppress(OSError):  # there is none, or they are not ours to give
+    with suppress(OSError):  # no such file, or not permitted to change its mode
         old, new = path.lstat().st_mode, os.fstat(file.fileno()).st_mode
         if stat.S_ISREG(old) and old != new:
             os.fchmod(file.fileno(), stat.S_IMODE(old))
@@ -99,10 +100,10 @@ def _take_permissions(file: BinaryIO, path: Path) -> None:
 
 def _name_once(new: Path, path: Path) -> None:
     try:
-        os.link(new, path)  # which never replaces
+        os.link(new, path)  # never replaces an existing file
     except FileExistsError:
         raise
-    except OSError:  # a disk without hard links
+    except OSError:  # a file system without hard links
         if os.path.lexists(path):
             raise FileExistsError(f"{path} is there already") from None
         os.replace(new, path)

@@ -14,7 +14,7 @@ from data_pipeline.shards.unfinished import hidden_folder
 
 
 def build(settings: BuildSettings) -> None:
-    """Builds the folder and says in a few lines what is in it."""
+    """Builds the folder and prints a short summary of its content."""
     if existing_shards(settings, progress=True) is not None:
         print(f"{settings.to} already holds these shards; nothing to do")
         return
@@ -25,7 +25,7 @@ def build(settings: BuildSettings) -> None:
     for source in folder.index.sources:
         print(_summary(source))
     num_bytes = sum(folder.num_bytes(split) for split in ("train", "validation"))
-    # Only part of the text was worked on in this time where an earlier start had begun.
+    # If an earlier build was resumed, only part of the text was processed in this time.
     speed = "since it resumed" if goes_on else f"{decimal_size(num_bytes / seconds)}/s"
     print(
         f"{settings.to} is complete: {decimal_size(num_bytes)} of text in {duration(seconds)} "

@@ -1,12 +1,12 @@
 """A bounded folder of downloaded files, shared by all processes of a machine.
 
-Owns where the files lie, who downloads one, which are deleted to make room, and what a full disk
-means. Leaves the downloading and the hashing to `storage`.
+Owns where the files are, who downloads one, which are deleted to make room, and how a full disk is
+handled. Leaves downloading and hashing to `storage`.
 
-A file's name is the SHA-256 of its bytes, so that folders with equal shards share them. It gets
-that name by a rename, once its bytes were hashed and are on disk. From then on it is trusted by
-its size: the reader checks each document's CRC-32 anyway, and hashing 50 GiB again at every start
-would cost minutes.
+A file's name is the SHA-256 of its bytes, so that folders with equal shards share them. A file is
+renamed to it once its bytes are hashed and on disk. From then on only its size is checked: the
+reader checks each document's CRC-32 anyway, and hashing 50 GiB again at every start would take
+minutes.
 """
 
 import errno
@@ -36,12 +36,12 @@ class _Entry(NamedTuple):
 
 
 class FileCache:
-    """Files by the SHA-256 of their bytes, together no more than `max_bytes`.
+    """Files by the SHA-256 of their bytes, `max_bytes` in total at most.
 
-    The file used longest ago is deleted first. One that is open or mapped stays readable to who
-    has it, since Linux keeps the bytes until the last of them lets go: deleting is always safe.
+    The least recently used file is deleted first. Deleting is always safe: a file that is open or
+    mapped stays readable, since Linux keeps its bytes until the last user closes it.
 
-    Raises DataError where the folder can't be made.
+    Raises DataError if the folder can't be created.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
@@ -58,12 +58,12 @@ class FileCache:
     def open(
         self, sha256: str, *, size: int, name: str, write: Callable[[BinaryIO], None]
     ) -> BufferedReader:
-        """The file with these bytes, open for reading; `write` brings them where it isn't there.
+        """The file with these bytes, open for reading; `write` provides them if it isn't cached.
 
-        Of several processes that want the same file, one writes and the others wait; one that
-        dies meanwhile leaves nothing that they would wait for. `name` is for messages.
+        If several processes need the same file, one writes and the others wait. A writer that dies
+        leaves nothing that the others would wait for. `name` is for messages.
 
-        Raises DataError where the file can't have room, and what `write` raises.
+        Raises DataError if there is no room for the file, and what `write` raises.
         """
         if size <= 0 or not re.fullmatch("[0-9a-f]{64}", sha256):
             raise DataError(
@@ -74,7 +74,7 @@ class FileCache:
                 f"{name} has {size} bytes, more than the whole cache, {self._max_bytes}; raise "
                 "data.cache.max_gib, or build the shards again with a smaller shard_tokens"
             )
-        # More than once only where the file is deleted for others' files before it is opened.
+        # Repeats only if the file is deleted to make room for others before it is opened.
         while True:
             if (found := self._found(sha256, size)) is not None:
                 return found
@@ -91,14 +91,14 @@ class FileCache:
         if os.fstat(file.fileno()).st_size != size:
             file.close()
             return None
-        with suppress(PermissionError):  # another user's
-            # The clock that the kernel would take by itself moves in steps of milliseconds.
+        with suppress(PermissionError):  # another user's file
+            # The kernel's own timestamp would have a resolution of milliseconds.
             os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
         return file
 
     @contextmanager
     def _own_part(self, sha256: str) -> Iterator[BinaryIO]:
-        """The unfinished file, locked; it is gone afterwards, renamed or deleted."""
+        """The unfinished file, locked; afterwards it is renamed or deleted."""
         path = self._folder / f"{sha256}{_PART}"
         with locked(path, mode=0o644) as file:
             try:
@@ -122,7 +122,7 @@ class FileCache:
                 self._reserve(part, path, size)
                 write(part)
                 part.flush()
-                os.fsync(part.fileno())  # a crash of the machine must not leave zeros behind
+                os.fsync(part.fileno())  # a machine crash must not leave zeros in the file
                 path.rename(self._folder / sha256)
                 return
             except OSError as error:
@@ -138,20 +138,20 @@ class FileCache:
                     ) from error
 
     def _reserve(self, part: BinaryIO, path: Path, size: int) -> None:
-        """Gives the unfinished file its full size, on disk and within the bound."""
+        """Allocates the file's full size on disk, within the bound of the cache."""
         while True:
             with locked(self._folder / "lock"):
                 used = sum(entry.size for entry in self._entries() if entry.path != path)
                 excess = used + size - self._max_bytes
                 if excess <= 0 or self._evict(path, num_bytes=excess):
-                    # Room for all of it now, rather than none in the middle of a download.
+                    # Reserve all of it now, so that the disk can't become full during a download.
                     os.posix_fallocate(part.fileno(), 0, size)
                     return
-            # What is left is being written by others, and can be deleted after that.
+            # The remaining files are being written by others, and can be deleted after that.
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _evict(self, own: Path, *, num_bytes: int) -> bool:
-        """Deletes the files used longest ago, `num_bytes` together; whether there were as many."""
+        """Deletes the least recently used files; returns whether they had `num_bytes` in total."""
         for entry in self._entries():
             if num_bytes <= 0:
                 break
@@ -160,18 +160,18 @@ class FileCache:
         return num_bytes <= 0
 
     def _entries(self) -> list[_Entry]:
-        """All files of the cache, the one used longest ago first."""
+        """All files of the cache, the least recently used first."""
         entries = []
         for path in self._folder.iterdir():
             if re.fullmatch(f"[0-9a-f]{{64}}({_PART})?", path.name):
-                with suppress(FileNotFoundError):  # renamed or deleted meanwhile
+                with suppress(FileNotFoundError):  # renamed or deleted in the meantime
                     status = path.stat()
                     entries.append(_Entry(status.st_mtime_ns, status.st_size, path))
         return sorted(entries)
 
 
 def _deleted(path: Path) -> bool:
-    """Deletes a file, unless a living process is writing it; whether it did."""
+    """Deletes a file, unless a living process is writing it; returns whether it did."""
     try:
         with locked(path, wait=False, create=False) if path.suffix == _PART else nullcontext():
             path.unlink()

@@ -1,9 +1,9 @@
 """What a user's own code adds by name: registries, and the modules that fill them.
 
-A setting names one thing of a kind: an optimizer, a tokenizer. Those that come with the project and
-those of a user's module stand in the same registry. Modules are imported because a user names them
+A setting names one thing of a kind: an optimizer, a tokenizer. Those of the project and those of a
+user's module are in the same registry. Modules are imported because a user names them
 (`extensions=[my_lab.routers]`) or has installed a package that offers them as entry points of the
-group `moetrain.extensions`; never because a checkpoint does.
+group `moetrain.extensions`; never because a checkpoint names them.
 """
 
 import difflib
@@ -33,29 +33,29 @@ class Registered(Generic[Made]):
 
     name: str
     made: Made
-    """What was registered: a class or a function."""
+    """The registered class or function."""
     options: type | None
-    """The dataclass of its own settings; None: it has none."""
+    """The dataclass of its own settings; None if it has none."""
     module: str
     """The module that registered it."""
 
 
 class Registry(Generic[Made]):
-    """The things of one kind, by name: those built in, and those of extensions."""
+    """The things of one kind, by name: the built-in ones and those of extensions."""
 
     def __init__(self, kind: str, *, setting: str, built_in: Mapping[str, str]) -> None:
-        """`built_in` has the names that need no extension, and the module that registers each.
+        """`built_in` maps the names that need no extension to the modules that register them.
 
-        It is imported when the thing is asked for: a setting is checked without it.
+        A module is imported when its thing is used: checking a setting doesn't need it.
         """
         self.kind, self.setting = kind, setting
         self._built_in = dict(built_in)
         self._found: dict[str, Registered[Made]] = {}
 
     def register(self, name: str, *, options: type | None = None) -> Callable[[Made], Made]:
-        """Returns the decorator that makes a class or function known by a name.
+        """Returns a decorator that registers a class or function by a name.
 
-        `options` is a dataclass of its own settings. Raises ValueError for a name that is taken.
+        `options` is a dataclass of its own settings. Raises ValueError if the name is taken.
         """
         if options is not None and not is_dataclass(options):
             raise ValueError(f"{self.kind} {name!r}: options={options!r} must be a dataclass")
@@ -69,11 +69,11 @@ class Registry(Generic[Made]):
         return add
 
     def names(self) -> list[str]:
-        """Returns the names that there are, those built in first."""
+        """Returns the registered names, the built-in ones first."""
         return list(dict.fromkeys([*self._built_in, *self._found]))
 
     def known(self, name: str) -> str:
-        """Returns the name; raises ValueError where nothing has it. Validates a setting."""
+        """Returns the name; raises ValueError if it isn't registered. Validates a setting."""
         if name not in self._built_in and name not in self._found:
             close = difflib.get_close_matches(name, self.names(), n=1)
             meant = f" (did you mean {close[0]!r}?)" if close else ""
@@ -84,16 +84,16 @@ class Registry(Generic[Made]):
         return name
 
     def get(self, name: str) -> Registered[Made]:
-        """Returns what a name stands for; raises ValueError where nothing has it."""
+        """Returns what a name is registered for; raises ValueError if it isn't registered."""
         self.known(name)
         if name not in self._found:
             import_module(self._built_in[name])
         return self._found[name]
 
     def checked_options(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a thing's own settings with their defaults; ValueError for what they can't be."""
+        """Returns a thing's own settings with their defaults; ValueError for invalid ones."""
         if name in self._built_in and not given:
-            return {}  # without its module
+            return {}  # without importing its module
         options = self.get(name).options
         if options is None:
             if given:
@@ -104,14 +104,14 @@ class Registry(Generic[Made]):
         return asdict(self._typed(name, options, given))
 
     def typed_options(self, name: str, given: Mapping[str, Any]) -> Any:
-        """Returns a thing's own settings as its dataclass; None where it has none."""
+        """Returns a thing's own settings as its dataclass; None if it has none."""
         options = self.get(name).options
         return None if options is None else self._typed(name, options, given)
 
     def default_options(self, name: str) -> dict[str, Any]:
-        """Returns what a thing's own settings are where nothing is given, if they have a default.
+        """Returns the defaults of a thing's own settings, those that have one.
 
-        Empty where nothing has the name, which is told where it is checked.
+        Empty if the name isn't registered, which is reported when the name is checked.
         """
         if name not in self._found or (options := self._found[name].options) is None:
             return {}
@@ -124,7 +124,7 @@ class Registry(Generic[Made]):
         return made
 
     def module_of(self, name: str) -> str | None:
-        """Returns the module of an extension's thing; None for one that is built in."""
+        """Returns the module of an extension's thing; None for a built-in one."""
         return None if name in self._built_in else self.get(name).module
 
     def _typed(self, name: str, options: type, given: Mapping[str, Any]) -> Any:
@@ -159,7 +159,7 @@ class Registry(Generic[Made]):
 
 
 def _qualified(made: object) -> tuple[str, str]:
-    # A notebook's cell that runs twice registers the same thing anew.
+    # A notebook's cell that runs twice registers the same thing again.
     return getattr(made, "__module__", ""), getattr(made, "__qualname__", repr(made))
 
 
@@ -168,10 +168,10 @@ def _list(names: Iterable[str]) -> str:
 
 
 def load_extensions(names: Iterable[str]) -> list[str]:
-    """Imports the modules that a user names; returns their full names, each once.
+    """Imports the modules that a user names; returns their full names without duplicates.
 
-    A name is a module's (`my_lab.routers`), found as Python finds it or in the working directory,
-    or that of an entry point. Raises ValueError where there is none, or its import fails.
+    A name is a module's (`my_lab.routers`), found on Python's path or in the working directory, or
+    an entry point's. Raises ValueError if it doesn't exist or its import fails.
     """
     return list(dict.fromkeys(_load(name) for name in names))
 
@@ -179,7 +179,7 @@ def load_extensions(names: Iterable[str]) -> list[str]:
 def load_installed() -> list[str]:
     """Imports the extensions that installed packages offer as entry points; returns their names.
 
-    Raises ValueError where an import fails: a run would otherwise depend on what happened to load.
+    Raises ValueError if an import fails: a run would otherwise depend on what could be imported.
     """
     loaded: list[str] = []
     for name, module in sorted(_entry_points().items()):
@@ -199,7 +199,7 @@ def _load(name: str) -> str:
         return module
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last: nothing there takes the place of an installed package
+        sys.path.append(here)  # last, so that nothing there shadows an installed package
     try:
         import_module(module)
     except Exception as error:
@@ -216,15 +216,15 @@ def _load(name: str) -> str:
 
 @cache
 def _entry_points() -> Mapping[str, str]:
-    """Returns the modules that installed packages offer, by the names of their entry points."""
+    """Returns the modules that installed packages offer, by their entry points' names."""
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
 def load_recorded(sources: Mapping[str, str], *, where: str) -> None:
-    """Imports the extensions of a run in one of its processes, and checks that they are the same.
+    """Imports a run's extensions in one of its processes, and checks that they are unchanged.
 
-    `sources` has `source_of` each module. Raises ValueError, which says `where`, for one that isn't
-    there or has another source than the run began with.
+    `sources` has `source_of` each module. Raises ValueError, whose message names `where`, if one is
+    missing or its source differs from the one that the run began with.
     """
     try:
         load_extensions(sources)
@@ -241,7 +241,7 @@ def load_recorded(sources: Mapping[str, str], *, where: str) -> None:
 def source_of(module: str) -> str:
     """Returns the version and SHA-256 of a loaded extension: `0.3 sha256:1f…`.
 
-    The hash covers the sources of the module and of what it has imported of its own package.
+    The hash covers the source of the module and of the modules of its package that it imported.
     """
     package = module.partition(".")[0]
     own = {n: m for n, m in sys.modules.items() if n == package or n.startswith(f"{package}.")}

@@ -1,4 +1,4 @@
-"""The command `python -m data_pipeline.inspect`: what a shard folder holds, verified."""
+"""The command `python -m data_pipeline.inspect`: the content of a shard folder, verified."""
 
 import json
 from collections.abc import Iterator
@@ -45,16 +45,16 @@ class InspectSettings:
 
 
 def inspect(settings: InspectSettings) -> None:
-    """Prints what is in a folder, verifies it and shows samples of its text.
+    """Prints the content of a folder, verifies it and shows samples of its text.
 
-    Raises DataError naming each file that isn't as it should be.
+    Raises DataError naming each damaged file.
     """
     files = open_files(settings.dir, cache=settings.cache)
     index = read_index(files)
     report = _contents(files, index)
     if settings.verify:
         report["damaged"] = _damaged(files, index)
-    else:  # raises DataError where a file isn't there in its full size
+    else:  # raises DataError if a file is missing or doesn't have its full size
         ShardFolder.open(settings.dir, cache=settings.cache)
     if not report.get("damaged"):
         for number, source in enumerate(index.sources):
@@ -72,7 +72,7 @@ def inspect(settings: InspectSettings) -> None:
 
 
 def _contents(files: ShardFiles, index: Index) -> dict[str, Any]:
-    """All that the index says, and what follows from it."""
+    """Everything in the index, and what follows from it."""
     num_bytes = sum(shard.num_bytes for shard in shards_of(index))
     return {
         "dir": files.location,
@@ -130,7 +130,7 @@ def _samples(
         place = int(ends.searchsorted(document, side="right"))
         split, shard = shards[place]
         table = open_table(files, shard)
-        offset, length, _ = table[document - int(ends[place])].tolist()  # from the end, so below 0
+        offset, length, _ = table[document - int(ends[place])].tolist()  # from the end, so negative
         with files.open(shard.file, size=shard.size, sha256=shard.sha256) as file:
             file.seek(offset)
             shown = min(length, settings.sample_tokens)
@@ -180,7 +180,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _printable(line: str) -> str:
-    """Without what would steer a terminal: the text is anybody's."""
+    """Without terminal control characters: the text is untrusted."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in line
     )

@@ -1,8 +1,8 @@
-"""Locks between the processes and threads of a machine: files under `flock`.
+"""Locks between the processes and threads of a machine: files with `flock`.
 
-Owns who has a lock, who waits, and what a process that died leaves: nothing, for the kernel frees
-its locks. A file may be renamed or deleted by whoever holds its lock. docs/libraries.md says why
-this isn't the library filelock.
+Owns who holds a lock and who waits. A process that dies leaves nothing behind, because the kernel
+releases its locks. The holder of a file's lock may rename or delete the file. docs/libraries.md
+says why this isn't the library filelock.
 """
 
 import errno
@@ -18,7 +18,7 @@ _LONGEST_ID = 20
 
 
 class LockHeldError(Exception):
-    """Another process holds a lock; `owner` is its id where it is known, else `unknown`."""
+    """Another process holds a lock; `owner` is its id if known, else `unknown`."""
 
     def __init__(self, path: Path, *, owner: str) -> None:
         super().__init__(f"process {owner} holds the lock {path}")
@@ -35,30 +35,30 @@ def locked(
     optional: bool = False,
     mode: int = 0o666,
 ) -> Iterator[BinaryIO]:
-    """Holds the lock of a file while the context lasts; yields the file, for reading and writing.
+    """Holds the lock of a file within the context; yields the file, for reading and writing.
 
-    The file and its folder are made where they are missing, unless `create` is false: then
-    FileNotFoundError. `waiting` is called once if another process holds the lock; without `wait`
-    LockHeldError is raised instead. Where the file system has no locks, OSError is raised, or with
-    `optional` the file is taken for locked.
+    The file and its folder are created if they are missing; if `create` is false, FileNotFoundError
+    is raised instead. `waiting` is called once if another process holds the lock; if `wait` is
+    false, LockHeldError is raised instead. If the file system has no locks, OSError is raised, or
+    with `optional` the file is treated as locked.
     """
     while True:
         file, has_lock = _opened(path, create=create, mode=mode), False
         try:
             has_lock = _lock(file, path, wait=wait, waiting=waiting, optional=optional)
-            # Who had the lock before may have renamed or deleted the file: it locks nothing then.
+            # The previous holder may have renamed or deleted the file: then it locks nothing.
             if is_at(file, path):
                 yield file
                 return
         finally:
-            if has_lock:  # closing alone keeps it where a process forked meanwhile has the file too
+            if has_lock:  # closing isn't enough if a process forked meanwhile has the file open
                 fcntl.flock(file, fcntl.LOCK_UN)
             file.close()
 
 
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
-    """Holds the lock of a file in which this process's id then stands; LockHeldError at once."""
+    """Holds the lock of a file that has this process's id in it; raises LockHeldError at once."""
     with locked(path, wait=False) as file:
         os.ftruncate(file.fileno(), 0)
         os.pwrite(file.fileno(), str(os.getpid()).encode(), 0)
@@ -66,9 +66,9 @@ def owned(path: Path) -> Iterator[None]:
 
 
 def owner_of(path: Path) -> str | None:
-    """Returns the id of the process that holds a lock by `owned`, None where none does.
+    """Returns the id of the process that holds a lock by `owned`, or None.
 
-    Writes nothing and makes no file, so that it may be asked by who only looks.
+    Writes nothing and creates no file, so that read-only commands can call it.
     """
     with suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         try:
@@ -80,7 +80,7 @@ def owner_of(path: Path) -> str | None:
 
 
 def is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether a path still leads to an open file."""
+    """Whether a path still refers to an open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except (FileNotFoundError, NotADirectoryError):
@@ -96,13 +96,13 @@ def _opened(path: Path, *, create: bool, mode: int) -> BinaryIO:
         except FileNotFoundError:
             if not create:
                 raise
-            # Who had the lock has just removed the folder with it.
+            # The previous holder has just removed the folder together with the file.
 
 
 def _lock(
     file: BinaryIO, path: Path, *, wait: bool, waiting: Callable[[], object], optional: bool
 ) -> bool:
-    """Takes the lock; returns whether there is one to give back."""
+    """Takes the lock; returns whether there is one to release."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

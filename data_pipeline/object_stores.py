@@ -1,20 +1,20 @@
-"""Object stores and web servers: the library for each, which failures pass, how long to wait."""
+"""Object stores and web servers: the library for each, which errors are transient, and pauses."""
 
 import random
 from typing import Any
 
 _LONGEST_PAUSE_SECONDS = 60.0
-# Of HTTP's answers that put the blame on who asks, those that say: ask again. 409 is a store's word
-# for two requests for one object at once.
+# HTTP's 4xx statuses for which a retry can succeed. 409 is how a store reports two concurrent
+# requests for one object.
 _RETRIED_STATUSES = (408, 409, 425, 429)
 
 
 def new_filesystem(protocol: str, **options: Any) -> Any:
-    """Returns fsspec's filesystem of its own for a protocol; ImportError where a package lacks."""
+    """Returns a new fsspec filesystem for a protocol; ImportError if a package is missing."""
     options["skip_instance_cache"] = True
     if protocol == "gs":
-        # The class that fsspec would take asks by gRPC for each bucket's kind first, with threads
-        # that a fork breaks. Zonal buckets need it; they are neither read nor written here.
+        # fsspec's default class requests each bucket's kind by gRPC first, with threads that a fork
+        # breaks. Zonal buckets need it; they are not supported here.
         from gcsfs.core import GCSFileSystem
 
         return GCSFileSystem(**options)
@@ -24,11 +24,11 @@ def new_filesystem(protocol: str, **options: Any) -> Any:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether the same request would fail again."""
+    """Whether a retry of the same request would fail again."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     kind = type(error).__name__
     return (
-        # ValueError: an address that can't be, and a certificate that isn't to be trusted.
+        # ValueError: an invalid address, or a certificate that isn't trusted.
         isinstance(error, (PermissionError, ValueError))
         or "Credentials" in kind
         or kind in ("ProfileNotFound", "ParamValidationError")  # botocore
@@ -38,9 +38,9 @@ def is_final(error: Exception) -> bool:
 
 
 def pause_before(retry: int, *, first_seconds: float) -> float:
-    """Seconds to wait before a retry, counted from 1: anything up to a limit that doubles.
+    """Returns the seconds to wait before a retry, counted from 1: random, up to a doubling limit.
 
-    Anything, so that many ranks don't come back together. Not of the program's own random numbers:
+    Random, so that many ranks don't retry at the same time. Doesn't use the program's random state:
     a bad network must not change a run.
     """
     longest = min(first_seconds * 2 ** (retry - 1), _LONGEST_PAUSE_SECONDS)

@@ -1,6 +1,6 @@
-"""Progress: a live bar on a terminal, a line now and then in a log.
+"""Progress: a live bar on a terminal, a line from time to time in a log.
 
-Owns what people see on standard error while bytes are worked through. Leaves results to the caller.
+Owns what people see on standard error while bytes are processed. Leaves results to the caller.
 """
 
 import sys
@@ -25,16 +25,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ByteCounter(Protocol):
-    """Something that is told of every piece of work done."""
+    """Receives the progress of some work."""
 
     def advance(self, num_bytes: int) -> None:
-        """`num_bytes` more are done."""
+        """Adds `num_bytes` to the work done."""
         ...
 
 
 @contextmanager
 def byte_progress(what: str, *, num_bytes: int, shown: bool) -> Iterator[ByteCounter]:
-    """Shows bytes done of `num_bytes`, bytes a second and time left, while the context is open."""
+    """Shows the bytes done of `num_bytes`, bytes/s and the time left, within the context."""
     console = Console(stderr=True)
     if not shown:
         yield _Silence()
@@ -53,7 +53,7 @@ def byte_progress(what: str, *, num_bytes: int, shown: bool) -> Iterator[ByteCou
 
 
 def tell(message: str, *, shown: bool) -> None:
-    """Says something once, where progress is shown; not while a bar is."""
+    """Prints a message if progress is shown; not for use while a bar is displayed."""
     if shown:
         print(message, file=sys.stderr, flush=True)
 
@@ -84,7 +84,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed < _SECONDS_BETWEEN_LINES or self._done == self._done_printed:
             return
-        # Since the last line: a resumed build skims what it had finished.
+        # The rate since the last line: a resumed build skips quickly over finished work.
         speed = (self._done - self._done_printed) / (now - self._printed)
         self._printed, self._done_printed = now, self._done
         left = max(self._total - self._done, 0) / speed

@@ -1,4 +1,4 @@
-"""Durations, sizes and counts, as people read them. Exact figures belong into records instead."""
+"""Durations, sizes and counts for people. Records hold the exact figures instead."""
 
 import math
 
@@ -10,7 +10,7 @@ _BINARY = ((2**10, " KiB"), (2**20, " MiB"), (2**30, " GiB"), (2**40, " TiB"))
 def duration(seconds: float, *, whole: bool = False) -> str:
     """Returns a time in its two largest units: `9.4 s`, `1 min 10 s`, `3 h 5 min`, `2 d 4 h`.
 
-    With `whole`, for a time that is counted down, without tenths of seconds.
+    With `whole`, for a countdown, without tenths of seconds.
     """
     if whole:
         seconds = max(round(seconds), 0)
@@ -25,7 +25,7 @@ def duration(seconds: float, *, whole: bool = False) -> str:
 
 
 def rounded_duration(seconds: float) -> str:
-    """Returns a time with three significant digits in one unit, as estimates have: `1.57 h`."""
+    """Returns a time with three significant digits in one unit, for estimates: `1.57 h`."""
     for unit, size, below in (("s", 1, 600), ("min", 60, 7200), ("h", 3600, 172_800)):
         if seconds < below:
             return f"{seconds / size:.3g} {unit}"
@@ -34,22 +34,22 @@ def rounded_duration(seconds: float) -> str:
 
 
 def decimal_size(num_bytes: float) -> str:
-    """Returns the size of files or texts, in powers of a thousand: `999 bytes`, `12.1 MB`."""
+    """Returns the size of files or texts in powers of 1000: `999 bytes`, `12.1 MB`."""
     return decimal(round(num_bytes))
 
 
 def binary_size(num_bytes: float) -> str:
-    """Returns the size of memory, or of what is bounded in MiB or GiB: `0.25 KiB`, `1.5 GiB`."""
+    """Returns the size of memory, or of a limit in MiB or GiB: `0.25 KiB`, `1.5 GiB`."""
     return _scaled(num_bytes, _BINARY)
 
 
 def count(number: float, *, billion: str = "B") -> str:
-    """Returns a number in three digits with a letter for its size: `950`, `12.3 k`, `46.7 B`."""
+    """Returns a number with three digits and a letter for its scale: `950`, `12.3 k`, `46.7 B`."""
     return _scaled(number, ((1, ""), (1e3, " k"), (1e6, " M"), (1e9, f" {billion}"), (1e12, " T")))
 
 
 def _scaled(number: float, units: tuple[tuple[float, str], ...]) -> str:
-    """Returns three significant digits in the first unit that needs no more before the point."""
+    """Returns three significant digits in the first unit with at most three integer digits."""
     for factor, unit in units:
         if abs(number) / factor < 999.5 or not math.isfinite(number):
             return f"{number / factor:.3g}{unit}"

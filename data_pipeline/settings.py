@@ -1,8 +1,8 @@
-"""What a user may say about data, and the error for what was said wrong.
+"""The settings about data, and the error for invalid data or settings.
 
 Owns the settings' names, types, defaults and bounds. Leaves their meaning to the files that use
-them, and the reading of command lines to `command`. The types are those that
-`OmegaConf.structured` digests, so that Hydra can use the classes as schemas.
+them, and reading command lines to `command`. The types are those that `OmegaConf.structured`
+accepts, so that Hydra can use the classes as schemas.
 """
 
 import os
@@ -23,14 +23,14 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 def home_folder() -> Path | None:
-    """The user's home; None where HOME isn't set and the passwd file has no entry for the user."""
+    """The user's home; None if HOME isn't set and the passwd file has no entry for the user."""
     home = os.path.expanduser("~")
-    # What has no home comes back as it was; an empty HOME would be the root.
+    # Without a home folder, `~` is returned unchanged; an empty HOME would be the root folder.
     return None if home == "~" or os.environ.get("HOME") == "" else Path(home)
 
 
 def _path_text(text: str) -> str:
-    """A path with a leading `~` or `~user` expanded; refused where it is empty, or nobody's."""
+    """A path with a leading `~` or `~user` expanded; raises if it is empty or has no such user."""
     if not text.strip():
         raise ValueError(
             "is empty, as from a shell's variable that isn't set: give a path (. is the folder "
@@ -46,8 +46,9 @@ def _path_text(text: str) -> str:
     return expanded
 
 
-# A setting that is a path, or may be one beside a name or an address. For every such setting of
-# every command: an empty path would mean the working directory, and `~` a folder of that name.
+# A setting that is a path, or may be one instead of a name or an address. Used for every such
+# setting of every command: an empty path would mean the working directory, and `~` a folder of that
+# name.
 PathText = Annotated[str, AfterValidator(_path_text)]
 
 
@@ -59,35 +60,35 @@ def _field_name(text: str) -> str:
     return text
 
 
-# Where the text of a document is in JSON and tables: a field or column, a.b for an inner one.
+# The text of a document in JSON and tables: a field or column, a.b for a nested one.
 TextField = Annotated[str, AfterValidator(_field_name)]
 TEXT_FIELD = "text"
 
-# What goes into file names and metric names.
+# Valid in file names and metric names.
 SOURCE_NAME = r"^[A-Za-z0-9_-]{1,40}$"
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-# A licence `1.0` or a source `12` is a number to Hydra, and a name to whoever wrote it.
+# To Hydra, a licence `1.0` or a source `12` is a number; the user meant a name.
 _NAMES = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class DataError(ValueError):
-    """Data, or a setting about data, that can't be used; the message names it and a way out."""
+    """Data, or a setting about data, that can't be used; the message names it and a solution."""
 
 
 class UnavailableError(OSError):
-    """Data that can't be had just now, of which nothing says that it is damaged: never skipped."""
+    """Data that is unavailable at the moment, with no sign that it is damaged: never skipped."""
 
 
 class OnCorrupt(StrEnum):
-    """What to do with data that isn't what it should be: end, or count it and continue without."""
+    """What to do with corrupt data: fail, or count it and continue without it."""
 
     fail = "fail"
     skip = "skip"
 
 
 class OnChanged(StrEnum):
-    """What to do where shards are there, and their text has changed: end, or build them anew."""
+    """What to do if shards exist and their text has changed: fail, or rebuild them."""
 
     fail = "fail"
     rebuild = "rebuild"
@@ -102,7 +103,7 @@ class Packing(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class StageSettings:
-    """Other weights from a step on, as for annealing on better text at the end of a run."""
+    """Different weights from a step on, as for annealing on better text at the end of a run."""
 
     from_step: Count
     weights: dict[str, float]
@@ -110,13 +111,13 @@ class StageSettings:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CacheSettings:
-    """How shards come from a remote folder, and where they are kept meanwhile.
+    """How shards are downloaded from a remote folder, and where they are cached.
 
-    `dir` is a folder on a local disk; none given: `~/.cache/moetrain/shards`. What is downloaded
-    is kept under `max_gib`; `built` in it has the shards of text that `data.dir` names. A file
-    that can't be downloaded, or of which nothing comes for `timeout_seconds`, is tried again
-    `num_retries` times, after random pauses of at most `pause_seconds`, then twice as long each
-    time, up to a minute.
+    `dir` is a folder on a local disk; default: `~/.cache/moetrain/shards`. Downloads are kept below
+    `max_gib` in total; its subfolder `built` has the shards of text that `data.dir` names. If a
+    download fails, or stalls for `timeout_seconds`, it is retried `num_retries` times. The pauses
+    before are random, at most `pause_seconds` at first, then twice as long each time, up to a
+    minute.
     """
 
     dir: PathText | None = None
@@ -130,20 +131,19 @@ class CacheSettings:
 class DataSettings:
     """The `data.*` part of the training configuration.
 
-    `dir` is a folder of shards that exists, here or at a URL; or text, a file or folder here,
-    whose shards are built once into the cache. Without it the shards of `corpus` are taken from
-    `data/` in the working directory, and built there when missing; `on_changed` says what becomes
-    of those whose text has changed since. Either is built with `tokenizer`, from the `text_field`
-    of JSON and tables.
+    `dir` is an existing folder of shards, local or at a URL; or text, a local file or folder, whose
+    shards are built once into the cache. Without it the shards of `corpus` are read from `data/` in
+    the working directory, and built there if missing; `on_changed` says what happens if their text
+    has changed since. Both are built with `tokenizer`, from the `text_field` of JSON and tables.
 
     Several sources are mixed by `weights`, by `epochs` of each, or by their sizes to the power of
-    1 / `temperature` (1: in proportion; larger: more even); `stages` change the weights later.
-    None takes back what a file says of a source.
-    A source that would be read more than `max_epochs` times ends the command before it starts.
+    1 / `temperature` (1: proportional; larger: more even); `stages` change the weights later. A
+    value of None cancels what a file sets for a source. If a source would be read more than
+    `max_epochs` times, the command fails before it starts.
 
-    `mask_documents` keeps attention inside a document. `shuffle_window` counts shards among which
-    sequences are mixed at a time; none given: a whole epoch. `num_workers` threads read
-    `prefetch_batches` global batches ahead.
+    `mask_documents` restricts attention to within a document. `shuffle_window` is the number of
+    shards among which sequences are mixed at a time; default: a whole epoch. `num_workers` threads
+    read `prefetch_batches` global batches ahead.
     """
 
     dir: PathText | None = None
@@ -168,10 +168,10 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True, config=_NAMES)
 class SourceSettings:
-    """One source of a build: where its text is, and what the index says of it.
+    """One source of a build: where its text is, and how the index describes it.
 
-    `text_field` is the field of JSON and tables; none given: the build's. `corpus_options` are the
-    settings of a data source of an extension.
+    `text_field` is the field of JSON and tables; default: the build's. `corpus_options` are the
+    settings of an extension's data source.
     """
 
     corpus: PathText
@@ -185,17 +185,16 @@ class SourceSettings:
 class BuildSettings:
     """The settings of `python -m data_pipeline.build`.
 
-    Either `corpus` is the only source, described by `name`, `language` and `licence`, or
-    `sources` has several by name. `text_field` names the field of JSON objects, or the column of
-    tables, that holds the text, `a.b` one inside another. `to` is the folder to make. `tokenizer`
-    is a name, the path of a `tokenizer.json`, or `bpe:N` (N ids, trained on the text itself);
-    `end_of_document` names the token of a `tokenizer.json` that ends a document.
-    `validation_fraction` is the share of documents held out, `shard_tokens` the number of tokens
-    at which a shard is full. `num_processes` tokenise; none given: as many
-    as there are cores, where the tokenizer is slow enough to need them. `on_corrupt` says what
-    becomes of input that can't be read, `on_changed` what becomes of shards that are there and
-    whose text isn't what it was. `extensions` are modules of the user's own, which may register
-    tokenizers and data sources; `corpus_options` are such a source's settings.
+    Either `corpus` is the only source, described by `name`, `language` and `licence`, or `sources`
+    has several by name. `text_field` names the field of JSON objects, or the column of tables, that
+    holds the text; `a.b` is a nested one. `to` is the folder to create. `tokenizer` is a name, the
+    path of a `tokenizer.json`, or `bpe:N` (N ids, trained on the text itself); `end_of_document`
+    names the token of a `tokenizer.json` that ends a document. `validation_fraction` is the share
+    of documents held out, `shard_tokens` the number of tokens at which a shard is full.
+    `num_processes` tokenise; default: one per core if the tokenizer is slow enough to need them.
+    `on_corrupt` says what happens to unreadable input, `on_changed` what happens to existing shards
+    whose text has changed. `extensions` are the user's own modules, which may register tokenizers
+    and data sources; `corpus_options` are such a source's settings.
     """
 
     to: PathText
@@ -219,10 +218,10 @@ class BuildSettings:
 def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
     """The sources of a build by name, in the order given.
 
-    Each has a `text_field`, the build's where it has none of its own.
+    Each has a `text_field`, by default the build's.
 
-    Raises DataError where there is none, where both `corpus` and `sources` are given, and for a
-    name that can't stand in file names.
+    Raises DataError if there is none, if both `corpus` and `sources` are given, and for a name that
+    is invalid in file names.
     """
     only = {key: getattr(settings, key) for key in ("corpus", "name", "language", "licence")}
     given = [f"{key}={value!r}" for key, value in only.items() if value is not None]
@@ -260,7 +259,7 @@ def sources_of(settings: BuildSettings) -> dict[str, SourceSettings]:
 
 
 def resolved_dir(settings: DataSettings) -> str:
-    """The absolute path of the shards or text that the settings mean, there or not; or its URL."""
+    """The absolute path, or the URL, of the settings' shards or text, existing or not."""
     if settings.dir is not None:
         is_path = "://" not in settings.dir and not settings.dir.startswith("pipe:")
         return str(Path(settings.dir).absolute()) if is_path else settings.dir
@@ -273,7 +272,7 @@ def resolved_dir(settings: DataSettings) -> str:
 def source_name(corpus: str) -> str:
     """A name for a corpus that is safe in file names and metric names: `My Text.jsonl` → `My-Text`.
 
-    Raises DataError where nothing of the corpus's own name is left.
+    Raises DataError if nothing of the corpus's own name is left.
     """
     name = plain_source_name(corpus)
     if not name:
@@ -282,7 +281,7 @@ def source_name(corpus: str) -> str:
 
 
 def plain_source_name(corpus: str) -> str:
-    """What of a corpus's name is safe in file names and metric names, which may be nothing."""
+    """The part of a corpus's name that is safe in file names and metric names, possibly empty."""
     packings = "tar|tgz|txz|tbz2?|tzst|gz|gzip|xz|bz2|bzip2|zst|zstd"
     endings = rf"(\.(jsonl|ndjson|json|txt|md|x?html?|parquet|arrow|feather|{packings}))+$"
     stem = re.sub(endings, "", Path(corpus).absolute().name)

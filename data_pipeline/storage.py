@@ -1,12 +1,12 @@
 """Where the files of a shard folder come from: a disk of this machine, or a server.
 
-Owns the only import of fsspec and of its parts for each protocol, the retries, and the check of
-what was downloaded. Leaves the downloaded files to `cache`, and their meaning to `reader`.
+Owns the only import of fsspec and of its parts for each protocol, the retries, and verifying
+downloads. Leaves the downloaded files to `cache`, and their meaning to `reader`.
 
-Credentials and servers other than the usual ones are set where these libraries look for them, in
-the environment: `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the like for s3://,
+Credentials and custom servers are set in the environment, where these libraries look for them:
+`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the like for s3://,
 `GOOGLE_APPLICATION_CREDENTIALS` and the like for gs://, and `FSSPEC_S3`, `FSSPEC_GS`,
-`FSSPEC_HTTP` with a JSON object of any options of fsspec's, as `FSSPEC_S3='{"anon": true}'`.
+`FSSPEC_HTTP` with a JSON object of any fsspec options, such as `FSSPEC_S3='{"anon": true}'`.
 """
 
 import hashlib
@@ -35,30 +35,30 @@ _logger = logging.getLogger(__name__)
 class ShardFiles(Protocol):
     """The files of one folder, by name.
 
-    `max_mapped` is how many shards of a source should be held open at a time, None for as many as
-    the process may: an open file takes its room on the disk even when the cache has deleted it.
+    `max_mapped` is how many shards of a source should be open at a time, None for as many as the
+    process may open: an open file takes space on the disk even after the cache has deleted it.
     """
 
     max_mapped: int | None
 
     @property
     def location(self) -> str:
-        """What messages call the folder; no secrets are in it."""
+        """The folder's name in messages; contains no secrets."""
         ...
 
     def read_bytes(self, name: str) -> bytes:
-        """A small file as it is now; raises FileNotFoundError, or DataError where it can't be."""
+        """A small file's current content; FileNotFoundError, or DataError if unreadable."""
         ...
 
     def check(self, name: str, *, size: int) -> None:
-        """Raises DataError where a file is known, without a request, not to be as it should."""
+        """Raises DataError if a file is known, without a request, to be wrong."""
         ...
 
     def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
         """A file of this size, open for reading, on a disk of this machine.
 
-        Its bytes are those of `sha256` if they were downloaded; else who reads them checks them.
-        Raises DataError naming the file, and what was found in its place.
+        A downloaded file is verified against `sha256`; any other is checked by its reader. Raises
+        DataError naming the file, and what was found instead.
         """
         ...
 
@@ -66,7 +66,7 @@ class ShardFiles(Protocol):
 def open_files(folder: str, *, cache: CacheSettings) -> ShardFiles:
     """The files of a folder: a path, or a URL of one of `PROTOCOLS`.
 
-    Raises DataError for any other protocol, `pipe:` included, and where a library is missing.
+    Raises DataError for any other protocol, `pipe:` included, and if a library is missing.
     """
     protocol, separator, _ = folder.partition("://")
     if folder.startswith("pipe:") or (separator and "/" not in protocol):
@@ -93,11 +93,11 @@ class LocalFiles:
         return str(self._folder)
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file; raises FileNotFoundError where there is none."""
+        """A whole file; raises FileNotFoundError if it is missing."""
         return (self._folder / name).read_bytes()
 
     def check(self, name: str, *, size: int) -> None:
-        """Raises DataError where a file is missing, or of another size."""
+        """Raises DataError if a file is missing or has another size."""
         path = self._folder / name
         try:
             found = path.stat().st_size
@@ -112,13 +112,13 @@ class LocalFiles:
             )
 
     def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
-        """The file itself; its size is checked, and its bytes by who reads them."""
+        """The file itself; its size is checked here, its bytes by the reader."""
         self.check(name, size=size)
         return (self._folder / name).open("rb")
 
 
 class RemoteFiles:
-    """The files of a folder at a URL, downloaded as they are needed and kept in a bounded cache."""
+    """The files of a folder at a URL, downloaded when needed and kept in a bounded cache."""
 
     max_mapped: int | None = 8
 
@@ -135,12 +135,12 @@ class RemoteFiles:
         return without_secrets(self._folder)
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file, asked for each time; raises FileNotFoundError where there is none."""
+        """A whole file, requested each time; raises FileNotFoundError if it is missing."""
         url = self._url(name)
         return self._tried(url, lambda: b"".join(self._pieces(url, None)))
 
     def check(self, name: str, *, size: int) -> None:
-        """Raises UnavailableError where the cache is smaller than a file; else nothing is known."""
+        """Raises UnavailableError if the cache is smaller than a file; checks nothing else."""
         if size > self._settings.max_gib * 2**30:
             raise UnavailableError(
                 f"{name} of {self.location} has {size} bytes, more than the whole cache: raise "
@@ -148,7 +148,7 @@ class RemoteFiles:
             )
 
     def open(self, name: str, *, size: int, sha256: str) -> BufferedReader:
-        """The file in the cache, downloaded and hashed where it isn't there yet."""
+        """The file in the cache, downloaded and verified if it isn't there yet."""
         url = self._url(name)
 
         def download(file: BinaryIO) -> None:
@@ -178,9 +178,9 @@ class RemoteFiles:
             raise _WrongBytesError(f"its SHA-256 is {digest.hexdigest()} and should be {sha256}")
 
     def _pieces(self, url: str, size: int | None) -> Iterator[bytes]:
-        """A file's bytes in order, of `size` at most where it is given.
+        """A file's bytes in order, at most `size` of them if it is given.
 
-        Raises what the library for the protocol raises, and TimeoutError where nothing comes.
+        Raises what the library for the protocol raises, and TimeoutError if no data arrives.
         """
         from fsspec.asyn import sync
 
@@ -192,9 +192,9 @@ class RemoteFiles:
         if self._protocol in ("http", "https"):
             import aiohttp
 
-            # One stream, since many servers know no ranges. By itself aiohttp would end it after
-            # five minutes, however well it goes; here each read has its own time. What is given
-            # to open_async() as options gets lost on the way.
+            # One stream, since many servers don't support ranges. By default aiohttp would end it
+            # after five minutes, even if data still arrives; here each read has its own timeout.
+            # Options given to open_async() would be lost.
             stream = call(lambda: filesystem.open_async(url, size=0))
             stream.kwargs = {**filesystem.kwargs, "timeout": aiohttp.ClientTimeout(total=None)}
             try:
@@ -213,7 +213,7 @@ class RemoteFiles:
                     return
 
     def _tried(self, url: str, work: Callable[[], Result]) -> Result:
-        """What `work` returns, done again where it fails for a reason that may pass."""
+        """Returns the result of `work`, which is retried after transient errors."""
         num_tries = self._settings.num_retries + 1
         for number in range(1, num_tries + 1):
             try:
@@ -223,7 +223,7 @@ class RemoteFiles:
             except Exception as error:
                 if getattr(error, "errno", None) in NO_ROOM:
                     raise
-                # Not `from error`: its own text may have the URL with all secrets in it.
+                # Not `from error`: its own text may contain the URL with all secrets.
                 if isinstance(error, FileNotFoundError):
                     raise FileNotFoundError(without_secrets(url)) from None
                 why = self._reason(error)
@@ -252,14 +252,14 @@ class RemoteFiles:
     def _url(self, name: str) -> str:
         if self._protocol not in ("http", "https"):
             return f"{self._folder}/{name}"
-        parts = urlsplit(self._folder)  # a query, such as a signature, goes with every file
+        parts = urlsplit(self._folder)  # a query, such as a signature, is sent with every file
         return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
 
     def _filesystem(self) -> Any:
-        """fsspec's filesystem; a forked process has one of its own, for it has no parent's threads.
+        """fsspec's filesystem; a forked process has its own, because it lacks the parent's threads.
 
-        The parent's is kept there unused: if it were closed, it would take the parent's
-        connections out of the event loop that both still share.
+        The parent's is kept there unused: closing it would remove the parent's connections from the
+        event loop that both still share.
         """
         process = os.getpid()
         if process not in self._filesystems:
@@ -277,7 +277,7 @@ class RemoteFiles:
 
 
 def cache_folder(settings: CacheSettings) -> Path:
-    """The folder of the cache; raises DataError where none is given and there is no home folder."""
+    """The folder of the cache; raises DataError if none is set and there is no home folder."""
     if settings.dir is not None:
         return Path(settings.dir).absolute()
     home = home_folder()
@@ -290,10 +290,10 @@ def cache_folder(settings: CacheSettings) -> Path:
 
 
 class _WrongBytesError(Exception):
-    """What was sent isn't what the index says."""
+    """The downloaded bytes aren't those of the index."""
 
 
 def without_secrets(text: str) -> str:
-    """A text without what may be secret in its URLs: users, passwords and queries."""
+    """A text without anything in its URLs that may be secret: users, passwords and queries."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)

@@ -1,7 +1,7 @@
-"""A router of one's own: cosine similarity with a learned temperature (arXiv 2204.09179).
+"""A custom router: cosine similarity with a learned temperature (arXiv 2204.09179).
 
-`moetrain +model=toy extensions=[examples.cosine_router] model.router.name=cosine` trains with it,
-`moetrain verify` with the same words shows that layouts agree.
+`moetrain +model=toy extensions=[examples.cosine_router] model.router.name=cosine` trains with it;
+`moetrain verify` with the same arguments shows that layouts agree.
 """
 
 import sys
@@ -21,7 +21,7 @@ class CosineOptions:
     """`model.router.options.…`."""
 
     temperature: float = 0.1
-    """What similarities are divided by at the start."""
+    """The initial divisor of the similarities."""
 
 
 @register_router("cosine", options=CosineOptions)
@@ -30,17 +30,17 @@ class CosineRouter(Router):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
-        self.scale = nn.Parameter(torch.empty(1))  # a vector: it starts at one
+        self.scale = nn.Parameter(torch.empty(1))  # initialised to one, like every vector
 
     def logits(self, x: Tensor, choice: Choice) -> Tensor:
-        """Returns similarities over the temperature, [tokens, experts]."""
+        """Returns similarities divided by the temperature, [tokens, experts]."""
         experts = F.normalize(self.weight.float(), dim=-1)
         similarity = F.linear(F.normalize(x, dim=-1), experts * self.scale.float())
         return similarity / float(self.options.temperature)
 
 
 def main() -> None:
-    """Trains some steps and prints the learned scale of each layer."""
+    """Trains for some steps and prints the learned scale of each layer."""
     config = api.compose("+model=toy", "model.router.name=cosine", *sys.argv[1:])
     with api.training(config) as training:
         for batch in training.batches():

@@ -1,4 +1,4 @@
-"""An optimizer of one's own and its schedule: Lion (arXiv 2302.06675) with 1/sqrt(step).
+"""A custom optimizer and its schedule: Lion (arXiv 2302.06675) with 1/sqrt(step).
 
 `moetrain extensions=[examples.lion_and_inverse_sqrt] optim.name=lion schedule.name=inverse_sqrt`
 """
@@ -22,11 +22,11 @@ class LionOptions:
 
 
 class Lion(torch.optim.Optimizer):
-    """Moves each weight by the sign of its momentum: element by element, so exact when sharded."""
+    """Moves each weight by the sign of its momentum: elementwise, so exact when sharded."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch overloads it
-        """Takes a step of what `param.grad` holds."""
+        """Takes a step with the gradients in `param.grad`."""
         for group in self.param_groups:
             for param in group["params"]:
                 momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
@@ -43,12 +43,12 @@ def lion(groups: ext.Groups, settings: ext.OptimSettings, options: LionOptions) 
 
 @ext.register_schedule("inverse_sqrt")
 def inverse_sqrt(step: int, num_steps: int, settings: ext.ScheduleSettings, options: None) -> float:
-    """Falls as 1/sqrt(step) from the end of the warm-up on."""
+    """Decays as 1/sqrt(step) after the warm-up."""
     return math.sqrt(max(1, settings.warmup_steps) / max(1, step + 1))
 
 
 def main() -> None:
-    """Trains some steps with both."""
+    """Trains for some steps with both."""
     mine = ("+model=toy", "optim.name=lion", "optim.lr=3e-4", "schedule.name=inverse_sqrt")
     with api.training(api.compose(*mine, *sys.argv[1:])) as training:
         for batch in training.batches():

@@ -1,4 +1,4 @@
-"""Shows which experts of a run take the bytes or tokens of a text.
+"""Shows to which experts of a run the bytes or tokens of a text are routed.
 
 `python examples/look_into_experts.py runs/toy "def f(x):"`
 """

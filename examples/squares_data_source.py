@@ -1,4 +1,4 @@
-"""A data source of one's own: documents that no file holds.
+"""A custom data source: documents that aren't in any file.
 
 `moetrain data build corpus=squares corpus_options.count=200 tokenizer=bytes to=data/squares
 extensions=[examples.squares_data_source]` builds shards; `moetrain +model=toy data.corpus=squares
@@ -22,21 +22,21 @@ class SquaresOptions:
 
 @ext.register_data_source("squares", options=SquaresOptions)
 class Squares(ext.DataSource):
-    """Sentences about numbers. A database's rows would come in the same way."""
+    """Sentences about numbers. Rows of a database would be read in the same way."""
 
     def version(self) -> str:
-        """Returns what changes when the text does: here this code's."""
+        """Returns a version that changes with the text: here that of this code."""
         return "1"
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields where each document stands, and its text; the same ones in the same order."""
+        """Yields each document's location and text; always the same ones in the same order."""
         for number in range(self.options.count):
             text = " ".join(f"{n} squared is {n * n}." for n in range(number, number + 50))
             yield f"from {number}", text
 
 
 def main() -> None:
-    """Builds the shards and trains some steps on them."""
+    """Builds the shards and trains on them for some steps."""
     config = api.compose("+model=toy", "data.corpus=squares", *sys.argv[1:])
     with api.training(config) as training:
         for batch in training.batches():

@@ -1,6 +1,6 @@
-"""Trains a toy mixture of experts for some steps, without a run's folder.
+"""Trains a toy mixture of experts for some steps, without a run folder.
 
-`python examples/train_in_twenty_lines.py train.num_steps=20` takes overrides as `moetrain` does.
+`python examples/train_in_twenty_lines.py train.num_steps=20` takes overrides like `moetrain`.
 """
 
 import sys

@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
     # first imported, so it stands here; nothing but those kernels looks at it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Whoever started pytest by nohup, or in the background of a script, had these ignored, and the
-# commands that tests start and stop would inherit that.
+# If pytest was started by nohup, or in the background of a script, it ignores these signals, and
+# the commands that tests start and stop would inherit that.
 for _signal, _python_s_own in (
     (signal.SIGHUP, signal.SIG_DFL),
     (signal.SIGINT, signal.default_int_handler),

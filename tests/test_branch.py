@@ -1,4 +1,4 @@
-"""A run that is branched: what the new one has of the old, and what stays the old one's own."""
+"""A run that is branched: what the new one takes from the old, and what stays with the old one."""
 
 import json
 import os

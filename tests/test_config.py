@@ -1,4 +1,4 @@
-"""The configuration: what composes, what resolves, and what a mistake is told."""
+"""The configuration: what composes, what resolves, and the errors for mistakes."""
 
 import subprocess
 from dataclasses import replace

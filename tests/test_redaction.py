@@ -1,4 +1,4 @@
-"""What counts as a secret and what doesn't, and that none gets into what a run leaves behind."""
+"""What counts as a secret and what doesn't, and that a run leaves no secret behind."""
 
 import dataclasses
 import json
@@ -172,7 +172,7 @@ def test_a_run_leaves_no_secret_behind(tmp_path: Path) -> None:
     everything = [path for path in run.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in everything)
     inline = moetrain("launch.mode=inline", "launch.num_workers=1", "train.num_steps=10")
-    assert inline.returncode == 0, inline.stderr  # gone on: nothing that was redacted was missed
+    assert inline.returncode == 0, inline.stderr  # it resumed: nothing that was redacted was missed
     for path in [path for path in run.rglob("*") if path.is_file()]:
         content = path.read_bytes()
         for name, secret in secrets.items():

@@ -1,6 +1,6 @@
 """Baselines: what models that need no training reach on the same text, in bits per byte.
 
-Owns the two figures that a run prints beside its own. Both see the validation text only where a
+Owns the two figures that a run prints next to its own. Both use the validation text only as a
 language model would: the bigram model is fitted on the training text.
 """
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards.index import SPLITS, Baselines
 
-_START = 256  # what stands before the first byte of a document
-# Documents are counted many at a time, as the table of pairs is larger than most of them; not so
-# many that their pairs, eight bytes each, leave the processor's cache.
+_START = 256  # the symbol before the first byte of a document
+# Documents are counted in batches, because the table of pairs is larger than most of them. A batch
+# is small enough for its pairs, eight bytes each, to stay in the processor's cache.
 _BYTES_AT_ONCE = 2**19
 
 
 class BaselineCounter:
-    """Reads each document once and then knows the baselines."""
+    """Reads each document once, then computes the baselines."""
 
     def __init__(self) -> None:
         self._pairs = {split: np.zeros((257, 256), np.int64) for split in SPLITS}
@@ -28,7 +28,7 @@ class BaselineCounter:
         self._deflated_bytes = 0
 
     def add(self, content: bytes, *, split: str) -> None:
-        """Counts a document's bytes in its split."""
+        """Adds a document's bytes to the counts of its split."""
         self._waiting[split].append(content)
         self._waiting_bytes += len(content)
         if self._waiting_bytes >= _BYTES_AT_ONCE:
@@ -37,7 +37,7 @@ class BaselineCounter:
             self._deflated_bytes += len(self._deflate.compress(content))
 
     def baselines(self) -> Baselines:
-        """The figures; ends the counting.
+        """Returns the figures; nothing can be added afterwards.
 
         A byte-bigram model with add-one smoothing, fitted on the training documents, and zlib
         level 9 over all validation documents as one stream in stored order.
@@ -63,7 +63,7 @@ class BaselineCounter:
 
 
 def _pair_counts(contents: list[bytes]) -> NDArray[np.int64]:
-    """Counts [257, 256] of (byte before, byte) in documents, none of them empty."""
+    """Returns counts [257, 256] of (previous byte, byte) in documents, none of which is empty."""
     codes = np.frombuffer(b"".join(contents), np.uint8)
     pairs = np.empty(len(codes), np.intp)
     np.multiply(codes[:-1], 256, out=pairs[1:], dtype=np.intp)

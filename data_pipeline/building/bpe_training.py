@@ -1,7 +1,7 @@
-"""The tokenizer of `bpe:N`: trained on the text that is built, once.
+"""The tokenizer of `bpe:N`: trained once, on the text that is built.
 
-Owns which text it is trained on, and that a resumed build keeps it. Leaves the training
-itself to `json_tokenizer`.
+Owns the choice of the training text, and that a resumed build keeps the tokenizer. Leaves the
+training itself to `json_tokenizer`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from data_pipeline.shards.unfinished import UnfinishedBuild
 from data_pipeline.tokenizers.named import tokenizer_again
 from data_pipeline.tokenizers.tokenizer import Tokenizer
 
-# Of each source's training split this much is read, from its beginning.
+# How much of each source's training split is read, from its beginning.
 TRAINING_BYTES = 100_000_000
 
 
@@ -34,7 +34,7 @@ def trained_tokenizer(
     *,
     progress: bool,
 ) -> Tokenizer:
-    """The tokenizer of `bpe:N`; raises TextChanged where it was trained on other text before."""
+    """The tokenizer of `bpe:N`; raises TextChanged if it was trained on different text before."""
     # Imported here: only a build that trains needs it.
     from data_pipeline.tokenizers.json_tokenizer import train_bpe
 
@@ -50,7 +50,7 @@ def trained_tokenizer(
             for _ in texts:
                 pass
             unfinished.check_trained(texts_hash=texts_hash.hexdigest())
-    # The end of a document is the first id that is given out.
+    # The end-of-document token has the first id.
     return tokenizer_again(settings.tokenizer, definition=definition, end_of_document=0)
 
 

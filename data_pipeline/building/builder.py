@@ -1,7 +1,7 @@
 """Building a shard folder: corpora → documents → split → tokens → shards → index, in that order.
 
-Owns the line from text to a complete folder, and what a later start need not do again. Leaves
-each step to the file that is named for it.
+Owns the sequence of steps from text to a complete folder, and which of them a resumed build can
+skip. Leaves each step to the file that is named for it.
 """
 
 import errno
@@ -53,7 +53,7 @@ from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry, token_
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
-    """A document on its way: its number in its source, its split, and whether it is done."""
+    """A document in progress: its number in its source, its split, and whether it is finished."""
 
     number: int
     split: str
@@ -64,16 +64,16 @@ class _Item:
 def build_shards(
     settings: BuildSettings, *, progress: bool = True, named_by: NamedBy = NamedBy.corpus
 ) -> ShardFolder:
-    """Makes the shard folder `settings.to`, or opens it where it is there and the same.
+    """Builds the shard folder `settings.to`, or opens it if it exists with the same content.
 
-    The same text and settings give the same bytes in every file but `text.json`, which has the
-    times of the text's files, whatever the number of processes and however often the build was
-    stopped and started again. The folder is built in a hidden one beside its place and renamed when
-    complete. `named_by` is the setting that named the text, for messages.
+    The same text and settings give the same bytes in every file except `text.json`, which has the
+    modification times of the text's files. The number of processes and any interruptions don't
+    matter. The folder is built in a hidden one next to its destination and renamed when complete.
+    `named_by` is the setting that named the text, for messages.
 
-    Raises DataError for a corpus or tokenizer there is none of, a source without documents to
-    train on, and a place that holds something else, or shards whose text has changed since, unless
-    they are to be built anew.
+    Raises DataError for an unknown corpus or tokenizer, for a source without documents to train on,
+    and for a destination that holds something else, or shards whose text has changed since, unless
+    they are to be rebuilt.
     """
     require_guarded_script()
     say = partial(tell, shown=progress)
@@ -86,7 +86,7 @@ def build_shards(
     with refusing_place(settings, named_by):
         hidden_folder(folder).mkdir(parents=True, exist_ok=True)
     with unfinished_build(folder, tell=say) as unfinished:
-        # By a process that was waited for, or killed then.
+        # Built by another process while this one waited, or by one that was killed at that point.
         existing = existing_shards(settings, progress=progress, say=say, named_by=named_by)
         if existing is not None:
             return existing
@@ -112,7 +112,7 @@ def build_shards(
         except OSError as error:
             if error.errno != errno.ENOSPC or error.filename is not None:
                 raise
-            # Where the disk is full, who writes to an open file isn't told which.
+            # If the disk is full, an error of writing to an open file doesn't name the file.
             raise OSError(error.errno, error.strerror, str(unfinished.path)) from error
         unfinished.complete(folder)
     return ShardFolder.open(folder)
@@ -126,7 +126,7 @@ def _write(
     *,
     progress: bool,
 ) -> None:
-    """Writes all that isn't finished yet; raises TextChanged where what is no longer fits."""
+    """Writes all unfinished shards; raises TextChanged if the finished ones no longer match."""
     if tokenizer is None:
         tokenizer = trained_tokenizer(unfinished, corpora, settings, progress=progress)
     num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
@@ -165,7 +165,7 @@ def _write_source(
     seen: set[bytes],
     counter: ByteCounter,
 ) -> tuple[SourceEntry, SourceText]:
-    """Writes the shards of one source, after those finished."""
+    """Writes the shards of one source, after those that are finished."""
     finished = {split: unfinished.finished(f"{name}-{split}") for split in SPLITS}
     left_out, baselines, documents_hash = LeftOut(), BaselineCounter(), DocumentHash()
     documents = kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen)
@@ -218,7 +218,7 @@ def _items(
     *,
     validation_fraction: float,
 ) -> Iterator[_Item]:
-    """The documents of a source; raises TextChanged where those in finished shards have changed."""
+    """The documents of a source; raises TextChanged if those in finished shards have changed."""
     done = {split: FinishedDocuments(shards) for split, shards in finished.items()}
     for number, document in enumerate(documents):
         split = split_of(document.digest, validation_fraction=validation_fraction)

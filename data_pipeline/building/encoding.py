@@ -1,7 +1,7 @@
-"""Encoding: documents to token ids, by as many processes as are asked for, in the order they came.
+"""Encoding: documents to token ids, in the order of the input, by as many processes as requested.
 
-Owns the processes and what travels between them. Leaves what a document is to `corpora`, and what
-becomes of its tokens to `builder`.
+Owns the processes and the data sent between them. Leaves the definition of a document to `corpora`,
+and the use of its tokens to `builder`.
 """
 
 import multiprocessing
@@ -25,10 +25,11 @@ from data_pipeline.settings import DataError
 from data_pipeline.tokenizers.named import tokenizer_again
 from data_pipeline.tokenizers.tokenizer import TOKENIZERS, Tokenizer, token_dtype
 
-# Large enough that sending costs little beside encoding, small enough to share out a small corpus.
+# Large enough that sending costs little compared to encoding, small enough to divide a small
+# corpus.
 _BATCH_BYTES = 256 * 1024
 _BATCH_DOCUMENTS = 4096
-_BATCHES_AHEAD = 4  # for each process, so that none waits for the writer
+_BATCHES_AHEAD = 4  # per process, so that none waits for the writer
 
 _UNGUARDED = (
     'A script that builds shards must do so below `if __name__ == "__main__":`, since each '
@@ -38,29 +39,29 @@ _UNGUARDED = (
 _Tag = TypeVar("_Tag")
 _Tokens = NDArray[np.integer]
 
-# In a process of the pool, the tokenizer it was started with; empty elsewhere. The pool has no
-# other place for it, and a definition of megabytes can't be sent with each batch.
+# In a process of the pool, the tokenizer that it was started with; empty elsewhere. The pool offers
+# no other place for it, and a definition of megabytes can't be sent with each batch.
 _of_process: list[Tokenizer] = []
 
 
 def require_guarded_script() -> None:
-    """Raises DataError in a process that `multiprocessing` started and that has yet to begin.
+    """Raises DataError in a process that `multiprocessing` has started and that is still starting.
 
-    It imports its parent's script first. One that does its work when it is imported would do all
-    of it again there, and each would wait for the other.
+    Such a process first imports its parent's script. A script that does its work at import would
+    repeat all of it there, and each process would wait for the other.
     """
-    # As `multiprocessing` itself tells.
+    # The check that `multiprocessing` itself uses.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DataError(_UNGUARDED)
 
 
 class Encoder:
-    """Encodes documents with one tokenizer, in processes that serve any number of sources.
+    """Encodes documents with one tokenizer, in processes that can be reused for several sources.
 
-    The processes start at once, so that what the caller does meanwhile costs no time. Use as a
-    context manager, or end with `close()`. With no processes the caller encodes; with any, a
-    script that does must guard its own start with `if __name__ == "__main__"`, as
-    `multiprocessing` asks.
+    The processes start at once, so that they start while the caller does other work. Use as a
+    context manager, or end with `close()`. With no processes the caller encodes. With processes,
+    the calling script must guard its entry point with `if __name__ == "__main__"`, as
+    `multiprocessing` requires.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, num_processes: int) -> None:
@@ -71,7 +72,7 @@ class Encoder:
             require_guarded_script()
             self._pool = ProcessPoolExecutor(
                 num_processes,
-                # Spawned, not forked: the caller may hold threads and locks, of torch or of Ray.
+                # Spawned, not forked: the caller may hold threads and locks of torch or Ray.
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_process,
                 initargs=(
@@ -81,7 +82,7 @@ class Encoder:
                     None if tokenizer.definition else TOKENIZERS.module_of(tokenizer.name),
                 ),
             )
-            self._started = _submitted(self._pool, int)  # whatever it is, it starts the first
+            self._started = _submitted(self._pool, int)  # any work starts the first process
 
     def __enter__(self) -> Self:
         return self
@@ -102,10 +103,11 @@ class Encoder:
     def encoded(
         self, documents: Iterable[tuple[_Tag, bytes | None]]
     ) -> Iterator[tuple[_Tag, _Tokens | None]]:
-        """Each tag with its document's token ids [num_tokens], the end of the document included.
+        """Yields each tag with its document's token ids [num_tokens], end of document included.
 
-        Documents are UTF-8. One that is None, as what was written before, comes back as None in
-        its place. Raises ChildProcessError where a process of the pool was killed, or none began.
+        Documents are UTF-8. A document that is None, because it was written before, is returned as
+        None in the same position. Raises ChildProcessError if a process of the pool was killed or
+        none started.
         """
         try:
             yield from self._encoded(documents)
@@ -139,12 +141,12 @@ class Encoder:
 
 
 def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
-    """How many processes beside the caller's tokenise: as asked for, else what is needed."""
+    """How many processes tokenise besides the caller: `asked`, else as many as are useful."""
     if asked is not None:
         return asked if asked > 1 else 0
     if not tokenizer.needs_processes:
         return 0
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that a container or a job left us
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that a container or a job may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -173,7 +175,7 @@ def _in_order(
 
 
 def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, list[int]]:
-    """The tokens [num_tokens] of documents, each with its end, and where in them each ends."""
+    """The tokens [num_tokens] of documents, each with its end, and each document's end offset."""
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_document = np.array([tokenizer.end_of_document], dtype)
     parts, ends, num_tokens = [np.array([], dtype)], [], 0
@@ -182,16 +184,16 @@ def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, l
         parts += [ids, end_of_document]
         num_tokens += len(ids) + 1
         ends.append(num_tokens)
-    return np.concatenate(parts), ends  # one array: one by one they cost more to send than to make
+    return np.concatenate(parts), ends  # one array: many would take longer to send than to make
 
 
 def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any) -> Future[Any]:
-    """Submits work. A process that this starts leaves stops to this one from its first moment.
+    """Submits work. A process started by this ignores stop signals from the beginning.
 
-    A scheduler's SIGTERM and a Ctrl-C go to the whole group of processes, of which a process is one
-    until it has begun its work.
+    A scheduler's SIGTERM and a Ctrl-C are sent to the whole process group, to which a new process
+    belongs until it begins its work.
     """
-    resource_tracker.ensure_running()  # which would lift what is blocked here
+    resource_tracker.ensure_running()  # which would unblock the signals that are blocked here
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INSISTENT)
     try:
         return pool.submit(work, *given)
@@ -202,12 +204,12 @@ def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any)
 def _start_process(
     name: str, definition: str | None, end_of_document: int, extension: str | None
 ) -> None:
-    """Leaves stops to the parent, and ends this process when the parent is gone, killed or not."""
-    os.setpgrp()  # a Ctrl-C, and a scheduler's SIGTERM, go to the whole group of processes
+    """Ignores stop signals, and ends this process when the parent ends, killed or not."""
+    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM are sent to the whole process group
     for signum in (signal.SIGUSR1, signal.SIGHUP):  # and Slurm's warning to each of a job
         signal.signal(signum, signal.SIG_IGN)
     for signum in INSISTENT:
-        signal.signal(signum, signal.SIG_IGN)  # forgets one that came before now
+        signal.signal(signum, signal.SIG_IGN)  # discards a pending one
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])
         signal.signal(signum, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -218,7 +220,7 @@ def _start_process(
         os._exit(1)
 
     threading.Thread(target=end_after_parent, daemon=True).start()
-    # One process a core is enough; the package `tokenizers` would start as many threads in each.
+    # One process per core is enough; the package `tokenizers` would start as many threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     load_extensions([extension] if extension else [])
     _of_process.append(

@@ -1,4 +1,4 @@
-"""What is there already of a build: the shards that it would make, or something else."""
+"""What already exists of a build: the shards that it would make, or something else."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from data_pipeline.storage import without_secrets
 from data_pipeline.tokenizers.named import tokenizer_named
 from data_pipeline.tokenizers.tokenizer import Tokenizer
 
-# Errors of making a folder that another path mends.
+# Errors of creating a folder that a different path would avoid.
 _NO_PLACE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -36,7 +36,7 @@ _NO_PLACE = (
 
 
 class NamedBy(StrEnum):
-    """The setting that names the text of a build, for messages: of a build itself, or of a run."""
+    """The setting that names the text of a build, for messages: of a build, or of a run."""
 
     corpus = "corpus"
     data_corpus = "data.corpus"
@@ -50,10 +50,10 @@ def existing_shards(
     say: Callable[[str], None] | None = None,
     named_by: NamedBy = NamedBy.corpus,
 ) -> ShardFolder | None:
-    """The folder `settings.to` where it was built with these settings, of the text as it is now.
+    """The folder `settings.to` if it was built with these settings from the text as it is now.
 
-    None where the folder is free, and where the text has changed and it is to be built anew, of
-    which `say` is told. Raises DataError where it holds anything else.
+    Returns None if the folder doesn't exist, and if the text has changed and is to be rebuilt,
+    which is reported to `say`. Raises DataError if it holds anything else.
     """
     folder = Path(settings.to).absolute()
     if "://" in settings.to:
@@ -99,12 +99,12 @@ def existing_shards(
 
 
 def differing_setting(settings: BuildSettings, index: Index) -> tuple[str, Any, Any] | None:
-    """A setting in which shards were built otherwise: its name, theirs and the wanted; or None."""
+    """A setting that differs: its name, the shards' value and the wanted one; None if none does."""
     wanted, found = (encodable(asdict(entry)) for entry in (build_entry(settings), index.build))
     if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
-        del wanted["on_corrupt"]  # nothing was corrupt, so that it made no difference
+        del wanted["on_corrupt"]  # nothing was corrupt, so the setting made no difference
     for key, value in wanted.items():
-        # As text: the order of sources counts, which the comparison of dictionaries doesn't see.
+        # As text: the order of sources matters, which comparing dictionaries would ignore.
         if repr(found[key]) != repr(value):
             return key, found[key], value
     return None
@@ -112,7 +112,7 @@ def differing_setting(settings: BuildSettings, index: Index) -> tuple[str, Any, 
 
 @contextmanager
 def refusing_place(settings: BuildSettings, named_by: NamedBy) -> Iterator[None]:
-    """Raises DataError where no folder can be where the shards are to be."""
+    """Raises DataError if no folder can be created at the destination of the shards."""
     try:
         yield
     except OSError as error:
@@ -132,9 +132,9 @@ def refusing_place(settings: BuildSettings, named_by: NamedBy) -> Iterator[None]
 def _text_change(
     settings: BuildSettings, folder: Path, *, progress: bool, named_by: NamedBy
 ) -> str | None:
-    """How the text differs from that of the shards in a folder; None where it doesn't.
+    """How the text differs from that of the shards in a folder; None if it doesn't.
 
-    Of shards whose record was removed nothing is known, and they are taken as they are.
+    If the record of the text was removed, the shards are accepted as they are.
     """
     before = read_text_record(folder, sources=sources_of(settings))
     if before is None:
@@ -150,7 +150,7 @@ def _text_change(
 
 
 def corpora_of(settings: BuildSettings, *, named_by: NamedBy) -> dict[str, Corpus]:
-    """The texts of the sources by name; what is built isn't part of them."""
+    """The texts of the sources by name; the output of the build isn't part of them."""
     outputs = (Path(settings.to).absolute(), hidden_folder(settings.to))
     return {
         name: open_corpus(
@@ -167,7 +167,7 @@ def corpora_of(settings: BuildSettings, *, named_by: NamedBy) -> dict[str, Corpu
 
 
 def tokenizer_given(settings: BuildSettings) -> Tokenizer | None:
-    """The tokenizer that the settings name; None where it is to be trained."""
+    """The tokenizer that the settings name; None if it is to be trained."""
     if bpe_size(settings):
         if settings.end_of_document is not None:
             raise DataError(
@@ -190,7 +190,7 @@ def build_entry(settings: BuildSettings) -> BuildEntry:
 
 
 def build_demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What decides the bytes of a shard, and so whether a build can be gone on with."""
+    """What decides the bytes of a shard, and so whether a build can be resumed."""
     sources = sources_of(settings)
     return {
         "format_version": FORMAT_VERSION,

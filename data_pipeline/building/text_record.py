@@ -1,9 +1,9 @@
-"""What a shard folder was built from: the files of the text as they were, and its documents' hash.
+"""What a shard folder was built from: the files of the text at that time, and its documents' hash.
 
-Owns the record, `text.json` beside the shards, and what has changed in the text since. Leaves which
-files there are to `corpus_files`, and what becomes of shards whose text has changed to `builder`.
+Owns the record, `text.json` next to the shards, and detecting changes of the text. Leaves the
+choice of files to `corpus_files`, and the handling of shards whose text has changed to `builder`.
 
-Only a build looks at it. Shards that are copied to where their text isn't, or whose record is
+Only a build reads it. Shards that are copied to a machine without their text, or whose record is
 removed, are trained on as they are.
 """
 
@@ -35,13 +35,13 @@ class SourceText:
 
 
 def write_text_record(folder: Path, texts: Mapping[str, SourceText]) -> None:
-    """Writes `text.json` into a folder, whole or not at all."""
+    """Writes `text.json` into a folder, atomically."""
     record = {name: asdict(text) for name, text in texts.items()}
     write_file(folder / TEXT_NAME, json.dumps(record, indent=1) + "\n")
 
 
 def read_text_record(folder: Path, *, sources: Iterable[str]) -> dict[str, SourceText] | None:
-    """The texts of the sources of a folder; None where there is no record, as of an older version.
+    """The texts of a folder's sources; None if there is no record, as in older versions' folders.
 
     Raises DataError for one that can't be read.
     """
@@ -68,8 +68,8 @@ def text_change(
 ) -> str | None:
     """What has changed in the text since the shards in a folder were built; None for nothing.
 
-    Names and sizes are compared, then times. Where times alone differ, the text is read: if it is
-    the same, the record gets the new times.
+    Names and sizes are compared, then times. If only times differ, the text is read; if it is
+    unchanged, the record gets the new times.
     """
     listed = {name: _listed(before[name].files, corpus.files) for name, corpus in corpora.items()}
     if any(listed.values()):
@@ -94,13 +94,13 @@ def text_change(
         name: SourceText(files=corpus.files, documents_hash=hashes[name])
         for name, corpus in corpora.items()
     }
-    with suppress(OSError):  # somebody else's folder: the text is read again next time
+    with suppress(OSError):  # not ours to write: the text is read again next time
         write_text_record(folder, texts)
     return None
 
 
 def _listed(before: Sequence[CorpusFile], now: Sequence[CorpusFile]) -> str:
-    """How two lists of files differ in names and sizes, in words; empty where they don't."""
+    """How two lists of files differ in names and sizes, in words; empty if they don't."""
     were, are = ({file.name: file.size for file in files} for files in (before, now))
     parts = (
         _named("added", [name for name in are if name not in were]),
@@ -121,7 +121,7 @@ def _named(what: str, names: Sequence[str]) -> str:
 
 
 def _documents_hashes(corpora: Mapping[str, Corpus], *, progress: bool) -> dict[str, str]:
-    """The `DocumentHash` of the documents of each source, as a build would keep them."""
+    """The `DocumentHash` of each source's documents, as a build would keep them."""
     num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
     seen: set[bytes] = set()
     hashes = {}

@@ -1,13 +1,13 @@
-"""The shards that a run's settings mean: opened where they are there, built where they are missing.
+"""The shards that a run's settings name: opened if they exist, else built.
 
-Owns what `data.dir` and `data.corpus` mean, and where in the cache the shards of a text are. Leaves
-building to `builder`, and whether a text has changed to `text_record`.
+Owns the meaning of `data.dir` and `data.corpus`, and where in the cache the shards of a text are.
+Leaves building to `builder`, and whether a text has changed to `text_record`.
 
-    data.cache.dir/built/NAME-KEY/1/     shards of the text as it was first
-                                  2/     and as it is since it changed
+    data.cache.dir/built/NAME-KEY/1/     shards of the text in its first version
+                                  2/     and after it changed
 
-KEY is a hash of all that decides what shards hold but the text itself. Those of a text as it was
-stay: a run that began with them resumes on them.
+KEY is a hash of everything except the text itself that decides the content of shards. Shards of
+earlier versions are kept: a run that began with them resumes with them.
 """
 
 import hashlib
@@ -47,13 +47,13 @@ from data_pipeline.tokenizers.named import resolved_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedBuild:
-    """Shards that a run needs and that have to be built first."""
+    """Shards that a run needs and that must be built first."""
 
     settings: BuildSettings
     named_by: NamedBy
     corpus: Corpus
     change: str | None = None
-    """How the text differs from that of the newest shards; None where there are none."""
+    """How the text differs from that of the newest shards; None if there are none."""
 
     def build(self, *, progress: bool = True) -> ShardFolder:
         """Builds them; raises DataError for a text that can't be read."""
@@ -70,19 +70,19 @@ class PlannedBuild:
 
 
 def builds_shards(data: DataSettings) -> bool:
-    """Whether the settings mean a text, whose shards are built where they are missing."""
+    """Whether the settings name a text, whose shards are built if they are missing."""
     return data.dir is None or is_text(data.dir)  # no file or folder has the name of a URL
 
 
 def open_folder(data: DataSettings) -> ShardFolder:
-    """The shards in the folder of the settings; raises DataError where there are none."""
+    """The shards in the settings' folder; raises DataError if there are none."""
     return ShardFolder.open(resolved_dir(data), on_corrupt=data.on_corrupt, cache=data.cache)
 
 
 def open_or_build(data: DataSettings, *, progress: bool = True) -> ShardFolder:
-    """The shards to train on, built first where they are missing and the settings name a text.
+    """The shards to train on, built first if they are missing and the settings name a text.
 
-    Raises DataError where `data.dir` is neither shards nor text, and for a text that can't be read.
+    Raises DataError if `data.dir` is neither shards nor text, and for a text that can't be read.
     """
     found = opened_or_planned(data, progress=progress)
     return found if isinstance(found, ShardFolder) else found.build(progress=progress)
@@ -151,8 +151,8 @@ def _of_text(data: DataSettings, *, progress: bool) -> ShardFolder | PlannedBuil
 
 
 def _numbers(folder: Path) -> list[int]:
-    """The numbers of the folders of shards in the cache's folder of a text, the newest first."""
+    """The numbers of the shard folders in the cache's folder of a text, newest first."""
     names: Iterator[str] = iter(())
-    with suppress(OSError):  # none yet; where it can't be made, building says so
+    with suppress(OSError):  # none yet; if it can't be created, the build reports it
         names = iter(os.listdir(folder))
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)

@@ -143,10 +143,10 @@ def _register(settings_type: type[Any], *, module: str, about: str) -> None:
 
 
 def _schema(settings_type: type[Any]) -> DictConfig:
-    """The schema that Hydra checks keys against: a dictionary of settings accepts any key, without
+    """The schema against which Hydra checks keys: a dictionary of settings accepts any key without
     a `+`.
 
-    Entries of a dictionary are left to the settings' own checks: OmegaConf can't add to a
+    The entries of a dictionary are left to the settings' own checks: OmegaConf can't add to a
     dictionary of dataclasses key by key.
     """
     dictionaries = [known.name for known in fields(settings_type) if get_origin(known.type) is dict]
@@ -164,7 +164,7 @@ def _schema(settings_type: type[Any]) -> DictConfig:
     for name in dictionaries:
         OmegaConf.set_struct(made[name], False)
     for known in fields(settings_type):
-        if is_dataclass(known.type):  # a frozen one would be read-only to overrides as well
+        if is_dataclass(known.type):  # overrides couldn't change a frozen one
             OmegaConf.set_readonly(made[known.name], False)
     return made
 
@@ -191,7 +191,7 @@ def _settings(config: DictConfig, settings_type: type[Settings]) -> Settings:
 
 
 def _extensions(names: list[str]) -> list[str]:
-    """Imports what the user names and has installed: settings may name what is in there."""
+    """Imports the extensions that the user names or has installed; settings may refer to them."""
     try:
         loaded = load_extensions(names)
         load_installed()

@@ -1,9 +1,9 @@
 """The words of a command line, prepared for Hydra.
 
-Hydra reads every value by its own grammar: `1.10` becomes 1.1, `83e2010` infinity, and an `=` or an
-accent is an error. Here the setting's type decides: a text takes the word as typed. So words are
-checked before Hydra sees them, and quoted for its grammar where it would read something else. The
-words may come in any order, which Hydra's own parser doesn't accept.
+Hydra parses every value by its own grammar: `1.10` becomes 1.1, `83e2010` infinity, and an `=` or
+an accent is an error. Here the setting's type decides: a string setting takes the word as typed.
+Words are therefore checked before Hydra sees them, and quoted for its grammar if it would read
+something else. The words may come in any order, which Hydra's own parser doesn't accept.
 """
 
 import difflib
@@ -131,7 +131,7 @@ def read_command_line(
 def values_of(text: str) -> list[str]:
     """Returns the values that a sweep takes from `a,b`, each of which may be quoted.
 
-    `lr=1e-3,wd=0.1` is a single value: a text about settings, a common form of run names.
+    `lr=1e-3,wd=0.1` is a single value: a string that lists settings, a common form of run names.
     """
     choice = _CHOICE.fullmatch(text)
     parts = _cut(choice[1] if choice else text)
@@ -142,7 +142,7 @@ def values_of(text: str) -> list[str]:
 def as_one_run(override: str) -> str:
     """Returns a word that Hydra made for a run of a sweep, as a command line reads it.
 
-    Hydra escapes what is special to its grammar, and a command line takes a text as it stands.
+    Hydra escapes what is special to its grammar, but a command line takes a string literally.
     """
     if "\\" not in override:
         return override
@@ -156,7 +156,7 @@ def as_one_run(override: str) -> str:
 
 
 def _in_quotes(value: Any) -> str:
-    """Returns a value in which every text that Hydra would escape is quoted instead."""
+    """Returns a value in which every string that Hydra would escape is quoted instead."""
     if isinstance(value, list):
         return f"[{','.join(map(_in_quotes, value))}]"
     if isinstance(value, dict):
@@ -311,7 +311,7 @@ def _for_hydra(word: str, tree: type[Any], *, groups: _Groups, swept: bool) -> s
 
 
 def _value(text: str, kind: Any, *, swept: bool = False) -> str:
-    """Returns the value in Hydra's grammar that a text means for a type."""
+    """Returns the value in Hydra's grammar for the text typed for a setting of a type."""
     if swept and len(values := values_of(text)) > 1:
         return ",".join(_value(value, kind) for value in values)
     if get_origin(without_none(kind)) is list and text.startswith("[") and text.endswith("]"):

@@ -74,7 +74,7 @@ def require_harmless(config: DictConfig, plugins: Mapping[str, tuple[str, ...]] 
 def _is_plain_logging(key: str, value: Any) -> bool:
     if key == "class":
         return value in _LOG_CLASSES
-    # Logging looks up other texts that begin like this.
+    # Logging looks up other strings that begin like this.
     return not (isinstance(value, str) and value.startswith(("ext://", "cfg://"))) or (
         value in _LOG_STREAMS
     )

@@ -127,7 +127,7 @@ class CompositionMessage:
         reason = str(error).splitlines()[0]
         if unknown := re.match(r"Key '(.+?)' (?:is )?not in ", reason):
             kind = getattr(error, "object_type", None)
-            known = names_in(kind) if is_dataclass(kind) else []  # also of a list's elements
+            known = names_in(kind) if is_dataclass(kind) else []  # also those of a list's elements
             path = key or unknown[1]
             if self.unknown:
                 return self.unknown(path)

@@ -1,7 +1,7 @@
 """YAML files of settings: read by the types of the settings, with errors by file and line.
 
 A file is what Hydra composes: of a group, an experiment, a `--config-dir`. Owns the errors for
-unknown keys and invalid YAML, and that a text is the text as written (`1.10` isn't 1.1). Leaves
+unknown keys and invalid YAML, and that strings are kept as written (`1.10` isn't 1.1). Leaves
 composing to Hydra.
 """
 
@@ -203,7 +203,7 @@ def read_settings_file(folder: Path, name: str) -> SettingsFile:
     try:
         text = path.read_text(
             encoding="utf-8-sig"
-        )  # with the byte order mark that some editors write
+        )  # handles the byte order mark that some editors write
     except FileNotFoundError as error:
         raise ConfigLoadError(f"Config not found : {path}") from error
     except UnicodeDecodeError as error:
@@ -268,7 +268,7 @@ def _shown(path: Path) -> Path:
 
 
 def _typed(node: yaml.Node, kind: Any) -> yaml.Node:
-    """Returns a node in which a text setting keeps the text as written."""
+    """Returns a node in which a string setting keeps its value as written."""
     if isinstance(node, yaml.ScalarNode):
         is_number = node.tag not in (_STR, _NULL) and node.style is None and is_text(kind)
         return yaml.ScalarNode(_STR, node.value, node.start_mark) if is_number else node
@@ -312,7 +312,7 @@ def _lines(node: Any, inside: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 
 def _said(path: Path, error: yaml.YAMLError) -> str:
-    """Returns what is wrong with a file that isn't YAML, and in which line."""
+    """Returns what is wrong with a file that isn't YAML, and on which line."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"{path}: {' '.join(str(error).split())}"
     mark = error.problem_mark or error.context_mark

@@ -63,7 +63,7 @@ def is_settings(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Returns whether a setting of the type is a text, including a choice of words."""
+    """Returns whether a setting of the type is a string, including a choice of words."""
     kind = without_none(kind)
     return isinstance(kind, type) and issubclass(kind, str | Enum)
 
@@ -83,13 +83,13 @@ def did_you_mean(path: str, tree: Any) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` (did you mean 'x'?)` if a choice is close to the name, else an empty text."""
+    """Returns ` (did you mean 'x'?)` if a choice is close to the name, else an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def plain_reason(message: str) -> str:
-    """Returns pydantic's error for a value, in the words of all other messages."""
+    """Returns pydantic's error for a value, worded like all other messages."""
     return message.removeprefix("Value error, ").replace("Input should ", "must ")
 
 

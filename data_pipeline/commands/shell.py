@@ -1,7 +1,7 @@
 """Quotes printed commands, so that a shell and the command line read back what was meant.
 
-A printed command has two readers. `shlex` quotes for the shell. The command line then takes a text
-setting as it stands, except for a few forms with a meaning of their own: these get quotes.
+A printed command has two readers. `shlex` quotes for the shell. The command line then takes a
+string setting literally, except for a few forms with a meaning of their own: these are quoted.
 """
 
 import io
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 
 _SETTING = re.compile(r"([\w./@+-]+)=(.*)", re.ASCII | re.DOTALL)
-# Null, a quoted text, a reference, and what `-m` would take for several values.
+# Null, a quoted string, a reference, and what `-m` would take for several values.
 _MEANS_SOMETHING = re.compile(r"null|(['\"]).*\1|.*\$\{.*", re.DOTALL)
 _MAY_BE_SEVERAL = re.compile(r".*,.*|\w+\(.*\)", re.DOTALL)
 
@@ -37,7 +37,7 @@ def shell_word(word: str) -> str:
 
 
 def text_setting(key: str, text: str, *, swept: bool = False) -> str:
-    """Returns the word that sets a text, quoted for a shell: `run.name='essai été'`.
+    """Returns the word that sets a string, quoted for a shell: `run.name='essai été'`.
 
     `swept` if the same line may have `-m`, for which a comma separates values.
     """
@@ -45,24 +45,24 @@ def text_setting(key: str, text: str, *, swept: bool = False) -> str:
 
 
 def as_typed(text: str, *, swept: bool = False) -> str:
-    """Returns what to type for a text: itself, or quoted if it would mean something else."""
+    """Returns what to type for a string: itself, or quoted if it would mean something else."""
     several = swept and _MAY_BE_SEVERAL.fullmatch(text)
     return quoted(text) if several or _MEANS_SOMETHING.fullmatch(text) else text
 
 
 def quoted(text: str) -> str:
-    """Returns a text quoted for Hydra's grammar, in which nothing has a meaning."""
+    """Returns a string quoted for Hydra's grammar, without special meaning for any character."""
     return quoted_as_is(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def quoted_as_is(text: str) -> str:
-    """Returns a text quoted for Hydra's grammar, in which only `${…}` keeps its meaning."""
-    # Of backslashes, the grammar reads only those before a quote, and the text's end is one.
+    """Returns a string quoted for Hydra's grammar, in which only `${…}` keeps its meaning."""
+    # The grammar reads backslashes only before a quote, which includes the one at the end.
     return '"' + re.sub(r'(\\*)("|\Z)', _escaped, text) + '"'
 
 
 def unquoted(text: str) -> str:
-    """Returns the text inside such quotes; any other value as it is."""
+    """Returns the string inside such quotes; any other value unchanged."""
     found = re.fullmatch(r'"(.*)"', text, re.DOTALL)
     if found is None:
         return text

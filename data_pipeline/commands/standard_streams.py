@@ -42,7 +42,7 @@ class _Pipe(io.FileIO):
             return super().write(data)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for whoever else writes to the descriptor, too
+            os.dup2(nowhere, self.fileno())  # also for others that write to the descriptor
             os.close(nowhere)
             return memoryview(data).nbytes
 
@@ -50,6 +50,6 @@ class _Pipe(io.FileIO):
 def _is_pipe(stream: Any) -> bool:
     try:
         mode = os.fstat(stream.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # none, or closed
+    except (AttributeError, OSError, ValueError):  # no such stream, or a closed one
         return False
     return isinstance(stream, io.TextIOWrapper) and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))

@@ -44,7 +44,7 @@ def detach_terminal(signum: int) -> None:
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # none, or none of a file
+        with suppress(OSError, ValueError, AttributeError):  # no stream, or one without a file
             if _is_terminal(stream.fileno()):
                 os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -54,5 +54,5 @@ def _is_terminal(descriptor: int) -> bool:
     try:
         os.ttyname(descriptor)
     except OSError as error:
-        return error.errno == errno.EIO  # it was one
+        return error.errno == errno.EIO  # it was a terminal
     return True

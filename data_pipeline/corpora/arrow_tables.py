@@ -1,7 +1,7 @@
-"""Arrow tables: the column of texts of Parquet and Arrow files.
+"""Arrow tables: the text column of Parquet and Arrow files.
 
-Owns the only import of pyarrow, which is an extra, and what a damaged table looks like. Leaves
-which files are tables to `text_files`.
+Owns the only import of pyarrow, which is an extra, and detecting damaged tables. Leaves which files
+are tables to `text_files`.
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from data_pipeline.corpora.json_documents import FIELD_WAY_OUT, missing_text
 from data_pipeline.corpora.raw_documents import RawDocument, Reason, Text, Unread
 from data_pipeline.settings import DataError
 
-_ROWS_AT_ONCE = 256  # rows may hold a book each
+_ROWS_AT_ONCE = 256  # a row may hold a whole book
 _BYTES_AT_ONCE = 2**20
-# How files of both kinds begin; a stream of record batches begins otherwise.
+# How files of both kinds begin; a stream of record batches begins differently.
 _PARQUET = b"PAR1"
 _ARROW_FILE = b"ARROW1"
-# What ends a stream. pyarrow takes one without it for a whole one.
+# What ends a stream. pyarrow accepts a truncated one without it as complete.
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def table_texts(source: Path | bytes, *, where: str, field: str) -> Iterator[RawDocument]:
-    """The texts of a table, a file or the bytes of one, row by row.
+    """The texts of a table, given as a file or its bytes, row by row.
 
-    `field` is the column, or `a.b` for one inside a struct. A row without text, and the place
-    where the table is damaged, is given as what says so. Raises DataError where pyarrow isn't
+    `field` is the column, or `a.b` for one inside a struct. A row without text, and a place where
+    the table is damaged, is yielded as an Unread that says so. Raises DataError if pyarrow isn't
     installed.
     """
     try:
@@ -62,7 +62,7 @@ def _opened(source: Path | bytes, pyarrow: Any) -> Any:
 
 
 def _columns(file: Any, field: str, pyarrow: Any) -> Iterator[Any]:
-    """The column of texts, in pieces, of a table of a kind that its content shows."""
+    """The text column of a table in pieces; the content decides which kind of table it is."""
     beginning = file.read(len(_ARROW_FILE))
     file.seek(0)
     if beginning.startswith(_PARQUET):
@@ -73,7 +73,7 @@ def _columns(file: Any, field: str, pyarrow: Any) -> Iterator[Any]:
 
 
 def _parquet(file: Any, field: str, pyarrow: Any) -> Iterator[Any]:
-    # pre_buffer would read all rows of a group at once, which may be all of the file.
+    # pre_buffer would read all rows of a group at once, which may be the whole file.
     with pyarrow.parquet.ParquetFile(
         file, buffer_size=_BYTES_AT_ONCE, pre_buffer=False, page_checksum_verification=True
     ) as table:
@@ -82,7 +82,7 @@ def _parquet(file: Any, field: str, pyarrow: Any) -> Iterator[Any]:
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[".".join(path)], use_threads=False):
             yield _column(batch, path, pyarrow)
             missing -= batch.num_rows
-        # pyarrow reads what the parts of a file say that they hold, whatever the whole says.
+        # pyarrow reads the rows that the parts of a file declare, whatever the file's total is.
         if missing:
             raise pyarrow.ArrowInvalid(f"{missing} rows are missing")
 
@@ -106,7 +106,7 @@ def _arrow_stream(file: Any, field: str, pyarrow: Any) -> Iterator[Any]:
 
 
 def _text_column(schema: Any, field: str, pyarrow: Any) -> list[str]:
-    """The names that lead to the column of texts; raises _NoTextError where there is none."""
+    """The path of names to the text column; raises _NoTextError if there is none."""
     types = pyarrow.types
     path = [field] if field in schema.names else field.split(".")
     kind = pyarrow.struct(list(schema))
@@ -141,9 +141,9 @@ def _column(batch: Any, path: list[str], pyarrow: Any) -> Any:
 
 
 def _binary(column: Any, pyarrow: Any) -> Any:
-    """The same column as bytes: pyarrow would raise for a whole batch where one isn't UTF-8.
+    """The same column as bytes: pyarrow would raise for a whole batch if one text isn't UTF-8.
 
-    Raises ArrowInvalid where its offsets lead out of it: pyarrow would follow them.
+    Raises ArrowInvalid for offsets outside the column, which pyarrow would follow.
     """
     if pyarrow.types.is_dictionary(column.type):
         column.validate(full=True)

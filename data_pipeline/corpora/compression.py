@@ -1,7 +1,7 @@
-"""Compressed files: what `.gz`, `.xz`, `.bz2` and `.zst` unpack to, whole or not.
+"""Compressed files: the content of `.gz`, `.xz`, `.bz2` and `.zst`, complete or not.
 
-Owns the names, the only import of zstandard, which is an extra, and what a cut or damaged file
-looks like. Nothing is unpacked to disk.
+Owns the names, the only import of zstandard, which is an extra, and detecting truncated or damaged
+files. Nothing is unpacked to disk.
 """
 
 import io
@@ -16,19 +16,19 @@ from data_pipeline.settings import DataError
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 _OTHER_SPELLINGS = {".gzip": ".gz", ".bzip2": ".bz2", ".zstd": ".zst"}
 _TARS = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2", ".tzst": ".zst"}
-_GZIP = 16 + zlib.MAX_WBITS  # zlib's name for a stream with gzip's header and checksum
+_GZIP = 16 + zlib.MAX_WBITS  # in zlib's interface, a stream with gzip's header and checksum
 _BYTES_AT_ONCE = 2**20
-_PACKED_BYTES_AT_ONCE = 2**14  # unpacked in one piece, and it may unpack to much more
+_PACKED_BYTES_AT_ONCE = 2**14  # unpacked at once, and may unpack to much more
 
 
 class DamagedError(Exception):
-    """A file isn't whole, or isn't what its name says."""
+    """A file is incomplete, or isn't what its name says."""
 
 
 def split_compression(name: str) -> tuple[str, str]:
-    """The rest of a file's name, and the suffix that names its compression: `a.tgz` → a.tar, .gz.
+    """Splits a file's name into the rest and its compression suffix: `a.tgz` → a.tar, .gz.
 
-    In small letters.
+    The suffix is in lower case.
     """
     stem, suffix = splitext(name.lower())
     suffix = _OTHER_SPELLINGS.get(suffix, suffix)
@@ -38,20 +38,20 @@ def split_compression(name: str) -> tuple[str, str]:
 
 
 def uncompressed(file: io.BufferedReader, compression: str, *, where: str) -> io.BufferedReader:
-    """What a file unpacks to; reading it raises DamagedError where it isn't whole.
+    """The uncompressed content of a file; reading it raises DamagedError if the file is incomplete.
 
-    Raises DataError where a library is missing.
+    Raises DataError if a library is missing.
     """
     if not compression:
         return file
     if not file.peek(1):
-        raise DamagedError("it is empty")  # nothing isn't the packed form of nothing
+        raise DamagedError("it is empty")  # even compressed empty content isn't empty
     new_stream, error, padding = _unpackers(compression, where)
     return io.BufferedReader(_Streams(file, new_stream, error, padding), _BYTES_AT_ONCE)
 
 
 def _unpackers(compression: str, where: str) -> tuple[Callable[[], Any], type[Exception], bytes]:
-    """What makes an unpacker of one stream, its error, and the bytes that may follow a stream."""
+    """A factory of single-stream unpackers, their error, and the bytes that may follow a stream."""
     if compression == ".gz":
         return partial(zlib.decompressobj, _GZIP), zlib.error, b"\0"
     try:
@@ -72,16 +72,16 @@ def _unpackers(compression: str, where: str) -> tuple[Callable[[], Any], type[Ex
             "it as .gz"
         )
         raise DataError(f"{where} is read with {way_out}") from error
-    # Large corpora are packed with `zstd --long=31`, which needs a window of this size.
+    # Large corpora are compressed with `zstd --long=31`, which needs a window of this size.
     unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
     return unpacker.decompressobj, zstandard.ZstdError, b""
 
 
 class _Streams(io.RawIOBase):
-    """What packed streams, one after the other, unpack to.
+    """The uncompressed content of concatenated compressed streams.
 
-    The libraries' own readers take a cut stream for a whole one (zstandard), whatever follows the
-    first one for nothing (bz2, lzma), or lose what came before the damage (gzip).
+    The libraries' own readers accept a truncated stream as complete (zstandard), ignore what
+    follows the first one (bz2, lzma), or lose the content before a damaged place (gzip).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class _Streams(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fills all of the buffer, as far as the file goes: what peeks at it sees a beginning."""
+        """Fills the whole buffer unless the file ends: peeking shows as much as it can."""
         if self._failed is not None:
             raise self._failed
         filled = 0
@@ -118,7 +118,7 @@ class _Streams(io.RawIOBase):
         except DamagedError as error:
             if not filled:
                 raise
-            self._failed = error  # what came before it is given first
+            self._failed = error  # the content before it is returned first
         return filled
 
     def _read_on(self) -> bool:

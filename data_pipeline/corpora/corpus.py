@@ -1,8 +1,8 @@
-"""Corpora: the documents of a text source, in an order that no machine path decides.
+"""Corpora: the documents of a text source, in an order that depends on no machine's paths.
 
-Owns the rules by which a document is left out: not to be read, not UTF-8, empty, or the exact copy
-of an earlier one. Leaves which files there are to `corpus_files`, what is in a file to
-`text_files`, and tokens, splits and shards to others.
+Owns the rules by which a document is left out: unreadable, not UTF-8, empty, or an exact duplicate
+of an earlier one. Leaves the choice of files to `corpus_files`, reading a file to `text_files`, and
+tokens, splits and shards to others.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from data_pipeline.corpora.text_files import read_documents, refused, text_size
 from data_pipeline.settings import DataError, OnCorrupt, plain_source_name
 from data_pipeline.storage import without_secrets
 
-# Tests repeat the library's text, and what is installed beside it differs between machines.
+# Tests repeat the library's text, and other installed packages differ between machines.
 _STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -45,7 +45,7 @@ _STDLIB_LEFT_OUT = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text of a corpus: its UTF-8 bytes, the same decoded, and the SHA-256 of the bytes."""
+    """One text of a corpus: its UTF-8 bytes, the decoded string, and the SHA-256 of the bytes."""
 
     content: bytes
     text: str
@@ -57,24 +57,24 @@ class Corpus(Protocol):
 
     @property
     def description(self) -> str:
-        """What it is, in words that hold on any machine."""
+        """A description that is the same on every machine."""
         ...
 
     @property
     def files(self) -> tuple[CorpusFile, ...]:
-        """The files that its documents stand in, in the order in which they are read."""
+        """The files that contain its documents, in the order in which they are read."""
         ...
 
     @property
     def num_bytes(self) -> int:
-        """About how many bytes of text it holds, as an estimate of the work."""
+        """Roughly how many bytes of text it holds, as an estimate of the work."""
         ...
 
     def raw_documents(self) -> Iterator[RawDocument]:
-        """Each document's text, or why it is left out.
+        """Yields each document's text, or why it is left out.
 
-        Raises DataError for a corrupt one where the corpus was opened to fail on it, and where a
-        library to read it with is missing.
+        Raises DataError for a corrupt document if the corpus was opened to fail on it, and if a
+        library needed to read it is missing.
         """
         ...
 
@@ -91,13 +91,12 @@ def open_corpus(
 ) -> Corpus:
     """The corpus that `spec` names: `stdlib`, a folder, a data set saved to disk, or a file.
 
-    Or a data source that an extension has registered, with its `options`.
-    `on_corrupt` says whether a corrupt document or file ends the reading or is passed over.
-    `text_field` names the text in JSON and tables. Folders that are being written, `outputs`, are
-    no part of it. Messages call it by the `setting` that named it, and propose no name that
-    another of the `sources` has.
+    Or a data source that an extension has registered, with its `options`. `on_corrupt` says whether
+    a corrupt document or file ends the reading or is skipped. `text_field` names the text in JSON
+    and tables. Folders that are being written, `outputs`, are not part of it. Messages refer to it
+    by the `setting` that named it, and suggest no name that another of the `sources` has.
 
-    Raises DataError where there is none, or no file in it, or something that can't be read.
+    Raises DataError if it doesn't exist, contains no file, or has something that can't be read.
     """
     if spec in DATA_SOURCES.names():
         try:
@@ -132,10 +131,10 @@ def open_corpus(
 def kept_documents(
     raw: Iterable[RawDocument], *, left_out: LeftOut, seen: set[bytes] | None = None
 ) -> Iterator[Document]:
-    """The documents that are text and new, in order; counts the others in `left_out`.
+    """Yields documents that are text and not duplicates, in order; counts the others in `left_out`.
 
-    `seen` holds the digests of those kept so far and is added to: sources that share one have no
-    document in common. None: a set of its own.
+    `seen` holds the digests of the documents kept so far and is updated: sources that share one
+    have no document in common. None: a set of its own.
     """
     seen = set() if seen is None else seen
     for document in raw:
@@ -157,7 +156,7 @@ def kept_documents(
 def _utf8(text: str) -> bytes | None:
     try:
         return text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate is legal in JSON, and not in UTF-8
+    except UnicodeEncodeError:  # a lone surrogate is valid in JSON, but not in UTF-8
         return None
 
 
@@ -178,7 +177,7 @@ class _Files:
         return sum(text_size(file.name, file.size) for file in self.files)
 
     def check_names(self) -> None:
-        """Raises DataError for what is known not to be readable before anything is read."""
+        """Raises DataError for files that are known to be unreadable, before anything is read."""
         for unread in self.found.passed_over:
             self._check(unread)
         for file in self.files:
@@ -196,7 +195,7 @@ class _Files:
                 yield document
 
     def _check(self, unread: Unread) -> None:
-        """Raises DataError for what can't be read, where that isn't to be passed over."""
+        """Raises DataError for something unreadable, unless it is to be skipped."""
         if self.on_corrupt is OnCorrupt.fail and unread.reason in FAILURES:
             raise DataError(
                 f"{self.root / unread.where} {unread.why}; {unread.way_out}, or give "
@@ -254,7 +253,7 @@ def _no_such_corpus(spec: str, path: Path, *, setting: str, sources: Collection[
 
 
 def _names_for(corpora: Iterable[str], taken: Collection[str]) -> list[str]:
-    """A name for each corpus that no other has: `a/data` and `b/data` are data and data-2."""
+    """A unique name for each corpus: `a/data` and `b/data` are data and data-2."""
     names = list(taken)
     for corpus in corpora:
         name = nearest = plain_source_name(corpus) or "text"

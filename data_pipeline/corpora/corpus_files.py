@@ -1,7 +1,7 @@
-"""The files of a corpus: which of a folder's are read, in which order, and which are passed over.
+"""The files of a corpus: which files of a folder are read, in which order, and which are skipped.
 
-Owns the walk through folders and links, and the data sets that `datasets` saved in them. Leaves
-what is in a file to `text_files`, and what becomes of what can't be read to `corpora`.
+Owns walking through folders and links, and the data sets in them that `datasets` saved. Leaves
+reading a file to `text_files`, and the handling of unreadable ones to `corpora`.
 """
 
 import errno
@@ -18,14 +18,14 @@ from data_pipeline.corpora.raw_documents import Reason, Unread
 from data_pipeline.corpora.text_files import ALLOW, is_hidden
 from data_pipeline.settings import DataError
 
-# What the library `datasets` writes beside the files of a data set, and of one in splits.
+# What the library `datasets` writes next to the files of a data set, and of one with splits.
 _DATASET_STATE = "state.json"
 _DATASET_INFO = "dataset_info.json"
 _DATASET_SPLITS = "dataset_dict.json"
-# A link to what isn't there, or to itself, or into a folder of somebody else's.
+# A link to a missing target, to itself, or into another user's folder.
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
 _FETCH = "fetch what it stands for (git annex get, dvc pull, hf download)"
-# What a run's folder holds from its first step on.
+# What a run's folder contains from its first step on.
 _RUN_FILES = ("config.yaml", "events.jsonl", "metrics.jsonl")
 # How the index of a folder of shards begins.
 _SHARDS_INDEX = "index.json"
@@ -35,7 +35,7 @@ _SHARDS_TABLE = ".documents.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFile:
-    """A file of a corpus: its path below the corpus's folder, '/' between the parts, and state."""
+    """A file of a corpus: its path relative to the corpus's folder, with '/', and its state."""
 
     name: str
     size: int
@@ -44,7 +44,7 @@ class CorpusFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundFiles:
-    """The files of a folder in the order in which they are read, and what was passed over."""
+    """The files of a folder in the order in which they are read, and what was skipped."""
 
     files: tuple[CorpusFile, ...]
     passed_over: tuple[Unread, ...] = ()
@@ -58,14 +58,14 @@ def found_files(
 ) -> FoundFiles:
     """The files below `root` by their paths, sorted; those of a data set, in its own order.
 
-    Links are followed, and each folder is read once, under its own name where it has one there.
-    Folders of a name in `not_walked`, and the folders `outputs`, are as if they weren't there.
+    Links are followed, and each folder is read once, by its own path if that is below `root`.
+    Folders with a name in `not_walked`, and the folders `outputs`, are ignored.
 
-    Raises DataError for a data set that isn't what it says, and OSError where a disk fails.
+    Raises DataError for an inconsistent data set, and OSError for a failing disk.
     """
     try:
         names = _dataset_files(root)
-    except PermissionError:  # the walk says what that means
+    except PermissionError:  # the walk reports it
         names = None
     if names is not None:
         return FoundFiles(files=tuple(corpus_file(root, name) for name in names))
@@ -92,9 +92,9 @@ def is_shard_folder(folder: str | Path) -> bool:
 
 
 def is_text(where: str | Path) -> bool:
-    """Whether a path is that of text: a file, or a folder that holds others than shards.
+    """Whether a path is text: a file, or a folder that holds files other than shards.
 
-    A folder with a folder of shards in it isn't, and neither is one of shards without their index.
+    A folder that contains a folder of shards isn't text, nor is one with shards but no index.
     """
     if os.path.isfile(where):
         return True
@@ -120,7 +120,7 @@ def _as_found(name: str, found: os.stat_result) -> CorpusFile:
 
 @dataclass
 class _Walk:
-    """A walk through the folders below `root`, those that only a link leads to last."""
+    """A walk through the folders below `root`; those that only a link leads to come last."""
 
     root: Path
     not_walked: frozenset[str]
@@ -188,7 +188,7 @@ class _Walk:
 
 
 def _leads_nowhere(entry: "os.DirEntry[str]", error: OSError) -> tuple[str, str]:
-    """Why a name in a folder leads to nothing, and what to do about it."""
+    """Why an entry of a folder has no target, and what to do about it."""
     why = f"can't be read: {error.strerror}"
     if error.errno in (errno.EACCES, errno.EPERM) or not entry.is_symlink():
         return why, ALLOW
@@ -196,9 +196,9 @@ def _leads_nowhere(entry: "os.DirEntry[str]", error: OSError) -> tuple[str, str]
 
 
 def _dataset_files(folder: Path) -> list[str] | None:
-    """The files of a data set that `datasets` saved, split by split; None where there is none.
+    """The files of a data set that `datasets` saved, split by split; None if there is none.
 
-    Paths are relative to the folder. Raises DataError where they can't be read or aren't there.
+    Paths are relative to the folder. Raises DataError if they are missing or can't be read.
     """
     if (folder / _DATASET_SPLITS).is_file():
         files = []
@@ -224,7 +224,7 @@ def _filenames(entries: Iterable[Any]) -> list[Any]:
 
 
 def _saved_names(path: Path, names_in: Callable[[Any], Iterable[Any]]) -> list[str]:
-    """Names that a file of a saved data set gives, of files or folders that stand beside it."""
+    """Names that a file of a saved data set lists, of files or folders in the same folder."""
     try:
         names = [str(name) for name in names_in(json.loads(path.read_bytes()))]
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -14,10 +14,10 @@ DATA_SOURCES = Registry[Any]("data source", setting="corpus", built_in={})
 
 
 class DataSource(ABC):
-    """Documents that are not files of text: of a database, or of a format of one's own."""
+    """Documents that aren't text files, such as those of a database or a format of one's own."""
 
     num_bytes = 0
-    """About how many bytes of text it holds, for the display; 0 where nobody knows."""
+    """Roughly how many bytes of text it holds, for the progress bar; 0 if unknown."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -25,16 +25,16 @@ class DataSource(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields each document: where it stands, for messages, and its text.
+        """Yields each document: its location, for messages, and its text.
 
-        Always the same ones in the same order. DataError ends the build with its message.
+        Always the same documents in the same order. DataError ends the build with its message.
         """
 
     @abstractmethod
     def version(self) -> str:
-        """Says which text it is: shards are built anew where it isn't the one they were built of.
+        """Identifies the text: shards are rebuilt if it differs from the one they were built with.
 
-        A number, a date, a hash.
+        For example a number, a date or a hash.
         """
 
 
@@ -54,13 +54,13 @@ class SourceCorpus:
 
     @property
     def files(self) -> tuple[CorpusFile, ...]:
-        """What stands for its files in the record of what shards were built from."""
+        """What replaces its files in the record of what shards were built from."""
         version = f"{self.description}, version {self.source.version()}"
         return (CorpusFile(name=version, size=0, mtime_ns=0),)
 
     @property
     def num_bytes(self) -> int:
-        """About how many bytes of text it holds."""
+        """Roughly how many bytes of text it holds."""
         return self.source.num_bytes
 
     def raw_documents(self) -> Iterator[RawDocument]:
@@ -70,7 +70,7 @@ class SourceCorpus:
 
 
 def open_data_source(name: str, options: Mapping[str, Any]) -> SourceCorpus:
-    """Returns the corpus of a registered data source; ValueError for options that can't be."""
+    """Returns the corpus of a registered data source; ValueError for invalid options."""
     checked = DATA_SOURCES.checked_options(name, options)
     source: DataSource = DATA_SOURCES.get(name).made(DATA_SOURCES.typed_options(name, checked))
     return SourceCorpus(name, source, checked)

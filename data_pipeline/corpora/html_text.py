@@ -1,4 +1,4 @@
-"""HTML to text: what a reader of the page would read, one line a block.
+"""HTML to text: what a reader of the page would read, one line per block.
 
 Owns the rules by which markup becomes text, and the only import of selectolax. Leaves which
 files are HTML to `text_files`.
@@ -9,8 +9,8 @@ import re
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-# What a page shows around its text or doesn't show at all. Outside an article or a section, a
-# <header>, <footer> or <aside> is the site's and not the page's, unless the page's title is in it.
+# What a page shows around its text, or doesn't show at all. Outside an article or a section, a
+# <header>, <footer> or <aside> belongs to the site, not to the page, unless it contains the title.
 _DROPPED = ", ".join(
     (
         "head, title, script, style, noscript, template, nav, menu, dialog, iframe, object, svg",
@@ -31,7 +31,7 @@ _BLOCKS = frozenset(
     )
 )
 _CELLS = ("td", "th")
-_SPACES = re.compile(r"[ \t\n\f\r]+")  # HTML's; a no-break space is text
+_SPACES = re.compile(r"[ \t\n\f\r]+")  # HTML's white space; a no-break space is text
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -42,7 +42,7 @@ _BYTE_ORDER_MARKS = {
 _CHARSET = re.compile(
     rb"<(?:meta\s[^>]*?charset|\?xml\s[^>]*?encoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE
 )
-# In XHTML `<script/>` is whole; read as HTML it would swallow all that follows.
+# In XHTML `<script/>` is complete; parsed as HTML it would swallow everything that follows.
 _XHTML = b"http://www.w3.org/1999/xhtml"
 _SELF_CLOSED = re.compile(
     r"<(script|style|title|textarea|iframe|noscript|a|div|span|p)\b([^<>]*)/>"
@@ -52,12 +52,11 @@ _SELF_CLOSED = re.compile(
 def html_text(content: bytes) -> str:
     """The text of an HTML page, without its markup: a line for each block.
 
-    The cells of a table row stand in one line, with tabs between them, where each is of one line.
-    Scripts, styles, navigation, forms' controls and what is hidden are left out; entities are
-    decoded; runs of white space become one space, but in <pre>, which is kept as it is.
+    The cells of a table row form one line, separated by tabs, if each cell is a single line.
+    Scripts, styles, navigation, form controls and hidden elements are left out. Entities are
+    decoded. Runs of white space become one space, except in <pre>, which is kept as it is.
 
-    Raises UnicodeDecodeError where the bytes are not in the page's charset (UTF-8 where it
-    names none).
+    Raises UnicodeDecodeError if the bytes are not in the page's charset (UTF-8 if it names none).
     """
     markup = _decoded(content)
     if _XHTML in content[:1024]:
@@ -77,10 +76,10 @@ def _decoded(content: bytes) -> str:
 
 
 def _codec(label: str) -> str:
-    """Python's codec for a declared charset, by the HTML standard's rules for old labels."""
+    """Python's codec for a declared charset, by the HTML standard's rules for legacy labels."""
     try:
         codec = codecs.lookup(label).name
-        "".encode(codec)  # raises for what only looks like a charset: rot13, base64
+        "".encode(codec)  # raises for codecs that aren't charsets: rot13, base64
     except LookupError:
         return "utf-8"
     if codec in ("ascii", "iso8859-1"):
@@ -89,7 +88,7 @@ def _codec(label: str) -> str:
 
 
 def _lines(body: LexborNode) -> list[str]:
-    """The lines of a tree. Without recursion: pages nest deeper than Python's stack."""
+    """The lines of a tree. Not recursive: pages nest deeper than Python's stack allows."""
     text = _Lines()
     above: list[tuple[LexborNode, str]] = []
     node = body.first_child
@@ -117,13 +116,13 @@ def _lines(body: LexborNode) -> list[str]:
 
 
 class _Lines:
-    """Gathers text into lines: one a block, and one a table row whose cells are of one line."""
+    """Collects text into lines: one per block, and one per table row with single-line cells."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._parts: list[str] = []
-        self._rows: list[list[str]] = []  # the cells so far of each open row: tables nest
-        self._cells: list[int] = []  # the number of lines at which each open cell began
+        self._rows: list[list[str]] = []  # the cells so far of each open row; tables can be nested
+        self._cells: list[int] = []  # the number of lines at the start of each open cell
 
     def add(self, text: str) -> None:
         self._parts.append(text)
@@ -155,7 +154,7 @@ class _Lines:
             self.lines.append(line)
 
     def _end_cell(self, first: int) -> None:
-        if not self._rows:  # not in a table: markup that was put together by a script
+        if not self._rows:  # a cell outside a table, in markup that a script assembled
             return
         row = self._rows[-1]
         if len(self.lines) - first <= 1:

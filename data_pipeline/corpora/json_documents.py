@@ -1,6 +1,6 @@
-"""Documents in JSON: one a line, one an element of an array, or one value after the other.
+"""Documents in JSON: one per line, one per element of an array, or concatenated values.
 
-Owns what tells these apart, reading them piece by piece, whatever their size, and finding a
+Owns distinguishing these forms, reading them piece by piece, whatever their size, and finding a
 document's text in an object. Leaves which files are JSON to `text_files`.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeGuard
 from data_pipeline.corpora.compression import DamagedError
 from data_pipeline.corpora.raw_documents import RawDocument, Reason, Text, Unread
 
-# What to do where a text isn't in the field that was named.
+# What to do if the named field has no text.
 FIELD_WAY_OUT = (
     "name the field by text_field=… (of one source by sources.NAME.text_field=…, in training by "
     "data.text_field=…)"
@@ -25,7 +25,7 @@ FIELD_WAY_OUT = (
 
 _BOM = codecs.BOM_UTF8
 _CHARACTERS_AT_ONCE = 2**20
-# Of one value: a quote that is missing must not have all of a file set aside.
+# Limit of one value: a missing quote must not discard a whole file.
 _LONGEST_VALUE = 2**30
 _NUM_FIELDS_NAMED = 12
 
@@ -41,23 +41,23 @@ _TYPES = {type(None): "null", bool: "true or false", list: "a list", int: "a num
 
 
 def json_lines(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of JSON lines: the text in `field` of the object on each.
+    """The documents of JSON lines: the text in `field` of each line's object.
 
-    An array of objects, which isn't what the name says, is read as one too.
+    An array of objects, despite the file's name, is read as one too.
     """
     is_array = _ARRAY_OF_OBJECTS.match(file.peek(1))
     return map(_demanded, (_elements if is_array else _lines)(file, where, field))
 
 
 def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of a `.json` file, which its content shows to be lines, an array or values.
+    """The documents of a `.json` file: lines, an array or values, as its content shows.
 
-    An object that is alone and has no text is no damage: it says something of other files.
+    A single object without text isn't an error: it usually describes other files.
     """
     if file.peek(1).removeprefix(_BOM).lstrip().startswith(b"["):
         yield from map(_demanded, _elements(file, where, field))
         return
-    beginning = _first_lines(file, 1)  # which may be longer than what can be peeked at
+    beginning = _first_lines(file, 1)  # which may be longer than what can be peeked
     line = beginning.removeprefix(_BOM).strip()
     is_spread = line.startswith(b"{") and beginning.endswith(b"\n") and not line.endswith(b"}")
     documents = (_spread_values if is_spread else _lines)(_rejoined(beginning, file), where, field)
@@ -75,10 +75,10 @@ def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDoc
 def json_by_content(
     file: BufferedReader, where: str, field: str
 ) -> tuple[BufferedReader, Iterator[RawDocument] | None]:
-    """A file again, and its documents in JSON where it holds such, whatever its name.
+    """The rewound file, and its documents if its content is JSON, whatever its name.
 
-    That is where its first two lines are objects, or its only one with a text in `field`, and
-    where it begins like an array of objects.
+    It is JSON if its first two lines are objects, if its only line is one with a text in `field`,
+    or if it begins like an array of objects.
     """
     beginning = file.peek(1)
     if _ARRAY_OF_NAMED_VALUES.match(beginning):
@@ -98,7 +98,7 @@ def json_by_content(
 
 
 def text_in(record: Any, field: str) -> str | None:
-    """The string in a field of an object, `a.b` for one in an inner object; None where none is."""
+    """The string in a field of an object, `a.b` for a nested one; None if there is none."""
     if isinstance(record, dict) and isinstance(found := record.get(field), str):
         return found
     for part in field.split("."):
@@ -117,20 +117,20 @@ def missing_text(what: str, fields: Iterator[str]) -> str:
 
 
 def _first_lines(file: BinaryIO, number: int) -> bytes:
-    """The first lines that aren't blank, with those that are before them."""
+    """The first lines that aren't blank, including any blank lines before them."""
     lines = b""
     try:
         while number and (line := file.readline(_LONGEST_VALUE)):
             lines += line
             number -= bool(line.strip())
-    except DamagedError:  # it is met again by who reads on
+    except DamagedError:  # the reader that continues will meet it again
         if not lines:
             raise
     return lines
 
 
 class _Rejoined(io.RawIOBase):
-    """A file from its beginning on, which was read before."""
+    """A file from its beginning, of which a part was already read."""
 
     def __init__(self, beginning: bytes, rest: BufferedReader) -> None:
         self._beginning, self._rest = io.BytesIO(beginning), rest
@@ -159,9 +159,9 @@ def _lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
 
 
 def _elements(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of an array, one an element."""
+    """The documents of an array, one per element."""
     values, number = _Values(file), 0
-    values.take()  # the bracket that opens it
+    values.take()  # the opening bracket
     sign = "," if values.next_sign() != "]" else "]"
     while sign == ",":
         number += 1
@@ -179,28 +179,28 @@ def _elements(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
 
 
 def _spread_values(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of values that follow each other, over as many lines as they like."""
+    """The documents of concatenated values, each over any number of lines."""
     values, number = _Values(file), 0
     while values.next_sign():
         number += 1
         document = values.document(f"{where}, value {number}", field)
         yield document
         if isinstance(document, Unread) and document.reason is Reason.corrupt:
-            return  # nothing says where the next one begins
+            return  # the start of the next value is unknown
 
 
 class _Values:
-    """JSON values in a file, of which no more than one is in memory."""
+    """JSON values in a file, of which at most one is in memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        # A byte that isn't UTF-8 spoils the text that it is in, and no other.
+        # A byte that isn't UTF-8 affects only the text that contains it.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
         self._decode = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
 
     def next_sign(self) -> str:
-        """The next character that isn't a space; nothing at the end of the file."""
+        """The next character that isn't white space; an empty string at the end of the file."""
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space is not None, "nothing is space enough"
@@ -211,17 +211,17 @@ class _Values:
                 return ""
 
     def take(self) -> None:
-        """Goes past the next sign."""
+        """Skips the next character."""
         if self.next_sign():
             self._at += 1
 
     def document(self, where: str, field: str) -> RawDocument:
-        """The document in the next value; goes past it, whatever is wrong with it."""
+        """The document in the next value; skips the value even if it is invalid."""
         self.next_sign()
         while True:
             try:
                 record, end = self._decode(self._text, self._at)
-                # A number may go on in what isn't read yet.
+                # A number may continue in the part that isn't read yet.
                 if end < len(self._text) or self._ended:
                     self._at = end
                     return _document(record, where, field)
@@ -235,7 +235,7 @@ class _Values:
             self._read_on()
 
     def _read_on(self) -> bool:
-        """Reads as much again as is waiting, so that a long value isn't tried too often."""
+        """Doubles the unparsed text, so that a long value isn't parsed too often."""
         if self._ended:
             return False
         waiting = self._text[self._at :]
@@ -247,11 +247,11 @@ class _Values:
 
 
 def _end_of_value(text: str, start: int) -> int | None:
-    """Where a value that may not be JSON ends by its brackets and quotes; None: not in `text`."""
+    """Where a possibly invalid value ends by its brackets and quotes; None: not within `text`."""
     depth = 0
     for found in (_BRACKETS if text.startswith(("[", "{"), start) else _ENDS).finditer(text, start):
         sign = found[0]
-        if sign == '"':  # of a string that doesn't end here
+        if sign == '"':  # of a string that doesn't end in `text`
             return None
         if sign == "," or (sign == "]" and depth == 0):
             return found.start()
@@ -283,7 +283,7 @@ def _fields(record: dict[str, Any], inside: str = "") -> Iterator[str]:
 
 
 def _demanded(document: RawDocument) -> RawDocument:
-    """The same, where each object should have a text."""
+    """The same, for objects that must each have a text."""
     return replace(document, reason=Reason.corrupt) if _has_no_text(document) else document
 
 

@@ -1,7 +1,7 @@
-"""Documents as they are read from a corpus: their text, or why there is none; and the count of it.
+"""Documents as they are read from a corpus: their text, or why there is none; and their counts.
 
-Owns the reasons for which something is left out. Leaves to `text_files` and `corpus_files` what
-falls under which, and to `corpora` what becomes of it.
+Owns the reasons for which something is left out. Leaves deciding which applies to `text_files` and
+`corpus_files`, and the consequences to `corpora`.
 """
 
 import re
@@ -20,17 +20,17 @@ class Reason(StrEnum):
     not_utf8 = "not_utf8"
     empty = "empty"
     duplicate = "duplicate"
-    # What isn't what it should be: a line, a member of a tar, or the rest of a file.
+    # Corrupt: a line, a member of a tar, or the rest of a file.
     corrupt = "corrupt"
-    # What can't be had: a link that leads nowhere, a folder that may not be listed.
+    # Inaccessible: a link without a target, a folder that can't be listed.
     unreadable = "unreadable"
-    # An object in JSON that is alone in its file, such as a picture's size.
+    # A single JSON object in its file, such as one with a picture's size.
     no_text = "no_text"
-    # An ending that isn't known, of something that isn't text.
+    # An unknown suffix, of something that isn't text.
     unknown_ending = "unknown_ending"
-    # Names that begin with a point.
+    # Names that begin with a dot.
     hidden = "hidden"
-    # A folder that is read under another name, or a file that stands for one that is read.
+    # A folder that is read under another name, or a file that is a pointer to one that is read.
     read_already = "read_already"
     # Pipes, sockets and devices.
     not_a_file = "not_a_file"
@@ -38,15 +38,15 @@ class Reason(StrEnum):
     output = "output"
 
 
-# What ends the reading of a corpus, unless it is to be passed over and counted.
+# What ends the reading of a corpus, unless it is to be skipped and counted.
 FAILURES = (Reason.corrupt, Reason.unreadable)
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document's text, and where it stands: `a.jsonl, line 3`.
+    """A document's text, and its location: `a.jsonl, line 3`.
 
-    `unknown_ending` is that of its file's name, where it isn't known and was read as plain text.
+    `unknown_ending` is its file's suffix, if that is unknown and the file was read as plain text.
     """
 
     where: str
@@ -56,9 +56,9 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """Something that isn't read: where it is, and why not, as the end of a sentence about it.
+    """Something that isn't read: its location, and why not, as the end of a sentence about it.
 
-    `way_out` says what to do about it, beside leaving it out.
+    `way_out` says what to do about it, other than leaving it out.
     """
 
     where: str
@@ -71,14 +71,14 @@ RawDocument = Text | Unread
 
 
 class LeftOut:
-    """What of a corpus was left out, as it is read: how much by reason, and where the first are.
+    """What of a corpus was left out, counted as it is read: by reason, with the first places.
 
-    `num` has the first four reasons always, and others where there was one. `examples` has the
-    places of the first few of each, with the fields there are of the first without a text, and
-    `why` says of the first what is wrong and what to do.
+    `num` always has the first four reasons, and others that occurred. `examples` has the places of
+    the first few of each, with the existing fields of the first one without a text. `why` says of
+    the first what is wrong and what to do.
 
-    `unknown_endings` has the number of documents that were read as plain text, by their ending,
-    which isn't known, and `ending_examples` the places of the first few.
+    `unknown_endings` has the number of documents that were read as plain text, by their unknown
+    suffix, and `ending_examples` the places of the first few.
     """
 
     def __init__(self) -> None:
@@ -90,9 +90,9 @@ class LeftOut:
         self.ending_examples: dict[str, list[str]] = {}
 
     def add(self, reason: Reason, where: str, why: str = "") -> None:
-        """Counts what is at a place and left out."""
+        """Counts something at a place as left out."""
         self.why.setdefault(reason, shown(f"{where} {why}"))
-        # Their text may be in another field than was thought: the first says which there are.
+        # Their text may be in a different field: the first one lists its fields.
         is_told = reason is Reason.no_text and reason not in self.examples
         _count(self.num, self.examples, reason, f"{where} {why}" if is_told else where)
 
@@ -120,7 +120,7 @@ def counts_text(num: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -
 
 
 def reading_report(source: Mapping[str, Any]) -> str:
-    """What of a source was left out, and what was read as plain text, from its fields' values."""
+    """What of a source was left out or read as plain text, from the values of its fields."""
     report = f"left out: {counts_text(source['num_left_out'], source['left_out_examples'])}"
     if source["unknown_endings"]:
         endings = counts_text(source["unknown_endings"], source["ending_examples"])
@@ -129,18 +129,18 @@ def reading_report(source: Mapping[str, Any]) -> str:
 
 
 def as_utf8(text: str) -> str:
-    """A text as UTF-8 can hold it: a byte that isn't UTF-8, of a file's name, becomes `\\xe9`."""
+    """A text that UTF-8 can encode: a byte of a file name that isn't UTF-8 becomes `\\xe9`."""
     return _NOT_UTF8.sub(lambda found: _escaped(found[0]), text)
 
 
 def shown(text: str) -> str:
-    """A name as UTF-8 can hold it and a line can show it: what isn't printable is escaped."""
+    """A name that UTF-8 can encode and one line can show: unprintable characters are escaped."""
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
 
 
 def _escaped(sign: str) -> str:
-    if "\udc80" <= sign <= "\udcff":  # what Python makes of such a byte
+    if "\udc80" <= sign <= "\udcff":  # how Python represents such a byte
         return f"\\x{ord(sign) - 0xDC00:02x}"
     return sign.encode("unicode_escape").decode("ascii")

@@ -1,9 +1,9 @@
 """Text files: the documents in one file, by its name and its content.
 
-Owns the formats by their endings and the tar: one set of rules, for the files of a folder as for
+Owns the formats by file extension, and tar files: the same rules hold for the files of a folder and
 the members of a tar. Leaves JSON to `json_documents`, HTML to `html_text`, tables to
-`arrow_tables`, compression to `compression`, and which files belong to a corpus, and what becomes
-of damaged ones, to `corpora`. Nothing is unpickled, and nothing is unpacked to disk.
+`arrow_tables`, compression to `compression`. Leaves which files belong to a corpus, and the
+handling of damaged ones, to `corpora`. Nothing is unpickled, and nothing is unpacked to disk.
 """
 
 import codecs
@@ -34,7 +34,7 @@ _PLAIN_ENDINGS = """
 .thrift .yaml .yml .toml .ini .cfg .conf .xml .svg .diff .patch .po .pot
 """
 _PLAIN = frozenset(_PLAIN_ENDINGS.split())
-# Endings of what may hold text and can't be read.
+# Extensions of formats that may hold text but can't be read.
 _OTHER_TABLES = ".csv .tsv .xlsx .xls .ods .orc .avro .sqlite .sqlite3 .warc .wet .h5 .hdf5"
 _OTHER_PACKINGS = ".whl .jar .npz .zip .7z .rar .lz4 .lz .lzma .lzo .z .br .sz .snappy"
 _PICKLES = ".pkl .pickle .pyd .pth"
@@ -50,7 +50,8 @@ _REFUSED = {
     **dict.fromkeys(_OTHER_PACKINGS.split(), _PACKING),
     **dict.fromkeys(_PICKLES.split(), _PICKLE),
 }
-# How the content of such begins, whatever its name; and of what its name alone hides.
+# How the content of such files begins, whatever their names; and that of formats that are read
+# only by their names.
 _NOT_READ_BY_CONTENT = {
     b"PK\3\4": _PACKING,
     b"7z\xbc\xaf\x27\x1c": _PACKING,
@@ -66,10 +67,10 @@ _NOT_READ_BY_CONTENT = {
 }
 _TORCH = ".pt"  # a pickle, or text in Portuguese
 _NUMBERED = re.compile(r"(.+?)(?:(?:\.\d+)+| ?\(\d+\)| copy(?: \d+)?)")
-_NUMBER = re.compile(rb"\s*-?\d{1,20}\s*")  # as a WebDataset's .cls and .index hold
+_NUMBER = re.compile(rb"\s*-?\d{1,20}\s*")  # as in a WebDataset's .cls and .index
 ALLOW = "give yourself the right to read it"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
-# What stands for a file of git-annex: its own pointer, or a link of it as a text.
+# What replaces a file of git-annex: its pointer, or a link of it stored as text.
 _GIT_ANNEX = re.compile(rb"(?:(?:\.\./)*\.git)?/annex/objects/\S*--\S+\s")
 _DVC = re.compile(rb"^outs:\s", re.MULTILINE)
 _HEAD_BYTES = 2**13
@@ -78,16 +79,16 @@ _TAR_BLOCK = 512
 
 
 def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocument]:
-    """The documents of a file that is called `where`, in its order, and what of it isn't read.
+    """The documents of a file, called `where` in messages, in order, and what of it isn't read.
 
-    The ending of its name says how it is read, `.gz`, `.xz`, `.bz2` or `.zst` in place of
-    compression: `.jsonl` and `.ndjson` hold a document a line, `.json` the same or one array or
-    object, by its content; `.parquet` and `.arrow` one a row, a `.tar` what its members hold as
-    files would; `.html`, `.htm` and `.xhtml` are one without its markup. Any other is one as it
-    is, where it is text, unless an ending that isn't known, or none, hides JSON. `field` names the
-    text in JSON and tables.
+    The suffix decides the format; `.gz`, `.xz`, `.bz2` or `.zst` in addition the compression.
+    `.jsonl` and `.ndjson` hold a document per line. `.json` holds the same or one array or object,
+    by its content. `.parquet` and `.arrow` hold one per row. A `.tar` holds what its members would
+    hold as files. `.html`, `.htm` and `.xhtml` are one document without its markup. Any other text
+    file is one document as it is, unless it has JSON in it and an unknown suffix or none. `field`
+    names the text in JSON and tables.
 
-    Raises DataError where a library is missing, which is no fault of the file.
+    Raises DataError if a library is missing, which isn't the file's fault.
     """
     try:
         file = path.open("rb")
@@ -99,7 +100,7 @@ def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocumen
 
 
 def refused(name: str, *, where: str) -> Unread | None:
-    """Says for a file of that name that it can't be read, where its name is enough to know."""
+    """For a file that can't be read, by its name alone, says why; None for any other."""
     ending, compression = _ending(name)
     if ending in _TABLES and compression:
         way_out = f"unpack it to a {ending} file"
@@ -110,24 +111,24 @@ def refused(name: str, *, where: str) -> Unread | None:
 
 
 def text_size(name: str, size: int) -> int:
-    """About how many bytes of text a file holds, from its name and its size on disk."""
+    """Roughly how many bytes of text a file holds, from its name and its size on disk."""
     ending, compression = _ending(name)
     share = 0.2 if _READERS.get(ending) is _html else 1.0
-    # Markup is most of a page; text packs to a third or a quarter.
+    # Markup is most of a page; text compresses to a third or a quarter.
     packed = compression or ending == ".parquet"
     return round(size * share * (4 if packed else 1))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name, without its folders, is one that is passed over: `.git`, `._a.txt`."""
+    """Whether a name, without its folders, is hidden and skipped: `.git`, `._a.txt`."""
     return name.startswith(".") and name not in (".", "..")
 
 
 def _ending(name: str) -> tuple[str, str]:
-    """The endings that name a file's format and its compression: .jsonl, .gz; '' for none.
+    """The suffixes that name a file's format and its compression: .jsonl, .gz; '' for none.
 
-    Numbers (`part.001`) and what has a space in it are none; before those that number pieces and
-    copies (`a.jsonl.00`, `a.json copy 2`), the ending of a kind counts.
+    Numbers (`part.001`) and anything with a space aren't suffixes. If numbers of pieces or copies
+    follow (`a.jsonl.00`, `a.json copy 2`), the known suffix before them counts.
     """
     rest, compression = split_compression(name.rpartition("/")[2])
     found = re.search(r".(\.(?!\d+$)[^\s.]{1,12})$", rest)
@@ -141,7 +142,7 @@ def _ending(name: str) -> tuple[str, str]:
 def _documents(
     file: BufferedReader, name: str, where: str, field: str, *, path: Path | None = None
 ) -> Iterator[RawDocument]:
-    """The documents of a file, which has a path, or of a member of a tar, of this name."""
+    """The documents of a file, which has a path, or of a tar member, with this name."""
     unread = refused(name, where=where)
     if unread is not None:
         yield unread
@@ -174,7 +175,7 @@ def _plain(file: BinaryIO, where: str) -> RawDocument:
 
 
 def _pointer(file: BufferedReader, name: str, where: str, path: Path | None) -> Unread | None:
-    """Says of a file that it stands for another, which is elsewhere until it is fetched."""
+    """Reports a file that is only a pointer to another, which must be fetched first."""
     head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
     why, way_out = "stands for a file in {} that wasn't fetched", "fetch it ({})"
     if head.startswith(_GIT_LFS):
@@ -191,7 +192,7 @@ def _pointer(file: BufferedReader, name: str, where: str, path: Path | None) -> 
 
 
 def _by_content(file: BufferedReader, where: str, ending: str, field: str) -> Iterator[RawDocument]:
-    """What an ending that isn't known, or none, stands for: JSON, or plain text where it is any."""
+    """The content of a file with an unknown suffix, or none: JSON, or plain text if it is text."""
     file, documents = json_by_content(file, where, field)
     if documents is not None:
         yield from documents
@@ -206,7 +207,7 @@ def _by_content(file: BufferedReader, where: str, ending: str, field: str) -> It
 
 
 def _unknown(file: BinaryIO, where: str, ending: str, head: bytes) -> RawDocument:
-    """What an ending that isn't known stands for: plain text, where the content is any."""
+    """A file with an unknown suffix as plain text, if its content is text."""
     if _is_text(head) and not _NUMBER.fullmatch(head):
         document = _plain(file, where)
         if isinstance(document, Text):
@@ -218,7 +219,7 @@ def _unknown(file: BinaryIO, where: str, ending: str, head: bytes) -> RawDocumen
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes may be the beginning of a text; it may end inside a character."""
+    """Whether bytes can be the beginning of a text; they may end inside a character."""
     try:
         return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -237,7 +238,7 @@ def _tar(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
     hidden_folders: set[str] = set()
     with tarfile.open(fileobj=blocks, mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
-            tar.members.clear()  # else it would keep them all
+            tar.members.clear()  # else it would keep all of them
             place = f"{where}, member {member.name!r}"
             hidden = _hidden_part(member.name)
             if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -246,7 +247,7 @@ def _tar(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
                 if hidden not in hidden_folders:
                     yield Unread(f"{where}, member {hidden!r}", Reason.hidden, "has a hidden name")
                 if member.isdir() or hidden != member.name:
-                    hidden_folders.add(hidden)  # which counts as one, as in a folder
+                    hidden_folders.add(hidden)  # which counts once, as in a folder
             elif member.size < 0:
                 raise DamagedError(f"a member's size leads back from byte {member.offset_data}")
             elif member.isreg() and not member.issparse():
@@ -254,7 +255,7 @@ def _tar(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
             elif not member.isdir():
                 why = "is refused: it is a link, a device or a sparse file"
                 yield Unread(place, Reason.corrupt, why)
-    # tarfile takes a damaged header, or nothing at all, for the end that two empty blocks mark.
+    # tarfile accepts a damaged header, or a missing end, as the two empty blocks that mark the end.
     if blocks.last_read != bytes(_TAR_BLOCK):
         raise DamagedError(f"no member and no end of the tar at byte {tar.offset}")
     while more := blocks.read(_BYTES_AT_ONCE):
@@ -263,7 +264,7 @@ def _tar(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
 
 
 def _hidden_part(name: str) -> str:
-    """The path to the first part of a member's name that is hidden; '' where none is."""
+    """The path up to the first hidden part of a member's name; '' if there is none."""
     parts = name.split("/")
     first = next((number for number, part in enumerate(parts, 1) if is_hidden(part)), 0)
     return "/".join(parts[:first])
@@ -276,7 +277,7 @@ def _in_memory(tar: tarfile.TarFile, member: tarfile.TarInfo) -> BufferedReader:
 
 
 class _TarBlocks:
-    """A file that tarfile can read: seeks forward by reading, and knows what was last read."""
+    """A file for tarfile: seeks forward by reading, and remembers the last block."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -292,11 +293,11 @@ class _TarBlocks:
         while self._position < position:
             skipped = len(self._file.read(min(_BYTES_AT_ONCE, position - self._position)))
             if not skipped:
-                break  # tarfile reads a byte after each seek, and finds the end
+                break  # tarfile reads a byte after each seek, and so detects the end
             self._position += skipped
 
     def read(self, size: int) -> bytes:
-        # In pieces: a header that lies about a size must not have that much memory set aside.
+        # In pieces: a header with a false size must not allocate that much memory.
         pieces = []
         while size > 0 and (piece := self._file.read(min(_BYTES_AT_ONCE, size))):
             pieces.append(piece)

@@ -1,8 +1,8 @@
 """Batches: a rank's slice of a global batch, as a pure function of a sample index.
 
-Owns what a batch is and which sequences stand in it. Leaves sources to `mixture`, the order of a
-source's sequences to `order`, what stands in them to `packing`, and tokens to `reader`; knows
-ranks only as two integers.
+Owns the definition of a batch and which sequences are in it. Leaves sources to `mixture`, the order
+of a source's sequences to `order`, their content to `packing`, and tokens to `reader`. Knows ranks
+only as two integers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ from data_pipeline.shards.reader import Documents, ShardFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences to train or validate on: four arrays of one shape [sequences, seq_len].
+    """Sequences to train or validate on: four arrays of the same shape [sequences, seq_len].
 
-    `targets` holds the token after each of `tokens`; a place where `loss_mask` is False is
-    padding, which counts neither in a loss nor in a load. `document_starts` is True where a
-    document, what is left of one, or padding begins, and so at the first place of a sequence.
+    `targets` holds the token after each of `tokens`. A position where `loss_mask` is False is
+    padding, which counts neither in a loss nor in an expert load. `document_starts` is True where a
+    document, the rest of one, or padding begins, and so at the first position of a sequence.
     `sources` [sequences] numbers the source of each, in the folder's order. `num_corrupt` of the
-    sequences are all padding because a document of theirs isn't what was written.
+    sequences are all padding because one of their documents isn't what was written.
     """
 
     tokens: NDArray[np.int64]
@@ -46,21 +46,20 @@ class Batch:
 
     @property
     def cu_seqlens(self) -> NDArray[np.int32]:
-        """Where documents begin in the flattened batch, and its length: int32 [documents + 1]."""
+        """Where documents begin in the flattened batch, then its length: int32 [documents + 1]."""
         starts = np.flatnonzero(self.document_starts)
         return np.append(starts, self.document_starts.size).astype(np.int32)
 
 
 class GlobalBatches:
-    """The global batches of training, in an order that only the seed and the settings decide.
+    """The global batches of training, in an order that depends only on the seed and the settings.
 
-    In an epoch of a source each of its tokens is a target exactly once. `position`, as made by
-    `position()` and kept in a checkpoint, tells what was drawn before: without it all sources
-    begin at their first sample. `stages` are the shares of the sources, as drawn. Safe to use from
-    several threads.
+    In an epoch of a source each of its tokens is a target exactly once. `position`, as returned by
+    `position()` and kept in a checkpoint, says what was drawn before; without it all sources begin
+    at their first sample. `stages` are the shares of the sources, as drawn. Thread-safe.
 
-    Raises DataError for settings that can't be, where a source has fewer tokens than one sequence
-    needs, and where the position is of another order of samples.
+    Raises DataError for invalid settings, for a source with fewer tokens than one sequence needs,
+    and for a position of a different order of samples.
     """
 
     def __init__(
@@ -109,19 +108,19 @@ class GlobalBatches:
         return {name: source.sequences.num_sequences for name, source in self._sources.items()}
 
     def shares(self, step: int) -> dict[str, float]:
-        """The shares of the sources in the samples of a step; they add up to one."""
+        """The shares of the sources in the samples of a step; they sum to one."""
         return [stage for stage in self.stages if stage.from_step <= step][-1].weights
 
     def report(self) -> dict[str, PackingReport]:
-        """What packing came to, for each source that is drawn from."""
+        """The result of packing, for each source that is drawn from."""
         return {name: source.sequences.report() for name, source in self._sources.items()}
 
     def read(self, first_sample: int, *, rank: int, num_ranks: int) -> Batch:
         """Rank's contiguous slice of the global batch that starts at global sample index.
 
-        Arrays have global_batch_size / num_ranks sequences. Raises ValueError where that isn't
-        whole, for a rank outside range(num_ranks), and for a sample before the position's; and
-        DataError for a document that isn't what was written, unless such are skipped.
+        Arrays have global_batch_size / num_ranks sequences. Raises ValueError if that isn't an
+        integer, for a rank outside range(num_ranks), and for a sample before the position's. Raises
+        DataError for a document that isn't what was written, unless such documents are skipped.
         """
         slots = slots_of_rank(self.global_batch_size, rank=rank, num_ranks=num_ranks)
         indices = np.arange(first_sample + slots.start, first_sample + slots.stop, dtype=np.int64)
@@ -139,20 +138,20 @@ class GlobalBatches:
         )
 
     def drawn(self, next_sample: int) -> dict[str, int]:
-        """How many of the samples before `next_sample` are of each source of the folder."""
+        """How many of the samples before `next_sample` come from each source of the folder."""
         return self._mixture.drawn(next_sample)
 
     def position(self, next_sample: int) -> dict[str, Any]:
-        """What a checkpoint must hold when the next step begins at `next_sample`; plain JSON.
+        """What a checkpoint must hold if the next step begins at `next_sample`; plain JSON.
 
-        Raises ValueError where no step begins there.
+        Raises ValueError if no step begins there.
         """
         return {**asdict(self._mixture.position(next_sample)), "order": self._order}
 
     def check_enough(self, num_samples: int) -> None:
-        """Raises DataError where a source is over before that many global samples are drawn.
+        """Raises DataError if a source is exhausted before that many global samples are drawn.
 
-        It is over when it was read `data.max_epochs` times; without that setting it never is.
+        It is exhausted after `data.max_epochs` epochs; without that setting it never is.
         """
         if self._max_epochs is None:
             return
@@ -171,7 +170,7 @@ class GlobalBatches:
                 )
 
     def _checked(self, record: Mapping[str, Any]) -> MixturePosition:
-        """The mixture's part of a position whose order of samples is this one."""
+        """The mixture's part of a position, if that has the same order of samples."""
         theirs = record.get("order", {})
         for key, value in self._order.items():
             if theirs.get(key) != value:
@@ -184,7 +183,7 @@ class GlobalBatches:
 
 
 def slots_of_rank(batch_size: int, *, rank: int, num_ranks: int) -> range:
-    """A rank's contiguous part of the sequences of a batch; raises ValueError for none."""
+    """A rank's contiguous part of a batch's sequences; raises ValueError if it isn't an integer."""
     if not 0 <= rank < num_ranks:
         raise ValueError(f"{rank=} is not in range({num_ranks})")
     each, rest = divmod(batch_size, num_ranks)
@@ -200,7 +199,7 @@ def assembled(
     seq_len: int,
     padding: int,
 ) -> Batch:
-    """A batch of len(sources) sequences, of which each part fills the rows that it names."""
+    """A batch of len(sources) sequences; each part fills the rows that it names."""
     shape = (len(sources), seq_len)
     dtype = parts[0][1].dtype
     stored = np.full(len(sources) * seq_len, padding, dtype=dtype)

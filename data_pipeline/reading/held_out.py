@@ -1,7 +1,7 @@
-"""Held-out text: which sequences of a source are validated on, and the bytes that they stand for.
+"""Held-out text: which sequences of a source are validated on, and their text in bytes.
 
-Owns the choice of sequences where not all are read, and the count of their text in bytes. Leaves
-what stands in a sequence to `packing`, and arrays to `batches`.
+Owns the choice of sequences if not all are read, and counting their text in bytes. Leaves the
+content of a sequence to `packing`, and arrays to `batches`.
 """
 
 import hashlib
@@ -19,22 +19,22 @@ from data_pipeline.tokenizers.tokenizer import Tokenizer
 
 _Integers = NDArray[np.int64]
 
-# What a tokenizer makes of a token depends on some before it, as where a text begins, and a
-# character may be several tokens. Of bytes those are four at most.
+# How a token is decoded depends on some tokens before it, for example at the beginning of a text,
+# and a character may consist of several tokens. Of byte tokens those are at most four.
 _CONTEXT = 8
 
 _logger = logging.getLogger(__name__)
 
 
 class ValidationBatches:
-    """The validation text of one source in stored order, each token a target at most once.
+    """The validation text of one source in stored order; each token is a target at most once.
 
     `batch_size` counts the sequences of a batch over all ranks. `num_batches` is the same for all
-    ranks, whatever there is left for each; 0 where the source has no validation text.
+    ranks, even if the last batch doesn't fill them; it is 0 if the source has no validation text.
 
-    `max_sequences` takes as many, evenly spread over the whole split from a first one that the
-    seed decides. `bytes_per_token` is that of the split, None where only part of it is read: then
-    `num_bytes` counts.
+    `max_sequences` limits their number: they are evenly spread over the whole split, and the seed
+    decides the first one. `bytes_per_token` is that of the split, or None if only part of it is
+    read: then `num_bytes` counts.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class ValidationBatches:
         self._counted: dict[tuple[int, int, int], int] = {}
 
     def read(self, batch_number: int, *, rank: int, num_ranks: int) -> Batch:
-        """Rank's contiguous slice of a batch; slots past the last sequence are all padding.
+        """Rank's contiguous slice of a batch; slots after the last sequence are all padding.
 
-        Arrays have batch_size / num_ranks sequences. Raises ValueError where that isn't whole,
-        and for a rank outside range(num_ranks); and DataError for a document that isn't what was
-        written, unless such are skipped.
+        Arrays have batch_size / num_ranks sequences. Raises ValueError if that isn't an integer,
+        and for a rank outside range(num_ranks). Raises DataError for a document that isn't what was
+        written, unless such documents are skipped.
         """
         slots = slots_of_rank(self._batch_size, rank=rank, num_ranks=num_ranks)
         positions = self._slice(batch_number, slots)
@@ -86,10 +86,10 @@ class ValidationBatches:
         )
 
     def num_bytes(self, batch_number: int, *, rank: int, num_ranks: int) -> int:
-        """The bytes of UTF-8 text behind the targets that `read` gives; counted once.
+        """The bytes of UTF-8 text of the targets that `read` returns, each counted once.
 
-        A character counts where its last token is. Where the tokenizer can't be had here, which
-        a warning tells, it is the tokens times the mean of the split.
+        A character is counted at its last token. If the tokenizer isn't available here, which a
+        warning reports, it is the number of tokens times the split's mean.
         """
         key = (batch_number, rank, num_ranks)
         if key not in self._counted:
@@ -131,7 +131,7 @@ class ValidationBatches:
 
 
 def text_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer], *, begin: int, end: int) -> int:
-    """The bytes of UTF-8 text of tokens begin … end - 1; a character counts with its last token."""
+    """UTF-8 bytes of the text of tokens begin … end - 1; a character counts at its last token."""
     whole = _utf8(tokenizer, tokens)
     before = _common(_utf8(tokenizer, tokens[:begin]), whole) if begin else 0
     upto = _common(_utf8(tokenizer, tokens[:end]), whole) if end < len(tokens) else len(whole)
@@ -143,9 +143,9 @@ def _utf8(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> NDArray[np.uint8
 
 
 def _common(some: NDArray[np.uint8], whole: NDArray[np.uint8]) -> int:
-    """How many bytes two texts have in common at their beginning.
+    """The length in bytes of the common beginning of two texts.
 
-    They part where a character is cut: what there is of it is decoded as a sign of its own.
+    They differ where a character is cut: its incomplete bytes decode to a character of their own.
     """
     size = min(len(some), len(whole))
     differing = np.flatnonzero(some[:size] != whole[:size])
@@ -153,7 +153,7 @@ def _common(some: NDArray[np.uint8], whole: NDArray[np.uint8]) -> int:
 
 
 def _spread(there: int, wanted: int, *, seed: int, source: str) -> _Integers:
-    """`wanted` of the positions of `there` sequences, evenly spread, the first by the seed."""
+    """`wanted` of the positions of `there` sequences, evenly spread; the seed decides the first."""
     if wanted == there:
         return np.arange(there)
     digest = hashlib.blake2b(f"{seed}:validation:{source}".encode(), digest_size=8).digest()

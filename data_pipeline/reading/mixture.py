@@ -1,12 +1,12 @@
-"""The mixture: which source each global sample is of, exact to one sample at every moment.
+"""The mixture: the source of each global sample, exact to within one sample at any time.
 
-Owns what the settings about weights mean, the assignment of samples to sources, and what a
-checkpoint holds of it. Leaves the order inside a source to `order`.
+Owns the meaning of the settings about weights, the assignment of samples to sources, and the part
+of a checkpoint about it. Leaves the order inside a source to `order`.
 
 A stage's weights are fractions over a common denominator D. A cycle of D assignments keeps every
-source within one sample of its share at any moment (R. Tijdeman, "The chairman assignment
-problem", Discrete Mathematics 32, 1980) and is repeated for ever, so that any sample is found at
-once.
+source within one sample of its share at any time (R. Tijdeman, "The chairman assignment problem",
+Discrete Mathematics 32, 1980). It is repeated indefinitely, so that any sample is found in constant
+time.
 """
 
 import difflib
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.settings import DataError, DataSettings
 
-# Weights are exact where their common denominator is up to this, else rounded to parts of it.
+# Weights are exact if their common denominator is at most this, else rounded to multiples of 1 /
+# it.
 MAX_DENOMINATOR = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What holds from a step on: of every sum(units) samples, units[source] are of a source.
+    """The mixture from a step on: of every sum(units) samples, units[source] come from a source.
 
     A source that isn't named is left out.
     """
@@ -39,7 +40,7 @@ class Stage:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The share of each source; they add up to one."""
+        """The share of each source; they sum to one."""
         return {name: units / sum(self.units.values()) for name, units in self.units.items()}
 
 
@@ -47,11 +48,10 @@ class Stage:
     frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
 )
 class MixturePosition:
-    """Where a mixture stands between two steps; all that must be kept of what was drawn so far.
+    """The state of a mixture between two steps: what must be kept about the samples drawn so far.
 
-    `units` are the weights that hold before `next_sample`'s stage ends; they began to hold at
-    sample `origin`, when `base` samples of each source had been drawn. `drawn` is the same at
-    `next_sample`.
+    `units` are the weights of the stage at `next_sample`. They took effect at sample `origin`,
+    when `base` samples of each source had been drawn. `drawn` is the same count at `next_sample`.
     """
 
     next_sample: int
@@ -64,7 +64,7 @@ class MixturePosition:
 
 @dataclass(frozen=True, kw_only=True)
 class _Segment:
-    """A stretch of samples under the same weights; arrays over sources in the folder's order."""
+    """A range of samples with the same weights; arrays over sources in the folder's order."""
 
     origin: int
     base: NDArray[np.int64]  # [sources]
@@ -89,13 +89,14 @@ class _Segment:
 class Mixture:
     """Assigns each global sample to a source, and counts the samples of each.
 
-    After n samples of a stage, |samples of a source - n · its weight| < 1. A stage goes on in each
-    source where the one before it left off. With the `position` of an earlier mixture nothing is
-    drawn twice and nothing left out: the assignment is what it would have been without a pause,
-    or, where the weights were changed, begins anew at that sample with what was drawn counted.
+    After n samples of a stage, |samples of a source - n · its weight| < 1. A stage continues each
+    source where the previous stage stopped. With the `position` of an earlier mixture no sample is
+    drawn twice or left out: the assignment is what it would have been without an interruption. If
+    the weights were changed, a new assignment begins at that sample, and what was drawn still
+    counts.
 
-    `stages` begin with one from step 0. Their later steps become samples by `samples_per_step`,
-    counted from the position.
+    `stages` begin with one from step 0. The steps of later ones are converted to samples by
+    `samples_per_step`, counted from the position.
     """
 
     def __init__(
@@ -120,9 +121,9 @@ class Mixture:
             self._segments.append(self._segment(origin, base, stage.units))
 
     def assigned(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-        """For global samples [n] the source of each, and how many of that source come before it.
+        """For global samples [n]: the source of each, and how many samples of it come before.
 
-        Raises ValueError for a sample from before what the position knows.
+        Raises ValueError for a sample before those that the position covers.
         """
         sources = np.empty(indices.shape, dtype=np.int16)
         numbers = np.empty(indices.shape, dtype=np.int64)
@@ -136,14 +137,14 @@ class Mixture:
         return sources, numbers
 
     def drawn(self, next_sample: int) -> dict[str, int]:
-        """How many of the samples before `next_sample` are of each source."""
+        """How many of the samples before `next_sample` come from each source."""
         counts = self._segment_at(next_sample).drawn(next_sample)
         return self._by_name(counts)
 
     def position(self, next_sample: int) -> MixturePosition:
-        """What to keep when the next step begins at `next_sample`.
+        """What to keep if the next step begins at `next_sample`.
 
-        Raises ValueError where no step begins there.
+        Raises ValueError if no step begins there.
         """
         step = self.step_at(next_sample)
         if (next_sample - self._step_sample) % self._samples_per_step:
@@ -159,13 +160,13 @@ class Mixture:
         )
 
     def step_at(self, sample: int) -> int:
-        """The number of steps that are over when `sample` is the next."""
+        """The number of completed steps when `sample` is the next."""
         return self._step + (sample - self._step_sample) // self._samples_per_step
 
     def first_after(self, source: str, *, number: int, end: int) -> int | None:
         """The first global sample before `end` that is a source's sample `number` or later.
 
-        It is sought from the position on; None where there is none.
+        The search starts at the position; None if there is none.
         """
         low, high = self._step_sample, end
         if high <= low or self.drawn(high)[source] <= number:
@@ -219,8 +220,8 @@ class Mixture:
 def used_sources(data: DataSettings, *, sources: Sequence[str]) -> tuple[str, ...]:
     """Those of a folder's sources that the settings draw from, in the folder's order.
 
-    All of them, unless `weights` or `epochs` name some. Raises DataError for settings that exclude
-    each other, an unknown source, a weight that is no positive number, and stages out of order.
+    All of them, unless `weights` or `epochs` name some. Raises DataError for mutually exclusive
+    settings, an unknown source, a weight that isn't a positive number, and stages out of order.
     """
     chosen = [
         f"data.{name}"
@@ -256,9 +257,9 @@ def used_sources(data: DataSettings, *, sources: Sequence[str]) -> tuple[str, ..
 
 
 def planned_stages(data: DataSettings, *, sizes: Mapping[str, int]) -> list[Stage]:
-    """The stages that checked settings mean, for sources with these numbers of sequences.
+    """The stages that validated settings define, for sources with these numbers of sequences.
 
-    Raises DataError where a source's share is less than can be kept to.
+    Raises DataError if a source's share is too small to represent.
     """
     if given := _given(data.weights):
         weights = {name: Fraction(str(weight)) for name, weight in given.items()}
@@ -280,10 +281,10 @@ def planned_stages(data: DataSettings, *, sizes: Mapping[str, int]) -> list[Stag
 
 
 def exact_units(weights: Mapping[str, Fraction]) -> dict[str, int]:
-    """Integers in proportion to weights, whose sum is at most MAX_DENOMINATOR.
+    """Integers proportional to weights, whose sum is at most MAX_DENOMINATOR.
 
-    Exact where such integers are; else each share is rounded, up or down to a part in
-    MAX_DENOMINATOR. Raises DataError for a share that is less than such a part.
+    Exact if such integers exist. Else each share is rounded up or down to a multiple of
+    1 / MAX_DENOMINATOR; raises DataError for a share below that.
     """
     total = sum(weights.values())
     shares = {name: weight / total for name, weight in weights.items()}
@@ -298,7 +299,7 @@ def exact_units(weights: Mapping[str, Fraction]) -> dict[str, int]:
                 f"below 1/{MAX_DENOMINATOR:,} can't be kept to: give it more in data.weights, or "
                 "leave it out by naming the others only"
             )
-    # The largest remainders are rounded up; of equal ones those of the sources that come first.
+    # The largest remainders are rounded up; of equal ones, those of the earlier sources.
     by_remainder = sorted(units, key=lambda name: units[name] - shares[name] * MAX_DENOMINATOR)
     for name in by_remainder[: MAX_DENOMINATOR - sum(units.values())]:
         units[name] += 1
@@ -307,11 +308,12 @@ def exact_units(weights: Mapping[str, Fraction]) -> dict[str, int]:
 
 
 def assignment_cycle(units: Sequence[int]) -> NDArray[np.int16]:
-    """The sources [sum(units)] of a cycle, in which source s comes units[s] times, evenly.
+    """The sources [sum(units)] of a cycle, in which source s comes units[s] times, evenly spread.
 
     After any n of them |count of s - n · units[s] / sum(units)| ≤ 1 - 1 / (2k - 2) for k sources
-    above zero: Tijdeman's bound, which no order can better for all units. Among the samples that
-    may come without breaking it from above, the one comes that would break it from below first.
+    with positive units. This is Tijdeman's bound; no order improves it for all units. Among the
+    samples that can come next without exceeding the upper bound, the one that would first fall
+    below the lower bound is taken.
     """
     total, named = sum(units), [source for source, number in enumerate(units) if number]
     if len(named) == 1:
@@ -323,8 +325,8 @@ def assignment_cycle(units: Sequence[int]) -> NDArray[np.int16]:
     for source in named:
         step = units[source] * scale
         for number in range(units[source]):
-            # The bound holds where sample `number` is one of the first n for n from `opens` on,
-            # and isn't for n up to `closes`.
+            # With sample `number` among the first n, the bound holds from n = `opens` on. Without
+            # it, the bound holds up to n = `closes`.
             opens = -(-((number + 1) * scale - bound) * total // step)
             closes = (number * scale + bound) * total // step
             samples.append((opens, closes, source))
@@ -339,7 +341,7 @@ def assignment_cycle(units: Sequence[int]) -> NDArray[np.int16]:
 
 
 def position_from(record: Mapping[str, Any]) -> MixturePosition:
-    """The position that `asdict` made a record of; raises DataError where it is none."""
+    """The position whose `asdict` a record is; raises DataError if it isn't one."""
     try:
         return pydantic.TypeAdapter(MixturePosition).validate_python(record)
     except pydantic.ValidationError as error:

@@ -12,22 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Four rounds make a pseudo-random permutation in theory (Luby and Rackoff, 1988); small domains,
-# as those of a toy corpus, need some more.
+# Four rounds make a pseudo-random permutation in theory (Luby and Rackoff, 1988); small domains, as
+# those of a toy corpus, need a few more.
 _NUM_ROUNDS = 6
 
-_Keys = NDArray[np.uint64]  # [_NUM_ROUNDS, places]: each place may have keys of its own
+_Keys = NDArray[np.uint64]  # [_NUM_ROUNDS, places]: each place may have its own keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The order in which the `num_samples` samples of a source come, epoch after epoch.
 
-    None for `window`: the samples of an epoch come in any order. Else the stored order is cut
-    into blocks of `block_size` samples, the blocks are put in a random order, and samples are
-    mixed among `window` blocks at a time, so that only those need to be at hand. Where the last
-    block is shorter than the others, the window that holds it has a few samples (fewer than a
-    block) of the last window's blocks too.
+    If `window` is None, the samples of an epoch come in any order. Else the stored order is cut
+    into blocks of `block_size` samples, the blocks are shuffled, and samples are mixed among
+    `window` blocks at a time, so that only those need to be available. If the last block is shorter
+    than the others, the window that holds it also has a few samples (fewer than a block) of the
+    last window's blocks.
 
     Raises ValueError for a number below one.
     """
@@ -59,8 +59,8 @@ class Order:
         )
         walked = self._permuted(places.astype(np.uint64), inside, between)
         size = np.uint64(self.num_samples)
-        # The blocks' permutation has a domain of whole blocks: what falls past the last sample
-        # goes through once more.
+        # The blocks' permutation has a domain of whole blocks: indices past the last sample are
+        # permuted again.
         while (outside := np.flatnonzero(walked >= size)).size:
             walked[outside] = self._permuted(
                 walked[outside], inside[:, outside], between[:, outside]

@@ -1,10 +1,10 @@
-"""Packing: which pieces of which documents stand in each sequence.
+"""Packing: which pieces of which documents are in each sequence.
 
-Owns the two ways to make sequences of documents and the count of what they cut. Knows documents
-by their lengths only; leaves their tokens to `reader` and arrays of batches to `batches`.
+Owns the two ways to make sequences from documents, and the count of what they cut. Knows only the
+lengths of documents; leaves their tokens to `reader` and arrays of batches to `batches`.
 
-In both each token of a document is a target exactly once, and a sequence holds whole pieces one
-after the other; what is left of it is padding.
+In both ways each token of a document is a target exactly once. A sequence holds contiguous pieces,
+one after the other; the rest of it is padding.
 """
 
 import bisect
@@ -18,16 +18,16 @@ from data_pipeline.settings import Packing
 
 _Integers = NDArray[np.int64]
 
-# Documents are packed in groups of this many: a sequence never holds text from further apart.
+# Documents are packed in groups of this many, which bounds how far apart a sequence's texts are.
 _GROUP = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Pieces of documents and where they go; int64 arrays [pieces], in the order of their places.
+    """Pieces of documents and where they go; int64 arrays [pieces], in order of position.
 
-    `rows` number the sequences that were asked for, `slots` are the first places in them,
-    `documents` and `offsets` say from where in which document the `lengths` tokens come.
+    `rows` are the indices of the requested sequences, `slots` the first positions in them.
+    `documents` and `offsets` say which document the `lengths` tokens come from, and where in it.
     """
 
     rows: _Integers
@@ -39,17 +39,17 @@ class Pieces:
 
 @dataclass(frozen=True, kw_only=True)
 class PackingReport:
-    """What packing a source came to."""
+    """The result of packing a source."""
 
     num_sequences: int
     num_documents: int
     num_tokens: int
     num_cut_documents: int
-    """Documents that aren't in one sequence as a whole."""
+    """Documents that are split over several sequences."""
     num_cut_tokens: int
     """Tokens of such documents."""
     num_padding: int
-    """Places of sequences that hold no token."""
+    """Positions of sequences that hold no token."""
 
 
 class PackedDocuments(Protocol):
@@ -58,23 +58,23 @@ class PackedDocuments(Protocol):
     num_sequences: int
 
     def pieces(self, positions: _Integers) -> Pieces:
-        """What stands in the sequences at stored positions [rows]."""
+        """The content of the sequences at stored positions [rows]."""
         ...
 
     def report(self) -> PackingReport:
-        """What packing came to."""
+        """The result of packing."""
         ...
 
 
 def packed(starts: _Integers, *, seq_len: int, packing: Packing) -> PackedDocuments:
-    """Sequences of documents that would start at `starts` [documents + 1] if joined to a stream."""
+    """Sequences of documents whose starts in one joined stream are `starts` [documents + 1]."""
     if packing is Packing.stream:
         return StreamPacking(starts, seq_len=seq_len)
     return BestFitPacking(starts, seq_len=seq_len)
 
 
 class StreamPacking:
-    """All documents joined to one stream, which is cut every `seq_len` tokens."""
+    """All documents joined into one stream, which is cut every `seq_len` tokens."""
 
     def __init__(self, starts: _Integers, *, seq_len: int) -> None:
         self._starts = starts
@@ -82,7 +82,7 @@ class StreamPacking:
         self.num_sequences = -(-int(starts[-1]) // seq_len)
 
     def pieces(self, positions: _Integers) -> Pieces:
-        """What stands in the sequences at stored positions [rows]."""
+        """The content of the sequences at stored positions [rows]."""
         begins = positions * self._seq_len
         ends = np.minimum(begins + self._seq_len, self._starts[-1])
         first = self._starts.searchsorted(begins, side="right") - 1
@@ -100,7 +100,7 @@ class StreamPacking:
         )
 
     def report(self) -> PackingReport:
-        """What packing came to."""
+        """The result of packing."""
         first, last = self._starts[:-1] // self._seq_len, (self._starts[1:] - 1) // self._seq_len
         return _report(self._starts, first != last, self.num_sequences, self._seq_len)
 
@@ -108,13 +108,13 @@ class StreamPacking:
 class BestFitPacking:
     """Documents packed whole, each into the fullest sequence that has room for it.
 
-    A document longer than a sequence is cut into sequences of its own and a rest; rests and
-    shorter documents, longest first, are packed by best fit (Ding et al., "Fewer Truncations
-    Improve Language Modeling", ICML 2024, arXiv 2404.10830).
+    A document longer than a sequence is cut into full sequences and a remainder. Remainders and
+    shorter documents are packed by best fit, longest first (Ding et al., "Fewer Truncations Improve
+    Language Modeling", ICML 2024, arXiv 2404.10830).
 
-    A sequence's stored position is about that of its first document. The others come from up to
-    some hundred thousand documents further on, so that sequences near each other need more shards
-    than with one stream: `shuffle_window` bounds them less tightly here.
+    A sequence's stored position is about that of its first document. Its other documents come from
+    up to some hundred thousand documents later. Neighbouring sequences therefore need more shards
+    than with one stream, and `shuffle_window` bounds their number less tightly here.
     """
 
     def __init__(self, starts: _Integers, *, seq_len: int) -> None:
@@ -140,7 +140,7 @@ class BestFitPacking:
         )
 
     def pieces(self, positions: _Integers) -> Pieces:
-        """What stands in the sequences at stored positions [rows]."""
+        """The content of the sequences at stored positions [rows]."""
         firsts = self._firsts[positions]
         rows, number = _counted(self._firsts[positions + 1] - firsts)
         pieces = firsts[rows] + number
@@ -157,7 +157,7 @@ class BestFitPacking:
         )
 
     def report(self) -> PackingReport:
-        """What packing came to."""
+        """The result of packing."""
         cut = np.diff(self._starts) > self._seq_len
         return _report(self._starts, cut, self.num_sequences, self._seq_len)
 
@@ -166,15 +166,15 @@ def best_fit(lengths: _Integers, *, capacity: int) -> _Integers:
     """The bin of each item [items] by best-fit decreasing, in bins of `capacity` ≥ any length.
 
     Bins are numbered in the order of their first items. Items of equal length are placed together:
-    the fullest bins with room for one take as many as fit, which is what best fit does with them
-    one by one. Of equally full bins any will do; those are taken that are spread as the items are,
-    so that what is near in stored order tends to be near in bins.
+    the fullest bins with room for one take as many as fit, which equals best fit one by one. Of
+    equally full bins, those are taken that are spread as the items are, so that neighbours in
+    stored order tend to be neighbours in bins.
     """
     by_length = np.argsort(lengths, kind="stable")
     ends = lengths[by_length].searchsorted(np.arange(capacity + 2))
     bins = np.empty(len(lengths), dtype=np.int64)
     num_bins = 0
-    # The bins with that much room, in their order; the amounts of room that there are, rising.
+    # The bins with that much room, in order; the existing amounts of room, ascending.
     with_room: dict[int, list[_Integers]] = {}
     rooms: list[int] = []
     for length in range(capacity, 0, -1):
@@ -207,7 +207,7 @@ def best_fit(lengths: _Integers, *, capacity: int) -> _Integers:
                     if amount not in with_room:
                         bisect.insort(rooms, amount)
                     with_room.setdefault(amount, []).append(group)
-    # Numbers by first item.
+    # Number the bins by their first items.
     _, first, which = np.unique(bins, return_index=True, return_inverse=True)
     numbers = np.empty(num_bins, dtype=np.int64)
     numbers[np.argsort(first)] = np.arange(num_bins)

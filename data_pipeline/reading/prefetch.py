@@ -1,6 +1,6 @@
-"""Prefetching: batches are read ahead by threads, and come out as if they weren't.
+"""Prefetching: threads read batches ahead, without changing what is returned.
 
-Owns threads and the bound on what is held. Leaves what a batch is to `batches`.
+Owns the threads and the bound on batches held. Leaves the definition of a batch to `batches`.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from data_pipeline.reading.batches import Batch
 
 
 class ReadsBatches(Protocol):
-    """What can be read ahead; `read` may be called by several threads."""
+    """A reader of batches that can be prefetched; several threads may call `read`."""
 
     global_batch_size: int
 
@@ -23,8 +23,8 @@ class ReadsBatches(Protocol):
 class Prefetcher:
     """Reads a rank's batches from `first_sample` on, up to `prefetch_batches` of them ahead.
 
-    `num_workers` threads read whole batches; 0: the caller reads, and nothing
-    is ahead. Neither number changes what comes out. Use from one thread; end with `close()`.
+    `num_workers` threads read whole batches; with 0 the caller reads, and nothing is read ahead.
+    Neither number changes the batches. Use from one thread; end with `close()`.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Prefetcher:
     def read(self, first_sample: int) -> Batch:
         """The rank's slice of the global batch that starts at global sample index.
 
-        Any other index than the one after the last read costs what was read ahead. Raises what
-        reading this batch raised; the ones after it can be read.
+        Any index other than the next one discards what was read ahead. Raises what reading this
+        batch raised; later batches can still be read.
         """
         if self._threads is None:
             return self._read(first_sample)
@@ -64,7 +64,7 @@ class Prefetcher:
         return batch.result()
 
     def close(self) -> None:
-        """Ends the threads; waits for the batches that they are reading."""
+        """Ends the threads, after waiting for the batches that they are reading."""
         self._drop()
         if self._threads is not None:
             self._threads.shutdown()

@@ -1,7 +1,7 @@
-"""Sources: the documents of one, how they are packed into sequences, and the order of these.
+"""Sources: a source's documents, how they are packed into sequences, and the sequences' order.
 
-Owns opening a source for training as its settings say. Leaves the mixing of sources and arrays of
-batches to `batches`.
+Owns opening a source for training as its settings say. Leaves mixing sources, and arrays of
+batches, to `batches`.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Source:
     order: Order
 
     def pieces(self, numbers: NDArray[np.int64]) -> Pieces:
-        """What stands in the sequences `numbers` [rows]."""
+        """The content of the sequences `numbers` [rows]."""
         _, positions = self.order.at(numbers)
         return self.sequences.pieces(positions)
 
@@ -36,9 +36,9 @@ class Source:
 def open_source(
     folder: ShardFolder, name: str, *, seq_len: int, seed: int, data: DataSettings
 ) -> Source:
-    """A source of the folder, to be trained on.
+    """A source of the folder, for training.
 
-    Raises DataError where it has fewer tokens than one sequence needs.
+    Raises DataError if it has fewer tokens than one sequence needs.
     """
     documents = folder.documents("train", source=name, on_corrupt=data.on_corrupt)
     if documents.num_tokens < seq_len:

@@ -1,7 +1,7 @@
-"""The index of a shard folder: what it holds, how it was made, and the hashes to check it by.
+"""The index of a shard folder: what it holds, how it was made, and the hashes to verify it with.
 
-Owns the format of `index.json` and of the tables of documents beside the shards. Leaves the
-shards to `writer`, and whether the files agree with the index to `reader`.
+Owns the format of `index.json` and of the tables of documents next to the shards. Leaves the
+shards to `writer`, and checking the files against the index to `reader`.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
-# A table of documents is a .npy of format 1.0: this, then three int64 a document.
+# A table of documents is a .npy of format 1.0: this header, then three int64 per document.
 TABLE_HEADER_BYTES = 128
 
 BitsPerByte = Annotated[float, Field(ge=0.0)]
@@ -62,7 +62,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SplitEntry:
-    """One split of a source. `num_bytes` counts UTF-8 text, `num_tokens` ends of documents too."""
+    """One split of a source. `num_bytes` counts UTF-8 text, `num_tokens` also ends of documents."""
 
     num_documents: Natural
     num_tokens: Natural
@@ -72,7 +72,7 @@ class SplitEntry:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Baselines:
-    """What simple models reach on the validation text, in bits per byte; None where it is empty."""
+    """What simple models reach on the validation text, in bits per byte; None if it is empty."""
 
     byte_bigram_bits_per_byte: BitsPerByte | None
     zlib_bits_per_byte: BitsPerByte | None
@@ -82,9 +82,9 @@ class Baselines:
 class SourceEntry:
     """One source of documents; `num_left_out` counts what was left out, by reason.
 
-    `left_out_examples` names the first few of each. `unknown_endings` counts, by ending, documents
-    that were read as plain text without their ending being known, and `ending_examples` names the
-    first few.
+    `left_out_examples` names the first few of each. `unknown_endings` counts, by file suffix, the
+    documents that were read as plain text although their suffix is unknown. `ending_examples` names
+    the first few.
     """
 
     name: Annotated[str, Field(pattern=SOURCE_NAME)]
@@ -101,7 +101,7 @@ class SourceEntry:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TextEntry(SourceSettings):
-    """A source's settings, as a record: its path is of the machine that built, and only told."""
+    """A source's settings, as a record: the path is the build machine's, for information only."""
 
     corpus: str
     text_field: str
@@ -121,7 +121,7 @@ class BuildEntry:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Index:
-    """All of `index.json`; `dtype` is numpy's name of the tokens' little-endian type."""
+    """The content of `index.json`; `dtype` is numpy's name of the tokens' little-endian type."""
 
     format_version: int
     build: BuildEntry
@@ -131,13 +131,13 @@ class Index:
 
 
 def write_index(index: Index, folder: Path) -> None:
-    """Writes `index.json`; the last file of a folder to be written."""
+    """Writes `index.json`, the last file of a folder to be written."""
     content = json.dumps(encodable(asdict(index)), indent=1) + "\n"
     (folder / INDEX_NAME).write_text(content, encoding="utf-8")
 
 
 def encodable(value: Any) -> Any:
-    """The same plain value with all strings as UTF-8 can hold them, and so `index.json`."""
+    """The same plain value with all strings encodable as UTF-8, as `index.json` needs them."""
     if isinstance(value, str):
         return as_utf8(value)
     if isinstance(value, dict):
@@ -148,7 +148,7 @@ def encodable(value: Any) -> Any:
 
 
 def read_index(files: ShardFiles) -> Index:
-    """The index of a shard folder; raises DataError where there is none, or it can't be true."""
+    """The index of a shard folder; raises DataError if it is missing or invalid."""
     where = files.location
     try:
         text = files.read_bytes(INDEX_NAME)
@@ -158,10 +158,10 @@ def read_index(files: ShardFiles) -> Index:
 
 
 def parsed_index(text: bytes, *, where: str) -> Index:
-    """The index that stands in the bytes of an `index.json`.
+    """The index from the bytes of an `index.json`.
 
-    Raises DataError where it is of another format version, where it is not well formed, where its
-    figures contradict each other, and where it names a file that is none of its folder's.
+    Raises DataError if it has another format version, isn't well formed, has figures that
+    contradict each other, or names a file outside its folder.
     """
     try:
         version = json.loads(text)["format_version"]
@@ -170,7 +170,7 @@ def parsed_index(text: bytes, *, where: str) -> Index:
                 f"{where} has format version {version!r}, and this program reads "
                 f"{FORMAT_VERSION}; build the folder again"
             )
-        # Strict: a number that stands there as a string was not written by this program.
+        # Strict: this program never writes a number as a string.
         index: Index = TypeAdapter(Index).validate_json(text, strict=True)
     except DataError:
         raise
@@ -214,7 +214,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _contradiction(index: Index) -> str | None:
-    """What in an index can't be true, in words; None where nothing is found."""
+    """A description of an inconsistency in an index; None if none is found."""
     tokenizer = index.tokenizer
     dtype = token_dtype(tokenizer.vocab_size).name
     if index.dtype != dtype:
@@ -253,7 +253,7 @@ def _split_contradiction(index: Index, source: SourceEntry, split: str) -> str |
             if name != wanted:
                 return f"it names {name!r}, which is outside its folder or isn't {wanted!r}"
         stored = shard.num_tokens * np.dtype(index.dtype).itemsize
-        # Each document has its end, and is of some text.
+        # Each document has its end-of-document token and some text.
         if shard.num_tokens < shard.num_documents or shard.num_bytes < shard.num_documents:
             return (
                 f"{shard.file} can't have {shard.num_tokens} tokens and {shard.num_bytes} bytes "

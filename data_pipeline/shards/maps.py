@@ -1,7 +1,7 @@
-"""Shards mapped into memory: as many as the process may have open, the rest opened again.
+"""Memory-mapped shards: as many as the process may have open; the others are reopened when needed.
 
-Owns the bound and the order in which maps are given up. Leaves the files to `storage` and what
-their bytes mean to `reader`.
+Owns the bound and the order in which maps are released. Leaves the files to `storage` and the
+meaning of their bytes to `reader`.
 """
 
 import mmap
@@ -12,15 +12,15 @@ from pathlib import Path
 from data_pipeline.shards.index import ShardEntry
 from data_pipeline.storage import ShardFiles
 
-# Linux' own default, for where it can't be read.
+# Linux's default, used if the value can't be read.
 _MAX_MAP_COUNT = 65530
 
 
 class ShardMaps:
-    """Maps of a folder's shards, `most` of them at a time; safe to use from several threads.
+    """Maps of a folder's shards, `most` of them at a time; thread-safe.
 
-    A map that is given up stays as long as somebody holds the view of it that they got: nobody
-    should hold more than `at_once`.
+    A released map stays mapped while somebody holds the view that they got: nobody should hold more
+    than `at_once`.
     """
 
     def __init__(self, files: ShardFiles, *, most: int, at_once: int) -> None:
@@ -31,7 +31,7 @@ class ShardMaps:
         self._lock = threading.Lock()
 
     def bytes_of(self, shard: ShardEntry) -> memoryview:
-        """The bytes of a shard's file; those that were used longest ago are given up."""
+        """The bytes of a shard's file; the least recently used maps are released."""
         with self._lock:
             found = self._maps.pop(shard.file, None)
             if found is None:
@@ -44,9 +44,9 @@ class ShardMaps:
 
 
 def num_mappable(wanted: int) -> int:
-    """How many files this process may keep mapped; raises the soft limit where `wanted` are more.
+    """How many files this process may keep mapped; raises the soft limit if `wanted` exceeds it.
 
-    A map takes an open file and one of the kernel's maps. Half of both is left for all else.
+    A map takes an open file and one of the kernel's maps. Half of both is left for other uses.
     """
     most = _max_map_count() // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -56,7 +56,7 @@ def num_mappable(wanted: int) -> int:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-        except (ValueError, OSError):  # a system with bounds of its own, as macOS
+        except (ValueError, OSError):  # a system with limits of its own, such as macOS
             pass
     return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft // 2))
 

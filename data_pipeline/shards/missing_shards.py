@@ -1,4 +1,4 @@
-"""What is said of a place where there are no shards: those that are near, or how to make them."""
+"""The error for a place without shards: names those that are nearby, or says how to make them."""
 
 import os
 from itertools import chain, count
@@ -49,10 +49,10 @@ def _shards_in(path: Path) -> list[Path]:
 
 
 def _build_command(path: Path) -> tuple[str, str] | None:
-    """A free folder, and the command that makes it of the text at a path; None for no name."""
+    """A free folder, and the command that builds it from the text at a path; None if unnamed."""
     try:
         to = resolved_dir(DataSettings(corpus=str(path)))
-    except DataError:  # nothing of its name can be a source's
+    except DataError:  # nothing in its name is valid for a source
         return None
     places = chain([to], (f"{to}-{number}" for number in count(2)))
     free = os.path.relpath(next(place for place in places if not os.path.exists(place)))

@@ -1,8 +1,8 @@
 """Reading a shard folder: its index checked against its files, and the tokens of its documents.
 
-Owns opening, verifying and the way from a place in a document to bytes in a tar, each document
+Owns opening, verifying, and mapping a position in a document to bytes in a tar; each document is
 checked when it is first read. Leaves which documents make a sequence to `packing`, the order of
-sequences to `order` and the making of batches to `batches`.
+sequences to `order` and assembling batches to `batches`.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from data_pipeline.storage import ShardFiles, open_files
 from data_pipeline.tokenizers.named import tokenizer_from
 from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry, token_dtype
 
-# How many shards one call to read holds open at a time, where the process may have many.
+# How many shards one call to read holds open at a time, if the process may have many open.
 _SHARDS_AT_ONCE = 256
 
 
 class ShardFolder:
     """A complete folder of shards, opened by `ShardFolder.open`.
 
-    `damaged` says of each shard that was found missing or cut short what is wrong with it.
+    `damaged` says, for each shard that was found missing or truncated, what is wrong with it.
     """
 
     def __init__(self, index: Index, files: ShardFiles, *, damaged: Mapping[str, str]) -> None:
@@ -56,12 +56,12 @@ class ShardFolder:
         on_corrupt: OnCorrupt = OnCorrupt.fail,
         cache: CacheSettings | None = None,
     ) -> Self:
-        """Opens a folder, here or at a URL: reads its index and looks that each file is there.
+        """Opens a local folder or a URL: reads its index and checks that each file exists.
 
-        Files on a disk must have their full size; those at a URL are checked when they come.
+        Local files must have their full size; remote files are checked when they are downloaded.
 
-        Raises DataError naming the folder or file that isn't as it should be; to skip, shards
-        that aren't are noted in `damaged` instead.
+        Raises DataError naming the folder or file that is wrong. If damaged shards are to be
+        skipped, they are recorded in `damaged` instead.
         """
         files, damaged = open_files(str(path), cache=cache or CacheSettings()), dict[str, str]()
         index = read_index(files)
@@ -83,24 +83,24 @@ class ShardFolder:
 
     @property
     def path(self) -> Path:
-        """Where the folder is, if it is on a disk of this machine."""
+        """The path of the folder, if it is on a disk of this machine."""
         return Path(self.location)
 
     @property
     def fingerprint(self) -> str:
-        """One hash of the tokenizer and of every shard in order: what the folder's tokens are."""
+        """One hash of the tokenizer and of every shard in order; identifies the folder's tokens."""
         hashes = [self.tokenizer.fingerprint, *(shard.sha256 for shard in shards_of(self.index))]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     @property
     def tokenizer(self) -> TokenizerEntry:
-        """Name, vocabulary size, end of document and fingerprint of what made the tokens."""
+        """Name, vocabulary size, end of document and fingerprint of the tokens' tokenizer."""
         return self.index.tokenizer
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer itself, from the folder's own copy where it has one.
+        """The tokenizer itself, from the folder's own copy if it has one.
 
-        Raises DataError where it isn't the one that made the tokens.
+        Raises DataError if it isn't the one that made the tokens.
         """
         entry = self.tokenizer
         definition = None if entry.file is None else self._files.read_bytes(entry.file)
@@ -113,11 +113,11 @@ class ShardFolder:
 
     @property
     def baselines(self) -> dict[str, Baselines]:
-        """For each source what a byte-bigram model and zlib reach on its validation text."""
+        """For each source, what a byte-bigram model and zlib reach on its validation text."""
         return {source.name: source.baselines for source in self.index.sources}
 
     def source(self, name: str) -> SourceEntry:
-        """All that the index says of a source; raises DataError where there is none of the name."""
+        """The index's entry of a source; raises DataError if there is no source of that name."""
         for source in self.index.sources:
             if source.name == name:
                 return source
@@ -126,11 +126,11 @@ class ShardFolder:
         )
 
     def num_tokens(self, split: str, *, source: str | None = None) -> int:
-        """Tokens of a split, ends of documents included: of one source, or of all."""
+        """Tokens of a split, ends of documents included, of one source or of all."""
         return sum(entry.num_tokens for entry in self._splits(split, source))
 
     def num_bytes(self, split: str, *, source: str | None = None) -> int:
-        """Bytes of UTF-8 text of a split: of one source, or of all."""
+        """Bytes of UTF-8 text of a split, of one source or of all."""
         return sum(entry.num_bytes for entry in self._splits(split, source))
 
     def documents(
@@ -161,17 +161,17 @@ class ShardFolder:
         return [entry.splits[split] for entry in sources]
 
 
-# What is known of a document.
+# Whether a document was checked, and with which result.
 _UNREAD, _WHOLE, _CORRUPT = 0, 1, 2
 
 
 class Documents:
     """The documents of one split of a source, read by mmap; shards are opened at first use.
 
-    `starts` [documents + 1] says where each would begin if all were joined, in tokens. Methods
-    may be called by several threads.
+    `starts` [documents + 1] says where each would begin, in tokens, if all were joined.
+    Thread-safe.
 
-    Raises DataError where a table of documents isn't what the index says.
+    Raises DataError if a table of documents isn't what the index says.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Documents:
     def tokens(self, document: int) -> NDArray[np.unsignedinteger]:
         """A document's tokens [num_tokens], the end of the document included.
 
-        Raises DataError where they aren't what was written.
+        Raises DataError if they aren't what was written.
         """
         shard = int(self._shard_of(np.array(document)))
         begin, end = self._extent(document)
@@ -228,9 +228,9 @@ class Documents:
         return np.frombuffer(found, self.dtype)
 
     def whole(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the documents [n] are what was written, by their CRC-32 when first asked.
+        """Which of the documents [n] are what was written, by their CRC-32, checked at first use.
 
-        Raises DataError for one that isn't, unless such are to be skipped.
+        Raises DataError for one that isn't, unless such documents are skipped.
         """
         unread = documents[self._known[documents] == _UNREAD]
         for some in self._groups(unread):
@@ -247,9 +247,9 @@ class Documents:
         out: NDArray[np.unsignedinteger],
         places: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Copies pieces [n] of whole documents to `places` of the one-dimensional `out`.
+        """Copies pieces [n] of intact documents to `places` of the one-dimensional `out`.
 
-        Returns the token before each piece [n], of no meaning where an offset is 0.
+        Returns the token before each piece [n], which is meaningless if the offset is 0.
         """
         before = np.zeros(len(documents), np.int64)
         for some in self._groups(documents):
@@ -284,7 +284,7 @@ class Documents:
         return before
 
     def _check(self, documents: NDArray[np.int64]) -> None:
-        """Finds out which documents [n] are what was written."""
+        """Checks which documents [n] are what was written."""
         shards = self._shard_of(documents)
         maps: dict[int, memoryview] = {}
         for shard in set(shards.tolist()):
@@ -327,7 +327,7 @@ class Documents:
         return begin, begin + num_tokens * self.dtype.itemsize
 
     def _groups(self, documents: NDArray[np.int64]) -> Iterator[slice | NDArray[np.intp]]:
-        """Parts of the documents [n] that are in so few shards that all may be held open."""
+        """Parts of the documents [n], each in few enough shards that all of them may be open."""
         if not len(documents):
             return
         shards = self._shard_of(documents)

@@ -1,16 +1,16 @@
-"""Unfinished builds: what a build has finished so far, kept where the next start finds it.
+"""Unfinished builds: what a build has finished so far, kept for the next start to resume.
 
-Owns the hidden folder beside the place of a shard folder, its lock, the records of finished
-shards, and the rule that a folder appears under its name whole and on disk, or not at all. Leaves
-what a shard holds to `shards`, and which documents are in it to `builder`.
+Owns the hidden folder next to the destination, its lock, the records of finished shards, and the
+rule that a folder appears under its name complete and on disk, or not at all. Leaves the content
+of a shard to `shards`, and which documents are in it to `builder`.
 
     .NAME.building/
       lock              held while a process builds here
-      settings.json     what the build was asked for
-      trained.json      the tokenizer, where the build trains one
-      records/          one FinishedShard for each shard that is whole and on disk
-      shards/           what becomes NAME
-      replaced/         what was NAME, for a moment
+      settings.json     the settings that decide the shards
+      trained.json      the tokenizer, if the build trains one
+      records/          one FinishedShard for each shard that is complete and on disk
+      shards/           becomes NAME
+      replaced/         the previous NAME, for a moment
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from data_pipeline.shards.index import ShardEntry
 
 
 class TextChanged(Exception):
-    """The corpus no longer holds the documents that finished shards were made of."""
+    """The corpus no longer has the documents from which finished shards were made."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FinishedShard:
-    """A shard that is whole and on disk.
+    """A shard that is complete and on disk.
 
-    `documents_hash` is the `DocumentHash` of its documents and of the one that it was closed for,
-    if any: on that one it depends where a shard ends.
+    `documents_hash` is the `DocumentHash` of its documents and of the next one, if any: that one
+    decides where the shard ends.
     """
 
     entry: ShardEntry
@@ -46,24 +46,24 @@ class FinishedShard:
 
 
 class DocumentHash:
-    """A running SHA-256 over documents: their numbers and their digests."""
+    """A running SHA-256 over the numbers and digests of documents."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def add(self, number: int, digest: bytes) -> None:
-        """Adds the document of a number in its source, by the SHA-256 of its content."""
+        """Adds the document with this number in its source, by the SHA-256 of its content."""
         self._hash.update(number.to_bytes(8, "big") + digest)
 
     def hexdigest(self) -> str:
-        """The hash of all that was added."""
+        """The hash of everything that was added."""
         return self._hash.hexdigest()
 
 
 class FinishedDocuments:
-    """Tells which documents of a split are in finished shards, and checks that they are the same.
+    """Says which documents of a split are in finished shards, and checks that they haven't changed.
 
-    Both methods raise TextChanged where they aren't.
+    Both methods raise TextChanged if they have.
     """
 
     def __init__(self, shards: tuple[FinishedShard, ...]) -> None:
@@ -71,11 +71,11 @@ class FinishedDocuments:
         self._next_shard()
 
     def take(self, number: int, digest: bytes) -> bool:
-        """Whether the next document of the split, of that number in its source, is finished."""
+        """Whether the next document of the split, with this number in its source, is finished."""
         if self._shard is None:
             return False
         self._hash.add(number, digest)
-        if self._num_left == 0:  # the document that the shard was closed for
+        if self._num_left == 0:  # the document that didn't fit into the shard
             self._check()
             self._next_shard()
             return self.take(number, digest)
@@ -83,7 +83,7 @@ class FinishedDocuments:
         return True
 
     def end(self) -> None:
-        """To be called after the last document of the split."""
+        """Must be called after the last document of the split."""
         if self._shard is not None:
             self._check()
             self._next_shard()
@@ -113,19 +113,19 @@ class UnfinishedBuild:
         self._replaced = path / "replaced"
 
     def claim(self, settings: dict[str, Any]) -> str | None:
-        """Makes the folder one of a build with these settings; returns how they had differed.
+        """Makes the folder one of a build with these settings; returns how its settings differed.
 
-        Where they had, and where the folder is new, nothing is left of what it held. Else what
-        was half written is removed.
+        If they differed, or the folder is new, its content is removed. Else only partly written
+        files are removed.
         """
         wanted = json.loads(json.dumps(settings))
         try:
             found = json.loads(self._settings.read_bytes())
             differing = [key for key in wanted | found if wanted.get(key) != found.get(key)]
-            # `sources` has an order, which the comparison of dictionaries doesn't see.
+            # The order of `sources` matters, which comparing dictionaries would ignore.
             if not differing and json.dumps(wanted) != json.dumps(found):
                 differing = ["sources"]
-        except (OSError, ValueError):  # a new folder, or one that was killed in its first moment
+        except (OSError, ValueError):  # a new folder, or one whose build was killed at once
             found, differing = {}, [""]
         if differing:
             self.discard()
@@ -135,7 +135,7 @@ class UnfinishedBuild:
         return None
 
     def finished(self, prefix: str) -> tuple[FinishedShard, ...]:
-        """The finished shards `PREFIX-00000.tar` and on, as far as none is missing."""
+        """The finished shards `PREFIX-00000.tar` and on, up to the first missing one."""
         found: list[FinishedShard] = []
         while True:
             shard = self._finished(f"{prefix}-{len(found):05d}")
@@ -144,7 +144,7 @@ class UnfinishedBuild:
             found.append(shard)
 
     def keep(self, shard: FinishedShard) -> None:
-        """Records a shard whose files have been written, once they are on disk."""
+        """Records a written shard, once its files are on disk."""
         sync(self.shards / shard.entry.file)
         sync(self.shards / shard.entry.documents)
         sync(self.shards)
@@ -152,7 +152,7 @@ class UnfinishedBuild:
         write_file(self._record(Path(shard.entry.file).stem), record)
 
     def trained(self) -> str | None:
-        """The `tokenizer.json` that was trained before; `check_trained` says whether it fits."""
+        """The `tokenizer.json` trained before; `check_trained` says whether it still applies."""
         try:
             definition: str = json.loads(self._trained.read_bytes())["definition"]
         except FileNotFoundError:
@@ -165,29 +165,29 @@ class UnfinishedBuild:
         write_file(self._trained, json.dumps(record))
 
     def check_trained(self, *, texts_hash: str) -> None:
-        """Raises TextChanged where the kept tokenizer was trained on texts of another hash."""
+        """Raises TextChanged if the kept tokenizer was trained on texts with another hash."""
         if json.loads(self._trained.read_bytes())["texts_hash"] != texts_hash:
             raise TextChanged
 
     def num_finished(self) -> int:
-        """How many shards are finished, of all sources and splits."""
+        """The number of finished shards, of all sources and splits."""
         return len(list(self._records.glob("*.json")))
 
     def discard(self) -> None:
-        """Forgets all that was done; the build begins anew, with the same settings."""
+        """Discards all finished work; the build starts anew, with the same settings."""
         shutil.rmtree(self._replaced, ignore_errors=True)
         self._trained.unlink(missing_ok=True)
-        # The records go first: a record must never stand without its shard.
+        # The records are removed first: a record must never exist without its shard.
         for folder in (self._records, self.shards):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             sync(self.path)
 
     def complete(self, folder: Path) -> None:
-        """Gives the shards their place: all of it is on disk, then one rename.
+        """Moves the shards to their destination: everything is synced to disk, then renamed once.
 
-        What stands there is put aside, and removed with the hidden folder: what is killed between
-        the two resumes from the finished shards.
+        An existing folder is moved aside, and removed with the hidden folder. A build that is
+        killed between the two renames resumes from the finished shards.
         """
         sync_tree(self.shards)
         if folder.exists() and any(folder.iterdir()):
@@ -223,7 +223,7 @@ class UnfinishedBuild:
 
 
 def hidden_folder(folder: str | Path) -> Path:
-    """Where a shard folder is built; it is there while a build runs or can be gone on with."""
+    """Where a shard folder is built; it exists while a build runs or can be resumed."""
     path = Path(folder).absolute()
     return path.with_name(f".{path.name}.building")
 
@@ -232,13 +232,13 @@ def hidden_folder(folder: str | Path) -> Path:
 def unfinished_build(folder: Path, *, tell: Callable[[str], None]) -> Iterator[UnfinishedBuild]:
     """The unfinished build of a shard folder, for one process at a time; others wait.
 
-    At the end the finished shards are kept, where there are any, and all else is removed.
+    At the end the finished shards, if any, are kept, and everything else is removed.
     """
     path = hidden_folder(folder)
     with locked(
         path / "lock",
         waiting=lambda: tell(f"waiting for the process that builds in {path}"),
-        optional=True,  # where a cluster's file system has no locks, one builder is up to the user
+        optional=True,  # some clusters' file systems have no locks: the user runs one builder
     ):
         unfinished = UnfinishedBuild(path)
         try:

@@ -1,7 +1,7 @@
 """Verification: every byte of a shard folder against its index, its tables and its tokenizer.
 
-Owns what makes a file of a folder damaged. Leaves the index's own sense to `index`, and what
-people are told to `inspect`.
+Owns the definition of a damaged file. Leaves the index's own consistency to `index`, and the
+output for people to `inspect`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry
 
 
 def damaged_files(files: ShardFiles, index: Index, *, counter: ByteCounter) -> dict[str, str]:
-    """What is wrong with each file that isn't as it should be, by its name."""
+    """What is wrong with each damaged file, by its name."""
     damaged: dict[str, str] = {}
     try:
         tokenizer_of(files, index.tokenizer)
@@ -45,9 +45,9 @@ def damaged_files(files: ShardFiles, index: Index, *, counter: ByteCounter) -> d
 
 
 def tokenizer_of(files: ShardFiles, entry: TokenizerEntry) -> Tokenizer:
-    """The tokenizer of a folder's tokens, from its own copy where it has one.
+    """The tokenizer of a folder's tokens, from its own copy if it has one.
 
-    Raises DataError where it isn't the one that the index means.
+    Raises DataError if it isn't the one that the index names.
     """
     definition = None if entry.file is None else files.read_bytes(entry.file)
     return tokenizer_from(entry, definition=definition)
@@ -63,14 +63,14 @@ def _wrong_bytes(files: ShardFiles, name: str, size: int, sha256: str) -> str | 
 
 
 def open_table(files: ShardFiles, shard: ShardEntry) -> NDArray[np.int64]:
-    """The table of a shard's documents [num_documents, 3], as it is."""
+    """The table of a shard's documents [num_documents, 3], unchecked."""
     with files.open(shard.documents, size=table_size(shard), sha256=shard.documents_sha256) as file:
         table: NDArray[np.int64] = np.load(io.BytesIO(file.read()), allow_pickle=False)
     return table
 
 
 def _check_members(files: ShardFiles, index: Index, shard: ShardEntry) -> None:
-    """Raises ValueError where the members of a tar aren't those that its table and index say."""
+    """Raises ValueError if the members of a tar don't match its table and the index."""
     table = open_table(files, shard)
     if table.shape != (shard.num_documents, 3) or table.dtype != np.dtype("<i8"):
         raise ValueError(f"its table of documents is {table.dtype}{list(table.shape)}")

@@ -1,7 +1,7 @@
-"""Shards: WebDataset tars of documents, the same bytes whenever they are written.
+"""Shards: WebDataset tars of documents, reproducible byte by byte.
 
 Owns the layout of a tar, the table of its documents, and the only import of webdataset. Leaves
-to `builder` which documents come, and to `reader` the way back.
+the choice of documents to `builder`, and reading to `reader`.
 """
 
 import zlib
@@ -35,11 +35,11 @@ class _OpenShard:
 
 
 class SplitWriter:
-    """Writes the documents of one split of one source into numbered shards, after those finished.
+    """Writes the documents of one split of a source into numbered shards, after the finished ones.
 
-    A shard is closed before the document that would take it over `shard_tokens` tokens; a longer
-    document has a shard to itself. `keep` is told of each shard when its files are written. Use as
-    a context manager, then ask `entry()`.
+    A shard is closed before the document that would exceed `shard_tokens` tokens; a longer document
+    gets a shard of its own. `keep` is called with each shard once its files are written. Use as a
+    context manager, then call `entry()`.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class SplitWriter:
         finished: tuple[FinishedShard, ...] = (),
         keep: Callable[[FinishedShard], None],
     ) -> None:
-        # Imported here: webdataset imports torch, and the processes that tokenise need neither.
+        # Imported here: webdataset imports torch, and the processes that tokenise don't need
+        # either.
         from webdataset.writer import TarWriter
 
         self._tar_writer = TarWriter
@@ -76,7 +77,7 @@ class SplitWriter:
         if error is None:
             self._close_shard()
         elif self._open is not None:
-            # The shard is thrown away; what went wrong first is what must be seen.
+            # The shard is discarded; the first error is the one to report.
             with suppress(OSError):
                 self._open.tar.close()
             with suppress(OSError):
@@ -95,7 +96,7 @@ class SplitWriter:
         shard = self._open or self._open_shard()
         payload, member = tokens.tobytes(), _npy(tokens)
         shard.tar.write({"__key__": f"{number:09d}", "npy": member})
-        # One header block stands before a member; its tokens follow the .npy file's own header.
+        # A header block precedes a member; its tokens follow the .npy file's own header.
         offset = shard.size + _TAR_BLOCK + len(member) - len(payload)
         shard.table.append((offset, len(tokens), zlib.crc32(payload)))
         shard.size += _TAR_BLOCK + -(-len(member) // _TAR_BLOCK) * _TAR_BLOCK
@@ -104,7 +105,7 @@ class SplitWriter:
         shard.hash.add(number, digest)
 
     def entry(self) -> SplitEntry:
-        """What was written, for the index."""
+        """The entry of what was written, for the index."""
         assert self._open is None, "entry() is asked after the last shard is closed"
         return SplitEntry(
             num_documents=sum(shard.num_documents for shard in self._closed),
@@ -120,7 +121,7 @@ class SplitWriter:
             tar_path=self._folder / tar_name,
             table_path=self._folder / table_name,
             file=file,
-            # A fixed time makes the bytes reproducible; the writer's other fields are constants.
+            # A fixed time makes the bytes reproducible; the writer's other fields are constant.
             tar=self._tar_writer(file, mtime=0),
         )
         return self._open
@@ -149,7 +150,7 @@ class SplitWriter:
 
 
 def _npy(tokens: NDArray[np.integer]) -> bytes:
-    """What `np.save` writes for tokens [num_tokens], which takes several times as long."""
+    """The same bytes as `np.save` for tokens [num_tokens], which takes several times as long."""
     fields = (
         f"{{'descr': {tokens.dtype.str!r}, 'fortran_order': False, 'shape': ({len(tokens)},), }}"
     )

@@ -1,8 +1,8 @@
-"""Tokenizers of a Hugging Face `tokenizer.json`, one trained here included.
+"""Tokenizers of a Hugging Face `tokenizer.json`, including one trained here.
 
-Owns the only import of the `tokenizers` package, the rules by which such a file is one tokenizer
-for ever (its fingerprint, no truncation, no chance), and which of its tokens ends a document.
-Leaves the names of tokenizers to `tokenizers`.
+Owns the only import of the `tokenizers` package, the rules that make such a file a fixed tokenizer
+(its fingerprint, no truncation, no randomness), and which of its tokens ends a document. Leaves
+the names of tokenizers to `tokenizers`.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from data_pipeline.commands.shell import text_setting
 from data_pipeline.settings import DataError
 from data_pipeline.tokenizers.tokenizer import token_dtype
 
-# In this order, where nobody says which token ends a document.
+# Tried in this order if the end-of-document token isn't given.
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 _NUM_BYTES = 256
 
@@ -29,10 +29,10 @@ _NUM_BYTES = 256
 class JsonTokenizer:
     """The tokenizer that a `tokenizer.json` defines, with one of its tokens to end documents.
 
-    `definition` is its text, `vocab_size` covers every id that it has. A file that normalises
-    loses what it normalises away: `decode` gives back what is left.
+    `definition` is its text; `vocab_size` covers all of its ids. If the file normalises text,
+    `decode` returns the normalised text.
 
-    Raises DataError for what is no tokenizer, and for one that encodes by chance.
+    Raises DataError for an invalid tokenizer, and for one that encodes randomly.
     """
 
     needs_processes = True
@@ -42,7 +42,7 @@ class JsonTokenizer:
         self.definition: str | None = definition
         self.end_of_document = end_of_document
         content = _content(definition, where=name)
-        # In one spelling, so that the fingerprint is that of the tokenizer, not of the file.
+        # Canonical JSON, so that the fingerprint identifies the tokenizer, not the file.
         spelled = json.dumps(content, separators=(",", ":"), sort_keys=True)
         self.fingerprint = hashlib.sha256(f"{spelled}\n{end_of_document}".encode()).hexdigest()
         self._tokenizer = _tokenizer(content, where=name, end_of_document=end_of_document)
@@ -51,10 +51,10 @@ class JsonTokenizer:
         self._dtype = token_dtype(self.vocab_size)
 
     def encode(self, text: str) -> NDArray[np.integer]:
-        """Token ids [num_tokens]; text that spells a special token is text.
+        """Token ids [num_tokens]; text that spells a special token is encoded as text.
 
-        Raises DataError where the vocabulary holds the end of a document as a word like others
-        and the text has that word.
+        Raises DataError if the vocabulary holds the end of a document as an ordinary word and the
+        text contains that word.
         """
         encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         ids = np.array(encoded[0].ids, dtype=self._dtype)
@@ -67,7 +67,7 @@ class JsonTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of token ids, special tokens and ends of documents left out."""
+        """The text of token ids, without special tokens and ends of documents."""
         array = np.asarray(ids)
         return self._tokenizer.decode(array[array != self.end_of_document].tolist())
 
@@ -78,10 +78,10 @@ class JsonTokenizer:
         return token
 
     def standalone_definition(self) -> str:
-        """The `tokenizer.json` as it is, less those of its rules that are not kept to here.
+        """The `tokenizer.json` without those of its rules that are not applied here.
 
-        Elsewhere they would cut documents, pad them, add tokens to them, or find the end of one in
-        its text.
+        In other programs they would truncate or pad documents, add tokens to them, or find the end
+        of one in its text.
         """
         assert self.definition is not None
         before = json.loads(self.definition)
@@ -97,10 +97,10 @@ class JsonTokenizer:
 def read_tokenizer_json(path: Path, *, end_of_document: str | None) -> JsonTokenizer:
     """The tokenizer of a `tokenizer.json`, named after its folder.
 
-    `end_of_document` names the token that ends a document; None given: the `eos_token` of the
-    `tokenizer_config.json` beside it, or a well-known name that it has.
+    `end_of_document` names the token that ends a document. If None: the `eos_token` of the
+    `tokenizer_config.json` in the same folder, or a well-known name that the tokenizer has.
 
-    Raises DataError where the file is none, and where no token ends a document.
+    Raises DataError if the file isn't a tokenizer, and if no token ends a document.
     """
     try:
         definition = path.read_text(encoding="utf-8")
@@ -115,12 +115,12 @@ def read_tokenizer_json(path: Path, *, end_of_document: str | None) -> JsonToken
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> str:
     """The `tokenizer.json` of a byte-level BPE with `vocab_size` ids, trained on the texts.
 
-    Any text comes back from its ids unchanged. `<|endoftext|>` (id 0) ends a document. The same
-    texts give the same tokenizer, whatever the number of threads. A pair must come twice to be
-    merged.
+    Decoding any text's ids returns the text unchanged. `<|endoftext|>` (id 0) ends a document. The
+    same texts give the same tokenizer, whatever the number of threads. A pair must occur twice to
+    be merged.
 
-    Raises DataError where `vocab_size` leaves no room for the bytes and the end of a document, and
-    where the texts have too few pairs for so many ids.
+    Raises DataError if `vocab_size` is too small for the bytes and the end of a document, and if
+    the texts have too few pairs for so many ids.
     """
     smallest = _NUM_BYTES + 1
     if vocab_size < smallest:
@@ -149,7 +149,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> str:
 
 
 def _content(definition: str, *, where: str) -> dict[str, Any]:
-    """The fields of a `tokenizer.json`, less those that would cut or pad documents."""
+    """The fields of a `tokenizer.json`, without those that would truncate or pad documents."""
     try:
         content = json.loads(definition)
     except ValueError as error:
@@ -169,7 +169,7 @@ def _tokenizer(
 ) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(_with_special(content, end_of_document)))
-    except Exception as error:  # the package has no other type
+    except Exception as error:  # the package has no more specific type
         raise DataError(f"{where} is no tokenizer.json that can be read: {error}") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -178,7 +178,7 @@ def _tokenizer(
 def _with_special(content: dict[str, Any], end_of_document: int | None) -> dict[str, Any]:
     """The fields with the end of a document as a special token, whatever the file says.
 
-    It must never come from text, and special tokens are not looked for in text.
+    It must never come from text, and special tokens are not matched in text.
     """
     added = [
         token | {"special": True} if token["id"] == end_of_document else token
@@ -208,7 +208,7 @@ def _end_of_document(path: Path, vocabulary: dict[str, int], *, asked: str | Non
 
 
 def _form(vocabulary: Iterable[str], *, asked: str | None) -> str:
-    """What to type for the end of a document: with a token that there is, in a shell's quotes."""
+    """What to type for the end of a document: an example with a known token, in shell quotes."""
     ends = sorted(word for word in vocabulary if re.search(r"^[<\[].*(eo[a-z]|end|/s)", word, re.I))
     close = difflib.get_close_matches(asked or _USUAL_ENDS[0], ends, n=1, cutoff=0.0)
     if not close:
@@ -217,7 +217,7 @@ def _form(vocabulary: Iterable[str], *, asked: str | None) -> str:
 
 
 def _eos_token(path: Path) -> str | None:
-    """The `eos_token` of a `tokenizer_config.json`, None where there is none."""
+    """The `eos_token` of a `tokenizer_config.json`, None if there is none."""
     if not path.is_file():
         return None
     try:

@@ -1,13 +1,12 @@
-"""Mixtral's tokenizers: the ids of mistral-common's own encoding, found word by word.
+"""Mixtral's tokenizers: the same ids as mistral-common's own encoding, computed word by word.
 
-Owns the only imports of sentencepiece and of mistral-common, which brings the vocabularies. Leaves
+Owns the only imports of sentencepiece and of mistral-common, which has the vocabularies. Leaves
 the names of tokenizers to `tokenizers`.
 
-Sentencepiece joins two neighbours only where the vocabulary has the joined piece. A place in the
-text that no piece of the vocabulary can span is therefore a place where the text can be cut, and
-its parts encoded one by one, and kept, since words come again: two to three times as fast. Whether
-pieces can span the cuts is asked of the vocabulary itself, and a text that holds one that does is
-encoded as a whole.
+Sentencepiece merges two neighbours only if the vocabulary has the merged piece. At a position that
+no piece of the vocabulary can span, the text can therefore be cut. Its parts are encoded one by one
+and cached, since words repeat: two to three times as fast. The vocabulary itself is searched for
+pieces that span cuts, and a text that contains one is encoded as a whole.
 """
 
 import hashlib
@@ -25,16 +24,16 @@ _FILES = {
     "mixtral-v1": "tokenizer.model.v1",
     "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3",
 }
-_SPACE = "\u2581"  # how a piece spells a space; in a text the two are encoded alike
-# ASCII punctuation and control characters, and what stands beside them in pieces (`.”`, `²,`).
+_SPACE = "\u2581"  # how a piece spells a space; in a text both are encoded the same
+# ASCII punctuation and control characters, and what adjoins them in pieces (`.”`, `²,`).
 _MARKS = r"\x00-\t\x0b-\x1f!-/:-@\[-`{-\x7f²–—’“”†…«»"
-# A word is spaces and what they lead: letters, marks or a digit. Whether there is a cut between two
-# characters depends on these two alone, so that a vocabulary can be checked piece by piece.
+# A word is spaces and what follows them: letters, marks or a digit. Whether there is a cut between
+# two characters depends only on these two, so that a vocabulary can be checked piece by piece.
 _WORDS = re.compile(
     rf"[ {_SPACE}]*(?:[^{_MARKS}0-9 {_SPACE}\n]+|[{_MARKS}]+|[0-9])|[ {_SPACE}]+|\n+"
 )
-_CHARACTERS_AT_ONCE = 2**16  # a list of words takes some fifty times the memory of its text
-_WORDS_KEPT = 2**18  # some 40 MB
+_CHARACTERS_AT_ONCE = 2**16  # a list of words takes about fifty times the memory of its text
+_WORDS_KEPT = 2**18  # about 40 MB
 _LONGEST_KEPT = 32
 
 
@@ -67,55 +66,55 @@ class MixtralTokenizer:
         return np.frombuffer(b"".join([b"".join(map(ids_of, w)) for w in words_of(text)]), "<u2")
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of token ids, control tokens left out."""
+        """The text of token ids, without control tokens."""
         text: str = self._model.decode(np.asarray(ids).tolist())
         return text
 
     def pieces(self) -> list[str]:
-        """Every token's spelling, by its id; the unknown token's is the first."""
+        """Every token's spelling, by its id; the unknown token comes first."""
         return [self._model.id_to_piece(id) for id in range(self.vocab_size)]
 
     def is_special(self, id: int) -> bool:
-        """Whether a token is a control token or the unknown one, which no text has."""
+        """Whether a token is a control token or the unknown one, which never come from text."""
         return bool(self._model.is_control(id) or self._model.is_unknown(id))
 
     def scores(self) -> dict[str, float]:
-        """The score of each piece that text can be joined to; the best is joined first."""
+        """The score of each piece that merging can produce; the best is merged first."""
         scored = self._model.piece_to_id(_pieces(self._model))
         return {self._model.id_to_piece(id): self._model.get_score(id) for id in scored}
 
     def whole_pieces(self) -> list[str]:
-        """The pieces that are taken out of a text before others are joined.
+        """The pieces that are extracted from a text before others are merged.
 
-        They are those that span words, in Mixtral's vocabularies; no joined piece does.
+        In Mixtral's vocabularies they are those that span words; no merged piece does.
         """
         return _spanning(_pieces(self._model))
 
     @property
     def words(self) -> str:
-        """The pattern of the words between which nothing else is joined."""
+        """The pattern of words; nothing else is merged across their boundaries."""
         return _WORDS.pattern
 
 
 @TOKENIZERS.register("mixtral-v1")
 def mixtral_v1() -> MixtralTokenizer:
-    """Returns that of 8x7B."""
+    """Returns the tokenizer of 8x7B."""
     return MixtralTokenizer("mixtral-v1")
 
 
 @TOKENIZERS.register("mixtral-v3")
 def mixtral_v3() -> MixtralTokenizer:
-    """Returns that of 8x22B."""
+    """Returns the tokenizer of 8x22B."""
     return MixtralTokenizer("mixtral-v3")
 
 
 class _IdsOfWord(dict[str, bytes]):
-    """The ids of a word as little-endian 16-bit numbers; what was asked before is kept."""
+    """The ids of a word as little-endian 16-bit numbers; results are cached."""
 
     def __init__(self, model: SentencePieceProcessor) -> None:
         self._encode = model.encode
-        # Sentencepiece puts a space before what it encodes. Behind a newline, which no piece
-        # holds, a word stands as it would in a text; the space and the newline are taken off.
+        # Sentencepiece puts a space before its input. After a newline, which no piece contains, a
+        # word is encoded as inside a text; the space and the newline are removed.
         self._before = self._encode("\n")
         assert len(self._before) == 2
         assert not any("\n" in piece for piece in _pieces(model))
@@ -130,7 +129,7 @@ class _IdsOfWord(dict[str, bytes]):
 
 
 def words_of(text: str) -> Iterator[list[str]]:
-    """The words of a text behind the space that sentencepiece puts before it, some at a time."""
+    """The words of a text, after the space that sentencepiece puts before it, in batches."""
     if not text:
         return
     text = " " + text
@@ -140,7 +139,7 @@ def words_of(text: str) -> Iterator[list[str]]:
         if start + num_characters >= len(text):
             yield words
             return
-        last = words.pop()  # it may go on
+        last = words.pop()  # it may continue
         if words:
             yield words
             start += num_characters - len(last)
@@ -149,9 +148,9 @@ def words_of(text: str) -> Iterator[list[str]]:
 
 
 def spanning_pieces(pieces: Sequence[str]) -> re.Pattern[str] | None:
-    """What finds, in a text, the pieces that span a cut between words; None where there are none.
+    """A pattern that finds pieces in a text that span a cut between words; None if there are none.
 
-    Of Mixtral's these are some that v3 reserved, such as `[REFERENCE_DOC_1]`.
+    In Mixtral's vocabularies these are some that v3 reserved, such as `[REFERENCE_DOC_1]`.
     """
     spanning = _spanning(pieces)
     spellings = (re.escape(piece).replace(_SPACE, f"[ {_SPACE}]") for piece in spanning)
@@ -163,7 +162,7 @@ def _spanning(pieces: Sequence[str]) -> list[str]:
 
 
 def _pieces(model: SentencePieceProcessor) -> list[str]:
-    """The pieces that text can be joined to: neither control tokens nor single bytes."""
+    """The pieces that merging can produce: neither control tokens nor single bytes."""
     return [
         model.id_to_piece(i)
         for i in range(model.vocab_size())

@@ -1,4 +1,4 @@
-"""Tokenizers by name: which one a word, a path or a folder's index means."""
+"""Tokenizers by name: the tokenizer of a name, a path or a folder's index."""
 
 import difflib
 from pathlib import Path
@@ -12,11 +12,12 @@ _KINDS = "the path of a tokenizer.json, and, to build with, bpe:N"
 def tokenizer_named(spec: str, *, end_of_document: str | None = None) -> Tokenizer:
     """The tokenizer of a name, or of a `tokenizer.json` by its path or its folder's.
 
-    `end_of_document` names the token of a `tokenizer.json` that ends a document. None given: the
-    `eos_token` of the `tokenizer_config.json` beside it, or a well-known name that it has.
+    `end_of_document` names the token of a `tokenizer.json` that ends a document. If None: the
+    `eos_token` of the `tokenizer_config.json` in the same folder, or a well-known name that the
+    tokenizer has.
 
-    Raises DataError for what is neither, for a `tokenizer.json` that can't be used, and for an
-    `end_of_document` that isn't there.
+    Raises DataError for an unknown tokenizer, for a `tokenizer.json` that can't be used, and for an
+    `end_of_document` that doesn't exist.
     """
     if spec in TOKENIZERS.names():
         if end_of_document is not None:
@@ -44,7 +45,7 @@ def resolved_tokenizer(spec: str) -> str:
 def tokenizer_from(entry: TokenizerEntry, *, definition: bytes | None) -> Tokenizer:
     """The tokenizer that made a shard folder, from its index and the bytes of `entry.file`, if any.
 
-    Raises DataError where it isn't the one whose fingerprint the index holds.
+    Raises DataError if its fingerprint isn't the one in the index.
     """
     text = None if definition is None else definition.decode("utf-8", errors="replace")
     if text is None and entry.name not in TOKENIZERS.names():
@@ -66,8 +67,8 @@ def tokenizer_from(entry: TokenizerEntry, *, definition: bytes | None) -> Tokeni
 def tokenizer_again(
     name: str, *, definition: str | None = None, end_of_document: int | None = None
 ) -> Tokenizer:
-    """A tokenizer from what can be sent to another process: these three of its attributes."""
-    # The others are imported where they are used: nobody should wait for what they don't need.
+    """A tokenizer from three of its attributes, which can be sent to another process."""
+    # The others are imported where they are used, so that unused ones cost no time.
     if definition is not None:
         from data_pipeline.tokenizers.json_tokenizer import JsonTokenizer
 

@@ -1,8 +1,8 @@
-"""What a tokenizer is, and the simplest: one token a byte.
+"""The interface of a tokenizer, and the simplest one: one token per byte.
 
-No tokenizer here puts a beginning-of-sequence token before a document. The end of the document
-before it says the same, and a model that was trained so can be given either at generation. Where
-documents end is up to whoever writes shards: a tokenizer only says which id ends one.
+No tokenizer here puts a beginning-of-sequence token before a document. The end of the previous
+document has the same meaning, and a model trained this way accepts either at generation. The
+writer of shards decides where documents end: a tokenizer only says which id ends one.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     `fingerprint` is a SHA-256 in hex: two tokenizers with the same one give the same ids.
-    `definition` is the text of the `tokenizer.json` it is made from, None where `name` says all.
-    `needs_processes` says whether it is slow enough that processes are worth their start.
+    `definition` is the text of the `tokenizer.json` it is made from, None if `name` is enough.
+    `needs_processes` says whether it is slow enough to make several processes worthwhile.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of token ids, ends of documents left out."""
+        """The text of token ids, without ends of documents."""
         ...
 
 
@@ -51,14 +51,14 @@ TOKENIZERS = Registry[Callable[[], Tokenizer]](
         "mixtral-v3": "data_pipeline.tokenizers.mixtral_tokenizer",
     },
 )
-"""Those that a name alone says all about; each is made without an argument."""
+"""Those that are fully defined by a name; each is created without arguments."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class TokenizerEntry:
     """The tokenizer that made the tokens; `fingerprint` is a SHA-256 in hex.
 
-    `file` is the `tokenizer.json` in the folder, None where the name says all.
+    `file` is the `tokenizer.json` in the folder, None if the name is enough.
     """
 
     name: str
@@ -69,13 +69,13 @@ class TokenizerEntry:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """The smallest of little-endian uint16 and uint32 that holds every id of a vocabulary."""
+    """The smaller of little-endian uint16 and uint32 that holds every id of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 @TOKENIZERS.register("bytes")
 class ByteTokenizer:
-    """One token a byte of UTF-8, and id 256 for the end of a document."""
+    """One token per byte of UTF-8, and id 256 for the end of a document."""
 
     name = "bytes"
     vocab_size = 257
@@ -89,6 +89,6 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of token ids; what isn't UTF-8, as where a slice begins, becomes U+FFFD."""
+        """The text of token ids; invalid UTF-8, as at the cut of a slice, becomes U+FFFD."""
         array = np.asarray(ids)
         return array[array < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")

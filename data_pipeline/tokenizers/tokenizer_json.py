@@ -1,11 +1,11 @@
 """Any tokenizer here as a Hugging Face `tokenizer.json` that gives the same ids.
 
-Owns the spelling of the tokenizers that come with names, and which of a file's own rules would
-give other ids than ours. Leaves reading such files to `json_tokenizer`.
+Owns converting the built-in tokenizers, and which of a file's own rules would give different ids.
+Leaves reading such files to `json_tokenizer`.
 
-Encoding is the same where special tokens in a text are text (transformers: `split_special_tokens`),
-and so is decoding, but for ids that no text has: of bytes that are no UTF-8 Mixtral's spells each
-one of a run as U+FFFD where sentencepiece still reads what can be read.
+Encoding is the same if special tokens in a text are treated as text (transformers:
+`split_special_tokens`). Decoding is the same except for ids that no text has: of a run of bytes
+that aren't UTF-8, Mixtral's file turns each into U+FFFD, while sentencepiece decodes what it can.
 """
 
 import json
@@ -15,23 +15,23 @@ from typing import Any
 
 from data_pipeline.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 
-_SPACE = "\u2581"  # how a piece of sentencepiece's spells a space
+_SPACE = "\u2581"  # how a piece of sentencepiece spells a space
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerJson:
-    """The text of a `tokenizer.json`, and which of its tokens are the special ones."""
+    """The text of a `tokenizer.json`, and which of its tokens are special."""
 
     definition: str
     end_of_document: str
     beginning: str | None
-    """The token that stands for the beginning of a text elsewhere; ours put none there."""
+    """The token that begins a text in other programs; here none is added."""
     unknown: str | None
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> TokenizerJson:
-    """A tokenizer as a `tokenizer.json`; a file's own unchanged, unless it gives other ids."""
-    # Imported where they are used: nobody should wait for what they don't need.
+    """A tokenizer as a `tokenizer.json`; a file's own is unchanged, unless it gives other ids."""
+    # Imported where they are used, so that unused ones cost no time.
     if tokenizer.definition is not None:
         from data_pipeline.tokenizers.json_tokenizer import JsonTokenizer
 
@@ -66,11 +66,11 @@ def _of_bytes() -> TokenizerJson:
 
 
 def _of_sentencepiece(tokenizer: Any) -> TokenizerJson:
-    """As sentencepiece joins pieces: the pair of the best score first, of equals the leftmost.
+    """The merges of sentencepiece: the pair with the best score first; of equals, the leftmost.
 
-    `tokenizers` knows no scores but an order of pairs. All scores differ, but for those of runs of
-    spaces, which are all equal: there the longest left part goes first, because a run that is
-    joined from the left has but one part that is longer than a space.
+    `tokenizers` has no scores, only an order of pairs. All scores differ, except for those of runs
+    of spaces, which are all equal. There the longest left part goes first: a run that is merged
+    from the left has only one part that is longer than a space.
     """
     pieces: list[str] = tokenizer.pieces()
     scores: dict[str, float] = tokenizer.scores()
@@ -100,9 +100,9 @@ def _of_sentencepiece(tokenizer: Any) -> TokenizerJson:
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
     )
     if whole := tokenizer.whole_pieces():
-        # Pieces that sentencepiece takes out of a text before it joins anything: a cut round each,
-        # then between all words, so that what is left can't be spelled like a control token and
-        # whole words can be looked up.
+        # Pieces that sentencepiece extracts from a text before merging: cut around each of them,
+        # then between all words, so that the rest can't be spelled like a control token and whole
+        # words can be looked up.
         reserved = "|".join(map(re.escape, whole))
         content["pre_tokenizer"] = _sequence(
             "pretokenizers",
@@ -172,7 +172,7 @@ def _byte_level() -> dict[str, Any]:
 
 
 def _spelled_bytes() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies, as in GPT-2's."""
+    """The character for each byte in byte-level vocabularies, as in GPT-2's."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
     spelled = {byte: chr(byte) for byte in plain}

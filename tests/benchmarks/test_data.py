@@ -1,4 +1,4 @@
-"""The data benchmark: all ways to read give as many tokens, and ours is held against the limit."""
+"""The data benchmark: all ways to read give as many tokens, and ours is compared with the limit."""
 
 import json
 import subprocess

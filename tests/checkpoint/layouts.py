@@ -1,4 +1,4 @@
-"""Models and layouts whose parts don't come out even, for tests of checkpoints."""
+"""Models and layouts whose parts have uneven sizes, for tests of checkpoints."""
 
 import dataclasses
 

@@ -46,7 +46,7 @@ SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (4, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2)]
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, rng: np.random.Generator) -> Tensor:
-    """Returns any bytes at all as numbers: nan, -0.0 and denormals too."""
+    """Returns arbitrary bytes as numbers: nan, -0.0 and denormals too."""
     content = rng.integers(0, 2 if dtype == torch.bool else 256, math.prod(shape) * dtype.itemsize)
     tensor = torch.empty(math.prod(shape), dtype=dtype)
     tensor.view(torch.uint8).copy_(torch.from_numpy(content))
@@ -91,9 +91,9 @@ def index_of(block: Block) -> tuple[slice, ...]:
 def write_tiles(
     folder: Path, tensors: dict[str, Tensor], tiles: dict[str, list[Block]], *, lost: int = -1
 ) -> Path:
-    """Makes a checkpoint by hand: the n-th tile of each tensor lies in the n-th file.
+    """Writes a checkpoint by hand: the n-th tile of each tensor is in the n-th file.
 
-    Of all tiles but the `lost` one, that is.
+    All tiles except the `lost` one.
     """
     folder.mkdir()
     manifest = Manifest(

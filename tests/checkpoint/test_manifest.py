@@ -1,4 +1,4 @@
-"""What counts as a checkpoint, and the order in which one comes to be."""
+"""What counts as a checkpoint, and the order in which one is created."""
 
 import os
 import shutil
@@ -107,7 +107,7 @@ def test_a_manifest_that_is_none_is_an_error(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.trap(21)
 def test_an_older_attempt_may_not_commit(tmp_path: Path) -> None:
-    """A worker that was cut off and comes back must not win over its successor."""
+    """A worker that was cut off and comes back must not replace its successor."""
     assert [next_attempt(tmp_path), next_attempt(tmp_path)] == [1, 2]
     kept = stage(tmp_path, 5, attempt=2)
     with pytest.raises(CheckpointError, match="attempt 2 has taken the run over"):
@@ -116,7 +116,7 @@ def test_an_older_attempt_may_not_commit(tmp_path: Path) -> None:
 
 
 def test_an_older_attempt_displaces_no_checkpoint_of_a_newer_one(tmp_path: Path) -> None:
-    """Not even where the file that says whose the run is has been lost, or read too early."""
+    """Not even if the file that names the run's owner has been lost, or read too early."""
     kept = stage(tmp_path, 5, attempt=2, content=b"newer")
     with pytest.raises(CheckpointError, match="attempt 2 has taken the run over"):
         stage(tmp_path, 5, attempt=1, content=b"older")
@@ -146,7 +146,7 @@ def test_of_those_who_start_at_once_each_gets_an_attempt_of_its_own(tmp_path: Pa
 
 @pytest.mark.parametrize("number", ["0000000001", "٠٠٠٠٠٠٠١"])
 def test_a_second_folder_of_a_step_is_no_checkpoint(tmp_path: Path, number: str) -> None:
-    """It would count as one of those to keep, in the place of a real one."""
+    """It would count as one of those to keep, instead of a real one."""
     shutil.copytree(stage(tmp_path, 1), tmp_path / f"step_{number}")
     assert saves(tmp_path) == [Save(1, 1)]
 
@@ -235,7 +235,7 @@ def test_the_newest_good_one_is_found_and_the_others_are_told_of(tmp_path: Path)
 
 
 def test_the_newest_attempts_line_comes_first() -> None:
-    """Attempt 2 went on from step 3; what attempt 1 had saved from 4 on is beside the line."""
+    """Attempt 2 resumed from step 3; attempt 1's saves from step 4 on aren't in its line."""
     one, two = [Save(s, 1) for s in (1, 2, 3, 5, 9)], [Save(4, 2), Save(7, 2)]
     assert in_order([*one, *two]) == (
         [Save(7, 2), Save(4, 2), Save(3, 1), Save(2, 1), Save(1, 1)],
@@ -245,7 +245,7 @@ def test_the_newest_attempts_line_comes_first() -> None:
 
 
 def test_latest_has_no_say_in_what_is_loaded(tmp_path: Path) -> None:
-    """Killed between rename and `latest`, or one bit of it flipped: the newest stays the newest."""
+    """Killed between rename and `latest`, or a bit of it flipped: the newest stays the newest."""
     for step in (1, 2, 3):
         stage(tmp_path, step)
     (tmp_path / "latest").write_text("step_00000002")
@@ -253,7 +253,7 @@ def test_latest_has_no_say_in_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_an_old_checkpoint_that_is_a_symbolic_link_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Nor is what it leads to deleted: somebody else's, or on another disk on purpose."""
+    """Nor is its target deleted: it may be somebody else's, or on another disk on purpose."""
     directory, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     for step in (1, 2, 3):
         stage(directory, step)
@@ -297,7 +297,7 @@ def test_a_lost_attempt_file_never_makes_an_attempt_older_than_what_it_finds(
 
 
 def test_deleting_keeps_two_good_ones_beside_a_damaged_newer_one(tmp_path: Path) -> None:
-    """A run that went back to step 2 and saved step 3 must not count the damaged step 9."""
+    """A run that went back to step 2 and saved step 3 must not count the corrupted step 9."""
     for step, attempt in ((1, 1), (2, 1), (9, 1), (3, 2)):
         stage(tmp_path, step, attempt=attempt)
     delete_old(tmp_path, keep_last=2, attempt=2)

@@ -1,4 +1,4 @@
-"""Checkpoints reach a remote folder whole or not at all, and come back bit for bit."""
+"""Checkpoints are uploaded to a remote folder atomically, and downloaded bit for bit."""
 
 import contextlib
 import itertools
@@ -222,7 +222,7 @@ def test_checkpoint_comes_back_bit_for_bit_on_another_machine(address: str, tmp_
     assert contents(fetched) == contents(second)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["step_00000200"]
     assert fetch(remote, tmp_path / "there", newer_than=Save(200, 1)) is None
-    # Once more is no new upload, and writes nothing into what is there.
+    # A second time nothing is uploaded, and existing files aren't written.
     assert upload(remote, second) == 0
     assert remote.delete_old(lambda saves: saves, owner=1) == ["step_00000100_attempt_1"]
     assert remote.list_complete() == [Save(200, 1)]
@@ -314,7 +314,7 @@ def test_attempt_that_is_taken_over_during_its_upload_commits_nothing(
         upload(on_s3, save(tmp_path / "here", 200))
     assert latest(on_s3) == "step_00000100_attempt_1"
     assert on_s3.list_complete() == [Save(100, 1)]
-    # Nor may it delete what the newer one may need.
+    # Nor may it delete checkpoints that the newer one may need.
     with pytest.raises(SupersededError):
         on_s3.delete_old(lambda saves: saves, owner=1)
 
@@ -327,7 +327,7 @@ def test_latest_that_an_old_attempt_wrote_too_late_names_the_new_ones_again(
     new = save(tmp_path / "new", 150, attempt=2)
 
     def overtake(request: Request) -> None:
-        """Between the last look of the old one and its writing, the new one does all it does."""
+        """The new attempt does all its work between the old one's last check and its write."""
         if request.path.endswith("/latest") and request.method == "PUT":
             server.hook = None
             client.put(f"{root}/attempts/00000002", b"2\n")
@@ -789,7 +789,7 @@ def test_kills_at_any_moment_of_an_upload_to_s3_leave_whole_checkpoints(
             if counts is not None:
                 assert code == -signal.SIGKILL
                 assert (newest == step) == counts
-        # And nothing stands in the way of the next.
+        # And the next upload isn't hindered.
         upload(on_s3, save(here, 9000))
         on_s3.delete_old(but_two, owner=1)
     assert latest(on_s3) == "step_00009000_attempt_1"
@@ -825,17 +825,17 @@ def test_kills_at_random_moments_of_an_upload_to_a_disk_leave_whole_checkpoints(
     assert codes.count(-signal.SIGKILL) >= 5
     upload(on_disk, save(here, 9000))
     on_disk.delete_old(but_two, owner=1)
-    # Nothing of the killed ones is left, but for empty folders.
+    # Nothing of the killed ones is left, except empty folders.
     left = {path.parent.name for path in path_of(on_disk).glob("step_*/*")}
     assert left == {remote_name(save) for save in on_disk.list_complete()}
     assert len(on_disk.list_complete()) == 2
 
 
-# Behind the training
+# Asynchronous uploads
 
 
 class Events:
-    """What an uploader told."""
+    """The events that an uploader reported."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""A save that fails, hangs or is cut short: what every rank learns of it, and what stays."""
+"""A save that fails, hangs or is cut short: what every rank learns of it, and what is kept."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ from moetrain.settings import CheckpointSettings
 from tests.support.ranks import replace_in_rank, run_ranks
 
 TIMEOUT = 3.0
-"""Seconds after which a collective of the store's group gives up."""
+"""The timeout in seconds of the collectives of the store's group."""
 
 
 def open_store(directory: Path, *, timeout: float = 60, **settings: Any) -> CheckpointStore:
@@ -46,7 +46,7 @@ def open_store(directory: Path, *, timeout: float = 60, **settings: Any) -> Chec
 
 
 EVENTS: list[tuple[str, dict[str, Any]]] = []
-"""What the store told, on this rank; each rank is a process of its own."""
+"""The events that the store reported on this rank; each rank is a process of its own."""
 
 
 def tensors(salt: int = 0) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def error_of(function: Callable[[], Any]) -> str | None:
 
 
 def before_writing(step: int, action: Callable[[], object]) -> None:
-    """Has something happen in the background before this rank writes its file of a step."""
+    """Calls an action in the background before this rank writes its file of a step."""
     write_file = module._write_file
 
     def wrapped(staged: Path, parts: Any, **others: Any) -> Any:
@@ -151,7 +151,7 @@ def test_a_file_system_that_fails_for_now_is_told_from_what_another_attempt_woul
 
 
 def lose_rank_1(directory: Path, how: str) -> tuple[str, float, float]:
-    """Saves twice; during the second save rank 1 dies or stops to answer."""
+    """Saves twice; during the second save rank 1 dies or stops responding."""
     store = open_store(directory, timeout=TIMEOUT)
     store.save(tensors(), step=1, state={})
     store.wait()
@@ -188,7 +188,7 @@ def test_a_rank_lost_in_the_middle_of_a_save_leaves_no_other_hanging(
 
 
 def foresee(directory: Path) -> list[str | None]:
-    """Saves where the disk has room for fewer bytes than the checkpoint takes."""
+    """Saves to a disk with less free space than the checkpoint needs."""
     store = open_store(directory)
     store.save(tensors(), step=1, state={})
     store.wait()
@@ -232,7 +232,7 @@ def test_a_checkpoint_with_a_part_that_nobody_wrote_is_not_committed(tmp_path: P
 
 
 def break_tidying(directory: Path) -> str | None:
-    """Saves where the first rank can't say what may be deleted."""
+    """Saves while the first rank can't determine what may be deleted."""
     store = open_store(directory)
 
     def unreadable(_: Path, **known: Any) -> list[Save]:
@@ -268,7 +268,7 @@ def one_in_flight(directory: Path) -> dict[str, bool]:
 
 
 def tell_of_life(directory: Path) -> dict[str, int]:
-    """Returns how often a store said that it gets on, in a load, a slow save and a stuck one."""
+    """Returns how often a store reported progress, in a load, a slow save and a stuck one."""
     calls: list[str] = []
     store = CheckpointStore(
         directory,
@@ -320,7 +320,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
 
 
 def leave(directory: Path, patient: bool) -> tuple[float, bool]:
-    """Leaves with a save in flight, which takes a while longer than an impatient one waits."""
+    """Leaves with a save in flight, which takes a little longer than the short timeout."""
     store, go_on = open_store(directory), threading.Event()
     before_writing(1, lambda: go_on.wait(60))
     store.save(tensors(), step=1, state={})
@@ -360,7 +360,7 @@ def test_a_checkpoint_known_to_be_damaged_is_none_that_is_kept() -> None:
 
 
 def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[str, Any]]]:
-    """Saves steps 1 to 6, of which some rot on the disk after they are written, before tidying."""
+    """Saves steps 1 to 6; some are silently corrupted once written, before the tidying."""
 
     def rot(path: Path) -> None:
         step = int(path.parent.name.removeprefix("step_"))
@@ -368,7 +368,7 @@ def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[st
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
-        # Whoever checks that file must find it harmed, so nobody goes on before.
+        # Whoever verifies that file must find it corrupted, so no rank continues before.
         dist.barrier(group=gate)
         forget_cached(path)
 
@@ -385,7 +385,7 @@ def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[st
 
 @pytest.mark.trap(21)
 def test_nothing_is_deleted_for_a_newest_one_that_does_not_verify(tmp_path: Path) -> None:
-    """Step 4 rots: the two before it stay for it, and still do when step 5 is good."""
+    """Step 4 is corrupted: the two before it are kept for it, also when step 5 is good."""
     events = run_ranks(save_and_harm, 2, tmp_path, [4])[0]
     # 5 and 3 are good, which 4 isn't; then 6 and 5.
     assert [f["steps"] for kind, f in events if kind == "there"] == [

@@ -32,7 +32,7 @@ def write_corpus(root: Path, *, num_documents: int = 60, seed: int = 0) -> list[
 
 
 def build(corpus: Path | dict[str, Path], to: Path, **settings: Any) -> ShardFolder:
-    """A folder of byte tokens with small shards, unless told otherwise, of one source or more."""
+    """A folder of byte tokens with small shards, by default, of one source or more."""
     given: dict[str, Any] = (
         {"sources": {name: {"corpus": str(path)} for name, path in corpus.items()}}
         if isinstance(corpus, dict)

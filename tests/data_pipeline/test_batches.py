@@ -1,4 +1,4 @@
-"""Global batches depend on seed, settings and sample index alone, and lose and repeat nothing."""
+"""Global batches depend only on seed, settings and sample index; nothing is lost or repeated."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What `python -m data_pipeline.build` says of the text that it read, and of what it didn't."""
+"""What `python -m data_pipeline.build` reports of the text that it read, and of what it didn't."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""A shard folder holds its text, is the same however it is built, and appears whole or not."""
+"""A shard folder holds its text, is the same however it is built, and is created atomically."""
 
 import hashlib
 import io

@@ -32,7 +32,7 @@ def run(
 
 
 def told(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What a command said but for its progress, which it tells of where a machine is slow."""
+    """What a command printed, except its progress, which appears only on slow machines."""
     return [line for line in done.stderr.splitlines() if not line.endswith(" s left")]
 
 

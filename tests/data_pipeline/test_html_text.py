@@ -1,4 +1,4 @@
-"""HTML gives the text that a reader of the page reads, and none of what stands around it."""
+"""HTML gives the text that a reader of the page reads, and nothing of what surrounds it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Hydra's private parts are what `commands/hydra_private.py` takes them for."""
+"""Hydra's private parts are as `commands/hydra_private.py` expects them."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""An index that can't be true is refused, with the field or figure that gives it away."""
+"""An inconsistent index is refused, naming the field or figure that shows it."""
 
 import json
 from collections.abc import Callable

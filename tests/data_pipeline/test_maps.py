@@ -24,7 +24,7 @@ def allow(soft: int, hard: int) -> None:
 
 
 def require_in_child(work: Callable[[], None]) -> None:
-    """Runs work in a process of its own, whose limits may be lowered for good."""
+    """Runs work in a process of its own, whose limits may be lowered permanently."""
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == 0
 
 

@@ -1,4 +1,4 @@
-"""Each source has its share to one sample, at any moment, over stages, pauses and new weights."""
+"""Each source has its share to one sample, at any time, over stages, pauses and new weights."""
 
 import json
 from dataclasses import asdict

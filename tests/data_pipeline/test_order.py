@@ -1,4 +1,4 @@
-"""The order of samples is a permutation an epoch, other for each epoch and seed, found at once."""
+"""The order of samples is a permutation in each epoch, different for each epoch and seed."""
 
 from typing import Any
 

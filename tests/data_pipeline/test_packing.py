@@ -1,4 +1,4 @@
-"""Every token stands in one sequence, and best fit packs as well as it can be proven to."""
+"""Every token is in one sequence, and best fit packs as well as it provably can."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Files of a folder on a server come whole and checked through a bounded cache, or not at all."""
+"""Files of a folder on a server are downloaded whole and verified through a bounded cache."""
 
 import errno
 import hashlib
@@ -37,7 +37,7 @@ def server() -> Iterator[FileServer]:
 
 
 def settings(tmp_path: Path, **changes: object) -> CacheSettings:
-    """A cache of the test's own that gives up soon."""
+    """A cache of the test's own with a short timeout."""
     chosen: dict[str, Any] = {
         "dir": str(tmp_path / "cache"),
         "timeout_seconds": 0.5,
@@ -453,7 +453,7 @@ def test_full_disk_without_files_to_delete_is_named(
 
 
 def test_disk_that_fills_while_a_file_is_written_makes_room_too(tmp_path: Path) -> None:
-    """As on file systems that promise room and then haven't it."""
+    """As on file systems that promise space and then don't have it."""
     cache = FileCache(tmp_path / "cache", max_bytes=10_000)
     old, new = _bodies(2)
     _get(cache, old)

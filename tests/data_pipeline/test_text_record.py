@@ -1,4 +1,4 @@
-"""Shards that are there are of the text as it is: what has changed in it is found and told."""
+"""Existing shards match the current text: changes of it are found and reported."""
 
 import json
 import os

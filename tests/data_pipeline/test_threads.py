@@ -1,4 +1,4 @@
-"""How threads wait is decided before torch is loaded, and what the user says of it stays."""
+"""How threads wait is decided before torch is loaded, and the user's choice is kept."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A build that is stopped at any moment goes on when it is started again, to the same bytes."""
+"""A build that is stopped at any moment resumes when it is started again, to the same bytes."""
 
 import errno
 import fcntl

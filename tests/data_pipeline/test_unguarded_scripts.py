@@ -1,4 +1,4 @@
-"""A script that builds shards without `if __name__ == "__main__"` is told so, and ends."""
+"""A script that builds shards without `if __name__ == "__main__"` gets an error, and ends."""
 
 import os
 import subprocess

@@ -1,8 +1,8 @@
 """`python -m tests.drills [where=single|cluster] [only=NAME,NAME] [rounds=1]`
 
-Strikes real runs in so many ways, in a new folder within `to=` or where such belong, and prints
-the table of what came of it, as Markdown. Exits with 1 where a drill failed or missed its target;
-then the folder stays. `where=cluster` needs root and iproute2: its hosts are network namespaces.
+Injects faults into real runs, in a new folder within `to=` or in the temporary folder, and prints a
+table of the results as Markdown. Exits with 1 if a drill failed or missed its target; the folder is
+then kept. `where=cluster` needs root and iproute2: its hosts are network namespaces.
 """
 
 import os
@@ -70,10 +70,10 @@ def main(arguments: list[str]) -> int:
 
 
 def tried(drill: Callable[[Any], Result], site: Site) -> Result:
-    """Returns what came of a drill, also where it broke off."""
+    """Returns the result of a drill, also if it raised."""
     try:
         result = drill(site)
-    except Exception as error:  # the others' results are worth having
+    except Exception as error:  # the other drills' results are still useful
         traceback.print_exc()
         said = str(error).partition("\n")[0]
         result = Result(drill=getattr(drill, "__name__", "drill"), problems=[f"broke off: {said}"])
@@ -82,7 +82,7 @@ def tried(drill: Callable[[Any], Result], site: Site) -> Result:
 
 
 def wrong(what: str) -> int:
-    """Says what is wrong with the arguments; returns the exit code."""
+    """Prints what is wrong with the arguments; returns the exit code."""
     print(f"{what}: {__doc__}", file=sys.stderr)
     return 2
 

@@ -1,6 +1,6 @@
-"""A wall clock that jumps, for some processes only: how they get it, and how it is moved.
+"""A wall clock that jumps, for some processes only: how they use it, and how it is set.
 
-site/clock.c is what they preload.
+They preload site/clock.c.
 """
 
 import shutil
@@ -21,9 +21,9 @@ class Clock:
     """A clock of its own."""
 
     ahead: Path
-    """The file that says by how many seconds."""
+    """The file with the offset in seconds."""
     environment: dict[str, str]
-    """With which a process has it."""
+    """The environment with which a process uses it."""
 
     @classmethod
     def right(cls, folder: Path) -> "Clock":

@@ -1,6 +1,6 @@
-"""Drills on a Ray cluster of several hosts: nodes and cables that go, and some that come back.
+"""Drills on a Ray cluster of several hosts: nodes and links that fail, and some that come back.
 
-Host 0 has Ray's head and the driver and no rank; of the three others one is spare, as each has
+Host 0 runs Ray's head and the driver, but no rank. Of the three others one is spare, as each has
 room for one of two ranks. Each host has one core, so that every rank computes with one thread.
 """
 
@@ -87,9 +87,9 @@ def four_hosts(folder: Path) -> Iterator[ClusterSite]:
         )  # fmt: skip
 
 
-# Steps long enough for a host to come back, or a notice to be given, while the run lasts. In
+# Steps long enough for a host to come back, or a preemption notice to be given, during the run. In
 # another layout sums are rounded in another order: all experts are chosen, so that no rounding
-# makes a token choose another one, and SGD doesn't magnify it.
+# makes a token choose another one, and SGD doesn't amplify it.
 LONG = [
     "launch.elastic=true", "optim=sgd", "optim.lr=0.1", "model.top_k=4", "train.dtype=float32",
     "checkpoint.keep_every=10", "train.num_steps=240", "train.global_batch_size=32",
@@ -106,10 +106,10 @@ def struck(
     failures: set[str],
     meanwhile: Callable[[Run, int, Result, float], None] = lambda *_: None,
 ) -> Result:
-    """Strikes the host of a rank, and holds what comes of it against an undisturbed run.
+    """Injects a fault into the host of a rank, and compares the result with an undisturbed run.
 
-    `failures` are the kinds that it may be told as. `meanwhile` is called once the next attempt has
-    done a step, with the host, the result and the time of the strike.
+    `failures` are the kinds as which it may be reported. `meanwhile` is called once the next
+    attempt has done a step, with the host, the result and the time of the fault.
     """
     whole = site.undisturbed()
     result = Result(drill=name, notice_target=NODE_NOTICE, target=NODE_TARGET)
@@ -130,7 +130,7 @@ def struck(
 
 
 def power_gone(site: ClusterSite) -> Result:
-    """A host vanishes without a word: nobody's connection is closed."""
+    """A host vanishes without closing any connection."""
 
     def strike(run: Run, host: int) -> None:
         site.hosts.cut(host)
@@ -142,7 +142,7 @@ def power_gone(site: ClusterSite) -> Result:
 
 
 def node_killed(site: ClusterSite) -> Result:
-    """All processes of a host end, and its kernel says so to whoever they were connected to."""
+    """All processes of a host end, and its kernel closes their connections."""
     return struck(
         site, "node's processes killed, spare takes over", lambda _, host: site.hosts.kill(host),
         rank=1, failures={"lost", "died"},
@@ -150,7 +150,7 @@ def node_killed(site: ClusterSite) -> Result:
 
 
 def cut_and_healed(site: ClusterSite) -> Result:
-    """A cable is out so long that its host is given up, and back while others train."""
+    """A link is down until its host is given up, and is restored while others train."""
 
     def meanwhile(run: Run, host: int, result: Result, at: float) -> None:
         site.hosts.heal(host)
@@ -162,7 +162,7 @@ def cut_and_healed(site: ClusterSite) -> Result:
 
 
 def cut_for_good(site: ClusterSite) -> Result:
-    """A cable is out for good; the rank behind it ends itself once its lease is over."""
+    """A link is down permanently; the rank behind it ends itself once its lease has expired."""
 
     def meanwhile(run: Run, host: int, result: Result, at: float) -> None:
         address = site.hosts.address(host)
@@ -181,7 +181,7 @@ def cut_for_good(site: ClusterSite) -> Result:
 
 
 def short_cut(site: ClusterSite, *, seconds: float = 3.0) -> Result:
-    """A cable is out for a moment: whatever is made of it, the run goes on."""
+    """A link is down for a moment; whatever the supervisor decides, the run continues."""
     result = Result(drill=f"network cut for {seconds:.0f} s", target=NODE_TARGET)
     whole = site.undisturbed()
     site.cluster.repair()
@@ -206,7 +206,7 @@ def short_cut(site: ClusterSite, *, seconds: float = 3.0) -> Result:
 
 
 def head_killed(site: ClusterSite) -> Result:
-    """Ray's head and the driver are gone; the cluster is begun anew, and the command again."""
+    """Ray's head and the driver are killed; the cluster is restarted, and then the command."""
     whole = site.undisturbed()
     result = Result(drill="head node killed, job resubmitted", target=NODE_TARGET)
     site.cluster.repair()
@@ -228,14 +228,14 @@ def head_killed(site: ClusterSite) -> Result:
 
 
 def drained(site: ClusterSite) -> Result:
-    """Ray is told to empty a node."""
+    """Ray drains a node."""
     return announced(
         site, "drain notice, run moves to the spare", lambda _, n: site.cluster.drain(n)
     )
 
 
 def warned(site: ClusterSite) -> Result:
-    """A cloud's own service says, on a node and nowhere else, that the node will be preempted."""
+    """A cloud's metadata service reports, on one node only, that it will be preempted."""
     with clouds(site) as warn:
         return announced(
             site, "spot warning, run moves to the spare", lambda host, _: warn(host),
@@ -272,7 +272,7 @@ def announced_too_late(
     end: Callable[[int], None],
     *overrides: str,
 ) -> Result:
-    """A node goes before the run has saved: its loss was announced, and is none of its failures."""
+    """A node is lost before the run has saved: the loss was announced, so it isn't a failure."""
 
     def strike(run: Run, host: int) -> None:
         (pid,) = [r["pid"] for r in run.ranks() if r["node"] == site.hosts.address(host)]
@@ -316,7 +316,7 @@ def clouds(site: ClusterSite) -> Iterator[Callable[[int], None]]:
 def announced(
     site: ClusterSite, name: str, announce: Callable[[int, str], None], *overrides: str
 ) -> Result:
-    """A notice that a node will be preempted: the run saves, and moves before it is gone.
+    """A preemption notice for a node: the run saves, and moves before the node is gone.
 
     `announce` gives it, by the host's number and Ray's id of the node.
     """
@@ -346,7 +346,7 @@ def announced(
 
 
 def agent_killed(site: ClusterSite) -> Result:
-    """What answers for a node dies, and the node doesn't: another one answers, and that is all."""
+    """A node's agent dies, but not the node: another agent replaces it, and that is all."""
     whole = site.undisturbed(*LONG)
     result = Result(drill="kill -9 of a node's agent, not of its rank")
     site.cluster.repair()
@@ -369,7 +369,7 @@ def agent_killed(site: ClusterSite) -> Result:
 
 
 def agents(site: ClusterSite, host: int) -> list[int]:
-    """Returns the processes that answer for a host."""
+    """Returns the processes of a host's agent."""
     found = []
     for pid in site.hosts.pids(host):
         with contextlib.suppress(OSError):
@@ -379,7 +379,7 @@ def agents(site: ClusterSite, host: int) -> list[int]:
 
 
 def shrunk_and_grown(site: ClusterSite) -> Result:
-    """A node is lost and there is no spare: one rank goes on, and two once the node is back."""
+    """A node is lost without a spare: the run continues on one rank, and on two once it is back."""
     result = Result(
         drill="node lost, no spare: shrinks, grows back",
         notice_target=NODE_NOTICE,
@@ -409,8 +409,8 @@ def shrunk_and_grown(site: ClusterSite) -> Result:
 
 
 def is_within_rounding(run: Run, whole: Run, result: Result, *, shared: int) -> None:
-    """Holds a run that was in several layouts against one that wasn't, from the checkpoint of the
-    step that they share: as moetrain.verify holds layouts against each other."""
+    """Compares a run in several layouts with one in a single layout, from the checkpoint of the
+    step that they share: as moetrain.verify compares layouts."""
     config = validated(yaml.safe_load((whole.folder / "config.yaml").read_text()), Config)
     limits = tolerances(
         config.model,

@@ -1,7 +1,7 @@
-"""A drill: a real command, a strike, what was measured, and whether all is as if nothing had been.
+"""A drill: a real command, an injected fault, the measurements, and the comparison of results.
 
-Owns commands and how they are watched, from outside: by the files that every run leaves. Which
-strikes there are is in single_host.py and cluster.py.
+Owns commands and watching them from outside, by the files that every run writes. The faults are in
+single_host.py and cluster.py.
 """
 
 import contextlib
@@ -31,32 +31,32 @@ TINY = [
     "observe.log_every_steps=1", "observe.wandb.mode=disabled", "run.device=cpu",
     "launch.mode=ray", f"launch.pass_env=[{VARIABLE}]",
 ]  # fmt: skip
-# Seconds to the notice, and to the next step.
+# Seconds to detection, and to the next step.
 KILL_NOTICE, NODE_NOTICE = 2.0, 15.0
 KILL_TARGET, NODE_TARGET, HANG_MARGIN = 15.0, 30.0, 15.0
-PATIENCE = 180.0  # seconds: what isn't there by then never will be
+PATIENCE = 180.0  # seconds: what hasn't happened by then counts as failed
 
 
 @dataclass(kw_only=True)
 class Result:
-    """What came of one drill."""
+    """The result of one drill."""
 
     drill: str
     noticed: float | None = None
-    """Seconds from the strike to the event that tells of it."""
+    """Seconds from the fault to the event that reports it."""
     next_step: float | None = None
-    """Seconds from the strike until another step was done."""
+    """Seconds from the fault until another step was done."""
     target: float | None = None
-    """What `next_step` may be."""
+    """The limit of `next_step`."""
     notice_target: float | None = None
-    """What `noticed` may be."""
+    """The limit of `noticed`."""
     curve: str = "–"
     """How the metrics and the weights compare with the undisturbed run's."""
     said: str = ""
-    """The cause, as the run told it."""
+    """The cause, as the run reported it."""
     problems: list[str] = field(default_factory=list)
     skipped: str | None = None
-    """Why it could not be tried here."""
+    """Why it could not be tested here."""
 
     @property
     def is_late(self) -> bool:
@@ -69,7 +69,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """How it went, in a few words."""
+        """The result in a few words."""
         if self.skipped:
             return "skipped"
         if self.problems:
@@ -85,13 +85,13 @@ class Site:
     shards: Path
     environment: Mapping[str, str]
     prefix: Sequence[str]
-    """What stands before each command."""
+    """The prefix of each command."""
     overrides: Sequence[str]
-    """How the ranks run here."""
+    """How the ranks are launched here."""
     _whole: dict[tuple[str, ...], "Run"] = field(default_factory=dict)
 
     def undisturbed(self, *overrides: str) -> "Run":
-        """Returns a run that nothing happened to; made once for all who ask."""
+        """Returns a run without any fault; trained once and shared."""
         if overrides not in self._whole:
             disarm(self.folder)
             run = Run(self, f"undisturbed_{len(self._whole)}", *overrides)
@@ -106,7 +106,7 @@ class Site:
 
 
 class Run:
-    """A run of the tiny model, by one command or by several that each go on."""
+    """A run of the tiny model, by one command or by several that each resume it."""
 
     def __init__(self, site: Site, name: str, *overrides: str, at: Path | None = None) -> None:
         self.site, self.name, self.overrides = site, name, overrides
@@ -192,7 +192,7 @@ class Run:
             time.sleep(0.03)
 
     def wait_for_strike(self) -> float:
-        """Returns when the armed fault struck."""
+        """Returns the time at which the armed fault was injected."""
         assert self.armed
         armed = self.armed
         return float(self.wait_for("strike", armed.struck)[0])
@@ -202,7 +202,7 @@ class Run:
         self.wait_for(f"step {step}", lambda: self.step() >= step)
 
     def next_step_after(self, strike: float) -> float:
-        """Returns the seconds from a strike until an attempt after it has done a step."""
+        """Returns the seconds from a fault until an attempt after it has done a step."""
 
         def training() -> list[int]:
             return [e["step"] for e in self.events("training") if time_of(e) > strike]
@@ -229,7 +229,7 @@ def time_of(event: Mapping[str, Any]) -> float:
 
 
 def alive(pid: int) -> bool:
-    """Returns whether a process is there and no zombie."""
+    """Returns whether a process exists and isn't a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -238,7 +238,7 @@ def alive(pid: int) -> bool:
 
 
 def is_as_if_undisturbed(run: Run, whole: Run, result: Result) -> None:
-    """Holds a finished run against an undisturbed one of the same layout, bit for bit."""
+    """Compares a finished run with an undisturbed one of the same layout, bit for bit."""
     ours, theirs = run.metrics(), whole.metrics()
     steps = [record["step"] for record in ours]
     if steps != [record["step"] for record in theirs]:
@@ -253,7 +253,7 @@ def is_as_if_undisturbed(run: Run, whole: Run, result: Result) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Returns the results as Markdown, with what the runs said of them below."""
+    """Returns the results as Markdown, with what the runs reported about them below."""
     lines = [
         "| drill | noticed after | target | next step after | target | in the end | verdict |",
         "|---|--:|--:|--:|--:|---|---|",

@@ -1,6 +1,6 @@
-"""Faults at exact points of a rank's work: which there are, and whether one has struck.
+"""Faults at exact points of a rank's work: their definitions, and whether one was injected.
 
-site/ambush.py strikes, inside the rank.
+site/ambush.py injects them, inside the rank.
 """
 
 import json
@@ -14,7 +14,7 @@ VARIABLE = "MOETRAIN_DRILL"
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What strikes which rank, where in which step."""
+    """A fault: which rank, and where in which step."""
 
     at: str
     """`begin` or `end` of the phase, a `layer`, a `collective` that was begun and isn't waited for
@@ -28,8 +28,8 @@ class Fault:
     """Steps taken before."""
 
 
-# In the middle of each: the model has two layers, and the backward pass comes to the first last.
-# At the optimizer's end this rank's weights have moved, and nobody else knows.
+# In the middle of each: the model has two layers, and the backward pass reaches the first one last.
+# At the optimizer's end this rank's weights have changed, and no other rank knows.
 POINTS = {
     "forward": Fault(phase="forward", at="layer", layer=1),
     "all-to-all": Fault(phase="forward", at="collective"),
@@ -41,12 +41,12 @@ POINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Armed:
-    """A fault that lies in wait."""
+    """A fault that is waiting for its point."""
 
     mark: Path
 
     def struck(self) -> tuple[float, int] | None:
-        """Returns when it struck and which process; None if it hasn't yet."""
+        """Returns when it was injected and into which process; None if it hasn't been yet."""
         try:
             mark = json.loads(self.mark.read_text())
         except (FileNotFoundError, ValueError):
@@ -63,7 +63,7 @@ def arm(fault: Fault, folder: Path) -> Armed:
 
 
 def disarm(folder: Path) -> None:
-    """Takes a fault away that hasn't struck."""
+    """Removes a fault that hasn't been injected."""
     (folder / "fault.json").unlink(missing_ok=True)
 
 

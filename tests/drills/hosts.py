@@ -1,8 +1,8 @@
 """Several hosts on one machine: network namespaces on a bridge, and a Ray cluster over them.
 
-Owns namespaces, their cables and the processes in them. Needs root and iproute2. The hosts share
-the machine's disk, cores and clock; what each has of its own is its network, so that a cable can
-be pulled, and all that runs on a host can be ended as when its power goes.
+Owns namespaces, their links and the processes in them. Needs root and iproute2. The hosts share
+the machine's disk, cores and clock. Each has its own network, so that a link can be cut, and all
+processes of a host can be ended as in a power failure.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
 print("nodes", json.dumps([(n["NodeManagerAddress"], n["NodeID"]) for n in nodes]))
 """
 
-# Ray looks after its nodes every second instead of every ten; a node is lost after about 5 s.
+# Ray checks its nodes every second instead of every ten; a node counts as lost after about 5 s.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -43,7 +43,7 @@ HEALTH_CHECKS = {
 }
 PORT = 6379
 START_TRIES = 3
-OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes is 75 MiB
+OBJECT_STORE_BYTES = 80_000_000  # Ray's minimum is 75 MiB
 
 
 def no_hosts_because() -> str | None:
@@ -108,11 +108,11 @@ class Hosts:
         return ["ip", "netns", "exec", self._name(n), "taskset", "-c", str(core), *arguments]
 
     def cut(self, n: int) -> None:
-        """Pulls a host's cable."""
+        """Takes a host's link down."""
         _ip("-n", self._name("switch"), "link", "set", f"port{n}", "down")
 
     def heal(self, n: int) -> None:
-        """Puts a host's cable back in."""
+        """Brings a host's link up again."""
         _ip("-n", self._name("switch"), "link", "set", f"port{n}", "up")
 
     def pids(self, n: int) -> list[int]:
@@ -165,9 +165,9 @@ class Cluster:
         return f"{self.hosts.address(0)}:{PORT}"
 
     def repair(self) -> None:
-        """Puts all cables in, and starts Ray anew on hosts that have lost it or are being drained.
+        """Restores all links, and restarts Ray on hosts that have lost it or are being drained.
 
-        As a service manager would. Where the head is gone all begin anew.
+        As a service manager would. If the head is lost, all hosts are restarted.
         """
         for n in range(len(self._places)):
             self.hosts.heal(n)
@@ -187,7 +187,7 @@ class Cluster:
         return dict(json.loads(line.removeprefix("nodes ")))
 
     def drain(self, node: str) -> None:
-        """Has a cloud say that it takes a node away in half a minute."""
+        """Announces, as a cloud would, that a node will be preempted in half a minute."""
         self.run(
             0,
             [

@@ -1,4 +1,4 @@
-"""Drills on this machine alone: two ranks under a Ray of their own, struck from all sides."""
+"""Drills on this machine alone: two ranks under a Ray of their own, with every kind of fault."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ def replaced(
     site: Site, name: str, fault: Fault, *, failure: str, said: str = "",
     notice: float | None = None, target: float,
 ) -> Result:  # fmt: skip
-    """A rank is struck from within; all start again and go on."""
+    """A fault is injected into a rank from inside; all ranks restart and the run resumes."""
     whole = site.undisturbed()
     result = Result(drill=name, notice_target=notice, target=target)
     run = Run(site, slug(name))
@@ -59,7 +59,7 @@ def replaced(
 
 
 def error_of_the_code(site: Site) -> Result:
-    """An exception on one rank: not tried again; the same command goes on by hand."""
+    """An exception on one rank: no automatic restart; the same command, run again, resumes."""
     whole, result = site.undisturbed(), Result(drill="an exception on one rank (ends the run)")
     run = Run(site, "exception")
     with run.started(fault=on("forward", "raise")) as process:
@@ -79,7 +79,7 @@ def error_of_the_code(site: Site) -> Result:
 
 
 def driver_killed(site: Site) -> Result:
-    """The command itself is killed; its ranks end, and the same command goes on."""
+    """The command itself is killed; its ranks end, and the same command resumes the run."""
     whole, result = site.undisturbed(), Result(drill="driver killed", target=KILL_TARGET)
     run = Run(site, "driver")
     with run.started() as process:
@@ -102,7 +102,7 @@ def driver_killed(site: Site) -> Result:
 
 
 def disk_full(site: Site) -> Result:
-    """The run's disk fills up; what was saved stays, and with more room the command goes on."""
+    """The run's disk fills up; what was saved stays, and with more room the command resumes."""
     whole, result = site.undisturbed(), Result(drill="disk full (ends the run)")
     disk = site.folder / "disk"
     with small_disk(disk) as problem:
@@ -138,7 +138,7 @@ def disk_full(site: Site) -> Result:
 
 
 def clock_jump(site: Site, *, seconds: int) -> Result:
-    """The wall clock jumps, for Ray, driver and ranks; nothing else may happen."""
+    """The wall clock jumps for Ray, driver and ranks; nothing else may happen."""
     way = "forward" if seconds > 0 else "back"
     result = Result(drill=f"clock jumps {way} by {abs(seconds) // 3600} h")
     if reason := no_clock_because():
@@ -173,7 +173,7 @@ def kill_in(point: str) -> Callable[[Site], Result]:
 
 
 def hangs(name: str, fault: Fault) -> Callable[[Site], Result]:
-    """Returns a drill of a rank that neither goes on nor ends."""
+    """Returns a drill of a rank that hangs without ending."""
     return lambda site: replaced(
         site, name, fault, failure="hung", said="rank 1",
         notice=HANG_SECONDS, target=HANG_SECONDS + HANG_MARGIN,
@@ -202,7 +202,7 @@ DRILLS: dict[str, Callable[[Site], Result]] = {
 
 
 def ended_well(run: Run, process: "subprocess.Popen[bytes]", result: Result) -> None:
-    """Notes a bad end of a command, and ranks that it has left behind."""
+    """Records a wrong exit of a command, and ranks that it has left behind."""
     if process.returncode:
         tail = " / ".join(run.log.read_text().splitlines()[-3:])
         result.problems.append(f"exit code {process.returncode}: {tail}")
@@ -210,7 +210,7 @@ def ended_well(run: Run, process: "subprocess.Popen[bytes]", result: Result) -> 
 
 
 def told_of(run: Run, result: Result, strike: float, *, failures: set[str], said: str) -> None:
-    """Notes when the run noticed the strike, whether it told what it was, and where it went on."""
+    """Records when the run detected the fault, whether it reported its cause, where it resumed."""
     told = [e for e in run.events("failure") if time_of(e) > strike]
     if not told:
         result.problems.append("no failure was told")
@@ -231,7 +231,7 @@ def told_of(run: Run, result: Result, strike: float, *, failures: set[str], said
 
 @contextlib.contextmanager
 def small_disk(at: Path, *, kilobytes: int = 1200) -> Iterator[str | None]:
-    """Mounts a small disk while the context lasts; gives the reason where that can't be done."""
+    """Mounts a small disk within the context; yields the reason if that isn't possible."""
     if os.geteuid():
         yield "mounting a small disk needs root"
         return

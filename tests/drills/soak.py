@@ -1,8 +1,8 @@
 """`python -m tests.drills.soak [minutes=30] [mean_seconds=60] [seed=0]`
 
-Trains under strikes at random times, so many seconds apart on average, and stops after so many
-minutes of it; then trains as many steps undisturbed. Prints what was struck and what it cost, and
-exits with 1 unless metrics and weights are equal, bit for bit.
+Trains with faults at random times, `mean_seconds` apart on average, and stops after `minutes`; then
+trains as many steps without faults. Prints the faults and their cost, and exits with 1 unless
+metrics and weights are equal, bit for bit.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from tests.torture.content import digest
 
 NUMBERS = {"minutes": 30, "mean_seconds": 60, "seed": 0}
 
-# Steps of about a tenth of a second, saved every few seconds. The learning rate stays, so that
-# weights don't hang on how long the run was meant to be.
+# Steps of about a tenth of a second, saved every few seconds. The learning rate is constant, so
+# that weights don't depend on the planned length of the run.
 LONG = [
     "model.dim=64", "model.ffn_hidden_dim=128", "model.max_seq_len=128", "train.seq_len=128",
     "train.global_batch_size=16", "schedule.name=constant", "checkpoint.every_steps=50",
@@ -42,18 +42,18 @@ STOP_SECONDS, STOPPED = 120.0, 75
 
 @dataclass
 class Soak:
-    """A run under strikes, and what it went through."""
+    """A run with injected faults, and their record."""
 
     run: Run
     draw: random.Random
     strikes: Counter[str] = field(default_factory=Counter)
     struck_at: float = 0.0
     next_kind: str | None = None
-    """Drawn, and put off until there is a rank."""
+    """Drawn, and deferred until there is a rank."""
     commands: int = 1
 
     def train(self, *, minutes: float, mean_seconds: float) -> None:
-        """Trains for so long under strikes, and stops after saving."""
+        """Trains with injected faults for that long, and stops after saving."""
         end = time.monotonic() + 60 * minutes
         strike_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
         while True:
@@ -76,14 +76,14 @@ class Soak:
             self.commands += 1
 
     def _has_recovered(self) -> bool:
-        """Returns whether the run trains, and nothing that was struck is still to be noticed."""
+        """Returns whether the run trains, and no injected fault is still to be detected."""
         told = self.run.events("training", "failure", "save", "start")
         if not told or told[-1]["event"] != "save":
             return False
         return time_of(told[-1]) > self.struck_at
 
     def _strike(self, process: "subprocess.Popen[bytes]") -> str | None:
-        """Strikes the driver or a rank; returns what was done, None where no rank is there yet."""
+        """Kills or stops the driver or a rank; returns which, None if there is no rank yet."""
         kind = self.next_kind or self.draw.choices(list(SHARES), list(SHARES.values()))[0]
         self.next_kind = kind
         self.struck_at = time.time()
@@ -103,7 +103,7 @@ class Soak:
 
 
 def is_rank(pid: int) -> bool:
-    """Returns whether a process lives and is a rank's: numbers are given anew after a while."""
+    """Returns whether a process lives and is a rank's: process ids are reused after a while."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
 
 
 def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[str, list[str]]:
-    """Trains under strikes and again without; returns what to tell and what is wrong."""
+    """Trains with faults and again without; returns the report and what is wrong."""
     site = this_machine(folder)
     disarm(folder)
     struck = Soak(

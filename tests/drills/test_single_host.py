@@ -1,6 +1,6 @@
-"""The drills, and that what holds a run against another one notices a difference.
+"""The drills, and that the comparison of two runs detects a difference.
 
-`make drills` runs them, too, and holds them to their targets.
+`make drills` runs them as well, and checks them against their targets.
 """
 
 import json
@@ -18,8 +18,8 @@ from tests.drills.faults import Fault, arm, variables
 from tests.drills.single_host import DRILLS, this_machine
 
 ROOT = str(Path(__file__).parents[2])
-TIMES_AS_SLOW = 4  # as the machine that the targets are for: it may be busy
-HANG_SECONDS = 20  # for the same reason: what is only slow must not be taken for a hang
+TIMES_AS_SLOW = 4  # as the machine of the targets: this one may be busy
+HANG_SECONDS = 20  # for the same reason: a slow rank must not count as hanging
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A package of a user's own, as it lies outside the repository: one thing of each kind."""
+"""A user's own package, outside the repository: one thing of each kind."""
 
 from pathlib import Path
 

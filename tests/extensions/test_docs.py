@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md train together, in a sweep, from the folder they lie in."""
+"""The examples of docs/extending.md train together, in a sweep, from the folder they are in."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`moetrain verify` tells a router of one's own that is exact from one that isn't."""
+"""`moetrain verify` distinguishes a custom router that is exact from one that isn't."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a run may suffer before it is given up."""
+"""How many failures a run may have before it is given up."""
 
 from launch.failure import Failure
 from launch.supervision.budget import NODE_FAILURES, NODE_MEMORY_SECONDS, Budget

@@ -138,7 +138,7 @@ def test_ranks_on_this_machine(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_on_a_cluster(tmp_path: Path) -> None:
-    """Its nodes have nothing of the command's environment, and whatever Ray is told it shows."""
+    """Its nodes have nothing of the command's environment, and Ray shows whatever it is given."""
     token = "c" * 64
     with head(tmp_path, port=17321, token=token, num_cpus=2) as address:
         environs, shown = ranks(address, tmp_path, RAY_AUTH_TOKEN=token)

@@ -1,4 +1,4 @@
-"""The same command again with other settings: on a run that was stopped, and on a finished one."""
+"""The same command again with other settings: on a stopped run, and on a finished one."""
 
 import json
 import shutil

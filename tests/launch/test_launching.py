@@ -1,7 +1,7 @@
 """Whole commands as a user starts them: Ray, torchrun, signals, kills, hangs, bad input.
 
-Every disturbed run must end with the metrics of an undisturbed one, bit for bit. More strikes
-are in tests/drills.
+Every disturbed run must end with the metrics of an undisturbed one, bit for bit. More faults are
+injected in tests/drills.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""Ray's private parts are what `launch/on_ray/private.py` takes them for.
+"""Ray's private parts are as `launch/on_ray/private.py` expects them.
 
-Where an upgrade of Ray has changed one, the name of the failing case says which.
+If an upgrade of Ray has changed one, the name of the failing case says which.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Ranks and nodes that answer, stall, are stopped, or go, as whoever supervises them hears it.
+"""Ranks and nodes that answer, stall, are stopped, or die, as their supervisor sees them.
 
 The processes are real ones of a Ray that is started here; ranks and agents do nothing but answer.
 """

@@ -1,4 +1,4 @@
-"""A run folder that can't be had is told before anything is built, with a way out."""
+"""A run folder that can't be used is reported before anything is built, with a way out."""
 
 import os
 import subprocess

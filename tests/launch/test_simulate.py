@@ -1,4 +1,4 @@
-"""Effective training time: the closed form against events, published figures and first order."""
+"""ETTR (goodput): the closed form against events, published figures and first order."""
 
 import json
 import math

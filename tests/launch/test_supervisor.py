@@ -1,4 +1,4 @@
-"""What the supervisor decides, from nodes that come, go and fail, as a made-up cluster tells it.
+"""What the supervisor decides when nodes join, leave and fail, on a simulated cluster.
 
 Real nodes are in tests/cluster; these have what no machine here has: GPUs, or a broken device.
 """
@@ -52,7 +52,7 @@ class Agent:
 
 
 class Nodes:
-    """A cluster of nodes that are written down."""
+    """A cluster whose nodes are given by the test."""
 
     own_node = "driver"
 

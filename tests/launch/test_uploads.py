@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are uploaded: gone on with elsewhere, healed, refused, uploaded late."""
+"""Runs whose checkpoints are uploaded: resumed elsewhere, repaired, refused, uploaded late."""
 
 import shutil
 from functools import partial

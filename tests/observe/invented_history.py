@@ -1,4 +1,4 @@
-"""Runs made of chance: their events as a real run would write them, and the truth about them."""
+"""Randomly generated runs: their events as a real run would write them, and the truth."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ class InventedHistory:
             self._tell("fail")
             self._broken = True
             return how
-        # Killed: all that was lived after the last event or sign can't be told from being down.
+        # Killed: the time after the last event or heartbeat can't be distinguished from downtime.
         unseen = self._now - last_alive
         self._lose(since, self._known_step(saved_to), saved_to)
         self._truth["redone"] -= unseen
@@ -147,7 +147,7 @@ class InventedHistory:
         return how
 
     def _known_step(self, saved_to: int) -> int:
-        """Returns the last step of this attempt that a save or a sign of life tells of."""
+        """Returns the last step of this attempt that a save or a heartbeat reports."""
         sign = self._sign
         of_this = sign is not None and sign["attempt"] == self._attempt
         return max(saved_to, sign["step"]) if of_this and sign else saved_to

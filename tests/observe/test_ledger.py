@@ -1,4 +1,4 @@
-"""Accounts of histories whose truth is known: some made by hand, hundreds by chance."""
+"""Accounts of histories whose truth is known: some written by hand, hundreds generated."""
 
 import random
 from collections import Counter
@@ -109,15 +109,15 @@ def test_silence_is_not_longer_than_since_the_last_sign_of_progress() -> None:
     [
         # before the first step; nothing but the process is known
         ([event(0, "start"), event(4, "attempt")], None, {"restarting": 30, "down": 96}),
-        # in training before the first save, with and without a sign of life
+        # in training before the first save, with and without a heartbeat
         (BEGUN, None, {"starting": 10, "down": 90, "restarting": 30}),
         (BEGUN, sign(30, 1, 20, 20), {"starting": 10, "redone": 20, "down": 70, "restarting": 30}),
-        # after a save, before and after the next sign
+        # after a save, before and after the next heartbeat
         (SAVED, sign(61, 1, 50, 51),
          {"starting": 10, "training": 50, "saving": 2, "down": 38, "restarting": 30}),
         (SAVED, sign(80, 1, 68, 70),
          {"starting": 10, "training": 50, "saving": 2, "redone": 18, "down": 20, "restarting": 30}),
-        # the sign is of an attempt before this one
+        # the heartbeat is of an attempt before this one
         (SAVED, sign(0, 7, 40, 12),
          {"starting": 10, "training": 50, "saving": 2, "down": 38, "restarting": 30}),
         # while a failure was being mended

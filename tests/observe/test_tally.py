@@ -1,4 +1,4 @@
-"""What a real run tells of its time: in its events, its metrics and its sign of life."""
+"""What a real run reports about its time: in its events, its metrics and its heartbeat."""
 
 import json
 import time

@@ -281,7 +281,7 @@ def test_the_environments_folder_and_project_are_honoured(
     sink.write({"step": 1, "train/loss": 1.0})
     sink.close(0)
     assert len(_logs(tmp_path / "scratch")) == 1
-    # What the run goes on by stays with it.
+    # What the run depends on stays with it.
     assert sorted(p.name for p in (tmp_path / "run/wandb").iterdir()) == ["run_folder", "run_id"]
     started = _fake(monkeypatch)
     _sink(tmp_path / "run")

@@ -221,7 +221,7 @@ def test_a_rank_takes_a_bounded_number_of_rows_at_once_and_drops_none() -> None:
 
 
 def hold_as_rank(settings: ExchangeSettings) -> tuple[int, int]:
-    """Returns the bytes held after a forward pass of experts of width 64 · DIM, and the copies."""
+    """Returns the bytes held after experts of width 64 · DIM ran forward, and the assignments."""
     torch.manual_seed(dist.get_rank())
     experts = torch.tensor([[6, 7]] * 200)
     x = torch.randn(len(experts), DIM, requires_grad=True)
@@ -252,7 +252,7 @@ def test_rounds_keep_nothing_of_what_a_rank_received() -> None:
     assert kept >= copies * 2 * 64 * DIM * 4, "the gate and up products of all copies"
     bounded, again = run_ranks(hold_as_rank, 4, ExchangeSettings(max_load=1))[3]
     assert again == copies
-    # Its own 400 copies to send, once as rows and once as results, and tickets, indices.
+    # Its own 400 assignments to send, once as rows and once as results; routing metadata, indices.
     assert bounded < 400 * (2 * DIM + 40) * 4 < copies * 2 * 64 * DIM * 4 / 20
 
 

@@ -79,7 +79,7 @@ def ray_head(*, num_cpus: int, dashboard_host: str = "127.0.0.1", **env: str) ->
 
 
 def end_head(head: subprocess.Popen[bytes]) -> None:
-    """Ends a head and everything that came of it."""
+    """Ends a head and all processes that it started."""
     family = descendants(head.pid)
     head.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,8 +1,8 @@
 """`python -m tests.torture [kills=200] [flips=400] [damages=200] [rounds=60] [disks=40] [seed=0]`
 
-Breaks checkpoints in so many ways, in a new folder within `to=` (or the system's for such), and
-prints the table of what came of it, as Markdown. Where anything was lost or silent, it exits with
-1 and the folder stays.
+Breaks checkpoints in that many ways, in a new folder within `to=` (or in the temporary folder), and
+prints a table of the results as Markdown. If anything was lost or loaded silently, it exits with 1
+and the folder is kept.
 """
 
 import os
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 def torture(
     folder: Path, *, kills: int, flips: int, damages: int, rounds: int, disks: int, seed: int
 ) -> list[Tally]:
-    """Runs so many cases of each kind; returns what came of them."""
+    """Runs that many cases of each kind; returns their results."""
     whole = run_undisturbed(folder, num_steps=NUM_STEPS)
     tallies: list[Tally] = []
 

@@ -1,7 +1,7 @@
 """Attempts of a small real run: two gloo ranks in a process group of their own, to be killed.
 
-Owns the start and the end of ranks, and signals that a rank sends itself before a certain
-operation on the folder of checkpoints. Leaves it to others which moment that is.
+Owns starting and ending ranks, and signals that a rank sends itself before a certain operation on
+the checkpoint folder. Leaves the choice of that moment to others.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class Attempt:
                 os.kill(self.pids[rank], number)
 
     def ended(self, *, within: float = 0.0) -> bool:
-        """Returns whether all ranks have come to their ends, after waiting for that."""
+        """Returns whether all ranks have ended, waiting for up to `within` seconds."""
         until = time.monotonic() + within
         while running := [p.sentinel for p in self._processes if p.is_alive()]:
             self._collect()
@@ -115,13 +115,13 @@ class Attempt:
         return True
 
     def any_ended(self) -> bool:
-        """Returns whether some rank has come to its end."""
+        """Returns whether some rank has ended."""
         return not all(process.is_alive() for process in self._processes)
 
     def answers(self) -> list[tuple[bool, Any] | None]:
         """Returns of each rank whether it succeeded and what it returned, or its traceback.
 
-        None stands for one that died without a word.
+        None represents a rank that died without an answer.
         """
         self._collect()
         return self._answers
@@ -191,14 +191,14 @@ def _rank(
         answer.send((True, function(*arguments)))
     except BaseException:
         answer.send((False, traceback.format_exc()))
-    os._exit(0)  # tearing gloo down now and then aborts after success
+    os._exit(0)  # tearing gloo down sometimes aborts after success
 
 
 def on_each_operation(directory: Path, act: Callable[[str], None]) -> None:
-    """Has this process call `act` right before each operation on what is in a folder, for good.
+    """Makes this process call `act` right before each operation on a folder's content, permanently.
 
-    Python's own audit events tell of operations before they happen: nothing of the code under
-    test is replaced.
+    Python's own audit events are raised before operations: nothing of the code under test is
+    replaced.
     """
     inside = f"{directory}/"
 
@@ -213,7 +213,7 @@ def on_each_operation(directory: Path, act: Callable[[str], None]) -> None:
 
 
 def _lie_in_wait(ambush: Ambush, directory: Path) -> None:
-    """Has this process send itself a signal right before an operation."""
+    """Makes this process send itself a signal right before an operation."""
     count = 0
     saves: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read by none of the code under test."""
+"""What a checkpoint holds, read without any of the code under test."""
 
 import hashlib
 import json
@@ -53,6 +53,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def drawn(*, attempt: int, step: int, rows: int = 64) -> dict[str, Tensor]:
-    """Returns the tensors that an attempt has at a step, unlike those of any other."""
+    """Returns the tensors of an attempt at a step, different from those of any other."""
     numbers = torch.Generator().manual_seed(attempt * 10**6 + step)
     return {f"model.{name}": torch.randn(rows, 256, generator=numbers) for name in "abcdef"}

@@ -1,4 +1,4 @@
-"""Disks that fill up, take no writes, or give back other bits than were written."""
+"""Disks that fill up, can't be written, or silently corrupt what was written."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ _PATIENCE_SECONDS = 8.0
 
 
 def torture_by_disks(folder: Path, *, num: int, seed: int) -> list[Tally]:
-    """Saves on disks that fail in so many ways; returns what came of each."""
+    """Saves on disks that fail in different ways; returns the results of each."""
     full = Tally("a small disk full, before a save or within it")
     closed = Tally("a folder that can't be written to")
     rotten = Tally("new checkpoints that rot on the disk at once")
@@ -51,7 +51,7 @@ def _count(tally: Tally, folder: Path, function: Callable[..., Any], *arguments:
 
 @contextlib.contextmanager
 def _small_disk(mount_point: Path, tallies: list[Tally]) -> Iterator[Path | None]:
-    """Mounts a tmpfs; gives None, and the tallies a reason, where that isn't allowed."""
+    """Mounts a tmpfs; if that isn't allowed, yields None and gives the tallies the reason."""
     mount_point.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(mount_point)]
     reason = "mounting a small disk needs root"
@@ -84,7 +84,7 @@ class _Trial:
         self.events: list[str] = []
 
     def open(self, **options: Any) -> CheckpointStore:
-        """Takes the run over with the next attempt, and opens a store for it."""
+        """Takes over the run with the next attempt, and opens a store for it."""
         taken = [next_attempt(self.directory) if self.leads else 0]
         dist.broadcast_object_list(taken)
         self.attempt = taken[0]
@@ -124,7 +124,7 @@ class _Trial:
         return state if equal(tensors, drawn(**state, rows=ROWS)) else {"other content": found}
 
     def judge(self, note: str, step: int, errors: list[str | None], seconds: float) -> None:
-        """Judges what a save has left, on the first rank."""
+        """Judges the state after a save, on the first rank."""
         if not self.leads:
             return
         before, own = self.saved, {"attempt": self.attempt, "step": step}
@@ -213,7 +213,7 @@ def save_where_nothing_can_be_written(disk: Path, num: int, seed: int) -> list[V
 
 
 def save_on_a_rotting_disk(directory: Path, num: int, seed: int) -> list[Verdict]:
-    """Saves seven times, most of them to files that change right after; the newest good stays."""
+    """Saves seven times; most files are corrupted right after; the newest good checkpoint stays."""
     trial = _Trial(directory)
     verdicts: list[Verdict] = []
     for number in range(num):

@@ -1,6 +1,6 @@
-"""Ways to harm a folder of checkpoints, each drawn from a seeded generator.
+"""Ways to corrupt a folder of checkpoints, each drawn from a seeded generator.
 
-A harm is told the folder and returns the steps that it has harmed, so that the newest of the
+A corruption is given the folder and returns the steps that it has corrupted; the newest of the
 others must still be loaded. Files are replaced, never written in place: they are hard links.
 """
 
@@ -15,7 +15,7 @@ Harm = Callable[[Path, random.Random], set[int]]
 
 
 class Kind(NamedTuple):
-    """A way to harm, and whether an error that names it is as good as falling back."""
+    """A way to corrupt, and whether an error that names it is as good as falling back."""
 
     name: str
     harm: Harm
@@ -36,7 +36,7 @@ def flip(path: Path, draw: random.Random) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Puts another file in a file's place."""
+    """Replaces a file by another one."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
@@ -67,7 +67,7 @@ def flip_shard(directory: Path, draw: random.Random) -> set[int]:
 
 
 def flip_header(directory: Path, draw: random.Random) -> set[int]:
-    """Flips a bit where a shard says which tensors it has: a small part, of a large file."""
+    """Flips a bit in the header of a shard: a small part, of a large file."""
     folder = pick(directory, draw)
     path = shard(folder, draw)
     content = bytearray(path.read_bytes())
@@ -84,7 +84,7 @@ def flip_manifest(directory: Path, draw: random.Random) -> set[int]:
 
 
 def flip_state(directory: Path, draw: random.Random) -> set[int]:
-    """Flips a bit of the counters: a small part of the manifest, and wrong ones load like right."""
+    """Flips a bit of the counters: a small part of the manifest, and any value would load."""
     folder = pick(directory, draw)
     path = folder / "manifest.json"
     content = bytearray(path.read_bytes())
@@ -116,11 +116,11 @@ FLIPS = [
 ]
 
 
-# Files cut, removed, swapped and added.
+# Files that are truncated, removed, swapped and added.
 
 
 def of_a_file(act: Callable[[Path, random.Random], None], name: str) -> Harm:
-    """Returns the harm that does something to one file of a checkpoint, or beside them."""
+    """Returns the corruption that changes one file of a checkpoint, or one next to them."""
 
     def harm(directory: Path, draw: random.Random) -> set[int]:
         if name in ("latest", "attempt"):
@@ -144,7 +144,7 @@ def lengthen(path: Path, draw: random.Random) -> None:
 
 
 def zero_a_page(path: Path, draw: random.Random) -> None:
-    """As file systems do that knew the length before a power cut, and not the content."""
+    """As file systems do that recorded the length before a power failure, but not the content."""
     content = bytearray(path.read_bytes())
     page = draw.randrange(max(1, len(content) // 4096)) * 4096
     length = len(content[page : page + 4096])
@@ -222,7 +222,7 @@ def add_a_hidden_file(directory: Path, draw: random.Random) -> set[int]:
 
 
 def add_debris(directory: Path, draw: random.Random) -> set[int]:
-    """What killed or cut-off attempts leave, and people."""
+    """Leftovers of attempts that were killed or cut off, and of people."""
     name = draw.choice(("staged_00000099_attempt_1", "deleted_step_00000001_attempt_1", "step_new"))
     shutil.copytree(pick(directory, draw), directory / name)
     return set()

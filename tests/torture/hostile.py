@@ -1,6 +1,6 @@
-"""Manifests that somebody wrote with intent, or a bug of ours did: each has its proper hash.
+"""Adversarial manifests, or those of a bug of ours: each has its correct hash.
 
-Every edit is told the manifest's fields, its folder and a seeded generator.
+Every edit is given the manifest's fields, its folder and a seeded generator.
 """
 
 import json
@@ -15,7 +15,7 @@ from tests.torture.harms import Harm, Kind, checkpoints, replace, shard, step
 
 
 def sealed(edit: Callable[[dict[str, Any], Path, random.Random], None]) -> Harm:
-    """Returns the harm that edits the newest manifest and gives it its proper hash."""
+    """Returns the corruption that edits the newest manifest and gives it its correct hash."""
 
     def harm(directory: Path, draw: random.Random) -> set[int]:
         newest = checkpoints(directory)[0]
@@ -44,7 +44,7 @@ def matrix(fields: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 
 def set_field(name: str, *values: Any) -> Harm:
-    """Returns the harm that puts one of some values in a field's place; without any, removes it."""
+    """Returns the corruption that sets a field to one of some values; without any, removes it."""
 
     def edit(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
         if values:
@@ -56,7 +56,7 @@ def set_field(name: str, *values: Any) -> Harm:
 
 
 def list_a_file_elsewhere(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
-    """Lists the other step's file, by a path, with its right size and hash."""
+    """Lists the other step's file, by a path, with its correct size and hash."""
     other = checkpoints(folder.parent)[1]
     name = f"../{other.name}/rank_00000.safetensors"
     if draw.random() < 0.5:
@@ -72,7 +72,7 @@ def list_a_file_elsewhere(fields: dict[str, Any], folder: Path, draw: random.Ran
 
 
 def read_a_file_elsewhere(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
-    """Has a block point at another step's file, and says nothing of that under files."""
+    """Makes a block refer to another step's file, which isn't listed under files."""
     other = checkpoints(folder.parent)[1]
     for entry in fields["tensors"].values():
         entry["blocks"] = {
@@ -99,7 +99,7 @@ def move_a_block(fields: dict[str, Any], folder: Path, draw: random.Random) -> N
 
 
 def bend_a_block(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
-    """A block of other dimensions, or of none, or of no numbers."""
+    """A block with other dimensions, without any, or without numbers."""
     blocks = matrix(fields, draw)["blocks"]
     file = draw.choice(sorted(blocks))
     offset, shape = blocks[file]
@@ -133,14 +133,14 @@ def add_a_tensor(fields: dict[str, Any], folder: Path, draw: random.Random) -> N
 
 
 def pickle_in_a_shard(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
-    """A pickle that would leave a file, listed with its right hash."""
+    """A pickle that would create a file, listed with its correct hash."""
     path = shard(folder, draw)
     replace(path, f"cposix\nsystem\n(S'touch {folder.parent}/unpickled'\ntR.".encode())
     fields["files"][path.name] = describe(path)
 
 
 def retype_a_shard(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
-    """A shard whose own header has another dtype or shape of as many bytes, and the right hash."""
+    """A shard whose header has another dtype or shape of as many bytes, with the correct hash."""
     path = shard(folder, draw)
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")

@@ -1,8 +1,8 @@
-"""Runs killed at random moments around their saves, over and over, until they are done.
+"""Runs killed at random moments around their saves, again and again, until they are done.
 
-After every kill, from outside: whatever counts as a checkpoint is bit for bit the undisturbed
-run's, and nothing that a `save` event acknowledged is gone. At the end: the same metrics and
-weights as if nothing had happened.
+After every kill, from outside: every checkpoint is bit for bit the undisturbed run's, and nothing
+that a `save` event acknowledged is lost. At the end: the same metrics and weights as if nothing
+had happened.
 """
 
 import random
@@ -31,7 +31,7 @@ class Lost(Exception):
 
 
 def torture_by_kills(folder: Path, whole: Undisturbed, *, num_kills: int, seed: int) -> Tally:
-    """Trains runs to their ends under so many kills; returns what came of each."""
+    """Trains runs to their ends with that many kills; returns their results."""
     tally = Tally("kills during saves (runs went on to their ends)")
     draw, number = random.Random(f"kills {seed}"), 0
     while tally.tried < num_kills:
@@ -45,7 +45,7 @@ def torture_by_kills(folder: Path, whole: Undisturbed, *, num_kills: int, seed: 
 
 
 class Run:
-    """One run under kills: what has been promised of it so far, and whether that holds."""
+    """One run with kills: what it has promised so far, and whether that holds."""
 
     def __init__(
         self, folder: Path, whole: Undisturbed, *, async_save: bool, draw: random.Random
@@ -62,16 +62,16 @@ class Run:
         self.checkpoints = folder / "runs/tiny/checkpoints"
         self.acknowledged: set[int] = set()
         self.harmed: set[tuple[int, int]] = set()
-        """Step and attempt of checkpoints in which we flipped a bit ourselves."""
+        """Step and attempt of checkpoints in which this test flipped a bit."""
         self.inodes: dict[int, tuple[int, int]] = {}
-        """Attempt and inode of those that stood in their places at the last kill."""
+        """Attempt and inode of those that existed at the last kill."""
         self.newest = 0
         self.num_events = 0
         self.new_events: list[dict[str, Any]] = []
         """Those of the last attempt."""
 
     def torture(self, tally: Tally, *, num_kills: int) -> None:
-        """Starts attempts and kills them, until one is through or the kills are used up."""
+        """Starts attempts and kills them, until one finishes or the kills are used up."""
         self.folder.mkdir()
         while True:
             where = "spared"
@@ -117,7 +117,7 @@ class Run:
             while not attempt.any_ended() and time.monotonic() < until:
                 time.sleep(0.002)
             killed = killed or note.exists()
-            # The other rank may live on for a while, as on another machine.
+            # The other rank may stay alive for a while, as on another machine.
             ended = attempt.ended(within=self.draw.uniform(0.0, 0.5) if killed else 60.0)
             answers = attempt.answers()
         events = read_events(self.folder / "runs/tiny/events.jsonl")
@@ -160,7 +160,7 @@ class Run:
         return True
 
     def _where(self, number: int) -> str:
-        """Returns what the killed attempt was doing, as its folder tells."""
+        """Returns what the killed attempt was doing, as its folder shows."""
         names = {f.name for f in self.checkpoints.iterdir()}
         staged = [n for n in names if n.startswith("staged_") and n.endswith(f"_{number}")]
         for name in staged:
@@ -182,7 +182,7 @@ class Run:
         return "after the save: the newest read back, or training"
 
     def _holds(self) -> None:
-        """Raises Lost, or AssertionError where something is there and not what it should be."""
+        """Raises Lost, or AssertionError if something exists but isn't what it should be."""
         if found := broken(self.checkpoints):
             raise Lost(f"a broken folder: {found}")
         good, present, standing = set(), set(), set()
@@ -204,7 +204,7 @@ class Run:
             same = digest(folder) == self.whole.digests[manifest.step]
             assert same, f"{folder.name} is not the undisturbed run's"
             good.add(manifest.step)
-        self.inodes = {  # one that is gone gives its inode to any other
+        self.inodes = {  # the inode of a deleted one may be reused
             step: (attempt, inode)
             for step, (attempt, inode) in self.inodes.items()
             if (step, attempt) in standing
@@ -212,7 +212,7 @@ class Run:
         for step in sorted(self.acknowledged - present):
             if step % KEEP_EVERY == 0 or len([p for p in present if p > step]) < KEEP_LAST:
                 raise Lost(f"step {step} was acknowledged and is gone; there are {sorted(good)}")
-            self.acknowledged.discard(step)  # retention took it
+            self.acknowledged.discard(step)  # retention deleted it
         newest = max(good, default=0)
         if newest < self.newest:
             raise Lost(f"the newest was of step {self.newest} and is of {newest}")

@@ -1,4 +1,4 @@
-"""Loads harmed folders on real ranks, and judges what came of each."""
+"""Loads corrupted folders on real ranks, and judges the results."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ _NAMES = {
 
 
 def torture_by_harm(pristine: Path, folder: Path, *, group: str, num: int, seed: int) -> Tally:
-    """Harms copies of a folder in so many ways of a group; returns what came of loading each."""
+    """Corrupts copies of a folder in the ways of a group; returns the results of loading each."""
     tally = Tally(_NAMES[group])
     arguments = (pristine, folder / group, group, num, seed)
     with Attempt(load_harmed, *arguments, log=folder / f"{group}.log") as attempt:
@@ -45,13 +45,13 @@ def torture_by_harm(pristine: Path, folder: Path, *, group: str, num: int, seed:
 def load_harmed(
     pristine: Path, work: Path, group: str, num: int, seed: int
 ) -> list[tuple[str, str, str]]:
-    """Harms, loads and judges as one rank; the first returns outcome, kind and problem of each."""
+    """Corrupts, loads and judges as one rank; the first returns each outcome, kind and problem."""
     logging.disable()  # each rejection would be a line
     loader = _Loader(pristine, work)
     verdicts = []
     kinds = _GROUPS[group]
     for number in range(num):
-        kind = kinds[number % len(kinds)]  # each at least once, where there are enough cases
+        kind = kinds[number % len(kinds)]  # each at least once, if there are enough cases
         verdict = loader.try_one(kind, random.Random(f"{group} {seed} {number}"))
         if verdict:
             outcome, problem = verdict
@@ -60,7 +60,7 @@ def load_harmed(
 
 
 class _Loader:
-    """One rank's store on a folder that is made anew, and harmed, for each load."""
+    """One rank's store on a folder that is restored, then corrupted, for each load."""
 
     def __init__(self, pristine: Path, work: Path) -> None:
         self.pristine, self.work = pristine, work
@@ -74,7 +74,7 @@ class _Loader:
         self.store: CheckpointStore | None = None
 
     def try_one(self, kind: Kind, draw: random.Random) -> tuple[str, str] | None:
-        """Returns on the first rank the outcome of a harm, and what is wrong with it."""
+        """Returns on the first rank the outcome of a corruption, and what is wrong with it."""
         harmed = None
         if self.leads:
             self._restore()
@@ -136,7 +136,7 @@ class _Loader:
         return state == expected and equal(targets, tensors)
 
     def _restore(self) -> None:
-        """Makes the folder again, of hard links."""
+        """Restores the folder, with hard links."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.pristine, self.work, copy_function=os.link)
 

@@ -1,6 +1,6 @@
-"""Two attempts at once in one folder: a worker that was cut off comes back beside its successor.
+"""Two attempts at once in one folder: a worker that was cut off comes back next to its successor.
 
-What an attempt saves tells which attempt it was, so that what a third one loads shows whose it is.
+What an attempt saves identifies the attempt, so that what a third one loads shows whose it is.
 """
 
 import random
@@ -44,7 +44,7 @@ def torture_by_rivals(folder: Path, *, num_rounds: int, seed: int) -> list[Tally
 
 
 class _Round:
-    """An old attempt, a new one that takes over, and a third that looks at what they left."""
+    """An old attempt, a new one that takes over, and a third that checks what they left."""
 
     def __init__(self, folder: Path, draw: random.Random) -> None:
         self.folder, self.draw = folder, draw
@@ -141,7 +141,7 @@ class _Round:
 
 
 def save_on(folder: Path, attempt: int, num_saves: int, pause_seconds: float) -> dict[str, Any]:
-    """Goes on from the newest checkpoint and saves so many steps; returns the state it loaded."""
+    """Resumes from the newest checkpoint and saves that many steps; returns the state it loaded."""
     log = EventLog(folder / "events.jsonl")
     store = CheckpointStore(
         folder / "checkpoints",

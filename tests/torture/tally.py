@@ -1,4 +1,4 @@
-"""What came of the cases, counted, and the table of it."""
+"""The results of the cases, counted, and their table."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     """What was lost or silent, in words."""
     skipped: str | None = None
-    """Why this kind could not be tried here."""
+    """Why this kind could not be tested here."""
 
     def add(self, outcome: str, *, note: str | None = None, problem: str = "") -> None:
         """Counts a case: detected, survived, lost or silent."""

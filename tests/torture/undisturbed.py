@@ -1,4 +1,4 @@
-"""The run that nothing happens to: what every disturbed one must come out as."""
+"""The undisturbed run: every disturbed one must have the same result."""
 
 import shutil
 import statistics
@@ -22,7 +22,7 @@ _MODEL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """What a whole run gave, and three of its checkpoints."""
+    """The results of a whole run, and three of its checkpoints."""
 
     shards: Path
     num_steps: int

@@ -1,4 +1,4 @@
-"""What a checkpoint owes its tensors: their dtype, and the same words whatever layout wrote it."""
+"""What a checkpoint must keep of its tensors: their dtype, and the same values in any layout."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run may change where it goes on: what is refused, what is accepted, what is told."""
+"""What a run may change when it resumes: what is refused, what is accepted, what is reported."""
 
 import shutil
 from dataclasses import replace
@@ -56,7 +56,7 @@ RESTARTED = FRESH | {
     "optim__name": "sgd", "optim__momentum": 0.9, "optim__lr": 0.1, "train__num_steps": 10,
     "schedule__restart_from": STOP, "schedule__warmup_steps": 2,
 }  # fmt: skip
-# What a copy of the stopped run goes on with, and up to which step, one attempt after the other.
+# The changes with which a copy of the stopped run resumes, and its last step, attempt by attempt.
 GOING_ON: dict[str, list[tuple[int | None, dict[str, Any]]]] = {
     "recipe": [(None, RECIPE)],
     "function": [(None, FUNCTION | ACCEPT), (None, FUNCTION | {"train__num_steps": 8})],

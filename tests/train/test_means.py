@@ -1,4 +1,4 @@
-"""What a record says of the steps since the last one, and that a run that goes on says the same."""
+"""What a record says of the steps since the last one, and that a resumed run says the same."""
 
 import json
 import math

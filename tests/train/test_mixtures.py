@@ -303,7 +303,7 @@ def test_damaged_sequences_are_skipped_and_counted_over_ranks_and_restarts(
 
 
 def forget_position(config: Resolved) -> dict[str, Any]:
-    """Saves as a version without mixtures did, and goes on from there."""
+    """Saves as a version without mixtures did, and resumes from there."""
     from moetrain.train import state
 
     as_json = state.TrainState.as_json
@@ -334,7 +334,7 @@ def assert_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
 
 
 def test_batches_of_which_no_token_counts_are_passed_over(tmp_path: Path, shards: Path) -> None:
-    """Whole batches of a lost shard: the run goes on, and never takes them for divergence."""
+    """Whole batches of a lost shard: the run continues, and never takes them for divergence."""
     corpora = ShardFolder.open(shards).index.build.sources
     settings = BuildSettings(
         sources={"prose": corpora["prose"]}, tokenizer="bytes", to=str(tmp_path / "shards"),

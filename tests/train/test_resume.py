@@ -1,4 +1,4 @@
-"""What a resumed run owes to its checkpoint, on real ranks; and what a run does that can't save."""
+"""What a resumed run must restore, on real ranks; and what a run does that can't save."""
 
 import concurrent.futures
 import json
@@ -74,7 +74,7 @@ def zero_balance(trainer: Any) -> None:
 
 
 def read_from_the_start(trainer: Any) -> None:
-    """Reads other samples, and nothing else: noise and counters go on where they were."""
+    """Reads other samples, and nothing else: noise and counters continue where they were."""
     read = trainer.prefetcher.read
     trainer.prefetcher.read = lambda sample: read(sample - SAMPLES)
 
@@ -177,7 +177,7 @@ def train_and_keep_tokens(config: Resolved, stop_at: int | None, attempt: int) -
 def test_the_number_of_ranks_may_change_in_the_middle_and_no_token_comes_twice(
     tmp_path: Path, shards: Path
 ) -> None:
-    """1, 2, 4 and 1 ranks, saving in the background at every step: one stream of tokens."""
+    """1, 2, 4 and 1 ranks, saving asynchronously at every step: one stream of tokens."""
     sgd = {
         "optim__name": "sgd", "optim__lr": 0.1, "model__router__jitter_noise": 0.2,
         "model__router__bias_update_rate": 0.0, "checkpoint__every_steps": 1,
@@ -211,7 +211,7 @@ def test_the_number_of_ranks_may_change_in_the_middle_and_no_token_comes_twice(
     assert worlds == {8: 1, 7: 1, 6: 4}
 
 
-# ── Saving beside training ────────────────────────────────────────────────────────────────────
+# ── Asynchronous saves ────────────────────────────────────────────────────────────────────────
 
 
 def test_what_is_kept_of_a_run_and_where_its_stalls_are_told(tmp_path: Path, shards: Path) -> None:
@@ -246,7 +246,7 @@ def train_until_a_save_fails(config: Resolved) -> tuple[str, tuple[str, int]]:
             if (phase, step) == ("save", 6) and dist.get_rank() == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             if (phase, step) == ("between steps", 6):
-                # The save is still written while training goes on.
+                # The save is still being written while training continues.
                 concurrent.futures.wait(trainer.checkpoints._running)
             phases.append((phase, step))
             beat(phase, step)

@@ -160,7 +160,7 @@ def test_a_padded_vocabulary_trains_and_comes_back_from_hugging_face_as_it_was(
     assert back.model.vocab_size == 320
     assert export(ExportSettings(run=str(again), to=str(tmp_path / "second"))) == 0
     assert_bitwise_equal(tensors_in(tmp_path / "second"), tensors_in(exported))
-    # The padded size is what a run has: however it is written, it goes on.
+    # The padded size is what a run has: however it is written, the run resumes.
     manifest = read_manifest(checkpoint)
     require_same_model(tiny_config(tmp_path, shards=shards, model__vocab_size=320), manifest)
     with pytest.raises(ConfigError, match=r"model.vocab_size=257"):

@@ -40,7 +40,7 @@ def times(attention: list[float], waits: list[float] | None = None, *, steps: in
 
 
 def told(*windows: Times) -> list[list[Finding]]:
-    """Returns what a watch tells after each of the records."""
+    """Returns what a watch reports after each of the records."""
     watch = Watch()
     return [watch.take(window) for window in windows]
 
@@ -121,7 +121,7 @@ def train_slowed(config: Resolved, slow_rank: int | None) -> dict[str, Any]:
     """Trains as a rank, one of which is stopped most of the time, as if its core were shared."""
     import torch.distributed as dist
 
-    stragglers.WINDOW_SECONDS = 0.5  # patience is for noise, and would take the test minutes
+    stragglers.WINDOW_SECONDS = 0.5  # the long window is for noise, and would take minutes
     child = os.fork() if dist.get_rank() == slow_rank else None
     if child == 0:
         while True:

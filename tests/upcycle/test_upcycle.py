@@ -1,4 +1,4 @@
-"""A dense run, upcycled: the same function to begin with, and a run that training goes on from."""
+"""An upcycled dense run: the same function at first, and a run that training continues from."""
 
 import json
 import shlex

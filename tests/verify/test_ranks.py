@@ -1,4 +1,4 @@
-"""Ranks that raise, die, hang or outlive their parent: what the user is told, and none is left."""
+"""Ranks that raise, die, hang or outlive their parent: the error is reported, and none is left."""
 
 import multiprocessing
 import os

@@ -1,9 +1,9 @@
 """A fault at an exact point of a rank's work, without a hook in the product.
 
 Runs in the ranks, where nothing else of tests/ does. Once `moetrain.parallel.activity` is imported,
-what a rank says of itself is listened to, and where it says what the fault waits for, the fault
-strikes from within: in the thread that trains, at that very point. It strikes once: a file marks
-that it did, and when, so that the next attempt is spared.
+the activity that a rank reports is observed. At the fault's point, the fault is injected from
+inside, in the thread that trains. It is injected once: a file records when, so that the next
+attempt is spared.
 """
 
 import importlib.abc
@@ -26,12 +26,12 @@ OOM_ROOM_BYTES = 64 * 2**20  # for what isn't torch: the error has to be reporte
 
 
 def lie_in_wait(path: str) -> None:
-    """Has this process strike itself, if it becomes the rank that the file names."""
+    """Injects a fault into this process, if it becomes the rank that the file names."""
     sys.meta_path.insert(0, _WhenImported(Path(path)))
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Listens to the activity from the moment its module is there."""
+    """Observes the activity from the moment its module is imported."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -57,14 +57,14 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 class _Ambush:
-    """One fault: where it strikes, and how."""
+    """One fault: where it is injected, and how."""
 
     def __init__(self, fault: dict[str, Any]) -> None:
         self._fault = fault
         self._saving = False
 
     def listen(self, activity: Any) -> None:
-        """Wraps what the training thread calls at each point of its work."""
+        """Wraps the functions that the training thread calls at each point of its work."""
         begin, layer, collective = activity.begin, activity.layer, activity.collective
 
         def begin_and_look(self_: Any, phase: str, *, step: int | None = None) -> None:
@@ -86,7 +86,7 @@ class _Ambush:
         def look_and_wait(self_: Any, name: str) -> Iterator[None]:
             waits: AbstractContextManager[None] = collective(self_, name)
             with waits:
-                # What travels has been handed to gloo, and isn't waited for yet.
+                # The tensors have been handed to gloo, and aren't waited for yet.
                 if self._fault["at"] == "collective" and "sending" in name:
                     self._look(self_.read()[0])
                 yield
@@ -97,7 +97,7 @@ class _Ambush:
             sys.addaudithook(self._before_operation)
 
     def _before_operation(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Strikes when the rank opens its file of a checkpoint to write into it."""
+        """Injects the fault when the rank opens its file of a checkpoint for writing."""
         if self._saving and event == "open" and str(arguments[0]).endswith(".safetensors"):
             flags = arguments[2]
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
@@ -124,7 +124,7 @@ class _Ambush:
             with open(self._fault["mark"], "x") as file:
                 json.dump(mark, file)
         except FileExistsError:
-            return  # an earlier attempt was struck
+            return  # it was injected into an earlier attempt
         match self._fault["action"]:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -142,7 +142,7 @@ class _Ambush:
 
 
 def run_out_of_memory() -> None:
-    """Has torch's allocator fail, for there is no memory left that this process may have."""
+    """Makes torch's allocator fail: this process has no memory left that it may use."""
     import torch
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
