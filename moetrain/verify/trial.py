@@ -128,13 +128,13 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
 
 
 class RoutingWatch:
-    """Sees each router's choice, and lets near-ties fall as they did in the reference.
+    """Observes each router's choice, and resolves near-ties as in the reference.
 
-    A token whose next experts score alike up to rounding may go to the one in a layout and to the
-    other in another. Neither is wrong, but from there on the gradients differ by a token's part
-    of them. So where a layout's scores equal the reference's up to rounding, and from those its
-    router would choose as the reference did, the reference's choice is taken and counted;
-    otherwise the choice stays and shows.
+    Two experts whose scores are equal up to rounding may be chosen differently in two layouts.
+    Neither choice is wrong, but the gradients then differ by that token's part. So where a layout's
+    scores equal the reference's up to rounding, and its router would choose as the reference did
+    from the reference's scores, the reference's choice is taken and counted; otherwise the choice
+    stays, and shows as a difference.
     """
 
     def __init__(self, trial: Trial) -> None:
@@ -146,8 +146,8 @@ class RoutingWatch:
     def begin(
         self, step: int, batches: list[MicroBatch], *, first_sequence: int
     ) -> list[MicroBatch]:
-        """Returns a step's micro-batches with its eye on them; which of the global batch's
-        sequences the first of them begins with is `first_sequence`."""
+        """Returns a step's micro-batches, observed; `first_sequence` is the index in the global
+        batch of the first one's first sequence."""
         self._step = step
         self._seen = {} if self._trial.is_reference else _load(self._trial, f"routing_{step}.pt")
         token, watched = first_sequence * self._trial.config.train.seq_len, []
