@@ -37,7 +37,7 @@ _READ = {
     "tie_word_embeddings", "attention_bias", "mlp_bias", "attention_dropout", "auto_map",
     "quantization_config", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
 }  # fmt: skip
-# What says nothing of the model: who wrote it, how it is loaded, what a call returns.
+# Keys that don't describe the model: who wrote it, how it is loaded, what a call returns.
 _MEANINGLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path",
     "initializer_range", "output_attentions", "output_hidden_states", "return_dict",
@@ -56,9 +56,9 @@ class ImportedModel:
     tied: bool
     """Whether the head is the embedding."""
     carried: list[str]
-    """What became of settings that have another name or scale here."""
+    """Settings that were converted to another name or scale."""
     notes: list[str]
-    """What a person should know of the difference to theirs."""
+    """Differences from the original model that a user should know."""
     token_ids: dict[str, Any]
     """The special tokens that it names, for an export without a tokenizer."""
 

@@ -1,4 +1,4 @@
-"""Where each matrix of a model stands in a Hugging Face folder: names, shapes, and which way up.
+"""Where each matrix of a model is in a Hugging Face folder: names, shapes and orientation.
 
 Owns the mapping for Mixtral (each expert by itself, as published, or fused, as transformers 5 has
 it in memory) and for Mistral. Reads and writes nothing.

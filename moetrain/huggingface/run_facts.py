@@ -1,4 +1,4 @@
-"""What a run's files say of a checkpoint: text, tokens, losses, loads, each if it is recorded.
+"""Facts about a checkpoint from a run's files: text, tokens, losses, loads, where recorded.
 
 Owns reading and joining the checkpoint's counters, metrics.jsonl, events.jsonl and the index of
 the shards. Leaves words to `model_card`.
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """All that is known of a checkpoint; what is not is empty or None."""
+    """Everything that is known about a checkpoint; unknown facts are empty or None."""
 
     step: int
     tokens: int
@@ -45,7 +45,7 @@ class RunFacts:
     corrupt_sequences: int
     mesh: Mapping[str, object]
     origins: tuple[str, ...]
-    """Sentences on what the run began with."""
+    """Sentences on what the run started from."""
     sources: tuple[Source, ...]
     shards_unknown: str | None
     """Why the shards that the run was trained on could not be read."""
