@@ -1,6 +1,6 @@
 """`python -m moetrain.upcycle from=DIR to=DIR num_experts=8 top_k=2`: a dense run becomes an MoE's.
 
-Owns the command: what is refused, its order of work and what is said. Leaves the tensors to
+Owns the command: what is refused, its order of work and its messages. Leaves the tensors to
 `experts.py` and the run's folder to `moetrain.huggingface.run_folder`.
 """
 
@@ -54,7 +54,7 @@ class UpcycleSettings:
     normalize_gates: bool = True
     """Whether a token's gates sum to one; only then does the model begin as the dense one."""
     extensions: list[str] = field(default_factory=list)
-    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
+    """Extensions that the run was trained with; a checkpoint alone can't cause an import."""
 
 
 def upcycle(settings: UpcycleSettings) -> int:
