@@ -1,8 +1,8 @@
 """Commands: a Hydra command line becomes one validated tree, and errors become exit codes.
 
 Owns the only import of Hydra in the package; what both entries share of it is in `data_pipeline`.
-A user's mistake ends in exit code 2 and one message that names the key, the value, why it can't be,
-and the nearest thing that can.
+A user's mistake ends in exit code 2 and one message that names the key, the value, why it is
+invalid, and the nearest valid one.
 """
 
 import dataclasses
@@ -165,9 +165,9 @@ def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree
 
 
 def add_default_options(config: DictConfig) -> None:
-    """Adds the options of extensions' things to a composed configuration, where none are given.
+    """Adds the default options of extensions to a composed configuration, where none are given.
 
-    So `--cfg` shows them. What can't be imported or isn't there is told when settings are checked.
+    So `--cfg` shows them. Import errors and unknown names are reported when settings are checked.
     """
     if not OmegaConf.select(config, "extensions"):
         return
@@ -215,7 +215,7 @@ def register(tree: type, *, name: str) -> None:
 
 
 def _register_bare(module: str) -> None:
-    """Stands in for a `config.yaml` where a command has no files."""
+    """Replaces `config.yaml` for a command without files."""
     ConfigStore.instance().store(
         name=module,
         node={
@@ -256,7 +256,7 @@ def _of_files(overrides: Iterable[str]) -> Iterator[str]:
 
 
 class _Front(Generic[Tree]):
-    """What stands between a user and the work: a command line, its files, and what is wrong."""
+    """Parses a command line, composes its settings, and reports errors."""
 
     def __init__(self, tree: type[Tree]) -> None:
         self._tree = tree
@@ -264,7 +264,7 @@ class _Front(Generic[Tree]):
         self.line = CommandLine(flags=(), overrides=())
 
     def read(self, words: Sequence[str], *, files: Path | None, name: str) -> int:
-        """Looks through a command line; returns the exit code."""
+        """Parses a command line; returns the exit code."""
         self.line = read_command_line(words, self._tree, files=files, name=name)
         require_usable(self.line.overrides, is_sweep=self.line.is_sweep)
         if self.line.is_sweep:
@@ -272,7 +272,7 @@ class _Front(Generic[Tree]):
         return DONE
 
     def compose(self, entry: Callable[[], Any]) -> int:
-        """Has Hydra compose; returns the exit code."""
+        """Makes Hydra compose; returns the exit code."""
         self.files.compose(entry)
         return DONE
 

@@ -90,7 +90,7 @@ def check(config: Config) -> None:
 
 
 def _check_model(model: ModelSettings) -> None:
-    """Raises ConfigError for a model that can't be."""
+    """Raises ConfigError for an invalid model."""
     _check_layers(model)
     _check_groups(model)
     if model.num_heads % model.num_kv_heads:

@@ -1,4 +1,4 @@
-"""`python -m moetrain.doctor`: what this machine can train with, found by trying it.
+"""`python -m moetrain.doctor`: tests what this machine can train with.
 
 Each expert backend runs a small layer forward and backward, and is compared with a float64 loop.
 Owns the command, its trial and its texts; the reasons why a backend can't run are the backends'.

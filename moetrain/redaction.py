@@ -1,4 +1,4 @@
-"""Keeps secrets out of what a run leaves behind: configurations, events, logs, messages, W&B.
+"""Keeps secrets out of a run's output: configurations, events, logs, messages, W&B.
 
 A secret is known by the name of what holds it (`WANDB_API_KEY`, `password`), by being the value
 of an environment variable of such a name, or by its shape. Imports nothing of ours; like `checks`
