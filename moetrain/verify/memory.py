@@ -1,4 +1,4 @@
-"""Whether a model can be verified on this machine: what it needs, what there is, the way out."""
+"""Whether this machine's memory suffices to verify a model, and overrides with which it does."""
 
 import os
 from collections.abc import Iterator

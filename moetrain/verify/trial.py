@@ -1,4 +1,4 @@
-"""What one rank does of a layout: trains the batches, and compares itself with the reference.
+"""What one rank of a layout does: it trains on the batches and compares with the reference.
 
 The model, its sharding and the step are those of training. The reference writes its first
 gradients, its weights and its routing into the folder of the verification; every rank of
@@ -59,9 +59,9 @@ class Measured:
     grad_norms: list[float]
     differences: dict[str, Difference]
     near_ties: int
-    """Choices of experts, of all steps and layers, that rounding alone decided otherwise."""
+    """Choices of experts, over all steps and layers, that differ by rounding alone."""
     digest: str
-    """Of all weights, gathered: equal on every rank, so that replicas are equal to the bit."""
+    """Of all gathered weights: equal on every rank, so that replicas are bit-equal."""
 
 
 def write_batches(folder: Path, batches: list[Batch]) -> None:
@@ -157,7 +157,7 @@ class RoutingWatch:
         return watched
 
     def end(self) -> None:
-        """Writes the reference's choices down."""
+        """Writes the reference's choices to a file."""
         if self._trial.is_reference:
             torch.save(self._seen, self._trial.folder / f"routing_{self._step}.pt")
 
