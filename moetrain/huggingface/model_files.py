@@ -1,7 +1,7 @@
 """A checkpoint's model as Hugging Face files: config.json, generation_config.json, safetensors.
 
-Owns that all of the model is written and nothing is lost on the way. Leaves tokenizer and model
-card to their own files.
+Checks that all of the model is written, without loss. Leaves tokenizer and model card to their own
+files.
 """
 
 import json

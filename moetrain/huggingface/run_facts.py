@@ -1,7 +1,7 @@
 """Facts about a checkpoint from a run's files: text, tokens, losses, loads, where recorded.
 
 Owns reading and joining the checkpoint's counters, metrics.jsonl, events.jsonl and the index of
-the shards. Leaves words to `model_card`.
+the shards. Leaves the text to `model_card`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from moetrain.settings import Resolved
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of training text; None where nothing says it."""
+    """A source of training text; None where a fact isn't recorded."""
 
     name: str
     tokens: int
@@ -61,7 +61,7 @@ class RunFacts:
 
 
 def read_facts(run_dir: Path, *, manifest: Manifest, config: Resolved) -> RunFacts:
-    """Reads what there is of a run up to a checkpoint; files that are not there say nothing."""
+    """Reads the facts about a run up to a checkpoint; missing files are skipped."""
     state = manifest.state
     trained: dict[str, int] = state.get("source_tokens") or {}
     validated, routed, read = _newest_records(run_dir / "metrics.jsonl", step=manifest.step)
