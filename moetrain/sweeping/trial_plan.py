@@ -1,4 +1,4 @@
-"""What the trials of a sweep are to be trained with, and the names that are held for them."""
+"""The settings of a sweep's trials, and the names that are reserved for them."""
 
 import os
 import sys
