@@ -53,7 +53,7 @@ class Combination(Generic[Tree]):
     overrides: tuple[str, ...]
     settings: Tree
     flags: tuple[str, ...] = ()
-    """What says from which files it is composed: `--config-dir`."""
+    """The options that select the files to compose from: `--config-dir`."""
 
 
 def config_dir() -> Path:
@@ -144,7 +144,7 @@ def run_command(
 def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree:
     """Returns the validated tree of a command line's overrides, and runs nothing.
 
-    Raises ValueError for what can't be composed; ConfigError, which is one, for a value.
+    Raises ValueError for what can't be composed; its subclass ConfigError for an invalid value.
     """
     front = _Front(tree)
     front.read(overrides, files=files, name="config")
@@ -206,7 +206,7 @@ def _checked(check: Callable[[Tree], None] | None, settings: Tree) -> int:
 
 
 def register(tree: type, *, name: str) -> None:
-    """Makes the tree known to Hydra as the schema that files and overrides are merged into."""
+    """Registers the tree with Hydra as the schema that files and overrides are merged into."""
     schema: Any = _mutable(tree)
     if any(setting_name(field.name) != field.name for field in dataclasses.fields(tree)):
         named = OmegaConf.structured(schema)
@@ -300,7 +300,7 @@ class _Front(Generic[Tree]):
             raise ConfigError(error.key, error.value, reason) from None
 
     def _extensions(self, names: list[str]) -> list[str]:
-        """Imports what the user names and has installed: settings may name what is in there."""
+        """Imports the extensions that the user names or has installed, for settings to name."""
         try:
             loaded = load_extensions(names)
             load_installed()
@@ -318,7 +318,7 @@ class _Front(Generic[Tree]):
         )
 
     def guarded(self, work: Callable[[], int]) -> int:
-        """Returns the exit code of some work; what a user did wrong becomes one message and 2."""
+        """Does some work and returns its exit code; a user's error becomes one message and 2."""
         try:
             return work()
         except ConfigError as error:

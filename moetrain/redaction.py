@@ -20,7 +20,7 @@ _SECRET_WORDS = {
     "credential", "credentials", "authorization", "signature", "sig",
 }  # fmt: skip
 _KEY_OF = {"api", "access", "private", "secret", "signing", "encryption", "account", "auth", "ssh"}
-# What names a place, a kind or a number of secrets is none itself.
+# A name for the place, the kind or the number of secrets isn't a secret itself.
 _NO_SECRET = re.compile(
     r"(^|_)(per|num|max|min|each|every)_token$|_(file|path|dir|uri|mode|type|name|ttl|seconds)$"
     r"|^google_application_credentials$"
@@ -50,7 +50,7 @@ _NAMED = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether what is called so is a secret: `hf_token` is, `num_tokens` isn't."""
+    """Returns whether a name is that of a secret: `hf_token` is, `num_tokens` isn't."""
     last = re.split(r"[./]", name)[-1]
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", last).replace("-", "_").lower()
     if _NO_SECRET.search(words):
