@@ -84,7 +84,7 @@ def run_command(
     `main` once a combination and exits with the worst code. `batches` begins a sweep of which a
     sweeper or launcher of others runs the trials, in a folder.
     """
-    # Hydra would print an error at length and exit with 1; it is asked for the error instead.
+    # Hydra would print a long error and exit with 1; this makes it raise the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ignore_broken_pipes()
     front = _Front(tree)

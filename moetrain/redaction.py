@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 REDACTED = "[redacted]"
-MIN_VALUE_LENGTH = 8  # a shorter value of an environment variable may stand anywhere by chance
+MIN_VALUE_LENGTH = 8  # a shorter value of an environment variable may occur by chance
 
 _SECRET_WORDS = {
     "token", "secret", "secrets", "password", "passwords", "passwd", "passphrase", "apikey",
@@ -69,7 +69,7 @@ def redacted_text(text: str, *, environ: Mapping[str, str] | None = None) -> str
             quote = found["value"][0] if found["value"][0] in "'\"" else ""
             shown += text[at : found.start("value")] + quote + REDACTED + quote
             at = found.end()
-        else:  # in the value may stand another name with its value
+        else:  # the value may contain another name=value
             shown += text[at : found.start("value")]
             at = found.start("value")
     return shown + text[at:]
@@ -126,7 +126,7 @@ def _secret_values(environ: Mapping[str, str] | None) -> list[str]:
 
 
 def _hides(name: str, value: str) -> bool:
-    """Returns whether `name=value` tells a secret."""
+    """Returns whether `name=value` reveals a secret."""
     if not is_secret_name(name) or value in ("", "null", "None", "true", "false"):
         return False
     # What only points to a secret, as Hydra's ${oc.env:NAME} and a shell's $NAME, is none.

@@ -13,7 +13,7 @@ def line(text: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Returns a table; what stands in its cells is text."""
+    """Returns a table; its cells are plain text."""
     head = list(head)
     lines = [head, ["---"] * len(head), *([line(str(cell)) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

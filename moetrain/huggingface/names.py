@@ -70,7 +70,7 @@ def is_selection_bias(name: str) -> bool:
 
 
 def require_complete(placed: Iterable[TensorPlace], tensors: Mapping[str, Shape]) -> None:
-    """Raises ConversionError unless every tensor of ours stands in one place, and wholly.
+    """Raises ConversionError unless every tensor of ours has its place, without gaps.
 
     A selection bias has none, and a place has a tensor.
     """

@@ -273,7 +273,7 @@ def renamed(config: Resolved, name: str) -> Resolved:
 def _assigned(
     resolved: Sequence[Resolved], wanted: Sequence[TrialSettings], *, taken: Collection[str]
 ) -> list[str]:
-    """Returns the name of each trial's run; tells where one begins that a user may not expect."""
+    """Returns the name of each trial's run; reports where an unexpected one begins."""
     names: dict[int, str] = {}
     for folder in dict.fromkeys(config.run.dir for config in resolved):
         here = [i for i, config in enumerate(resolved) if config.run.dir == folder]

@@ -60,7 +60,7 @@ def run_ranks(
     """Returns what `function(argument, tell)` returned as each of `num_ranks` gloo ranks.
 
     Function, argument and results must pickle. Raises RankFailed with the cause of the failure
-    of any, or the ConfigError that a rank raised. `on_step` is told the steps of rank 0. Each
+    of any, or the ConfigError that a rank raised. `on_step` receives the steps of rank 0. Each
     rank computes with `num_threads`.
     """
     # Ranks are forked from a server that has imported torch once and started no thread.
