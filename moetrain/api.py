@@ -1,7 +1,7 @@
 """moetrain from a script or a notebook: configurations, models, batches, steps, routing.
 
-One process and one device. Everything here gives what the commands use themselves, so that what is
-tried in a notebook is what a run trains. docs/api.md has an example of each.
+One process and one device. Everything here returns what the commands use themselves, so that a
+notebook works with what a run trains. docs/api.md has an example of each.
 """
 
 import tempfile
@@ -57,7 +57,7 @@ __all__ = [
 def compose(*overrides: str) -> Config:
     """Returns the configuration of a command line: `compose("+model=toy", "optim.lr=1e-3")`.
 
-    Raises ValueError for a setting that isn't there or can't be; ConfigError, which is one, where
+    Raises ValueError for an unknown setting or an invalid value; its subclass ConfigError where
     settings contradict each other.
     """
     config = composed(overrides, tree=Config, files=config_dir())
@@ -66,9 +66,9 @@ def compose(*overrides: str) -> Config:
 
 
 def resolve(config: Config, *, num_ranks: int = 1) -> Resolved:
-    """Returns a configuration for so many ranks with everything decided that was left open.
+    """Returns a configuration for so many ranks, with all open settings decided.
 
-    Raises ConfigError where so many can't run it.
+    Raises ConfigError where so many ranks can't run it.
     """
     return resolve_for(config, num_workers=num_ranks, now=datetime.now())
 
@@ -91,7 +91,7 @@ def load_model(
 ) -> Transformer:
     """Returns a run's model, or that of a Hugging Face folder, in evaluation mode.
 
-    Of a run (`runs/NAME`) it is that of its newest good checkpoint, or of a `step`; every file of
+    For a run (`runs/NAME`) it is the newest good checkpoint's, or that of a `step`; every file of
     it is verified first. A router's selection bias stays float32 whatever the `dtype`. Raises
     ConfigError where there is no such model, and CheckpointError or ConversionError where it can't
     be read.
@@ -196,10 +196,10 @@ class Training:
     gradients: Gradients
     meshes: Meshes
     num_steps: int = 0
-    """Steps that were taken."""
+    """Steps taken so far."""
 
     def batches(self) -> Iterator[Batch]:
-        """Yields the global batches of the steps that are left."""
+        """Yields the global batches of the remaining steps."""
         return batches(self.config, start=self.num_steps)
 
     def step(self, batch: Batch) -> StepReport:

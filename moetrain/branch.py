@@ -1,7 +1,7 @@
 """`python -m moetrain.branch run=DIR to=DIR`: a new run that resumes from a checkpoint of another.
 
-Owns the command: what of the old run the new one has, and the note of where it came from. The new
-one has a history, attempts and a W&B run of its own; the old one is left as it is.
+Owns the command: what the new run takes over from the old one, and the record of its origin. The
+new one has its own history, attempts and W&B run; the old one isn't changed.
 """
 
 import os
@@ -46,7 +46,7 @@ class BranchSettings:
     step: NonNegativeInt | None = None
     """None: that of the newest good checkpoint."""
     extensions: list[str] = field(default_factory=list)
-    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
+    """Extensions that the run was trained with; a checkpoint alone can't cause an import."""
 
 
 def branch(settings: BranchSettings) -> int:
@@ -102,8 +102,8 @@ def _own(config: Mapping[str, Any], run_dir: Path, to: Path) -> dict[str, Any]:
 def _place(checkpoint: Path, directory: Path, manifest: Manifest) -> bool:
     """Makes a checkpoint with the files of another; returns whether all of them are hard links.
 
-    A checkpoint's files are never written again, so that two runs may have them in common: what
-    one deletes, the other keeps.
+    A checkpoint's files are never rewritten, so that two runs may share them: if one deletes its
+    link, the other keeps the file.
     """
     manifest = replace(manifest, attempt=next_attempt(directory))
     staged = staged_folder(directory, Save(manifest.step, manifest.attempt))

@@ -1,4 +1,4 @@
-"""What a user is told about a setting that can't be: one message, with the nearest that can."""
+"""Errors in settings: one message, with the nearest valid value."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +8,7 @@ from moetrain.redaction import REDACTED, holds_secret_value, redacted_arguments,
 
 
 class ConfigError(ValueError):
-    """A setting that can't be: the message names the key, the value, the reason and a way out."""
+    """An invalid setting: the message names the key, the value, the reason and a way out."""
 
     def __init__(self, key: str, value: object, reason: str) -> None:
         given = f"{key}={'null' if value is None else value}"

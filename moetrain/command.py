@@ -1,8 +1,8 @@
 """Commands: a Hydra command line becomes one validated tree, and errors become exit codes.
 
 Owns the only import of Hydra in the package; what both entries share of it is in `data_pipeline`.
-A user's mistake ends in exit code 2 and one message that names the key, the value, why it can't be,
-and the nearest thing that can.
+A user's mistake ends in exit code 2 and one message that names the key, the value, why it is
+invalid, and the nearest valid one.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Combination(Generic[Tree]):
     overrides: tuple[str, ...]
     settings: Tree
     flags: tuple[str, ...] = ()
-    """What says from which files it is composed: `--config-dir`."""
+    """The options that select the files to compose from: `--config-dir`."""
 
 
 def config_dir() -> Path:
@@ -84,7 +84,7 @@ def run_command(
     `main` once a combination and exits with the worst code. `batches` begins a sweep of which a
     sweeper or launcher of others runs the trials, in a folder.
     """
-    # Hydra would print an error at length and exit with 1; it is asked for the error instead.
+    # Hydra would print a long error and exit with 1; this makes it raise the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ignore_broken_pipes()
     front = _Front(tree)
@@ -144,7 +144,7 @@ def run_command(
 def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree:
     """Returns the validated tree of a command line's overrides, and runs nothing.
 
-    Raises ValueError for what can't be composed; ConfigError, which is one, for a value.
+    Raises ValueError for what can't be composed; its subclass ConfigError for an invalid value.
     """
     front = _Front(tree)
     front.read(overrides, files=files, name="config")
@@ -165,9 +165,9 @@ def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree
 
 
 def add_default_options(config: DictConfig) -> None:
-    """Adds the options of extensions' things to a composed configuration, where none are given.
+    """Adds the default options of extensions to a composed configuration, where none are given.
 
-    So `--cfg` shows them. What can't be imported or isn't there is told when settings are checked.
+    So `--cfg` shows them. Import errors and unknown names are reported when settings are checked.
     """
     if not OmegaConf.select(config, "extensions"):
         return
@@ -206,7 +206,7 @@ def _checked(check: Callable[[Tree], None] | None, settings: Tree) -> int:
 
 
 def register(tree: type, *, name: str) -> None:
-    """Makes the tree known to Hydra as the schema that files and overrides are merged into."""
+    """Registers the tree with Hydra as the schema that files and overrides are merged into."""
     schema: Any = _mutable(tree)
     if any(setting_name(field.name) != field.name for field in dataclasses.fields(tree)):
         named = OmegaConf.structured(schema)
@@ -215,7 +215,7 @@ def register(tree: type, *, name: str) -> None:
 
 
 def _register_bare(module: str) -> None:
-    """Stands in for a `config.yaml` where a command has no files."""
+    """Replaces `config.yaml` for a command without files."""
     ConfigStore.instance().store(
         name=module,
         node={
@@ -256,7 +256,7 @@ def _of_files(overrides: Iterable[str]) -> Iterator[str]:
 
 
 class _Front(Generic[Tree]):
-    """What stands between a user and the work: a command line, its files, and what is wrong."""
+    """Parses a command line, composes its settings, and reports errors."""
 
     def __init__(self, tree: type[Tree]) -> None:
         self._tree = tree
@@ -264,7 +264,7 @@ class _Front(Generic[Tree]):
         self.line = CommandLine(flags=(), overrides=())
 
     def read(self, words: Sequence[str], *, files: Path | None, name: str) -> int:
-        """Looks through a command line; returns the exit code."""
+        """Parses a command line; returns the exit code."""
         self.line = read_command_line(words, self._tree, files=files, name=name)
         require_usable(self.line.overrides, is_sweep=self.line.is_sweep)
         if self.line.is_sweep:
@@ -272,7 +272,7 @@ class _Front(Generic[Tree]):
         return DONE
 
     def compose(self, entry: Callable[[], Any]) -> int:
-        """Has Hydra compose; returns the exit code."""
+        """Makes Hydra compose; returns the exit code."""
         self.files.compose(entry)
         return DONE
 
@@ -300,7 +300,7 @@ class _Front(Generic[Tree]):
             raise ConfigError(error.key, error.value, reason) from None
 
     def _extensions(self, names: list[str]) -> list[str]:
-        """Imports what the user names and has installed: settings may name what is in there."""
+        """Imports the extensions that the user names or has installed, for settings to name."""
         try:
             loaded = load_extensions(names)
             load_installed()
@@ -318,7 +318,7 @@ class _Front(Generic[Tree]):
         )
 
     def guarded(self, work: Callable[[], int]) -> int:
-        """Returns the exit code of some work; what a user did wrong becomes one message and 2."""
+        """Does some work and returns its exit code; a user's error becomes one message and 2."""
         try:
             return work()
         except ConfigError as error:

@@ -15,7 +15,7 @@ from moetrain.settings import Config
 from moetrain.verbs import VERBS
 
 _SHELLS = ("bash", "zsh")
-# `=` separates words in bash: a choice stands after one, and is completed by itself.
+# bash splits words at `=`: the choice after it is completed by itself.
 _SCRIPT = """\
 _moetrain() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
@@ -39,7 +39,7 @@ complete -F _moetrain moetrain
 
 
 def settings_of(tree: type) -> Iterator[str]:
-    """Yields the names of all settings of a tree, with the parts that they stand in."""
+    """Yields the names of all settings of a tree, with the parts that they are in."""
     kinds = get_type_hints(tree)
     for field in dataclasses.fields(tree):
         kind = kinds[field.name]

@@ -36,8 +36,8 @@ from moetrain.settings import (
 )
 from moetrain.train.changes import function_settings
 
-SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # in what is saved of them, none is
-MICRO_BATCH_TOKENS = 16_384  # what a micro-batch of open size holds at most
+SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # removed where these are saved
+MICRO_BATCH_TOKENS = 16_384  # the most in a micro-batch of open size
 
 
 def check(config: Config) -> None:
@@ -90,7 +90,7 @@ def check(config: Config) -> None:
 
 
 def _check_model(model: ModelSettings) -> None:
-    """Raises ConfigError for a model that can't be."""
+    """Raises ConfigError for an invalid model."""
     _check_layers(model)
     _check_groups(model)
     if model.num_heads % model.num_kv_heads:
@@ -240,10 +240,10 @@ def _check_groups(model: ModelSettings) -> None:
 
 
 def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
-    """Returns the configuration with everything that was left open filled in.
+    """Returns the configuration with all open settings filled in.
 
-    Degrees, micro-batch size, run name, and absolute paths (ranks may run elsewhere). Raises
-    ConfigError where so many workers can't run it.
+    These are degrees, micro-batch size, run name, and absolute paths (ranks may run elsewhere).
+    Raises ConfigError where so many workers can't run it.
     """
     check(config)
     topology = resolve_topology(
@@ -303,9 +303,9 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
 def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
     """Returns a resolved configuration for fewer workers, None where so many can't run it.
 
-    The global batch stays. A worker has no more of the weights than before where that is possible:
-    replicas go before shards. The expert degree is kept, or folded to the largest below that
-    divides the shards. A worker's micro-batches stay as large as they may.
+    The global batch stays the same. Where possible, a worker holds no more of the weights than
+    before: replicas are given up before shards. The expert degree is kept, or reduced to the
+    largest one that divides the shards. Micro-batches stay as large as possible.
     """
     before, batch = resolved.parallel, resolved.train.global_batch_size
     if batch % num_workers:
@@ -341,9 +341,9 @@ def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
 
 
 def _extensions(config: Config) -> list[str]:
-    """Returns the modules whose code a run uses, those it names and those that it names things of.
+    """Returns the modules whose code a run uses: those that it names, and those of what it uses.
 
-    An installed package may offer a thing without its module being named.
+    An installed package may register things without being named in `extensions`.
     """
     modules = list(config.extensions)
     for registry, setting, _ in SELECTED:

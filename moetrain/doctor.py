@@ -1,4 +1,4 @@
-"""`python -m moetrain.doctor`: what this machine can train with, found by trying it.
+"""`python -m moetrain.doctor`: tests what this machine can train with.
 
 Each expert backend runs a small layer forward and backward, and is compared with a float64 loop.
 Owns the command, its trial and its texts; the reasons why a backend can't run are the backends'.
@@ -123,7 +123,7 @@ def _tried(
     name: str, device: str, refused: str | None = None
 ) -> dict[str, str | float | bool | None]:
     """Returns whether a backend runs on a device and is right, or else why not."""
-    # What a run computes in: bfloat16 on a GPU; Triton's interpreter has no products of it.
+    # A run's compute dtype: bfloat16 on a GPU; Triton's interpreter can't multiply bfloat16.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     # Each of the five products from an input to a gradient sums in float32 and rounds to dtype.
     eps = torch.finfo(torch.float32).eps
@@ -132,7 +132,7 @@ def _tried(
     if refused is None:
         try:
             error = _largest_error(name, device=device, dtype=dtype)
-        except Exception as raised:  # whatever a kernel raises is what the user wants to know
+        except Exception as raised:  # the user wants to see whatever a kernel raises
             reason = f"{type(raised).__name__}: {raised}"
         else:
             if not error <= tolerance:

@@ -46,7 +46,7 @@ class ExportSettings:
     drop_router_bias: bool = False
     """Whether the routers' selection biases, which Mixtral has not, may be left out."""
     extensions: list[str] = field(default_factory=list)
-    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
+    """Extensions that the run was trained with; a checkpoint alone can't cause an import."""
 
 
 def export(settings: ExportSettings) -> int:

@@ -1,4 +1,4 @@
-"""What a module of a user's own imports to add to moetrain: decorators and base classes.
+"""What a user's own module imports to extend moetrain: decorators and base classes.
 
 A module registers things by name, and settings name them: docs/extending.md has an example of each
 kind. Built-in ones are registered in the same way.

@@ -2,7 +2,7 @@
 
 `from=` may also name a model on the Hub, which is fetched.
 
-Owns the command: its order of work and what is said. Leaves names, configuration and files to
+Owns the command: its order of work and its messages. Leaves names, configuration and files to
 `moetrain.huggingface`.
 """
 

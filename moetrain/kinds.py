@@ -1,4 +1,4 @@
-"""The kinds of events and of failures: one word each, written and read by the same name."""
+"""The kinds of events and of failures, written and read by the same names."""
 
 from enum import StrEnum, auto
 
@@ -28,7 +28,7 @@ class EventKind(StrEnum):
     """An attempt ended by a failure: `failure` has its kind."""
     restart = auto()
     move = auto()
-    """The ranks stop after a save, to go to other nodes."""
+    """The ranks stop after a save, to move to other nodes."""
     node_left_out = auto()
     # Training, by the first rank
     resume = auto()
@@ -50,7 +50,7 @@ class EventKind(StrEnum):
     upload_skipped = auto()
     remote_deleted = auto()
     remote_delete_failed = auto()
-    # Never written: what the ledger makes of a heartbeat that outlived its command
+    # Never written: the ledger derives it from a heartbeat that outlived its command
     sign = auto()
 
 
@@ -58,18 +58,18 @@ class FailureKind(StrEnum):
     """Why a rank ended. All but `error` are worth another attempt."""
 
     died = auto()
-    """Its process is gone."""
+    """Its process died."""
     lost = auto()
     """Its node doesn't answer."""
     preempted = auto()
-    """Its node was taken away."""
+    """Its node was preempted."""
     hung = auto()
-    """It gave no heartbeat."""
+    """It sent no heartbeat in time."""
     memory = auto()
-    """It found no memory left."""
+    """It ran out of memory."""
     peer = auto()
     """It lost another rank in a collective."""
     service = auto()
-    """A server or a file system failed it."""
+    """A server or a file system failed."""
     error = auto()
-    """An exception of its own, which another attempt would meet again."""
+    """Its own exception, which another attempt would raise again."""

@@ -1,4 +1,4 @@
-"""Finds this project's other packages beside this one, whatever else the path has of their names.
+"""Finds this project's other packages beside this one, whatever else on the path has their names.
 
 `launch` and `data_pipeline` are names that a user's folder may have too: a `launch.py`, ROS's
 package `launch`.
@@ -26,7 +26,7 @@ class _Beside:
 
 
 def find_own_packages() -> None:
-    """Has this process find them; ImportError where it has imported another's already."""
+    """Makes this process find them; raises ImportError where it has imported others already."""
     for name in PACKAGES:
         loaded = sys.modules.get(name)
         if loaded is not None and not _is_own(name, getattr(loaded, "__file__", None)):

@@ -1,4 +1,4 @@
-"""Keeps secrets out of what a run leaves behind: configurations, events, logs, messages, W&B.
+"""Keeps secrets out of a run's output: configurations, events, logs, messages, W&B.
 
 A secret is known by the name of what holds it (`WANDB_API_KEY`, `password`), by being the value
 of an environment variable of such a name, or by its shape. Imports nothing of ours; like `checks`
@@ -13,14 +13,14 @@ from itertools import pairwise
 from typing import Any
 
 REDACTED = "[redacted]"
-MIN_VALUE_LENGTH = 8  # a shorter value of an environment variable may stand anywhere by chance
+MIN_VALUE_LENGTH = 8  # a shorter value of an environment variable may occur by chance
 
 _SECRET_WORDS = {
     "token", "secret", "secrets", "password", "passwords", "passwd", "passphrase", "apikey",
     "credential", "credentials", "authorization", "signature", "sig",
 }  # fmt: skip
 _KEY_OF = {"api", "access", "private", "secret", "signing", "encryption", "account", "auth", "ssh"}
-# What names a place, a kind or a number of secrets is none itself.
+# A name for the place, the kind or the number of secrets isn't a secret itself.
 _NO_SECRET = re.compile(
     r"(^|_)(per|num|max|min|each|every)_token$|_(file|path|dir|uri|mode|type|name|ttl|seconds)$"
     r"|^google_application_credentials$"
@@ -50,7 +50,7 @@ _NAMED = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether what is called so is a secret: `hf_token` is, `num_tokens` isn't."""
+    """Returns whether a name is that of a secret: `hf_token` is, `num_tokens` isn't."""
     last = re.split(r"[./]", name)[-1]
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", last).replace("-", "_").lower()
     if _NO_SECRET.search(words):
@@ -69,7 +69,7 @@ def redacted_text(text: str, *, environ: Mapping[str, str] | None = None) -> str
             quote = found["value"][0] if found["value"][0] in "'\"" else ""
             shown += text[at : found.start("value")] + quote + REDACTED + quote
             at = found.end()
-        else:  # in the value may stand another name with its value
+        else:  # the value may contain another name=value
             shown += text[at : found.start("value")]
             at = found.start("value")
     return shown + text[at:]
@@ -126,7 +126,7 @@ def _secret_values(environ: Mapping[str, str] | None) -> list[str]:
 
 
 def _hides(name: str, value: str) -> bool:
-    """Returns whether `name=value` tells a secret."""
+    """Returns whether `name=value` reveals a secret."""
     if not is_secret_name(name) or value in ("", "null", "None", "true", "false"):
         return False
     # What only points to a secret, as Hydra's ${oc.env:NAME} and a shell's $NAME, is none.

@@ -1,4 +1,4 @@
-"""The kinds that an experiment changes, each with what a setting can name of it.
+"""The registries of the kinds of things that an experiment can replace, by name.
 
 Below the settings, which are checked against the names here; what is registered is described by
 `moetrain.extensions`, which is what a module of a user's own imports.

@@ -1,1 +1,1 @@
-"""Checkpoints: complete or not there, and provably what was saved."""
+"""Checkpoints: each is complete or absent, and verified by hashes."""

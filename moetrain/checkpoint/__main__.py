@@ -1,4 +1,4 @@
-"""`python -m moetrain.checkpoint verify=DIR`: is every byte of a run's checkpoints what was saved?
+"""`python -m moetrain.checkpoint verify=DIR`: verifies every byte of a run's checkpoints.
 
 Owns the command's settings and its messages. Leaves the checks to `manifest.py`.
 """
@@ -33,7 +33,7 @@ class VerifySettings:
 
 
 def main(settings: VerifySettings) -> int:
-    """Verifies one checkpoint or all of a run; returns the exit code."""
+    """Verifies one checkpoint, or all of a run; returns the exit code."""
     folder = Path(settings.verify)
     one = step_of(folder.absolute().name) is not None or (folder / MANIFEST).exists()
     directory = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder

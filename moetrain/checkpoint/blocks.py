@@ -1,6 +1,6 @@
-"""Which block of each tensor a rank holds, and which of them it is to write.
+"""Which block of each tensor a rank holds, and which of them it writes.
 
-Owns the way from a distributed tensor to its place in the whole one. Knows no files.
+Maps a distributed tensor's local part to its place in the global tensor. Knows no files.
 """
 
 import math
@@ -17,14 +17,14 @@ from moetrain.checkpoint.manifest import Block, CheckpointError, TensorEntry
 
 
 class LocalBlock(NamedTuple):
-    """A tensor's part on this rank, and its place in the whole tensor."""
+    """This rank's part of a tensor, and its place in the global tensor."""
 
     local: Tensor
     offset: tuple[int, ...]
 
 
 def held(tensor: Tensor) -> LocalBlock:
-    """Returns this rank's part of a tensor; one that isn't distributed is whole on every rank."""
+    """Returns this rank's part of a tensor: all of it, where it isn't distributed."""
     if not isinstance(tensor, DTensor):
         return LocalBlock(tensor.detach(), (0,) * tensor.ndim)
     shape, offset = compute_local_shape_and_global_offset(
@@ -41,10 +41,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Returns the offsets of the parts that this rank is the one to write, of named tensors.
+    """Returns the offsets of the parts that this rank writes, by tensor name.
 
-    Ranks that hold the same parts take turns at them, the largest first, so that one of them writes
-    at most a part more than another. Parts without elements are nobody's.
+    Ranks that hold the same parts take turns, the largest part first, so that one of them writes at
+    most one part more than another. Empty parts are written by no rank.
     """
     shared: dict[tuple[int, ...], list[tuple[int, str, LocalBlock]]] = {}
     for name, tensor in tensors.items():
@@ -63,7 +63,7 @@ def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]
 def parts_at(
     tensors: Mapping[str, Tensor], places: Mapping[str, tuple[int, ...]]
 ) -> dict[str, LocalBlock]:
-    """Returns this rank's parts of the tensors that have a place, as they are now."""
+    """Returns this rank's current parts of the tensors that have a place."""
     return {name: LocalBlock(_local(tensors[name]), offset) for name, offset in places.items()}
 
 
@@ -95,7 +95,7 @@ def num_bytes(entry: TensorEntry) -> int:
 
 
 def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """Returns the dtype that a manifest names; raises CheckpointError where there is none such."""
+    """Returns the dtype that a manifest names; raises CheckpointError for an unknown one."""
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"a tensor's dtype is {entry.dtype!r}, which torch doesn't have")
@@ -103,18 +103,18 @@ def dtype_of(entry: TensorEntry) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns a dtype's name as manifests have it."""
+    """Returns a dtype's name in manifests."""
     return str(dtype).removeprefix("torch.")
 
 
 class Staging:
-    """Copies of a rank's parts in memory that stays reserved: training may continue meanwhile."""
+    """Staging buffers of asynchronous checkpoints: a rank's parts, in reused host memory."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, parts: Mapping[str, LocalBlock]) -> dict[str, LocalBlock]:
-        """Returns the parts with copies in host memory, which the next call overwrites."""
+        """Returns the parts, copied to host memory that the next call overwrites."""
         copies = {}
         on_device = False
         for name, part in parts.items():

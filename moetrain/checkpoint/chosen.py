@@ -1,6 +1,6 @@
-"""Which checkpoint of a run a command works on: the newest good one, or that of a step.
+"""Which checkpoint of a run a command uses: the newest good one, or that of a step.
 
-Owns what is said where there is none. Leaves the order of checkpoints to `folders.py`.
+Owns the messages where there is none. Leaves the order of checkpoints to `folders.py`.
 """
 
 import sys
@@ -16,7 +16,7 @@ def chosen_checkpoint(run_dir: Path, *, step: int | None = None, key: str = "run
     """Returns the folder of a run's newest good checkpoint, or of a step; its files are verified.
 
     `key` is the setting that names the run. Raises ConfigError where there is no such checkpoint,
-    and CheckpointError where that of the step is damaged.
+    and CheckpointError where the step's checkpoint is corrupted.
     """
     directory = run_dir / "checkpoints"
     if not directory.is_dir():

@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: which there are, in which order they count, how one comes in.
+"""The folder of a run's checkpoints: listing, ordering, committing and deleting them.
 
-Owns names, `latest`, the attempts' numbers and deletion. Knows no process group and imports no
-torch: a launcher may use it.
+Owns names, `latest` and the attempts' numbers. Knows no process group and imports no torch, so that
+a launcher can use it.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ LATEST = "latest"
 ATTEMPT = "attempt"
 _CLAIM = ".attempt_"
 _NAME_CHARACTERS = 255
-"""No name is longer; what is, need not be told whole."""
+"""No valid name is longer; messages cut longer ones off."""
 _LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
 
 
 class Save(NamedTuple):
-    """Which step a checkpoint is of, and which attempt wrote it."""
+    """The step of a checkpoint, and the attempt that wrote it."""
 
     step: int
     attempt: int
 
 
 def in_order(saves: Iterable[Save]) -> tuple[list[Save], list[Save]]:
-    """Returns the saves of the run's own line, newest first, and those beside it.
+    """Returns the saves on the run's current line, newest first, and those off the line.
 
-    An attempt resumes from some step, and what older attempts had saved from there on is beside
-    the line from then on: it was passed over as damaged, or somebody went back. The newest attempt
-    decides, so that a worker of an older one, cut off and come back, never gets ahead of it.
+    When an attempt resumes from some step, what older attempts had saved after that step is off the
+    line: it was skipped as corrupted, or a user went back. The newest attempt decides, so that a
+    worker of an older attempt that was cut off and returns never gets ahead of it.
     """
     line: list[Save] = []
     beside: list[Save] = []
@@ -69,11 +69,11 @@ def to_delete(
     keep_every: int | None,
     damaged: Collection[Save] = (),
 ) -> list[Save]:
-    """Returns the saves that need not stay.
+    """Returns the saves to delete.
 
-    Of the line, the newest `keep_last` stay and those whose step is a multiple of `keep_every`.
-    What is known to be damaged counts as neither. What is beside the line stays until the line has
-    passed its step.
+    On the line, the newest `keep_last` stay, and those whose step is a multiple of `keep_every`.
+    Those known to be corrupted count as neither. Saves off the line stay until the line has passed
+    their step.
     """
     assert keep_last >= 2, "a bad newest one needs a fall-back"
     line, beside = in_order(saves)
@@ -88,20 +88,20 @@ def to_delete(
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Returns the checkpoints to try in turn: the run's own line, newest first, then the others.
+    """Returns the checkpoints to try in turn: the run's line, newest first, then the others.
 
-    A folder without a valid manifest is no checkpoint. `latest` is for people and other programs;
-    it may point back where a kill came in between.
+    A folder without a valid manifest is not a checkpoint. `latest` isn't used: it is for people and
+    other programs, and may be out of date after a kill.
     """
     line, beside = in_order(saves(directory))
     return [directory / folder_name(save.step) for save in (*line, *beside)]
 
 
 def saves(directory: Path, *, known: dict[Path, tuple[int, Save]] | None = None) -> list[Save]:
-    """Returns the checkpoints of a directory, in no order.
+    """Returns the checkpoints of a directory, in no particular order.
 
-    `known` remembers, from call to call, what each manifest said when it was last changed: those of
-    many ranks take seconds to read.
+    `known` is a cache of manifests between calls, by modification time: those of many ranks take
+    seconds to read.
     """
     known = {} if known is None else known
     found = []
@@ -117,7 +117,7 @@ def saves(directory: Path, *, known: dict[Path, tuple[int, Save]] | None = None)
 
 
 def broken(directory: Path) -> list[tuple[str, str]]:
-    """Returns what looks like a checkpoint and is none: its name, and why."""
+    """Returns the name of each folder that looks like a checkpoint but isn't one, and why."""
     found = []
     for folder in sorted(directory.glob("step_*")):
         if step_of(folder.name) is not None:
@@ -146,7 +146,7 @@ def read_latest(directory: Path) -> str | None:
 def newest_good(directory: Path, *, rejected: Callable[[str, str], None]) -> Path | None:
     """Returns the newest checkpoint whose files verify, None where there is none.
 
-    `rejected` is told name and reason of each that had to be passed over.
+    `rejected` is called with the name and the reason of each that was skipped.
     """
     for name, reason in broken(directory):
         rejected(name, reason)
@@ -161,17 +161,17 @@ def newest_good(directory: Path, *, rejected: Callable[[str, str], None]) -> Pat
 
 
 def staged_folder(directory: Path, save: Save) -> Path:
-    """Returns where a checkpoint is written before it is one."""
+    """Returns the staging folder, in which a checkpoint is written before it is committed."""
     return directory / f"staged_{save.step:08d}_attempt_{save.attempt}"
 
 
 def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
     """Makes a staged folder the checkpoint of its step, and `latest` name it.
 
-    In this order: manifest, fsync, rename, fsync, `latest` by rename. Killed in between, the
-    folder either is a whole checkpoint or has no name that counts. Raises CheckpointError where
-    a newer attempt owns the run: a worker that was cut off must not win over its successor. It may
-    have been cut off at any line of this, so that every line looks whose the run is.
+    In this order: manifest, fsync, rename, fsync, `latest` by rename. If it is killed in between,
+    the folder is either a complete checkpoint or not named as one. Raises CheckpointError where a
+    newer attempt owns the run: a worker that was cut off must not win over its successor. It may
+    have been cut off at any point, so the owner is checked before each change.
     """
     _require_ownership(directory, manifest)
     write_file(staged / MANIFEST, manifest_text(manifest))
@@ -192,7 +192,7 @@ def commit(directory: Path, staged: Path, manifest: Manifest) -> Path:
 
 
 def _point_elsewhere(folder: Path) -> None:
-    """Has `latest` name another checkpoint than one that is about to lose its name."""
+    """Makes `latest` name another checkpoint than the one that is about to be renamed."""
     directory = folder.parent
     if read_latest(directory) == folder.name:
         if others := [other for other in candidates(directory) if other != folder]:
@@ -202,7 +202,7 @@ def _point_elsewhere(folder: Path) -> None:
 
 
 def _put_aside(target: Path, manifest: Manifest) -> None:
-    """Takes the name off an older attempt's checkpoint; raises CheckpointError for a newer's."""
+    """Renames an older attempt's checkpoint away; raises CheckpointError for a newer attempt's."""
     directory = target.parent
     _require_older(target, manifest)
     aside = _free(directory, f"replaced_{target.name}", attempt=manifest.attempt)
@@ -218,13 +218,13 @@ def _require_older(folder: Path, manifest: Manifest) -> None:
     try:
         owner = read_manifest(folder).attempt
     except CheckpointError:
-        return  # nobody's checkpoint
+        return  # not a checkpoint
     if owner > manifest.attempt:
         raise _taken_over(folder.parent, manifest, owner)
 
 
 def require_newest(directory: Path, attempt: int) -> None:
-    """Raises CheckpointError for an attempt that has a successor: the run is no longer its."""
+    """Raises CheckpointError for an attempt that has a successor, which owns the run."""
     if (owner := read_attempt(directory)) > attempt:
         raise CheckpointError(
             f"attempt {attempt} of the run of {directory} ends itself: attempt {owner} has taken "
@@ -247,7 +247,7 @@ def _taken_over(directory: Path, manifest: Manifest, owner: int) -> CheckpointEr
 def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
     """Deletes checkpoints, and what killed saves of this and older attempts left behind.
 
-    A folder loses its name first, so that a deletion killed halfway leaves no half checkpoint.
+    A folder is renamed first, so that a deletion that is killed leaves no partial checkpoint.
     """
     for save in old:
         name = folder_name(save.step)
@@ -264,7 +264,7 @@ def delete(directory: Path, old: Sequence[Save], *, attempt: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder, or a link to one: what somebody has linked here is theirs and stays."""
+    """Deletes a folder, or only the link where it is a link to one."""
     if path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -273,7 +273,7 @@ def remove(path: Path) -> None:
 
 
 def _free(directory: Path, name: str, *, attempt: int) -> Path:
-    """Returns a name that isn't taken, of something that this attempt may delete."""
+    """Returns a free name for something that this attempt may delete."""
     path, number = directory / f"{name}_attempt_{attempt}", 1
     while os.path.lexists(path):
         path, number = directory / f"{name}_{number}_attempt_{attempt}", number + 1
@@ -284,17 +284,17 @@ def next_attempt(directory: Path) -> int:
     """Takes the run over: returns the number of the new attempt, one above all before."""
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
-    # The file may have been lost; what the attempts before have saved may not.
+    # The file may have been lost; earlier attempts' checkpoints then still have their numbers.
     attempt = max([read_attempt(directory), *(save.attempt for save in saves(directory))])
     while True:
         attempt += 1
-        try:  # of two that start at once, on whatever machines, one gets the number
+        try:  # if two start at the same time, on any machines, only one gets the number
             (directory / f"{_CLAIM}{attempt}").touch(exist_ok=False)
             break
         except FileExistsError:
             continue
     while read_attempt(directory) < (newest := _newest_claim(directory)):
-        write_file(directory / ATTEMPT, str(newest))  # and look again: another may have come
+        write_file(directory / ATTEMPT, str(newest))  # and check again for a newer claim
     return attempt
 
 
@@ -312,7 +312,7 @@ def read_attempt(directory: Path) -> int:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises OSError before anything is written where the disk can't hold so many bytes."""
+    """Raises OSError, before anything is written, if the disk can't hold so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         needed, left = decimal_size(num_bytes), decimal_size(free)
@@ -322,7 +322,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def with_way_out(reason: str, error: BaseException | None) -> str:
-    """Returns why something of a run can't be written, and what to do where its disk is full."""
+    """Returns why a run's file can't be written, and what to do if the disk is full."""
     if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return reason
     return (

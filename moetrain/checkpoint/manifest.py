@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, and whether its files are what it says.
+"""A checkpoint's manifest, and the verification of its files against it.
 
-Owns the manifest's format and the hashes. Knows no process group and imports no torch: a
-launcher may read it.
+Owns the manifest's format and the hashes. Knows no process group and imports no torch, so that a
+launcher can read it.
 """
 
 import dataclasses
@@ -29,22 +29,22 @@ _PASSING = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint that can't be written, read or trusted; the message names it and why."""
+    """A checkpoint can't be written, read or trusted; the message names it and says why."""
 
 
 class StorageError(CheckpointError):
-    """A checkpoint that can't be written because a file system fails: another attempt may work."""
+    """A checkpoint can't be written because a file system fails: another attempt may work."""
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Returns whether an error is a file system's or a network's, and may be over in a moment."""
+    """Returns whether an error is transient: a file system's or a network's."""
     return isinstance(error, StorageError) or (
         isinstance(error, OSError) and error.errno in _PASSING
     )
 
 
 class Block(NamedTuple):
-    """A part of a tensor: where it begins in each dimension, and how far it goes."""
+    """A part of a tensor: its offset and its size in each dimension."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Global shape and dtype of a saved tensor, and which file holds which block of it."""
+    """Global shape and dtype of a saved tensor, and the file of each of its blocks."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -69,7 +69,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that a checkpoint says of itself; everything in it is JSON."""
+    """Everything that a checkpoint records about itself, as JSON values."""
 
     step: int
     attempt: int
@@ -77,7 +77,7 @@ class Manifest:
     """The trainer's counters: step, samples, tokens, position in the data, …"""
     config: dict[str, Any]
     mesh: dict[str, Any] = field(default_factory=dict)
-    """The layout that wrote it, for people to read: no loading depends on it."""
+    """The layout that wrote it, for information only: loading doesn't depend on it."""
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
     """Every other file in the folder."""
@@ -85,10 +85,10 @@ class Manifest:
 
 
 def step_of(name: str) -> int | None:
-    """Returns the step that a folder's name stands for, None where it is no checkpoint's name."""
+    """Returns the step in a folder's name, None where it isn't a checkpoint's name."""
     match = _STEP_FOLDER.fullmatch(name)
     step = int(match[1]) if match else None
-    # With more zeros before it, it would be a second folder of the step.
+    # With more leading zeros, it would be a second folder for the same step.
     return step if step is not None and name == folder_name(step) else None
 
 
@@ -98,8 +98,8 @@ def folder_name(step: int) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Returns the manifest as JSON, a line for each field, its own hash last."""
-    # By hand where there may be a million of them: asdict copies each block on its way.
+    """Returns the manifest as JSON, one line per field, its own hash last."""
+    # By hand, because there may be a million blocks and asdict copies each of them.
     fields = {f.name: getattr(manifest, f.name) for f in dataclasses.fields(manifest)}
     fields["tensors"] = {name: vars(entry) for name, entry in manifest.tensors.items()}
     fields["files"] = {name: vars(entry) for name, entry in manifest.files.items()}
@@ -109,7 +109,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a folder's manifest; raises CheckpointError where it isn't one of ours, or unharmed."""
+    """Reads a folder's manifest; raises CheckpointError where it is corrupted or isn't ours."""
     path = folder / MANIFEST
     try:
         fields = json.loads(path.read_text())
@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_all(folder: Path, manifest: Manifest) -> None:
-    """Checks all of a checkpoint as `verify_files` does, several files at a time."""
+    """Checks a whole checkpoint as `verify_files` does, several files at the same time."""
     parts = max(1, min(len(manifest.files), os.cpu_count() or 1))
     with ThreadPoolExecutor(parts) as pool:
         checks = [
@@ -165,16 +165,16 @@ def verify_files(
 ) -> None:
     """Checks every `parts`-th file and tensor, from `part`.
 
-    A listed file must be there, whole and unchanged; the blocks of a tensor must be all of it, each
-    element once, in listed files. Raises CheckpointError naming what isn't so. No tensor is read
-    before this has passed. `advanced` is told after each file.
+    Each listed file must exist, complete and unchanged; the blocks of a tensor must be in listed
+    files and cover each element exactly once. Raises CheckpointError naming the first violation. No
+    tensor is read before this has passed. `advanced` is called after each file.
     """
     listed = {MANIFEST, *manifest.files}
     try:
         found = {p.name for p in folder.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{folder} can't be read: {error}") from error
-    # File managers and network file systems leave files that begin with a dot.
+    # File managers and network file systems leave files whose names begin with a dot.
     if unlisted := sorted(n for n in found - listed if not n.startswith(".")):
         raise CheckpointError(f"{folder / unlisted[0]} is not listed in the manifest")
     for name, entry in sorted(manifest.files.items())[part::parts]:
@@ -198,7 +198,7 @@ def verify_files(
 
 
 def _unsound(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str | None:
-    """Returns what is wrong with a tensor's blocks; None where they are all of it, once."""
+    """Returns what is wrong with a tensor's blocks; None where they cover it exactly once."""
     if not isinstance(tensor.dtype, str) or not all(map(_is_count, tensor.shape)):
         return f"has dtype {tensor.dtype!r} and shape {tensor.shape!r}"
     blocks = tensor.blocks.values()
@@ -219,7 +219,7 @@ def _unsound(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str | None:
 
 
 def _meet(blocks: list[Block], *, num_dims: int) -> bool:
-    """Returns whether any two blocks share an element; fast for blocks that form a grid."""
+    """Returns whether any two blocks overlap; fast for blocks that form a grid."""
     dim = max(range(num_dims), key=lambda d: len({block.offset[d] for block in blocks}), default=0)
     reaching: list[Block] = []
     for block in sorted(blocks, key=lambda b: b.offset[dim : dim + 1]):
@@ -247,14 +247,14 @@ def describe_file(path: Path) -> FileEntry:
 
 
 def forget_cached(path: Path) -> None:
-    """Has the next read of a file come from the disk, where the system can be asked to."""
+    """Makes the next read of a file come from the disk, where the system supports it."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _digest_of_fields(fields: Mapping[str, Any]) -> str:
-    """Returns a hash of values, not of how they were written down."""
+    """Returns a hash of the values, which doesn't depend on their formatting."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -262,7 +262,7 @@ def _digest_of_fields(fields: Mapping[str, Any]) -> str:
 def require_same_tensors(
     ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], folder: Path
 ) -> None:
-    """Raises CheckpointError where a checkpoint has other tensors than are to be read from it."""
+    """Raises CheckpointError where a checkpoint's tensors aren't those to be read from it."""
     saved = {name: replace(entry, blocks={}) for name, entry in theirs.items()}
     for name in sorted(ours.keys() | saved.keys()):
         if ours.get(name) != saved.get(name):

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from one process, tensor by tensor: for what comes from elsewhere."""
+"""Writes a checkpoint from one process, tensor by tensor, for models that weren't trained here."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,9 +28,9 @@ def write_checkpoint(
 ) -> Path:
     """Writes and commits a checkpoint; returns its folder.
 
-    `read(name, index)` is asked for one tensor at a time, or for rows of its first dimension where
-    it has more than a piece may have: no more than that is ever in memory. Of `tensors`, shapes and
-    dtypes count. Raises OSError before a tensor is written where the disk can't hold it.
+    `read(name, index)` is called for one tensor at a time, or for rows of its first dimension where
+    the tensor is larger than a piece may be: no more than that is ever in memory. Only shapes and
+    dtypes of `tensors` are used. Raises OSError before any write if the disk can't hold all of it.
     """
     tensors = {name: replace(entry, blocks={}) for name, entry in tensors.items()}
     attempt = next_attempt(directory)
@@ -64,7 +64,7 @@ def _write_files(
     max_file_bytes: int,
     max_piece_bytes: int,
 ) -> None:
-    """Writes the tensors into files and both into the manifest."""
+    """Writes the tensors into files, and adds both to the manifest."""
     tensors = manifest.tensors
     files = cut_into_files(
         tensors, size=lambda name: num_bytes(tensors[name]), max_file_bytes=max_file_bytes
@@ -83,7 +83,7 @@ def _write_files(
 
 
 def _pieces(entry: TensorEntry, max_piece_bytes: int) -> list[tuple[slice, ...]]:
-    """Returns indices of the parts in which a tensor is written: one row at least."""
+    """Returns indices of the parts in which a tensor is written: at least one row each."""
     if not entry.shape or num_bytes(entry) <= max_piece_bytes:
         return [()]
     rows = max(1, max_piece_bytes * entry.shape[0] // num_bytes(entry))

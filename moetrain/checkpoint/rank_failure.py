@@ -1,4 +1,4 @@
-"""What one rank could not do, as the others hear of it."""
+"""A rank's failure, in the form in which it is sent to the other ranks."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from moetrain.checkpoint.manifest import CheckpointError, StorageError, is_passi
 
 
 class RankFailure(NamedTuple):
-    """A rank's failure, as the others hear of it. What doesn't pass comes first."""
+    """A rank's failure, as it is sent to the others. Permanent failures sort first."""
 
     passes: bool
     reason: str

@@ -1,7 +1,7 @@
-"""Writing and reading a run's checkpoints from all ranks at once.
+"""Writing and reading a run's checkpoints from all ranks.
 
-Every rank writes a file with its part of the tensors; what counts as a checkpoint is decided by
-`manifest.py` and `folders.py`. The folder must be one that all ranks see.
+Every rank writes a file with its part of the tensors; `manifest.py` and `folders.py` decide what
+counts as a checkpoint. The folder must be shared by all ranks.
 """
 
 import logging
@@ -63,7 +63,7 @@ ALIVE_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What one rank has written: its file, and the blocks in it."""
+    """What a rank has written: its file, and the blocks in it."""
 
     file: str
     entry: FileEntry
@@ -73,8 +73,8 @@ class Written:
 class CheckpointStore:
     """The checkpoints of one run, as seen by one rank of one attempt.
 
-    Every method but `failed` is collective: all ranks call it alike. `event` is told of saves and
-    of checkpoints that had to be passed over.
+    Every method except `failed` is collective: all ranks call it alike. `event` is called for saves
+    and for checkpoints that were skipped.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class CheckpointStore:
         in_use: Callable[[], set[str]] = set,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """`good` is told on the first rank of each checkpoint that was saved or loaded, and
-        `in_use` asked there which folders must not be deleted now. `alive` is called from time to
-        time while somebody waits for a save or a load that gets on."""
+        """`good` is called on the first rank with each checkpoint that was saved or loaded, and
+        `in_use` returns there which folders must not be deleted now. `alive` is called regularly
+        while the caller waits for a save or a load that makes progress."""
         self._directory = directory
         self._settings = settings
         self._attempt = attempt
         self._config, self._mesh = dict(config), dict(mesh)
         self._event, self._good, self._in_use, self._alive = event, good, in_use, alive
         self._advanced = 0
-        """How many files and tensors the background thread has been through."""
-        # Collectives of a save in the background must not mix with those of training: after
-        # loading, this group is the background thread's alone.
+        """How many files and tensors the background thread has processed: its progress."""
+        # Collectives of an asynchronous save must not mix with those of training: after loading,
+        # only the background thread uses this group.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._leads = dist.get_rank() == 0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -112,14 +112,14 @@ class CheckpointStore:
         self._staging = Staging()
         self._known: dict[Path, tuple[int, Save]] = {}
         self._damaged: set[Save] = set()
-        """What did not verify when it was read back; only the first rank knows."""
+        """Checkpoints that did not verify when they were read back; only on the first rank."""
         self._require_shared()
 
     def save(self, tensors: Mapping[str, Tensor], *, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint; returns when it is complete, or at once with `async_save`.
+        """Writes a checkpoint; returns when it is complete, or immediately with `async_save`.
 
-        One is in flight: a save waits for the one before. Raises CheckpointError, on all ranks
-        alike, if this save or the one before it failed.
+        Only one save is in flight: a new one waits for the one before. Raises CheckpointError, on
+        all ranks alike, if this save or the one before it failed.
         """
         self.wait()
         if self._names != tensors.keys():  # an optimizer has no state before its first step
@@ -143,11 +143,11 @@ class CheckpointStore:
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed: look at every step, then call `wait`."""
+        """Whether an asynchronous save has failed: check at every step, and then call `wait`."""
         return any(job.done() and job.exception() is not None for job in self._running)
 
     def wait(self) -> None:
-        """Waits for a save in the background; raises CheckpointError if it failed."""
+        """Waits for an asynchronous save; raises CheckpointError if it failed."""
         running, self._running = self._running, []
         for job in running:
             self._await(job)
@@ -163,7 +163,7 @@ class CheckpointStore:
         self._advanced += 1
 
     def close(self, *, timeout_seconds: float) -> None:
-        """Lets a save in the background come to its end, whatever that is."""
+        """Waits for an asynchronous save to end, whether it succeeds or fails."""
         wait(self._running, timeout=timeout_seconds)
         self._background.shutdown(wait=False, cancel_futures=True)
 
@@ -176,10 +176,10 @@ class CheckpointStore:
     ) -> Manifest | None:
         """Loads the newest good checkpoint into the tensors, in place; returns its manifest.
 
-        None where the run has none. A checkpoint that doesn't verify is passed over with an
-        event that says why. Raises CheckpointError where one verifies but belongs to another
-        model (`same_model` raises, or names, shapes or dtypes differ), or where none is left.
-        `unread` says of a checkpoint's tensor, by its name, that the run resumes without it.
+        None where the run has none. A checkpoint that doesn't verify is skipped, with an event that
+        says why. Raises CheckpointError where one verifies but belongs to another model
+        (`same_model` raises, or names, shapes or dtypes differ), or where none is left. `unread`
+        says whether a checkpoint's tensor, by its name, isn't needed to resume.
         """
         rejected = []
 
@@ -189,7 +189,7 @@ class CheckpointStore:
             if self._leads:
                 self._event(EventKind.checkpoint_rejected, reason=reason, checkpoint=name)
 
-        # The first rank's view decides for all.
+        # The first rank decides for all.
         bad, names = self._gather(self._to_load() if self._leads else None)[0]
         for name, reason in bad:
             reject(name, reason)
@@ -234,11 +234,11 @@ class CheckpointStore:
         return None
 
     def _to_load(self) -> tuple[list[tuple[str, str]], list[str]]:
-        """Returns what looks like a checkpoint and is none, and the names to try in turn."""
+        """Returns the folders that aren't valid checkpoints, and the names to try in turn."""
         return broken(self._directory), [f.name for f in candidates(self._directory)]
 
     def _write(self, parts: Mapping[str, LocalBlock], manifest: Manifest) -> None:
-        """Writes this rank's file; the first rank makes a checkpoint of all of them."""
+        """Writes this rank's file; the first rank commits the checkpoint of all files."""
         what = f"checkpoint of step {manifest.step} can't be written to {self._directory}"
         staged = staged_folder(self._directory, Save(manifest.step, manifest.attempt))
         failure: Exception | None = None
@@ -271,9 +271,9 @@ class CheckpointStore:
         self._agree(failure, what)
 
     def _tidy(self, writing: Future[None]) -> None:
-        """Deletes what needn't stay, once the newest checkpoint has been read back and is good."""
+        """Deletes old checkpoints, once the newest one has been read back and is good."""
         if writing.exception() is not None:
-            return  # on all ranks: nothing is newer than it was
+            return  # on all ranks: there is no newer checkpoint
         problem, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
         if problem:
             raise problem.error(f"old checkpoints of {self._directory} can't be found")
@@ -294,7 +294,7 @@ class CheckpointStore:
         except (CheckpointError, OSError) as error:
             failure = error
         problems = self._problems(failure)
-        if self._leads and problems:  # the older ones stay for this
+        if self._leads and problems:  # so the older ones stay
             self._damaged.add(Save(manifest.step, manifest.attempt))
             self._event(
                 EventKind.checkpoint_rejected, reason=problems[0].reason, checkpoint=newest.name
@@ -309,7 +309,7 @@ class CheckpointStore:
         self._agree(failure if not problems else None, f"{self._directory} can't be tidied")
 
     def _to_tidy(self) -> tuple[RankFailure | None, list[Save], Manifest | None]:
-        """Returns why it can't be said, or what may be deleted and the newest one's manifest."""
+        """Returns a failure, or what may be deleted and the newest checkpoint's manifest."""
         try:
             delete(self._directory, [], attempt=self._attempt)
             found = saves(self._directory, known=self._known)
@@ -323,7 +323,7 @@ class CheckpointStore:
                 return None, [], None
             newest = in_order(found)[0][0]
             manifest = read_manifest(self._directory / folder_name(newest.step))
-            return None, old, replace(manifest, tensors={})  # which may be many, and aren't needed
+            return None, old, replace(manifest, tensors={})  # may be many, and aren't needed
         except Exception as error:
             return rank_failure(error), [], None
 
@@ -341,7 +341,7 @@ class CheckpointStore:
         return gathered
 
     def _require_shared(self) -> None:
-        """Raises CheckpointError where the ranks don't all see one folder."""
+        """Raises CheckpointError where the ranks don't all see the same folder."""
         marker = self._directory / f".shared_{self._attempt}"
         failure: Exception | None = None
         if self._leads:
@@ -368,7 +368,7 @@ class CheckpointStore:
 def _write_file(
     staged: Path, parts: Mapping[str, LocalBlock], *, advanced: Callable[[], None]
 ) -> Written:
-    """Writes the parts of one rank into a file of its own."""
+    """Writes a rank's parts into its own file."""
     # Wide elements first, so that all begin at a multiple of their size.
     names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
     file = f"rank_{dist.get_rank():05d}.safetensors"
@@ -377,7 +377,7 @@ def _write_file(
         for name in names:
             writer.write(name, parts[name].local)
             advanced()
-    sync(staged)  # by each machine that has written into it
+    sync(staged)  # on each machine that has written into it
     blocks = {name: as_block(parts[name]) for name in names}
     return Written(file=file, entry=writer.entry, blocks=blocks)
 

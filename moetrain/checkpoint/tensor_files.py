@@ -1,6 +1,6 @@
-"""Tensors in files: safetensors, written as a stream with its hash, read block by block.
+"""Tensors in safetensors files: streamed and hashed as they are written, read block by block.
 
-Nothing in such a file is ever unpickled. Owns the format; leaves what a file means to others.
+Nothing is ever unpickled. Owns the format; leaves the meaning of a file to others.
 """
 
 import json
@@ -38,7 +38,7 @@ _CODES = {
 def cut_into_files(
     items: Iterable[Item], *, size: Callable[[Item], int], max_file_bytes: int
 ) -> list[list[Item]]:
-    """Returns what goes into each file: in order, of `max_file_bytes` at most, but one at least."""
+    """Returns the tensors of each file, in order: at most `max_file_bytes`, at least one tensor."""
     files: list[list[Item]] = []
     room = 0
     for item in items:
@@ -53,8 +53,8 @@ def cut_into_files(
 class TensorFileWriter:
     """Writes a new safetensors file, tensor after tensor in the order of `entries`.
 
-    Nothing is held in memory, and the hash is that of the bytes as they were handed over. Leaving
-    the context syncs the file to disk. Raises FileExistsError where there is one already.
+    Nothing is held in memory, and the hash is of the bytes as they were passed in. Leaving the
+    context syncs the file to disk. Raises FileExistsError if the file exists.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TensorFileWriter:
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._entries = dict(entries)
         self._left: dict[str, int] = {}
-        """Bytes that are still to come of each tensor, in order."""
+        """The bytes of each tensor that are still to be written, in order."""
         begin = 0
         for name, (dtype, shape) in entries.items():
             size = math.prod(shape) * dtype.itemsize
@@ -80,7 +80,7 @@ class TensorFileWriter:
             self._left[name] = size
             begin += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that tensors begin at whole words
+        text += b" " * (-len(text) % 8)  # so that tensors are aligned to 8 bytes
         self._hash, self._size = xxhash.xxh3_128(), 0
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 – closed by close()
         self._put(len(text).to_bytes(8, "little") + text)
@@ -88,7 +88,7 @@ class TensorFileWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor, or the next rows of one.
 
-        Raises ValueError out of turn, too long, or of another dtype or shape than was said.
+        Raises ValueError where it is out of order, too long, or not of the declared dtype or shape.
         """
         due = next((n for n, left in self._left.items() if left or n == name), None)
         if due is None or name != due:
@@ -102,14 +102,14 @@ class TensorFileWriter:
         size, left = tensor.numel() * tensor.element_size(), self._left[name]
         if size > left:
             raise ValueError(f"{self._path}: {size} bytes of {name}, but {left} are due")
-        # Strided anew: one element is contiguous whatever its stride, and has no view as bytes.
+        # Restrided: one element is contiguous with any stride, and may have no view as bytes.
         flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
         self._put(flat.view(torch.uint8).numpy().data)
         self._left[name] -= size
 
     @property
     def entry(self) -> FileEntry:
-        """Size and hash of what was written so far."""
+        """Size and hash of what has been written so far."""
         return FileEntry(size=self._size, xxh3_128=self._hash.hexdigest())
 
     def close(self) -> None:
@@ -143,8 +143,8 @@ class TensorFileWriter:
 class CheckpointReader:
     """Reads tensors of a checkpoint, or parts of them, whatever layout wrote it.
 
-    Reads what is asked for and no more; no process group is needed. The files should have been
-    verified before. Raises CheckpointError where the checkpoint doesn't hold what is asked for.
+    Reads only what is requested, and needs no process group. The files should have been verified
+    before. Raises CheckpointError where the checkpoint doesn't hold what is requested.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -159,10 +159,10 @@ class CheckpointReader:
         self._open.clear()  # the last reference unmaps a file
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        """Returns a tensor, or the part of it that slices without steps say, in memory of its own.
+        """Returns a copy of a tensor, or of the part of it that `index` selects.
 
-        Dimensions that `index` doesn't reach are taken whole. Raises ValueError where it has more
-        than the tensor, or a step.
+        `index` has slices without steps, and may leave out trailing dimensions. Raises ValueError
+        where it has more dimensions than the tensor, or a step.
         """
         entry, index = self._entry(name), index or ()
         if len(index) > len(entry.shape) or any(part.step not in (None, 1) for part in index):
@@ -185,13 +185,13 @@ class CheckpointReader:
                 continue
             ours, theirs = both
             part = self._slice(file, name, theirs, whole=saved.shape)
-            if part.dtype != target.dtype:  # copying would convert
+            if part.dtype != target.dtype:  # copy_ would convert silently
                 raise CheckpointError(
                     f"{self._folder / file}: {name} is {part.dtype}, not {target.dtype}"
                 )
             target[ours].copy_(part)
             filled += part.numel()
-        if filled != target.numel():  # blocks are disjoint, if the files were verified
+        if filled != target.numel():  # verified blocks are disjoint
             raise CheckpointError(
                 f"{self._folder} holds {filled} of the {target.numel()} elements of {name} from "
                 f"{list(offset)} to {[o + s for o, s in zip(offset, target.shape, strict=True)]}"
@@ -227,7 +227,7 @@ class CheckpointReader:
 
 
 def overlap(ours: Block, theirs: Block) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Returns where two blocks of a tensor meet, as an index into each; None where they don't."""
+    """Returns the overlap of two blocks of a tensor as an index into each; None without one."""
     left, right = [], []
     for a, m, b, n in zip(ours.offset, ours.shape, theirs.offset, theirs.shape, strict=True):
         begin, end = max(a, b), min(a + m, b + n)

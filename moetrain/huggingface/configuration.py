@@ -15,7 +15,7 @@ from moetrain.settings import ModelSettings, RouterSettings
 from moetrain.settings.validation import validated
 
 MIXTRAL, MISTRAL = "mixtral", "mistral"
-# What transformers takes where a config.json says nothing: the same in versions 4 and 5.
+# The defaults of transformers for keys missing in config.json: the same in versions 4 and 5.
 _SILENT: dict[str, dict[str, Any]] = {
     MIXTRAL: {"rope_theta": 1e6, "sliding_window": None},
     MISTRAL: {"rope_theta": 1e4, "sliding_window": 4096},
@@ -30,14 +30,14 @@ _SHAPE = {
     "norm_eps": "rms_norm_eps",
 }
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What is read of a config.json beside its shape.
+# The keys that are read from a config.json besides its shape.
 _READ = {
     "model_type", "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "partial_rotary_factor", "sliding_window", "hidden_act", "layer_types",
     "tie_word_embeddings", "attention_bias", "mlp_bias", "attention_dropout", "auto_map",
     "quantization_config", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
 }  # fmt: skip
-# What says nothing of the model: who wrote it, how it is loaded, what a call returns.
+# Keys that don't describe the model: who wrote it, how it is loaded, what a call returns.
 _MEANINGLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path",
     "initializer_range", "output_attentions", "output_hidden_states", "return_dict",
@@ -50,17 +50,17 @@ _EXPERTS = {"num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """What a config.json says, in our words."""
+    """The model of a config.json, as settings of this project."""
 
     settings: ModelSettings
     tied: bool
     """Whether the head is the embedding."""
     carried: list[str]
-    """What became of settings that have another name or scale here."""
+    """Settings that were converted to another name or scale."""
     notes: list[str]
-    """What a person should know of the difference to theirs."""
+    """Differences from the original model that a user should know."""
     token_ids: dict[str, Any]
-    """The special tokens that it names, for an export without a tokenizer."""
+    """Its special tokens, for an export without a tokenizer."""
 
 
 def require_expressible(settings: ModelSettings) -> None:
@@ -114,7 +114,7 @@ def config_json(
         **{theirs: getattr(settings, ours) for ours, theirs in names.items()},
         "head_dim": settings.head_dim,
         "max_position_embeddings": settings.max_seq_len,
-        # Version 5 reads the second; version 4, and what was made for it, the first.
+        # Version 5 reads the second; version 4, and tools made for it, the first.
         "rope_theta": settings.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
         "sliding_window": None,
@@ -123,7 +123,7 @@ def config_json(
         "tie_word_embeddings": False,
         **_router_json(settings),
         "use_cache": True,
-        # Spelt out where there is none: theirs are 1 and 2 if nothing is said.
+        # Written even where there is none: the defaults of transformers are 1 and 2.
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
@@ -135,7 +135,7 @@ def config_json(
 def imported_model(config: Mapping[str, Any]) -> ImportedModel:
     """Returns the model of a config.json.
 
-    Raises ConversionError for what it leaves open and for what this decoder doesn't compute.
+    Raises ConversionError for missing keys, and for what this decoder doesn't compute.
     """
     kind = config.get("model_type")
     if kind not in _SILENT:
@@ -250,7 +250,7 @@ def _nonnegative(config: Mapping[str, Any], name: str) -> float | None:
 
 
 def _not_carried(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what a config.json says that has no place here."""
+    """Yields the keys of a config.json that can't be represented here."""
     if dropout := config.get("attention_dropout"):
         yield f"its attention_dropout={dropout} is not carried: there is no dropout here"
     known = {*_SHAPE.values(), *_EXPERTS.values(), *_TOKEN_IDS, *_READ, *_MEANINGLESS}

@@ -1,6 +1,6 @@
 """Models of the Hugging Face Hub, fetched by its own library into its own cache.
 
-Owns which files are fetched, in which order, and what is said where they can't be. Where the Hub is
+Owns which files are fetched, in which order, and the messages of failures. Where the Hub is
 (HF_ENDPOINT), the cache, tokens, resuming and HF_HUB_OFFLINE are the library's; this is the only
 file that imports it.
 """
@@ -63,7 +63,7 @@ def _weights(folder: Path) -> list[str]:
 
 
 class _Fetch:
-    """One model at one revision, and how its library's errors are told."""
+    """One model at one revision; translates the library's errors."""
 
     def __init__(self, name: str, *, revision: str | None, cache_dir: str | None) -> None:
         self.name, self.revision, self.cache_dir = name, revision, cache_dir

@@ -1,4 +1,4 @@
-"""Markdown in which text of others is neither markup nor a secret."""
+"""Markdown in which untrusted text is neither markup nor a secret."""
 
 import re
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from data_pipeline import without_secrets
 
 
 def line(text: str) -> str:
-    """Returns text of others as one line in which nothing is markup."""
+    """Returns untrusted text as one line in which nothing is markup."""
     text = " ".join(without_secrets(text).split())
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Returns a table; what stands in its cells is text."""
+    """Returns a table; its cells are plain text."""
     head = list(head)
     lines = [head, ["---"] * len(head), *([line(str(cell)) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

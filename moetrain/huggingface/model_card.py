@@ -1,6 +1,6 @@
-"""The model card of an export: README.md, filled from what the run's own files say.
+"""The model card of an export: README.md, filled in from the run's own files.
 
-Owns the words and which figure comes from where. What no file says is left out, or said to be
+Owns the text and the source of each figure. Facts that no file records are left out, or marked as
 unknown. Leaves the tokenizer and the weights to others.
 """
 

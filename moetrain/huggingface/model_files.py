@@ -1,7 +1,7 @@
 """A checkpoint's model as Hugging Face files: config.json, generation_config.json, safetensors.
 
-Owns that all of the model is written and nothing is lost on the way. Leaves tokenizer and model
-card to their own files.
+Checks that all of the model is written, without loss. Leaves tokenizer and model card to their own
+files.
 """
 
 import json
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def exportable_places(
     reader: CheckpointReader, model: ModelSettings, *, drop_router_bias: bool
 ) -> list[TensorPlace]:
-    """Returns where all tensors of a checkpoint's model stand in a folder of theirs.
+    """Returns the places of all tensors of a checkpoint's model in a Hugging Face folder.
 
     Raises ConfigError for a model that Mixtral or Mistral can't express, or whose routers choose
     with a bias that is not to be dropped, and ConversionError where the checkpoint doesn't hold the
@@ -99,7 +99,7 @@ def write_model(
 ) -> list[str]:
     """Writes the files of a model into a folder that is there; returns the names of its weights'.
 
-    `advance` is told of bytes written. Memory holds one tensor at a time, of a layer's experts one
+    `advance` is called with the bytes written. One tensor is in memory at a time, of experts one
     matrix. Raises ConversionError for a number that the dtype can't hold.
     """
     ids: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}

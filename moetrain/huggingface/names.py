@@ -1,4 +1,4 @@
-"""Where each matrix of a model stands in a Hugging Face folder: names, shapes, and which way up.
+"""Where each matrix of a model is in a Hugging Face folder: names, shapes and orientation.
 
 Owns the mapping for Mixtral (each expert by itself, as published, or fused, as transformers 5 has
 it in memory) and for Mistral. Reads and writes nothing.
@@ -70,7 +70,7 @@ def is_selection_bias(name: str) -> bool:
 
 
 def require_complete(placed: Iterable[TensorPlace], tensors: Mapping[str, Shape]) -> None:
-    """Raises ConversionError unless every tensor of ours stands in one place, and wholly.
+    """Raises ConversionError unless every tensor of ours has its place, without gaps.
 
     A selection bias has none, and a place has a tensor.
     """

@@ -1,4 +1,4 @@
-"""A folder that appears with everything in it, or not at all, and how its command ends.
+"""A folder that is created atomically with everything in it, and its command's exit code.
 
 Exports, imports, branches and upcycled runs are such folders.
 """

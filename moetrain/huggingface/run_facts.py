@@ -1,7 +1,7 @@
-"""What a run's files say of a checkpoint: text, tokens, losses, loads, each if it is recorded.
+"""Facts about a checkpoint from a run's files: text, tokens, losses, loads, where recorded.
 
 Owns reading and joining the checkpoint's counters, metrics.jsonl, events.jsonl and the index of
-the shards. Leaves words to `model_card`.
+the shards. Leaves the text to `model_card`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from moetrain.settings import Resolved
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of training text; None where nothing says it."""
+    """A source of training text; None where a fact isn't recorded."""
 
     name: str
     tokens: int
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """All that is known of a checkpoint; what is not is empty or None."""
+    """Everything that is known about a checkpoint; unknown facts are empty or None."""
 
     step: int
     tokens: int
@@ -45,7 +45,7 @@ class RunFacts:
     corrupt_sequences: int
     mesh: Mapping[str, object]
     origins: tuple[str, ...]
-    """Sentences on what the run began with."""
+    """Sentences on what the run started from."""
     sources: tuple[Source, ...]
     shards_unknown: str | None
     """Why the shards that the run was trained on could not be read."""
@@ -61,7 +61,7 @@ class RunFacts:
 
 
 def read_facts(run_dir: Path, *, manifest: Manifest, config: Resolved) -> RunFacts:
-    """Reads what there is of a run up to a checkpoint; files that are not there say nothing."""
+    """Reads the facts about a run up to a checkpoint; missing files are skipped."""
     state = manifest.state
     trained: dict[str, int] = state.get("source_tokens") or {}
     validated, routed, read = _newest_records(run_dir / "metrics.jsonl", step=manifest.step)

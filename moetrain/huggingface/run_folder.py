@@ -1,7 +1,7 @@
-"""A run's folder for a model that was not trained here: what training resumes from.
+"""A run's folder for a model that was not trained here, from which training resumes.
 
-Owns the settings that such a run begins with, the files that make Hydra know its model, and the
-command that trains it. Leaves where the tensors come from to the caller.
+Owns the settings of such a run, the files that make its model known to Hydra, and the command that
+trains it. Leaves the source of the tensors to the caller.
 """
 
 import re
@@ -96,7 +96,7 @@ def write_choices(
 
 
 def training_command(to: Path) -> str:
-    """Returns the command that trains the model of such a folder on, but for its data."""
+    """Returns the command that continues training such a folder's model, without its data."""
     overrides = {
         "+model": model_name(to),
         "run.dir": str(to.parent),
@@ -107,7 +107,7 @@ def training_command(to: Path) -> str:
 
 
 def model_name(to: Path) -> str:
-    """Returns the name of the folder's model: none that moetrain has a model of already."""
+    """Returns the name of the folder's model, which differs from moetrain's own presets."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", to.name).strip("-") or "model"
     taken = (config_dir() / "model" / f"{name}.yaml").exists()
     return f"imported-{name}" if taken or not name[0].isalpha() else name
@@ -120,7 +120,7 @@ def _recipe(model: ModelSettings, *, to: Path, has_tokenizer: bool) -> dict[str,
 
 
 def _given(model: ModelSettings) -> dict[str, Any]:
-    """Returns the settings that are not as they would be anyway."""
+    """Returns the settings that differ from their defaults."""
     plain = asdict(model)
     return {
         field.name: plain[field.name]

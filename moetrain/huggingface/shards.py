@@ -16,7 +16,7 @@ from moetrain.checkpoint.tensor_files import TensorFileWriter, cut_into_files
 from moetrain.huggingface.names import ConversionError, TensorPlace
 from moetrain.huggingface.weights import INDEX, SINGLE
 
-METADATA = {"format": "pt"}  # transformers refuses a file that doesn't say so
+METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
 def num_bytes(placed: Sequence[TensorPlace], dtype: torch.dtype) -> int:

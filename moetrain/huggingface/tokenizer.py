@@ -26,7 +26,7 @@ from moetrain.settings import Resolved
 IMPORTED = "tokenizer"
 """The folder in a run that holds the files of the tokenizer it was imported with."""
 NONE = "none"
-"""What is said for an export without a tokenizer."""
+"""The message for an export without a tokenizer."""
 _WAYS_OUT = f"bytes, mixtral-v1, mixtral-v3, the path of a tokenizer.json, or {NONE} to export none"
 
 
@@ -107,7 +107,7 @@ def tokenizer_of_run(config: Resolved, *, fingerprint: str | None, run_dir: Path
 def _find(
     config: Resolved, imported: Path, fingerprint: str | None
 ) -> tuple[str, Tokenizer | None, list[str]]:
-    """Returns where a run's tokenizer is, the tokenizer, and what was passed over."""
+    """Returns where a run's tokenizer is, the tokenizer, and what was skipped."""
     passed_over = []
     for where, find in _places(config, imported):
         try:

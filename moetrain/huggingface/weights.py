@@ -26,7 +26,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """What a file says of a tensor in it."""
+    """A file's entry for a tensor in it."""
 
     file: str
     shape: Shape
@@ -144,7 +144,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def _require_there(folder: Path, files: Sequence[str]) -> None:
-    """Raises ConversionError for files that are not there, or stand there for others."""
+    """Raises ConversionError for files that are missing or are Git LFS pointers."""
     missing = [file for file in files if not (folder / file).exists()]
     if missing:
         there = [file for file in files if file not in missing]

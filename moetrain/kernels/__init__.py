@@ -1,4 +1,4 @@
-"""The arithmetic of experts, and copies of rows grouped by expert; knows no model and no rank."""
+"""The computation of experts, and rows grouped by expert; knows no model and no rank."""
 
 from moetrain.kernels.copies import Copies, gather_copies, group_copies, sum_copies
 from moetrain.kernels.expert_function import (

@@ -1,7 +1,7 @@
 """How long each expert backend takes on a shape, forward and backward.
 
-Owns the work that is timed and the timing. Leaves it to moetrain/parallel/kernel_choice.py who
-measures, who is told, and what is kept.
+Owns the timed work and the timing. Leaves to moetrain/parallel/kernel_choice.py which rank
+measures, the broadcast, and the cache.
 """
 
 import functools
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
-    """What the experts of a rank compute at once, where every expert has the same load."""
+    """The shape of what a rank's experts compute at once, with the same load for every expert."""
 
     rows: int
     choices: int
-    """How many of these experts each row goes to."""
+    """The number of these experts that each row goes to."""
     exchanged: bool
-    """Whether rows come from other ranks: then nothing but data says how many copies each has."""
+    """Whether rows come from other ranks: then the copies of a row are known only from the data."""
     dim: int
     hidden: int
     experts: int
@@ -41,7 +41,7 @@ class ExpertShape:
 
     @property
     def key(self) -> str:
-        """What a choice depends on, with the copies rounded up to a power of two."""
+        """The key of the cache, with the number of copies rounded up to a power of two."""
         num_copies = 1 << max(self.rows * self.choices - 1, 0).bit_length()
         dtype = str(self.dtype).removeprefix("torch.")
         return (
@@ -50,7 +50,7 @@ class ExpertShape:
         )
 
     def outline(self) -> tuple[Tensor, Copies, Tensor, Tensor, Tensor]:
-        """Returns rows, copies and weights of this shape that take no memory and have no values."""
+        """Returns uninitialised rows, copies and weights of this shape that take no memory."""
         number = torch.empty((), dtype=self.dtype, device=self.device)
         index = torch.empty((), dtype=torch.int64, device=self.device)
         row = index.expand(self.rows * self.choices)
@@ -60,9 +60,9 @@ class ExpertShape:
         return number.expand(self.rows, self.dim), copies, weight, weight, weight
 
     def problem(self) -> tuple[Tensor, Tensor, Copies, Tensor, Tensor, Tensor]:
-        """Returns rows, gates, copies and weights of this shape, for all of which it has memory.
+        """Returns rows, gates, copies and weights of this shape, with values.
 
-        The program's own random numbers are left alone.
+        It doesn't change the global random state.
         """
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -83,7 +83,7 @@ class ExpertShape:
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """Returns the model of a device, and the versions that its kernels are of."""
+    """Returns the model of a device and the versions of its kernels."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     triton = metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     return f"{name}, torch {torch.__version__}, triton {triton}"
@@ -97,10 +97,10 @@ def seconds_of_backends(
 ) -> dict[str, float]:
     """Returns the median seconds of each candidate that runs, forward and backward.
 
-    Needs the memory of one more layer for its time, draws no random numbers, communicates with no
-    other rank and leaves no gradients. Each candidate is called once to warm up, then all in turn,
-    five times. One that raises is left out with a warning; where all do, RuntimeError has their
-    reasons. Running out of memory says nothing of a candidate and is raised.
+    It needs the memory of one more layer while it runs, doesn't change the global random state,
+    doesn't communicate and leaves no gradients. Each candidate is called once to warm up, then all
+    in turn, five times. One that raises is left out with a warning; if all do, raises RuntimeError
+    with their reasons. Lack of memory says nothing about a candidate and is raised.
     """
     x, gates, copies, *weights = shape.problem()
     inputs = [tensor.requires_grad_() for tensor in (x, gates, *weights)]
@@ -147,12 +147,12 @@ def measure(
             try:
                 taken = timed(call)
             except torch.OutOfMemoryError:
-                raise  # it may be another moment's: no reason to decide for good
+                raise  # may be temporary: not a reason to exclude the backend from now on
             except Exception as error:  # a backend may refuse the shape
                 failures[name] = f"{type(error).__name__}: {error}"
                 logger.warning("backend %s is left out: %s", name, failures[name])
                 continue
-            if turn:  # the first compiles
+            if turn:  # the first call compiles
                 seconds[name].append(taken)
     if len(failures) == len(candidates):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())

@@ -1,9 +1,9 @@
-"""Rows, their copies in the order of a group each, and the sums back. Knows no model and no rank.
+"""Copies of rows, grouped, and the sums back over each row's copies. Knows no model and no rank.
 
-A token that chose three experts becomes three copies of its row, grouped by expert; a token that
-travels to two ranks becomes two, grouped by rank. Both are `Copies`. Shapes follow from the
-arguments' shapes and from numbers that the caller has (no host synchronisation), and the sums run
-in a fixed order.
+A token that chose three experts becomes three copies of its row, grouped by expert; a token that is
+sent to two ranks becomes two, grouped by rank. Both are `Copies`. Shapes follow from the arguments'
+shapes and from numbers that the caller has (no host synchronisation), and the sums run in a fixed
+order.
 """
 
 from typing import Any, NamedTuple
@@ -22,13 +22,13 @@ class Copies(NamedTuple):
     counts: Tensor
     """Copies in each group, [groups] int64."""
     by_row: Tensor
-    """The copies in order of row, [copies] int64: row r has `by_row[offsets[r]:offsets[r + 1]]`."""
+    """The copies, ordered by row, [copies] int64: row r has `by_row[offsets[r]:offsets[r + 1]]`."""
     offsets: Tensor
     """Where each row's copies begin in `by_row`, [rows + 1] int64."""
     per_row: int | None
-    """How many copies every row has, if all have equally many: known without a look at data."""
+    """The copies of each row, if all rows have equally many: known without a host sync."""
     slot: Tensor
-    """The choice that each copy stands for, [copies] int64: into choices [rows, slots], flat."""
+    """The choice of each copy, [copies] int64: an index into flattened choices [rows, slots]."""
 
 
 def group_copies(
@@ -38,11 +38,11 @@ def group_copies(
     num_copies: int | None = None,
     order: Int64[Tensor, " all_slots"] | None = None,
 ) -> Copies:
-    """Returns the copies that rows' choices of groups ask for, grouped, in stable order.
+    """Returns one copy for each row and each group that it chose, grouped, in stable order.
 
-    A choice of `num_groups` is an empty slot; where there may be any, `num_copies` says how many
-    choices are not empty, for the device isn't asked. `order` is the stable order of the flat
-    choices, if the caller has sorted them already.
+    A choice of `num_groups` is an empty slot. Where there may be any, the caller must pass
+    `num_copies`, the number of choices that aren't empty, so that the host needn't wait for the
+    device. `order` is the stable order of the flat choices, if the caller has sorted them already.
     """
     rows, slots = choices.shape
     flat = choices.reshape(-1)
@@ -55,7 +55,7 @@ def group_copies(
         by_row[slot] = torch.arange(slot.numel(), device=slot.device)
         offsets = torch.arange(0, rows * slots + 1, slots, device=flat.device)
         return Copies(slot // slots, counts, by_row, offsets, slots, slot)
-    by_row = torch.argsort(slot)  # slots are numbered row by row
+    by_row = torch.argsort(slot)  # slots are numbered row by row; empty ones leave gaps
     offsets = torch.zeros(rows + 1, dtype=torch.int64, device=flat.device)
     torch.cumsum((choices < num_groups).sum(1), 0, out=offsets[1:])
     return Copies(slot // slots, counts, by_row, offsets, None, slot)
@@ -100,7 +100,7 @@ def add_up(values: Tensor, copies: Copies, weights: Tensor | None = None) -> Ten
         values = values * weights.unsqueeze(1)
     if copies.per_row is not None:
         return values[copies.by_row].view(rows, copies.per_row, -1).sum(1)
-    # Adds in the values' own dtype, so with a rounding at each step where that is a short one.
+    # segment_reduce adds in the dtype of its input, and would round at each step in bfloat16.
     exact = values[copies.by_row].to(torch.promote_types(values.dtype, torch.float32))
     total = torch.segment_reduce(exact, "sum", offsets=copies.offsets, axis=0, initial=0)
     return total.to(values.dtype)

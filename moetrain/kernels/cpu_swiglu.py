@@ -1,8 +1,8 @@
-"""The experts on a CPU: one autograd function, an expert at a time while it is in the cache.
+"""The experts on a CPU: one autograd function, one expert at a time for cache locality.
 
 Autograd over `weights[e]` would allocate a zero gradient of the whole stack for every expert, and
-keep every intermediate. Here each expert's gradient is written once into its place, the gates
-touch only what is `dim` wide, and the backward pass needs the input and two products again.
+keep every intermediate. Here each expert's gradient is written once, in place; gates multiply only
+tensors of width `dim`; and the backward pass needs the input and two products, kept or recomputed.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def cpu_swiglu(
     *,
     recompute: bool,
 ) -> Float[Tensor, "rows dim"]:
-    """Does what `expert_swiglu` does, by dense products on slices, on a CPU."""
+    """Computes `expert_swiglu` on a CPU, by dense products on slices."""
     sizes = copies.counts.tolist()
     if sum(sizes) != copies.row.numel():
         raise ValueError(
@@ -59,7 +59,7 @@ class _CpuSwiGLU(torch.autograd.Function):
                 products += [g, u]
             h = F.silu(g).mul_(u)
             y[part].copy_(matmul(h, down[expert])[: part.stop - part.start])
-        # As saved tensors, so that activation checkpointing can let them go.
+        # As saved tensors, so that activation checkpointing can free them.
         ctx.save_for_backward(x, gates, gate, up, down, *products)
         return add_up(y, copies, gates)
 
@@ -102,7 +102,7 @@ class _CpuSwiGLU(torch.autograd.Function):
 
 
 def _parts(sizes: list[int]) -> list[tuple[int, slice]]:
-    """Returns the experts that have copies, with the slice of copies of each."""
+    """Returns the experts that have copies, each with the slice of its copies."""
     parts, start = [], 0
     for expert, size in enumerate(sizes):
         if size:
@@ -112,10 +112,10 @@ def _parts(sizes: list[int]) -> list[tuple[int, slice]]:
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Returns the rows, and rows of zeros up to the next of few sizes.
+    """Returns the rows, padded with rows of zeros to one of few sizes.
 
-    oneDNN generates code for every new shape, which costs as much as a small product; the sizes
-    of experts change with every step. Zero rows add nothing anywhere.
+    oneDNN generates code for every new shape, which costs as much as a small product, and the
+    experts' loads change with every step. Rows of zeros contribute nothing.
     """
     size = rows.numel()
     step = max(8, 2 ** ((size - 1).bit_length() - 4))  # at most an eighth more
@@ -128,7 +128,7 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Returns `a @ b`, by oneDNN where torch has it.
 
-    torch.mm takes MKL for float32, which leaves half of an AMD processor's speed (it runs AVX2
+    torch.mm uses MKL for float32, which reaches half of an AMD processor's speed (it runs AVX2
     where oneDNN runs AVX-512); on others the two are about equal. Measured by
     `python -m benchmarks.moe_layer`, whose limit is timed with both.
     """

@@ -1,7 +1,7 @@
-"""What an expert computes between its matrices, and experts of any such function.
+"""What an expert computes between its matrices, and experts with any such function.
 
-SwiGLU has kernels of its own (`expert_swiglu`). Any other function goes through torch's products,
-grouped where torch has them, and through autograd.
+SwiGLU has its own kernels (`expert_swiglu`). Any other function uses torch's products, grouped
+where torch has them, and autograd.
 """
 
 from abc import ABC, abstractmethod
@@ -23,8 +23,8 @@ from moetrain.settings.model import ExpertsSettings
 class ExpertFunction(ABC):
     """Element by element: `down(f(up(x), gate(x)))`, or `down(f(up(x), None))` without a gate.
 
-    It has no parameters, and sees one token's values at a time, in the dtype that the model
-    computes in: so it is the same in every layout.
+    It has no parameters, and sees one token's values at a time, in the model's compute dtype: so
+    it is the same in every layout.
     """
 
     gated = True
@@ -32,11 +32,11 @@ class ExpertFunction(ABC):
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
-        """Its own settings: an object of the dataclass it is registered with."""
+        """Its options: an object of the dataclass it is registered with."""
 
     @abstractmethod
     def __call__(self, up: Tensor, gate: Tensor | None) -> Tensor:
-        """Returns what goes into the down matrix; all [..., hidden]."""
+        """Returns the input of the down matrix; all [..., hidden]."""
 
 
 @EXPERT_FUNCTIONS.register("swiglu")

@@ -1,7 +1,7 @@
-"""The arithmetic of the experts: SwiGLU, each copy of a row with its own expert's matrices.
+"""The computation of the experts: SwiGLU, each copy of a row with its own expert's matrices.
 
-Owns which backend serves a call. The backends agree to rounding on every routing, experts without
-a copy included; a copy is never dropped.
+Owns which backend serves a call. The backends agree up to rounding on every routing, also where
+experts have no copies; a copy is never dropped.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,9 +37,9 @@ def expert_swiglu(
 
     `gates[c] * (silu(row @ gate[e].T) * (row @ up[e].T)) @ down[e]` (arXiv 2002.05202).
 
-    `gates` stand in the order of `copies.row`. `auto` takes the `preferred` backend, if any, and
-    where that refuses the shape the first that serves it, without measuring. With `recompute` the
-    backward pass keeps the rows alone, and computes what is `hidden` wide again. Raises ValueError
+    `gates` are in the order of `copies.row`. `auto` takes the `preferred` backend, if any; if that
+    refuses the shape, it takes the first that serves it, without measuring. With `recompute` only
+    the rows are kept, and the backward pass recomputes what is `hidden` wide. Raises ValueError
     where a backend can't serve the shape, the device or this machine.
     """
     dtypes = {tensor.dtype for tensor in (x, gate, up, down)}
@@ -78,7 +78,7 @@ def refuses(
         return megablocks_refuses(x, copies, gate, up, down)
     if backend == "grouped_mm":
         return grouped_mm_refuses(x, gate)
-    return None  # the CPU's takes any shape, on a GPU slowly
+    return None  # the cpu backend takes any shape; it is slow on a GPU
 
 
 def grouped_mm_refuses(x: Tensor, gate: Tensor) -> str | None:
@@ -114,7 +114,7 @@ GROUPED: Mapping[str, Backend] = {"megablocks": megablocks_swiglu, "grouped_mm":
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(g) * u, keeping no more than g and u for its backward."""
+    """silu(g) * u, which saves only g and u for its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:

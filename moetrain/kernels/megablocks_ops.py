@@ -1,9 +1,9 @@
 """The experts' SwiGLU by the kernels of MegaBlocks (arXiv 2211.15841) and its sparse toolkit stk.
 
-Owns every import of `megablocks`, `stk` and `triton`, all of them late: the package works without
+Owns every import of `megablocks`, `stk` and `triton`, all of them lazy: the package works without
 them, and `unavailable_because` says what is missing. Leaves the choice of backend to others.
 
-Copies are padded to whole blocks of 128 for each expert. The intermediate is then a block-sparse
+Each expert's copies are padded to whole blocks of 128. The intermediate is then a block-sparse
 matrix [padded rows, experts * hidden], in which a row has the blocks of its expert, and each of
 the three products is one kernel over all experts.
 """
@@ -34,13 +34,13 @@ class _Libraries(NamedTuple):
     ops: Any
     stk: Any
     interpreted: bool
-    """Whether Triton made the kernels for its interpreter, which runs them on CPU tensors."""
+    """Whether Triton built the kernels for its interpreter, which runs them on CPU tensors."""
 
 
 @functools.cache
 def _libraries() -> _Libraries:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of optional parts that are missing
+        warnings.simplefilter("ignore")  # about missing optional parts
         try:
             import megablocks_ops  # noqa: F401
         except ImportError:
@@ -52,14 +52,14 @@ def _libraries() -> _Libraries:
         from triton.runtime.interpreter import InterpretedFunction
     copying = [kernels._padded_copy, kernels._padded_copy_wgrad]
     interpreted = isinstance(copying[0].fn, InterpretedFunction)
-    if interpreted:  # it has no device to time several configurations on
+    if interpreted:  # no device, so no autotuning
         for kernel in copying:
             kernel.configs = kernel.configs[-1:]
     return _Libraries(ops, stk, interpreted)
 
 
 @functools.cache
-def _missing_packages() -> list[str]:  # asked in every forward pass
+def _missing_packages() -> list[str]:  # called in every forward pass
     return [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
 
 
@@ -84,7 +84,7 @@ def unavailable_because(device: torch.device | str | None = None) -> str | None:
         return f"the kernels run on CUDA, not on {kind}"
     try:
         interpreted = _libraries().interpreted
-    except Exception as error:  # whatever a library of another version raises
+    except Exception as error:  # another version of a library may raise anything
         return f"importing megablocks failed ({type(error).__name__}: {error}): {INSTALL}"
     if interpreted and kind == "cuda":
         return "TRITON_INTERPRET=1 is set, so the kernels would run on the CPU: unset it"
@@ -108,7 +108,7 @@ def megablocks_swiglu(
     rounded to `x`'s dtype once. Any `dim` and `hidden` are served exactly: what isn't a multiple
     of 128 is padded with zeros, which copies the weights (as does a non-contiguous weight).
     Float32 products are TF32 on CUDA, unless TRITON_F32_DEFAULT=ieee is set.
-    Waits for the device once, because the number of padded rows decides shapes.
+    Synchronises with the device once, because shapes depend on the number of padded rows.
 
     Raises ValueError, with the reason and the way out, where the backend can't run (see
     `unavailable_because`), for dtypes that the kernels don't multiply, and for sizes past their
@@ -134,7 +134,8 @@ def megablocks_swiglu(
         top_k, weights = 1, gates.contiguous()
         rows = gather_copies(x, copies)
     else:
-        # by_row is a permutation: the backward adds one value to each place, in whatever order.
+        # by_row is a permutation, so the backward pass adds one value to each element: its order
+        # doesn't matter, and the gradient is deterministic.
         top_k, weights = copies.per_row, gates.index_select(0, copies.by_row)
         rows = x.contiguous()
 
@@ -144,6 +145,7 @@ def megablocks_swiglu(
             padded_bins // BLOCK, height=gathered.shape[0] // BLOCK, width=width // BLOCK
         )
     shape = (gathered.shape[0], experts * width)
+    # A topology needs the indices only; a meta tensor stands for its values without memory.
     unset = torch.empty(blocks[0].numel(), BLOCK, BLOCK, dtype=x.dtype, device="meta")
     topology = stk.Matrix(shape, unset, *blocks)
     opened = stk.ops.sdd(gathered, gate.t(), topology).data  # [blocks, 128, 128]
@@ -176,7 +178,7 @@ def megablocks_refuses(
         return "Triton's interpreter computes wrong products of bfloat16: use float32 or float16"
     experts, hidden, dim = (gate.shape[0], *map(_rounded_up, gate.shape[1:]))
     num_copies = copies.row.numel()
-    # Each expert with copies pads at most 127 rows; how many it really pads only the device knows.
+    # An upper bound, without a host sync: each expert with copies adds at most 127 rows.
     padded = num_copies + min(num_copies, experts) * (BLOCK - 1)
     for what, elements in {
         f"{padded} padded rows * dim {dim}": padded * dim,
@@ -196,17 +198,16 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def _rounded_up(size: Any) -> Any:
-    """Returns a size, or a tensor of sizes, as whole blocks."""
+    """Returns a size, or a tensor of sizes, rounded up to whole blocks."""
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
 def _without_copies(
     x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    """Returns zeros, through products without rows: every argument gets a zero gradient.
+    """Returns zeros, through products without rows, so that every argument gets a zero gradient.
 
-    The kernels would be launched on empty grids, and Triton would choose configurations by timing
-    nothing.
+    The kernels would be launched on empty grids, and Triton would autotune on empty inputs.
     """
     rows = x[copies.row]  # [0, dim]
     outputs = (F.silu(rows @ gate[0].t()) * (rows @ up[0].t())) @ down[0]
@@ -216,33 +217,33 @@ def _without_copies(
 def _stacked(weight: Tensor, *, hidden: int) -> Tensor:
     """Returns all experts' weights as one dense [experts * hidden, dim], padded to whole blocks.
 
-    stk tells a transposed operand by its strides, and takes other strides for a plain one.
+    stk recognises a transposed operand by its strides, and takes any other strides for a plain one.
     """
     missing = (0, -weight.shape[2] % BLOCK, 0, hidden - weight.shape[1])
     return _padded(weight, missing).flatten(0, 1).contiguous()
 
 
 def _padded(tensor: Tensor, missing: tuple[int, ...]) -> Tensor:
-    """Returns a tensor with zeros added; itself where none are missing: `F.pad` would copy it."""
+    """Returns a tensor padded with zeros; itself if no padding is needed: `F.pad` would copy it."""
     return F.pad(tensor, missing) if any(missing) else tensor
 
 
 def _block_indices(ends: Tensor, *, height: int, width: int) -> list[Tensor]:
-    """Returns where the blocks of the intermediate stand, in the order that `stk.Matrix` takes.
+    """Returns the indices of the intermediate's blocks, in the order that `stk.Matrix` takes them.
 
-    `ends` [experts] counts the block rows up to and with each expert; of all `height` rows of
-    blocks each has its expert's `width` columns. All indices are int32: those of MegaBlocks
-    are int16, which overflows from 32,768 columns on, and in products of theirs from 256.
+    `ends` [experts] is the inclusive cumulative sum of block rows per expert; each of the `height`
+    block rows has its expert's `width` columns. All indices are int32: those of MegaBlocks are
+    int16, which overflows from 32,768 columns on, and in its products from 256.
 
-    An expert's blocks are a dense rectangle, and so their order by column follows from its corner
-    and its height, without a sort.
+    An expert's blocks are a dense rectangle, so their order by column follows from its corner and
+    its height, without a sort.
     """
     starts = F.pad(ends, (1, 0))[:-1]
     row = torch.arange(height, device=ends.device)
     column = torch.arange(width, device=ends.device)
     expert = torch.searchsorted(ends, row, right=True)[:, None]  # [height, 1]
     first, tall = starts[expert], (ends - starts)[expert]
-    # The blocks in order of column fill the expert's part of the list anew, column by column.
+    # The transposed order: the same list positions per expert, filled column by column.
     within = (row[:, None] - first) * width + column  # [height, width]
     row_t = first + within % tall
     offsets_t = starts[:, None] * width + (ends - starts)[:, None] * column  # [experts, width]

@@ -2,8 +2,8 @@
 
 `import megablocks` fails without that module, which has to be compiled with nvcc and doesn't
 compile on CUDA 13. `megablocks_ops.py` registers this one where it is missing. Signatures are
-those of MegaBlocks 0.10.0. Outputs are written into given tensors, and no function waits for
-the device: shapes follow from arguments, never from values.
+those of MegaBlocks 0.10.0. Outputs are written into given tensors, and no function synchronises
+with the device: shapes follow from arguments, never from values.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sort(x: Tensor, end_bit: int, x_out: Tensor, iota_out: Tensor) -> None:
-    """Sorts `x` [n] stably by its lowest `end_bit` bits; `iota_out` is where each came from."""
+    """Sorts `x` [n] stably by its lowest `end_bit` bits; `iota_out` gets the indices."""
     bits = torch.iinfo(x.dtype).bits
     keys = x & ((1 << end_bit) - 1) if end_bit < bits - 1 else x
     order = torch.argsort(keys, stable=True)
@@ -29,19 +29,19 @@ def histogram(x: Tensor, num_bins: int) -> Tensor:
 
 
 def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
-    """Writes the running sums of `x` along `dim`, each with its own element."""
+    """Writes the inclusive cumulative sum of `x` along `dim`."""
     out.copy_(x.cumsum(dim, dtype=x.dtype))
 
 
 def exclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
-    """Writes the running sums of `x` along `dim`, each without its own element."""
+    """Writes the exclusive cumulative sum of `x` along `dim`."""
     out.copy_(x.cumsum(dim, dtype=x.dtype) - x)
 
 
 def indices(
     padded_bins: Tensor, block_size: int, block_rows: int, block_columns: int, out: Tensor
 ) -> None:
-    """Writes the column of every block: each row of blocks has its expert's `block_columns`."""
+    """Writes the column index of every block: a block row has its expert's `block_columns`."""
     ends = padded_bins // block_size
     rows = torch.arange(block_rows, dtype=ends.dtype, device=ends.device)
     expert = torch.searchsorted(ends, rows, right=True)

@@ -1,4 +1,4 @@
-"""The decoder's single-device math: it knows no ranks and imports no torch.distributed."""
+"""The decoder on a single device: it knows no ranks and imports no torch.distributed."""
 
 from moetrain.model.attention import Attention
 from moetrain.model.choice import Choice, Choose

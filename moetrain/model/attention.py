@@ -13,11 +13,10 @@ from moetrain.settings.model import ModelSettings
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) without biases; `exchange` decides where the
-    rest of a sequence is.
+    """Grouped-query attention (arXiv 2305.13245) without biases.
 
-    With `qk_norm` queries and keys are normalised before they are cut into heads, as OLMoE's are
-    (arXiv 2409.02060, section 4.2.5).
+    `exchange` decides where the rest of a sequence is. With `qk_norm`, queries and keys are
+    normalised before they are split into heads, as in OLMoE (arXiv 2409.02060, section 4.2.5).
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -43,7 +42,7 @@ class Attention(nn.Module):
         rotary: tuple[Float[Tensor, "*rows seq head_dim"], Float[Tensor, "*rows seq head_dim"]],
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
-        """Attends each position to itself and the ones before it, of its document if given."""
+        """Lets each position attend to itself and earlier ones, of its document if given."""
         batch, seq, _ = x.shape
         heads = (batch, seq, -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x)).view(heads).transpose(1, 2), *rotary)
@@ -61,7 +60,7 @@ def attend(
     *,
     documents: Documents | None,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Returns causal attention, inside documents if they are given."""
+    """Returns causal attention, within documents if they are given."""
     grouped = k.shape[1] != q.shape[1]
     if grouped and q.device.type == "cpu":
         # With enable_gqa the CPU falls back to the unfused kernel and its full score matrix.

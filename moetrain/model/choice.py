@@ -1,21 +1,21 @@
-"""A layer's choice of experts in one forward pass: what it is made by, and what it was."""
+"""A layer's choice of experts in one forward pass: how it is made, and its result."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 Rule = Callable[[Tensor], Tensor]
-"""A router's own: selection scores [tokens, experts] → chosen experts [tokens, top_k]."""
+"""A router's rule: selection scores [tokens, experts] → chosen experts [tokens, top_k]."""
 Choose = Callable[[int, Tensor, Rule], Tensor]
 """Chooses in a router's place: (number of the layer, scores, its rule) → chosen experts."""
 
 
 class Choice:
-    """Travels with a batch into one layer, and remembers what was chosen there.
+    """Is passed with a batch into one layer, and remembers which experts were chosen there.
 
-    A backward pass that recomputes the layer hands in the same object, and gets the choice that
-    was made. A token whose best experts nearly tie could fall the other way the second time:
-    counts would shift by one, and the exchange would no longer match what the first pass sent.
+    A backward pass that recomputes the layer passes the same object, and gets the same choice.
+    Otherwise, a token with near-tied experts could be routed differently the second time: counts
+    would shift by one, and the exchange would no longer match what the first pass sent.
     """
 
     def __init__(
@@ -26,14 +26,14 @@ class Choice:
         choose: Choose | None = None,
     ) -> None:
         self.layer = layer
-        """Its number in the model."""
+        """The layer's number in the model."""
         self.noise_seeds = noise_seeds
-        """One for each sequence, to draw the router's jitter from; None: no jitter."""
+        """A seed of the router's jitter for each sequence; None: no jitter."""
         self._choose = choose
         self._experts: Tensor | None = None
 
     def experts(self, scores: Tensor, rule: Rule) -> Tensor:
-        """Returns the experts that are chosen by the scores, the first time; then the same."""
+        """Returns the experts chosen by the scores on the first call; afterwards, the same ones."""
         if self._experts is None:
             choose = self._choose
             self._experts = rule(scores) if choose is None else choose(self.layer, scores, rule)

@@ -1,4 +1,4 @@
-"""What a model costs, from its settings alone: parameters and FLOPs."""
+"""What a model costs, from its settings alone: parameters, FLOPs, kept activations."""
 
 import torch
 
@@ -36,17 +36,17 @@ def total_parameters(settings: ModelSettings) -> int:
 
 
 def active_parameters(settings: ModelSettings) -> int:
-    """Returns the parameters that one token meets: `top_k` and the shared experts of a layer."""
+    """Returns the active parameters: those of one token's `top_k` and shared experts per layer."""
     return _parameters(settings, routed_experts=settings.top_k)
 
 
 def training_flops_per_token(settings: ModelSettings, *, seq_len: int) -> float:
     """Returns the FLOPs of one token's forward and backward pass.
 
-    Six for each active parameter of a matrix product (the embedding is a look-up), and the
-    causal attention's scores and sums: 12 · heads · head_dim · seq_len / 2 a layer
-    (arXiv 2204.02311, appendix B, halved for the causal mask). Recomputation is not counted.
-    Attention counts as over whole sequences, also where it stops at document ends and costs less.
+    Six per active parameter of a matrix product (the embedding is a look-up), and causal
+    attention's scores and sums: 12 · heads · head_dim · seq_len / 2 per layer (arXiv 2204.02311,
+    appendix B, halved for the causal mask). Recomputation is not counted. Attention counts as over
+    whole sequences, even where it stops at document ends and costs less.
     """
     matrices = active_parameters(settings) - settings.vocab_size * settings.dim
     attention = 6 * settings.num_layers * settings.num_heads * settings.head_dim * seq_len
@@ -56,13 +56,13 @@ def training_flops_per_token(settings: ModelSettings, *, seq_len: int) -> float:
 def kept_activations(
     settings: ModelSettings, *, tokens: int, width: int, composed_norm: bool, sent_rows: int = 0
 ) -> list[float]:
-    """Returns the bytes that each layer keeps of a forward pass for the backward one.
+    """Returns the bytes of activations that each layer keeps for the backward pass.
 
-    Of so many tokens, in numbers of `width` bytes; without recomputation of whole layers. Follows
-    what the modules save: `composed_norm` is torch's RMSNorm on a CPU, which keeps its input, the
-    normalised input and its output, where a fused one keeps input and output; there keys and
-    values are repeated for each query head and the experts keep no copies of their rows, either.
-    `sent_rows` are the rows a token has on other ranks of the expert axis.
+    For so many tokens, with numbers of `width` bytes and without recomputation of whole layers. It
+    follows what the modules save. `composed_norm` is torch's RMSNorm on a CPU, which keeps its
+    input, the normalised input and its output, where a fused one keeps input and output. On a CPU
+    also, keys and values are repeated for each query head, and the experts keep no copies of their
+    rows. `sent_rows` are the rows that a token has on other ranks of the expert axis.
     """
     dim, queries = settings.dim, settings.num_heads * settings.head_dim
     kv = settings.num_kv_heads * settings.head_dim
@@ -83,19 +83,19 @@ def kept_activations(
 
 
 def _kept_by_experts(settings: ModelSettings, *, width: int, on_cpu: bool) -> int:
-    """Returns the bytes that router and experts of a layer keep of a token."""
+    """Returns the bytes that a layer's router and experts keep per token."""
     numbers = 4 * settings.num_shared_experts * settings.ffn_hidden_dim
     if not settings.experts.recompute:
-        of_copy = 2 * settings.ffn_hidden_dim  # what the gate and up matrices give
+        of_copy = 2 * settings.ffn_hidden_dim  # the outputs of the gate and up matrices
         of_copy += 0 if on_cpu else settings.ffn_hidden_dim + 2 * settings.dim
         numbers += settings.top_k * of_copy
-    router = 8 * settings.num_experts + 24 * settings.top_k  # in float32, and numbers of experts
+    router = 8 * settings.num_experts + 24 * settings.top_k  # float32 values and expert indices
     router += 0 if width == 4 else 4 * settings.dim
     return width * numbers + router
 
 
 def head_activations(settings: ModelSettings, *, tokens: int, width: int, norm: int) -> float:
-    """Returns the bytes of the final norm and of the loss, whose logits come a chunk at a time."""
+    """Returns the bytes of the final norm and of the loss, which holds a chunk of the logits."""
     chunk = min(tokens, settings.loss_chunk_size) * settings.vocab_size
-    weights = settings.vocab_size * settings.dim  # the head's gradient, summed up in float32
+    weights = settings.vocab_size * settings.dim  # the head's gradient, accumulated in float32
     return tokens * width * settings.dim * (norm + 1) + chunk * (8 + width % 4) + 8.0 * weights

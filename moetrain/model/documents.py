@@ -1,7 +1,7 @@
-"""Where documents stand in a batch, and attention that stops at their ends.
+"""Where documents are in a batch, and attention that stops at their ends.
 
-Made on the host once a micro-batch, so that no layer has to ask the device for a length. Nothing
-here is of size seq × seq.
+Computed on the host once per micro-batch, so that no layer synchronises with the device for a
+length. Nothing here is of size seq × seq.
 """
 
 import inspect
@@ -18,14 +18,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The documents of a batch of sequences, one after the other; none crosses a sequence's end."""
+    """The documents of a batch of sequences, in order; none crosses a sequence's end."""
 
     runs: list[tuple[int, int]]
-    """How many neighbours have the same length, and that length, run after run."""
+    """The run-length encoded lengths of documents: (number of neighbours, their length)."""
     positions: Int64[Tensor, "batch seq"]
-    """Of each token in its own document."""
+    """The position of each token in its own document."""
     cu_seqlens: Int32[Tensor, " bounds"]
-    """Where each begins in the flattened batch, and where that ends: one more than documents."""
+    """Where each document begins in the flattened batch, and the batch's end: documents + 1."""
 
     @staticmethod
     def of(starts: Bool[Tensor, "batch seq"], *, device: torch.device) -> "Documents":
@@ -49,12 +49,12 @@ def attend_documents(
     v: Float[Tensor, "batch kv_heads seq head_dim"],
     documents: Documents,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Returns causal attention of each document to itself alone.
+    """Returns causal attention within each document.
 
-    In half precision on CUDA by torch's kernel for documents of any lengths, else one run of like
-    lengths after the other. Measured on a CPU, that takes the time of attention across the borders
-    where documents are as long as sequences, and less where they are shorter; groups padded to
-    like lengths are faster for documents of a dozen tokens, and slower for all others.
+    In half precision on CUDA it uses torch's variable-length kernel, else one call for each run of
+    equal lengths. Measured on a CPU, that takes as long as attention over whole sequences where
+    documents are as long as sequences, and less where they are shorter; groups padded to equal
+    lengths are faster for documents of a dozen tokens, and slower for all others.
     """
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [tokens, heads, head_dim]
     grouped = q.shape[1] != k.shape[1]
@@ -91,7 +91,7 @@ def _has_flash(x: Tensor) -> bool:
 
 @cache
 def _varlen_attention() -> Any:
-    """Returns torch's attention over documents of any lengths, None where torch is too old."""
+    """Returns torch's variable-length attention, None where torch is too old."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

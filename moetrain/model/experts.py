@@ -1,4 +1,4 @@
-"""Feed-forward layers, of SwiGLU (arXiv 2002.05202) or another function: one, or experts."""
+"""Feed-forward layers, with SwiGLU (arXiv 2002.05202) or another function: dense, or experts."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from moetrain.settings.model import ModelSettings
 
 
 class FeedForward(nn.Module):
-    """A dense layer: of a block without a router, or the shared experts of one with."""
+    """A dense layer: that of a block without a router, or the shared experts of an MoE layer."""
 
     def __init__(self, dim: int, hidden: int, *, function: ExpertFunction) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts that live on this rank.
+    """The experts on this rank.
 
-    Each weight is [experts, hidden, dim], so that one matrix belongs to one expert and the
-    hidden dimension can be sharded under it.
+    Each weight is [experts, hidden, dim], so that one matrix belongs to one expert and can be
+    sharded along the hidden dimension.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -41,7 +41,7 @@ class Experts(nn.Module):
         self.settings = settings.experts
         self.function = expert_function(settings.experts)
         self.preferred_backend: str | None = None
-        """What `auto` takes where it serves the shape; the same on all ranks."""
+        """The backend that `auto` takes if it serves the shape; the same on all ranks."""
         self.gate = nn.Parameter(torch.empty(shape)) if self.function.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape))
@@ -55,10 +55,10 @@ class Experts(nn.Module):
         exchange: TokenExchange,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
-        """Returns what `exchange` makes of the tokens with these experts; none is dropped.
+        """Runs `exchange` with these experts and returns its output; no token is dropped.
 
-        The exchange happens in here, not around it, so that the weights are gathered once however
-        many rounds the tokens come in.
+        The exchange is called inside this module, not around it, so that FSDP gathers the weights
+        once, however many rounds the exchange takes.
         """
         gate = None if self.gate is None else _local(self.gate)
         up, down = _local(self.up), _local(self.down)

@@ -1,7 +1,7 @@
 """Initial weights: a pure function of (seed, parameter name, global expert id).
 
-Nothing here depends on ranks, so every layout starts from the same numbers, and a rank can
-make the part that it owns without making the rest.
+Nothing here depends on ranks, so every layout starts from the same numbers, and a rank can compute
+its own part without the rest.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ def initial_values(
 ) -> Tensor:
     """Returns the float32 values of a parameter, or of one expert's matrix in a stacked one.
 
-    Matrices are normal, cut at three standard deviations, with a deviation of
-    1/sqrt(dim), so that activations keep their size at any width; those that write into the
+    Matrices are normal, truncated at three standard deviations, with a standard deviation of
+    1/sqrt(dim), so that activations keep their scale at any width; those that write into the
     residual stream are scaled down by sqrt(2 · layers) (GPT-2, section 2.3). Norms start at one.
     """
     if len(shape) == 1:
@@ -39,6 +39,6 @@ def initial_values(
 
 
 def random_stream(seed: int, *names: str | int | None) -> int:
-    """Returns the seed of a stream of random numbers that is independent of all others' names."""
+    """Returns the seed of a random stream; streams of different names are independent."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # generators take 63 bits

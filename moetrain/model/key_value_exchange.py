@@ -1,5 +1,5 @@
-"""What brings queries to the keys and values that they attend to: the contract, and the way
-without ranks."""
+"""How queries reach the keys and values that they attend to: the interface, and its version for
+one rank."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +13,7 @@ head_dim]) → [batch, heads, seq, head_dim]."""
 
 
 class KeyValueExchange(ABC):
-    """Has a sequence's queries meet all keys and values before them, wherever those are."""
+    """Lets a sequence's queries attend to all earlier keys and values, wherever those are."""
 
     @abstractmethod
     def run(
@@ -24,11 +24,11 @@ class KeyValueExchange(ABC):
         *,
         attend: Attend,
     ) -> Float[Tensor, "batch heads seq head_dim"]:
-        """Returns what the queries that stand here get."""
+        """Returns the attention output of the local queries."""
 
 
 class LocalKeyValues(KeyValueExchange):
-    """Whole sequences stand here: there is nothing to bring."""
+    """For whole sequences on one rank: there is nothing to exchange."""
 
     def run(
         self,

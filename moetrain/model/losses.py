@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose gradients are made with the logits, a chunk of tokens at a time."""
+    """Cross-entropy that computes gradients along with the logits, a chunk of tokens at a time."""
 
     @staticmethod
     def forward(
@@ -62,7 +62,7 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Returns the sum over valid tokens of -log p(target), in nats.
 
-    Only `chunk_size` tokens' logits stand in memory at once; the gradients are computed in the
+    Only the logits of `chunk_size` tokens are in memory at once; the gradients are computed in the
     same pass, so that nothing is computed twice.
     """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
@@ -79,8 +79,8 @@ def load_balance_loss(
 ) -> Float[Tensor, " layers"]:
     """Returns each layer's balance loss (arXiv 2101.03961, equations 4-6): 1 when balanced.
 
-    `num_experts * sum_e f_e * P_e`, with `f_e` the share of token copies that expert e got among
-    `counted_tokens` tokens, and `P_e` its router probability, summed here and divided by
+    `num_experts * sum_e f_e * P_e`, with `f_e` the share of token–expert assignments that expert e
+    got among `counted_tokens` tokens, and `P_e` its router probability, summed here and divided by
     `num_tokens`. With both global, the parts of all ranks add up to the global batch's loss.
     """
     shares = counts / (counted_tokens * top_k)

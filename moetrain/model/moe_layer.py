@@ -40,10 +40,10 @@ class MoELayer(nn.Module):
         valid: Bool[Tensor, "*sequences seq"],
         choice: Choice | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], RoutingStatistics]:
-        """Returns the layer's output, and what its balance losses are made of.
+        """Returns the layer's output, and the statistics for its balance losses.
 
-        `valid` has a sequence's tokens in its last dimension; flattened it is one for each of x.
-        `choice` is the router's, and travels with the batch.
+        `valid` has a sequence's tokens in its last dimension; flattened, it has one value per row
+        of x. `choice` is the router's, and is passed with the batch.
         """
         routing = self.router(x, valid, choice)
         y = self.experts(

@@ -23,7 +23,7 @@ def rotate(
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     """Rotates queries or keys by their positions; the pairs are (i, i + head_dim / 2).
 
-    Cosine and sine are of all sequences, or [batch, 1, seq, head_dim].
+    Cosine and sine are shared by all sequences, or [batch, 1, seq, head_dim].
     """
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)

@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, with what weight, and how balanced that is.
 
-Everything here is float32 whatever the model's dtype: a near-tie rounded to bfloat16 sends
-a token elsewhere.
+Everything here is float32 whatever the model's dtype: rounding a near-tie to bfloat16 would route
+a token differently.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from moetrain.settings.model import ModelSettings
 
 
 class RoutingStatistics(NamedTuple):
-    """Sums over one forward pass's valid tokens: what the balance losses are made of."""
+    """Sums over one forward pass's valid tokens, from which the balance losses are computed."""
 
     counts: Tensor
-    """Token copies that chose each expert, [experts] int64."""
+    """Token–expert assignments of each expert, [experts] int64."""
     probability_sums: Tensor
     """Router probability summed over tokens, [experts]; carries the gradient. A token's
     probabilities sum to one, with sigmoid too (DeepSeek-V3, arXiv 2412.19437, equation 19)."""
@@ -34,8 +34,8 @@ class RoutingStatistics(NamedTuple):
     """Each sequence's balance loss times its tokens, summed over sequences, []; carries the
     gradient. Zero unless `load_balance_scope` is sequence."""
     own_loss_sum: Tensor
-    """A loss of the router's own summed over tokens, []; carries the gradient. Zero for one that
-    has none."""
+    """The router's own loss summed over tokens, []; carries the gradient. Zero for a router
+    without one."""
 
 
 class Routing(NamedTuple):
@@ -56,9 +56,9 @@ def balanced_scores(
 ) -> Float[Tensor, "tokens experts"]:
     """Returns pseudo-random scores whose top k spread tokens evenly, for any k.
 
-    Every `num_experts` tokens in a row share an order of the experts that is drawn for them, and
-    each begins one further down in it, so that all experts are chosen equally often, and a
-    token's experts lie as far apart as chance puts them. The same for every sequence.
+    Each block of `num_experts` consecutive tokens shares a random permutation of the experts, and
+    each token in it starts one further along, so that all experts are chosen equally often and a
+    token's experts are at random distances. It is the same for every sequence.
     """
     blocks = -(-num_tokens // num_experts)
     generator = torch.Generator(device=device).manual_seed(0)
@@ -78,19 +78,19 @@ class Router(nn.Module):
     (arXiv 2408.15664).
 
     A router of an extension inherits from it and replaces one of its parts: `logits`, `scores`,
-    `selection_scores`, `select`, `gates`, `own_loss` or `update_bias`. All are float32, and each
-    token's values are its own: what one says of a token must not depend on the other tokens, which
-    are others on every layout.
+    `selection_scores`, `select`, `gates`, `own_loss` or `update_bias`. All are float32. A token's
+    values must not depend on other tokens, because which tokens are on the same rank differs
+    between layouts.
     """
 
     draws_noise = False
-    """Whether it wants a seed for each sequence of a training pass, in `choice.noise_seeds`."""
+    """Whether it needs a seed for each sequence of a training pass, in `choice.noise_seeds`."""
     bias: Tensor
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.options = ROUTERS.typed_options(settings.router.name, settings.router.options)
-        """Its own settings: an object of the dataclass it is registered with, or None."""
+        """Its options: an object of the dataclass it is registered with, or None."""
         self.top_k = settings.top_k
         self.num_experts = settings.num_experts
         self.settings = settings.router
@@ -105,8 +105,8 @@ class Router(nn.Module):
     ) -> Routing:
         """Routes every token; only valid ones count in the statistics.
 
-        `valid` has a sequence's tokens in its last dimension; flattened it is one for each of x.
-        `choice` is what travels with the batch: without it there is no jitter.
+        `valid` has a sequence's tokens in its last dimension; flattened, it has one value per row
+        of x. `choice` is passed with the batch: without it there is no jitter.
         """
         choice = choice or Choice(0)
         sequences = torch.atleast_2d(valid)  # [sequences, seq]
@@ -127,13 +127,13 @@ class Router(nn.Module):
     def logits(
         self, x: Float[Tensor, "tokens dim"], choice: Choice
     ) -> Float[Tensor, "tokens experts"]:
-        """Returns what scores are made of, of the tokens that come into the layer."""
+        """Returns the logits of the layer's input tokens, from which the scores are computed."""
         return F.linear(x, self.weight.float())
 
     def scores(
         self, logits: Float[Tensor, "tokens experts"]
     ) -> tuple[Float[Tensor, "tokens experts"], Float[Tensor, "tokens experts"]]:
-        """Returns scores, which gates are made of, and probabilities, which sum to one."""
+        """Returns scores, from which gates are computed, and probabilities, which sum to one."""
         if self.settings.score_function == "softmax":
             probabilities = logits.softmax(-1)
             return probabilities, probabilities
@@ -141,10 +141,10 @@ class Router(nn.Module):
         return scores, scores / (scores.sum(-1, keepdim=True) + TINY)
 
     def _jittered(self, x: Tensor, sequences: Tensor, seeds: Sequence[int] | None) -> Tensor:
-        """Multiplies the input of a training pass by noise: Switch's, for the router alone.
+        """Multiplies the router's input by noise in a training pass, as Switch does.
 
-        A sequence's noise is a function of its seed, so that neither the layout nor a resumed
-        run nor recomputation changes it.
+        A sequence's noise depends only on its seed, so that it is the same in every layout, in a
+        resumed run and under recomputation.
         """
         noise = self.settings.jitter_noise
         if not noise or seeds is None:
@@ -159,21 +159,21 @@ class Router(nn.Module):
     def selection_scores(
         self, logits: Float[Tensor, "tokens experts"], scores: Float[Tensor, "tokens experts"]
     ) -> Float[Tensor, "tokens experts"]:
-        """Returns what the choice of experts is made by; no gradient goes through it."""
+        """Returns the scores by which experts are chosen; no gradient goes through them."""
         if self.settings.score_function == "softmax":
-            # The logits have the same order and don't underflow; a bias is one of probabilities.
-            # One that was trained stays in use where its update rate is set to 0.
+            # The logits have the same order and don't underflow; a bias is added to probabilities.
+            # A trained bias stays in use even if its update rate is set to 0.
             return torch.where(self.bias.any(), scores + self.bias, logits)
         return scores + self.bias
 
     def select(self, scores: Float[Tensor, "tokens experts"]) -> Int64[Tensor, "tokens top_k"]:
-        """Returns the experts that tokens choose by their selection scores."""
+        """Returns the experts that tokens choose, given their selection scores."""
         if self.settings.num_groups > 1 and not self.settings.force_balance:
             scores = self._in_best_groups(scores)
         return torch.topk(scores, self.top_k, dim=-1).indices
 
     def _in_best_groups(self, scores: Tensor) -> Tensor:
-        """Leaves the scores of each token's best groups as they are and the others -inf."""
+        """Masks the scores of all but each token's best groups with -inf."""
         grouped = scores.unflatten(-1, (self.settings.num_groups, -1))  # [tokens, groups, experts]
         best = 1 if self.settings.score_function == "softmax" else min(2, grouped.shape[-1])
         group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # [tokens, groups]
@@ -188,9 +188,9 @@ class Router(nn.Module):
         scores: Float[Tensor, "tokens experts"],
         experts: Int64[Tensor, "tokens top_k"],
     ) -> Float[Tensor, "tokens top_k"]:
-        """Returns the weights of the chosen experts: by score, without bias."""
+        """Returns the gates of the chosen experts: from the scores, without the bias."""
         if self.settings.normalize_gates and self.settings.score_function == "softmax":
-            gates = logits.gather(1, experts).softmax(-1)  # the same, with no division
+            gates = logits.gather(1, experts).softmax(-1)  # equal, without a division
         else:
             gates = scores.gather(1, experts)
             if self.settings.normalize_gates:
@@ -201,9 +201,9 @@ class Router(nn.Module):
     def own_loss(
         self, logits: Float[Tensor, "tokens experts"], experts: Int64[Tensor, "tokens top_k"]
     ) -> Float[Tensor, " tokens"] | None:
-        """Returns a loss of each token, times its weight, beside balance and z loss; None: none.
+        """Returns a loss per token, times its weight, besides balance and z loss; None: no loss.
 
-        The step's loss has its mean over the global batch's tokens, summed over layers.
+        Its mean over the global batch's tokens, summed over layers, is added to the step's loss.
         """
         return None
 
@@ -244,7 +244,7 @@ class Router(nn.Module):
             counts,
             torch.bmm(weight.unsqueeze(1), probabilities).squeeze(1),  # [sequences, experts]
             top_k=self.top_k,
-            counted_tokens=weight.sum(1, keepdim=True).clamp_min(1),  # one without tokens adds 0
+            counted_tokens=weight.sum(1, keepdim=True).clamp_min(1),  # an empty one adds 0
             num_tokens=1,
         )  # each times its sequence's tokens
         return losses.sum()
@@ -259,7 +259,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, counts: Int64[Tensor, " experts"], *, rate: float) -> None:
-        """Moves the bias by `rate` towards experts that got less than their share of the batch."""
+        """Moves the bias by `rate` in favour of experts that got less than their share."""
         load = counts.float()
         self.bias += rate * (load.mean() - load).sign()
 

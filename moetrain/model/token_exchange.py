@@ -1,4 +1,4 @@
-"""What carries tokens to their experts and back: the contract, and the way without ranks."""
+"""Dispatch and combine of tokens and experts: the interface, and its version for one rank."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Compute = Callable[[Tensor, Tensor, Copies], Tensor]
 
 
 class TokenExchange(ABC):
-    """Brings every token to its experts, has them compute, and brings the results back."""
+    """Dispatches every token to its experts, applies them, and combines their outputs."""
 
     @abstractmethod
     def run(
@@ -25,15 +25,15 @@ class TokenExchange(ABC):
         compute: Compute,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
-        """Returns for each token the sum of its experts' results, weighted by its gates.
+        """Returns for each token the sum of its experts' outputs, weighted by its gates.
 
-        `compute` works on the rows whose experts live here. Nothing is dropped. What `beside`
-        returns is added; it is called while the tokens travel.
+        `compute` applies the local experts to their rows. No token is dropped. The result of
+        `beside` is added; it is called while the dispatch is in flight.
         """
 
 
 class LocalExchange(TokenExchange):
-    """All experts live here: grouping by expert is all there is to do."""
+    """For all experts on one rank: it only groups tokens by expert."""
 
     def __init__(self, *, num_experts: int) -> None:
         self.num_experts = num_experts

@@ -21,7 +21,7 @@ from moetrain.settings.model import ModelSettings
 
 
 class LossSums(NamedTuple):
-    """What one forward pass adds to the losses: sums over its valid tokens."""
+    """One forward pass's part of the losses: sums over its valid tokens."""
 
     cross_entropy: Tensor
     """Summed -log p(target), [] nats."""
@@ -30,10 +30,10 @@ class LossSums(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual."""
 
     def __init__(self, settings: ModelSettings, *, hidden: int | None) -> None:
-        """`hidden` is the feed-forward layer's where it is dense, None where it has a router."""
+        """`hidden` is the hidden dimension of a dense feed-forward layer, None for an MoE layer."""
         super().__init__()
         self.attention_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
         self.attention = Attention(settings)
@@ -86,10 +86,10 @@ class Transformer(nn.Module):
     ) -> LossSums | Float[Tensor, "batch seq vocab"]:
         """Returns the loss sums over the valid targets, or without targets the logits.
 
-        Tokens that are not valid count in no loss and no routing statistic. `noise_seeds`, one for
-        each sequence, are what the routers' jitter is drawn from; without them there is none. With
-        `documents`, attention stops and positions begin anew at each. `choose` chooses the experts
-        in the routers' place.
+        Tokens that are not valid count in no loss and no routing statistic. `noise_seeds` are the
+        seeds of the routers' jitter, one per sequence; without them there is none. With
+        `documents`, attention stops and positions restart at each. `choose` chooses the experts
+        instead of the routers.
         """
         if valid is None:
             valid = torch.ones_like(tokens, dtype=torch.bool)

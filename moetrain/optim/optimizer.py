@@ -13,7 +13,7 @@ from moetrain.settings import OptimSettings
 Groups = list[dict[str, Any]]
 """Parameters in groups, as torch's optimizers take them, each with its `weight_decay`."""
 OptimizerBuilder = Callable[[Groups, OptimSettings, Any], Optimizer]
-"""Makes an optimizer of groups, the settings of `optim`, and options of its own."""
+"""Makes an optimizer from groups, the settings of `optim`, and its own options."""
 
 
 @OPTIMIZERS.register("adamw")
@@ -24,7 +24,7 @@ def adamw(groups: Groups, settings: OptimSettings, options: None) -> Optimizer:
 
 @OPTIMIZERS.register("sgd")
 def sgd(groups: Groups, settings: OptimSettings, options: None) -> Optimizer:
-    """Returns SGD, with momentum where there is one."""
+    """Returns SGD, with momentum if it is set."""
     return SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 
@@ -48,12 +48,12 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
 
 
 def state_names(settings: OptimSettings) -> set[str]:
-    """Returns what the optimizer keeps of a matrix, by its own names."""
+    """Returns the names of the optimizer's state for a matrix."""
     return set(_state_of_a_matrix(settings))
 
 
 def state_size(settings: OptimSettings) -> float:
-    """Returns how many numbers the optimizer keeps of each number of a large matrix."""
+    """Returns how many numbers the optimizer keeps per element of a large matrix."""
     state = _state_of_a_matrix(settings, side := 16)
     return float(round(sum(tensor.numel() for tensor in state.values()) / side**2))
 
@@ -68,9 +68,9 @@ def _state_of_a_matrix(settings: OptimSettings, side: int = 1) -> dict[str, Tens
 
 @torch.no_grad()
 def allocate_state(optimizer: Optimizer) -> None:
-    """Makes the optimizer's state tensors without changing a parameter, to load values into.
+    """Allocates the optimizer's state tensors without changing a parameter, to load values into.
 
-    A step with zero gradients and a zero rate is the one way that serves every optimizer.
+    A step with zero gradients and a zero learning rate does that for every optimizer.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step: there is no state to save or restore."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,8 @@ Both are counted from where the schedule begins, the warm-up included; the first
 def learning_rate(step: int, *, peak: float, num_steps: int, settings: ScheduleSettings) -> float:
     """Returns the learning rate of optimizer step `step` (the first is 0) of `num_steps`.
 
-    A linear warm-up over `warmup_steps`, then what the schedule says. With `restart_from` all of
-    it is counted from that step.
+    A linear warm-up over `warmup_steps`, then the schedule. With `restart_from`, both are counted
+    from that step.
     """
     begin = settings.restart_from or 0
     step, num_steps = step - begin, num_steps - begin
@@ -31,7 +31,7 @@ def learning_rate(step: int, *, peak: float, num_steps: int, settings: ScheduleS
 
 @SCHEDULES.register("cosine")
 def cosine(step: int, num_steps: int, settings: ScheduleSettings, options: None) -> float:
-    """Falls to exactly `final_lr_ratio` at the last step, along half a cosine."""
+    """Decays to exactly `final_lr_ratio` at the last step, along half a cosine."""
     warmup, final = settings.warmup_steps, settings.final_lr_ratio
     left = max(0, num_steps - 1 - step)
     progress = (step - warmup) / (num_steps - warmup) if left else 1.0
@@ -40,7 +40,7 @@ def cosine(step: int, num_steps: int, settings: ScheduleSettings, options: None)
 
 @SCHEDULES.register("wsd")
 def wsd(step: int, num_steps: int, settings: ScheduleSettings, options: None) -> float:
-    """Stays, and falls linearly over the last `decay_fraction` of the run (arXiv 2404.06395)."""
+    """Stays constant, then decays linearly over the last `decay_fraction` (arXiv 2404.06395)."""
     decay, final = decay_steps(num_steps, settings=settings), settings.final_lr_ratio
     left = max(0, num_steps - 1 - step)
     return final + (1 - final) * min(1.0, left / decay) if decay else 1.0
@@ -48,10 +48,10 @@ def wsd(step: int, num_steps: int, settings: ScheduleSettings, options: None) ->
 
 @SCHEDULES.register("constant")
 def constant(step: int, num_steps: int, settings: ScheduleSettings, options: None) -> float:
-    """Stays."""
+    """Stays constant."""
     return 1.0
 
 
 def decay_steps(num_steps: int, *, settings: ScheduleSettings) -> int:
-    """Returns in how many of `num_steps` wsd's rate is below its peak: the last ones."""
+    """Returns the number of wsd's decay steps: the last of `num_steps`, with a rate below peak."""
     return max(1, round(num_steps * settings.decay_fraction)) if settings.decay_fraction else 0

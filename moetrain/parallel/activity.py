@@ -1,7 +1,7 @@
-"""What a rank is doing now, written by the thread that trains and read by whoever watches it.
+"""What a rank is doing now, written by the training thread and read by the monitor.
 
-Owns phase, step, layer and collective, and since when nothing new was said. Leaves it to the
-watcher to decide how long is too long.
+Owns phase, step, layer and collective, and the time of the last report. Leaves timeouts to the
+monitor.
 """
 
 import time
@@ -20,7 +20,7 @@ STEP_PHASES = (
     "summing up",
     "optimizer",
 )
-# What takes as long as it took before: a read may wait for a server.
+# The phases whose duration is predictable. Reading data isn't: it may wait for a server.
 COMPUTING_PHASES = tuple(phase for phase in STEP_PHASES if phase != "reading data")
 RECENT_STEPS, MIN_STEPS = 100, 5
 
@@ -33,10 +33,10 @@ class Doing:
     step: int = 0
     """Optimizer steps taken before."""
     layer: int | None = None
-    """The transformer's layer that is computed, first is 0; None outside of them."""
+    """The transformer layer that is being computed, counted from 0; None outside of layers."""
     collective: str | None = None
-    """What is waited for from other ranks, with the counts of what travels; None: not known to
-    wait. The gathering and reducing of sharded weights isn't told here; stacks show it."""
+    """The collective that the rank waits in, with its counts; None: not known to wait. FSDP's
+    gathers and reduce-scatters aren't reported here; stacks show them."""
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f", layer {self.layer}"
@@ -48,13 +48,13 @@ class Activity:
     """What one rank is doing; each report is a heartbeat. Readable from any thread."""
 
     def __init__(self) -> None:
-        self._now = (Doing(), time.monotonic())  # replaced as a whole
+        self._now = (Doing(), time.monotonic())  # replaced as a whole, so that readers need no lock
         self._alive = 0.0
         self._step_began: float | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def begin(self, phase: str, *, step: int | None = None) -> None:
-        """Begins a phase, in the same step if no other is named."""
+        """Begins a phase, in the same step unless another is given."""
         if phase == BETWEEN_STEPS or phase not in STEP_PHASES:
             now = time.monotonic()
             if self._step_began is not None:
@@ -64,27 +64,27 @@ class Activity:
         self._say(Doing(phase=phase, step=step))
 
     def layer(self, number: int) -> None:
-        """Comes to a layer."""
+        """Reports the layer that is being computed."""
         self._say(replace(self._now[0], layer=number))
 
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:
-        """Waits for others while the context lasts; an error leaves the name standing."""
+        """Reports a collective while the context lasts; after an error its name stays."""
         self._say(replace(self._now[0], collective=name))
         yield
         self._say(replace(self._now[0], collective=None))
 
     def goes_on(self) -> None:
-        """Sends a heartbeat in the middle of something long; callable from any thread."""
+        """Sends a heartbeat during a long operation; callable from any thread."""
         self._alive = time.monotonic()
 
     def read(self) -> tuple[Doing, float]:
-        """Returns what is done now, and for how many seconds nothing new was said."""
+        """Returns the current activity, and the seconds since the last report or heartbeat."""
         doing, since = self._now
         return doing, time.monotonic() - max(since, self._alive)
 
     def slowest_step(self) -> float | None:
-        """Returns the seconds of the slowest of the last steps; None before there are enough."""
+        """Returns the seconds of the slowest recent step; None before there are enough steps."""
         seconds = tuple(self._step_seconds)
         return max(seconds) if len(seconds) >= MIN_STEPS else None
 

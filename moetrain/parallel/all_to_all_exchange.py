@@ -25,9 +25,9 @@ IMBALANCE_TO_WARN_OF = 3.0  # copies received over the fair share
 class AllToAllExchange(TokenExchange):
     """Dropless exchange over the ranks of `group`, which hold the experts in order of rank.
 
-    One host synchronisation a layer: reading how many rows go where. Every rank reads the whole
-    matrix of counts, so that all agree on sizes and rounds before a token travels. A rank without
-    a token, or whose experts get none, still enters every collective.
+    There is one host synchronisation per layer: reading how many rows go where. Every rank reads
+    the whole matrix of counts, so all ranks agree on sizes and rounds before a token is sent. A
+    rank that has no tokens, or whose experts receive none, still enters every collective.
     """
 
     def __init__(
@@ -58,11 +58,12 @@ class AllToAllExchange(TokenExchange):
         compute: Compute,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
-        """Sends the tokens to their experts' ranks, computes here, and sums what comes back."""
+        """Dispatches the tokens, computes the local experts, and combines the outputs."""
         counting = _Counting(x, experts, exchange=self)
         once = self._sends_once(experts.shape[1])
         goes_to = self._ranks_of(experts) if once else experts
-        order = torch.argsort(goes_to.flatten(), stable=True)  # while the counts travel
+        # Neither sort nor scatter needs the counts: they run while the all-gather is in flight.
+        order = torch.argsort(goes_to.flatten(), stable=True)
         plan = self._plan(counting.read())
         if plan.once:
             sent, tickets = self._pack_once(experts, gates, goes_to, order, plan)
@@ -76,6 +77,9 @@ class AllToAllExchange(TokenExchange):
             travelling = [self._transfer(t, step.send, step.receive) for t in (rows, tickets)]
             return lambda: self._compute(plan, compute, *(t.wait() for t in travelling))
 
+        # A recomputed round starts only when its result is needed: the checkpointed function must
+        # contain the dispatch, which the backward pass repeats. So the next round's dispatch
+        # doesn't overlap with this round's computation.
         def depart_again(*leg: Any) -> Callable[[], Tensor]:
             def there() -> Tensor:
                 y: Tensor = checkpoint(
@@ -93,7 +97,7 @@ class AllToAllExchange(TokenExchange):
         extra = None if beside is None else beside()
         home = []
         for step, following in zip(plan.rounds, [*legs[1:], None], strict=True):
-            # The next round travels while this one computes.
+            # The next round's dispatch is in flight while this round computes.
             ready, finish = finish, begin(*following) if following else finish
             home.append(self._transfer(ready(), step.receive, step.send))
         results = [transfer.wait() for transfer in home]
@@ -101,7 +105,7 @@ class AllToAllExchange(TokenExchange):
         return y if extra is None else y + extra
 
     def _plan(self, table: list[list[int]]) -> "_Plan":
-        """Returns what all ranks make of the table of counts, the same on each."""
+        """Returns the plan that follows from the table of counts; all ranks compute it alike."""
         agreed = {tuple(row[: len(_HEADER)]) for row in table}
         if len(agreed) > 1:
             raise RuntimeError(
@@ -109,8 +113,8 @@ class AllToAllExchange(TokenExchange):
                 f"({', '.join(_HEADER)}): {[row[: len(_HEADER)] for row in table]}"
             )
         counts = [row[len(_HEADER) :] for row in table]  # of each source rank
-        rows = [row[: self.degree] for row in counts]  # a token once for each rank
-        copies = [row[self.degree :] for row in counts]  # a token once for each expert
+        rows = [row[: self.degree] for row in counts]  # a token once per rank
+        copies = [row[self.degree :] for row in counts]  # a token once per expert
         load = [sum(column) for column in zip(*copies, strict=True)]
         fair_share = sum(load) / self.degree
         needed = math.ceil(max(load) / max(1.0, self.settings.max_load * fair_share))
@@ -118,7 +122,8 @@ class AllToAllExchange(TokenExchange):
         if load[self.rank] == max(load):
             self._warn_of_imbalance(max(load), fair_share, num_rounds)
 
-        # In rounds every copy travels by itself: only then the counts tell what a round holds.
+        # With several rounds, each assignment is sent by itself: the counts don't say how many
+        # assignments a round would hold if a token's assignments shared one row.
         once = num_rounds == 1 and self._sends_once(table[0][_HEADER.index("top_k")])
         matrix = rows if once else copies
         rounds = [
@@ -139,19 +144,24 @@ class AllToAllExchange(TokenExchange):
         return self.settings.send_once and self.local_experts > 1 and top_k > 1
 
     def _ranks_of(self, experts: Tensor) -> Tensor:
-        """Returns the ranks that a token goes to, each in its own slot, [tokens, degree]."""
+        """Returns the ranks that a token goes to, [tokens, degree].
+
+        Rank r is in slot r, so a rank with several of a token's experts appears once. A slot
+        that isn't used holds `degree`, which `group_copies` takes for empty.
+        """
         nowhere = experts.new_full((len(experts), self.degree), self.degree)
         ranks = experts // self.local_experts
         return nowhere.scatter_(1, ranks, ranks)
 
-    # What is packed are copies in order of round and rank, and a ticket [2 · slots] for each. It
-    # holds the gates, and as numbers the experts on the rank that the copy goes to, `local_experts`
-    # for none: both travel, and the gates' gradients come back, in one piece.
+    # The packing functions return the rows to send, in order of round and rank, and each row's
+    # routing metadata [2 · slots]: the gates, then the local indices of the experts on the
+    # receiving rank (`local_experts`: none), as numbers of the gates' dtype. One all-to-all then
+    # carries both, and the gates' gradients back.
 
     def _pack_once(
         self, experts: Tensor, gates: Tensor, goes_to: Tensor, order: Tensor, plan: "_Plan"
     ) -> tuple[Copies, Tensor]:
-        """Returns a copy of each token for each rank that has one of its experts."""
+        """Returns each token once for each rank that has one of its experts."""
         sent = group_copies(
             goes_to, num_groups=self.degree, num_copies=sum(plan.rounds[0].send), order=order
         )
@@ -164,7 +174,7 @@ class AllToAllExchange(TokenExchange):
     def _pack_copies(
         self, experts: Tensor, gates: Tensor, order: Tensor | None, plan: "_Plan"
     ) -> tuple[Copies, Tensor]:
-        """Returns a copy of each token for each of its experts."""
+        """Returns each token once for each of its experts."""
         by_expert = group_copies(experts, num_groups=self.num_experts, order=order)
         sent = self._in_order_of_rounds(by_expert, plan)
         choices = (experts.flatten()[sent.slot] % self.local_experts).unsqueeze(1)
@@ -172,11 +182,12 @@ class AllToAllExchange(TokenExchange):
         return sent, torch.cat((weights, choices.to(weights.dtype)), 1)
 
     def _in_order_of_rounds(self, copies: Copies, plan: "_Plan") -> Copies:
-        """Returns copies that are grouped by rank, grouped by round and then by rank."""
+        """Returns copies that are grouped by rank, regrouped by round and then by rank."""
         if len(plan.rounds) == 1:
             return copies
-        # Copy i of the n that go to a rank is in the first round r with (r + 1) · n // rounds > i,
-        # computed where the counts are: a table from the host would make it wait for the device.
+        # Of the n copies for a rank, copy i is in the first round r with
+        # (r + 1) · n // rounds > i, as in `_part`. This is computed on the device: uploading a
+        # table from the host would synchronise.
         num_copies, num_rounds = copies.row.numel(), len(plan.rounds)
         of_rank = copies.counts.view(self.degree, -1).sum(1)
         before = of_rank.cumsum(0) - of_rank
@@ -192,7 +203,7 @@ class AllToAllExchange(TokenExchange):
         )
 
     def _compute(self, plan: "_Plan", compute: Compute, rows: Tensor, tickets: Tensor) -> Tensor:
-        """Has the local experts work on rows that arrived."""
+        """Applies the local experts to the rows that arrived."""
         gates, choices = tickets.chunk(2, 1)
         copies = group_copies(
             choices.detach().long(),
@@ -206,7 +217,7 @@ class AllToAllExchange(TokenExchange):
 
     def _warn_of_imbalance(self, worst: int, fair_share: float, num_rounds: int) -> None:
         if worst > self._worst * max(1.0, fair_share):
-            self._worst = 1.2 * worst / max(1.0, fair_share)  # the next warning tells more
+            self._worst = 1.2 * worst / max(1.0, fair_share)  # warn again only if it gets worse
             log.warning(
                 "%s: rank %d receives %d token copies, where a fair share is %d; "
                 "taken in %d rounds",
@@ -222,7 +233,7 @@ _HEADER = ("dim", "bytes per number", "top_k")
 
 
 class _Counting:
-    """The counts' all-gather, under way since this was made."""
+    """The all-gather of the counts; it starts when the object is made."""
 
     def __init__(self, x: Tensor, experts: Tensor, *, exchange: AllToAllExchange) -> None:
         degree, ranks = exchange.degree, experts // exchange.local_experts
@@ -231,7 +242,7 @@ class _Counting:
         copies = torch.zeros(degree, dtype=torch.int64, device=x.device)
         mine = torch.cat(
             (
-                *(ranks.new_full((1,), number) for number in header),  # made there, not sent there
+                *(ranks.new_full((1,), number) for number in header),  # on the device: no transfer
                 once.scatter_(1, ranks, 1).sum(0),
                 copies.scatter_add_(0, ranks.flatten(), torch.ones_like(ranks.flatten())),
             )
@@ -248,27 +259,28 @@ class _Counting:
         """Returns one row of counts for each rank: the layer's one host synchronisation."""
         with _named(self.name), self.activity.collective(self.name):
             self.work.wait()
-            table: list[list[int]] = self.table.tolist()  # where a GPU's wait really is
+            # On CUDA, `wait` only orders streams; the host blocks here.
+            table: list[list[int]] = self.table.tolist()
         return table
 
 
 class _Round(NamedTuple):
-    """One part of the tokens: how many rows go to and come from each rank."""
+    """One part of the rows: how many are sent to and received from each rank."""
 
     send: list[int]
     receive: list[int]
 
 
 class _Plan(NamedTuple):
-    """How this rank's part of the exchange goes, known before a token travels."""
+    """This rank's part of the exchange, known before a token is sent."""
 
     rounds: list[_Round]
     once: bool
-    """Whether a token goes once to a rank, or once to each expert."""
+    """Whether a token is sent once per rank, or once per expert."""
     copies: int
-    """Token copies that come here, in all rounds."""
+    """Token–expert assignments that this rank computes, in all rounds."""
     recomputes: bool
-    """Whether the rounds keep no activations."""
+    """Whether the rounds keep no activations, and are recomputed in the backward pass."""
 
 
 def _part(rows: int, index: int, parts: int) -> int:
@@ -276,12 +288,12 @@ def _part(rows: int, index: int, parts: int) -> int:
 
 
 class _Transfer:
-    """An all-to-all of rows under way, and in the backward pass the one that returns gradients.
+    """An asynchronous all-to-all of rows, and the one that returns gradients in the backward pass.
 
-    Both are started as early and waited for as late as autograd's order allows, so that what
-    stands between start and wait overlaps with them. Gradients of rows are summed over nobody:
-    each row has one sender. An expert's weight gradient therefore holds the tokens of all ranks
-    in the group.
+    Both start as early and are waited for as late as autograd's order allows, so that the work
+    between start and wait overlaps with them. In the backward pass, waiting is `_Start`'s and
+    starting is `_Wait`'s. Row gradients need no reduction, because each row has one sender; an
+    expert's weight gradient therefore covers the tokens of all ranks in the group.
     """
 
     def __init__(
@@ -301,14 +313,15 @@ class _Transfer:
         self.sent: Tensor = _Start.apply(x, self)  # type: ignore[no-untyped-call]
 
     def wait(self) -> Tensor:
-        """Returns the rows that came."""
-        # Kept no longer: with it this object would hold itself, and all rows until backward.
+        """Returns the rows that were received."""
+        # Dropped here: the graph of `sent` refers to this object, so that keeping it would make a
+        # reference cycle, which holds all rows until the backward pass.
         sent = self.__dict__.pop("sent")
         return _Wait.apply(sent, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def start(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Starts the exchange and returns the rows to be filled."""
-        self.kept = x.contiguous()  # until it is sent
+        """Starts the exchange and returns the buffer that it fills."""
+        self.kept = x.contiguous()  # must live until it is sent
         out = x.new_empty(sum(receive), *x.shape[1:])
         with _named(self.name):
             self.work = dist.all_to_all_single(
@@ -318,7 +331,7 @@ class _Transfer:
         return out
 
     def finish(self) -> Tensor:
-        """Waits for what `start` began, and returns the rows that came."""
+        """Waits for what `start` began, and returns the rows that were received."""
         with _named(self.name), self.activity.collective(self.name):
             self.work.wait()
         out = self.coming
@@ -331,7 +344,8 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
         transfer.start(x, transfer.send, transfer.receive)
-        return x.view_as(x)  # what wait() takes its gradient to: as many rows as were sent
+        # Stands for the rows sent, so that `_Wait` has an input of the gradient's shape.
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -348,12 +362,14 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer: _Transfer = ctx.transfer
+        # The buffer is returned before it is filled; autograd only passes it to `_Start.backward`,
+        # which waits for it.
         return transfer.start(grad, transfer.receive, transfer.send), None
 
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Says in an error of a collective what was going on: the library knows a port at best."""
+    """Adds to a collective's error what it was for: the library names a port at best."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Gradients over all ranks: one norm, one clip, one answer to whether they are finite."""
+"""Gradients over all ranks: one global norm, one clip, and whether they are finite."""
 
 import math
 from collections.abc import Iterable
@@ -30,10 +30,10 @@ class Gradients:
     def clip(self) -> float:
         """Scales all gradients so that their global norm is at most `max_norm`.
 
-        Returns the norm before, the same number on every rank: dense and expert gradients
-        together, each shard counted once and each replica once. In both views one replica is
-        the same set of ranks, so one sum over it takes in every element exactly once.
-        Gradients that are not finite are left alone, and so is the norm that says so.
+        Returns the norm before clipping, the same number on every rank. It covers dense and
+        expert gradients, each shard once and each replica once: in both views one replica is the
+        same set of ranks, so one sum over it counts every element exactly once. Gradients whose
+        norm isn't finite are left as they are.
         """
         local = self._local()
         norms = torch.stack(torch._foreach_norm(local)).double()

@@ -1,8 +1,8 @@
-"""Which expert backend `auto` takes in a run: measured by one rank, told to all others.
+"""Which expert backend `auto` takes in a run: measured by one rank, broadcast to all others.
 
-Owns that the ranks can't disagree, and the file of choices, `~/.cache/moetrain/backends.json`. A
-choice stays what it was, so that a run repeated takes the same kernels; it is forgotten by deleting
-the file. Leaves the timing to moetrain/kernels/autotune.py.
+Owns the agreement of the ranks, and the cache of choices, `~/.cache/moetrain/backends.json`. A
+choice in the cache stays, so that a repeated run takes the same kernels; deleting the file resets
+it. Leaves the timing to moetrain/kernels/autotune.py.
 """
 
 import functools
@@ -27,7 +27,7 @@ from moetrain.parallel.reduce import gather_objects, said_by_first_rank
 logger = logging.getLogger(__name__)
 
 Measure = Callable[[Sequence[str]], Mapping[str, float]]
-"""The seconds of each of some backends that runs."""
+"""Returns the seconds of each given backend that runs."""
 
 
 def settle_backend(
@@ -40,20 +40,20 @@ def settle_backend(
     among: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Has all experts of a model use one backend, where the setting leaves it to `auto`.
+    """Sets one backend for all experts of a model, where the setting is `auto`.
 
-    All ranks call it, before the first step. `num_tokens` is what each rank takes through the model
-    at once, in `dtype`; `among`, which backends are tried, by itself those for the kind of device.
+    All ranks call it, before the first step. `num_tokens` is the size of a rank's micro-batch, in
+    `dtype`; `among` are the backends to try, by default those for the kind of device.
     """
     settings = model.settings
     if among is None:
         among = ("cpu",) if device.type == "cpu" else ("megablocks", "grouped_mm")
     has_choice = settings.is_moe and settings.experts.function == "swiglu"
     if not has_choice or settings.experts.backend != "auto" or len(among) == 1:
-        return  # all ranks have these in common, so that none waits for another
+        return  # the same on all ranks, so that none waits in a collective below
     degree = meshes.topology.expert
     rows, choices = num_tokens, settings.top_k
-    if degree > 1:  # a row comes for each expert, on average of all ranks as many as go
+    if degree > 1:  # one row per assignment; on average a rank receives as many as it sends
         rows, choices = rows * choices, 1
     shape = ExpertShape(
         rows=rows,
@@ -87,9 +87,9 @@ def backend_of_all_ranks(
 ) -> str:
     """Returns one backend on all ranks: the first rank's choice of those that all can run.
 
-    All ranks call it, each with the backends that it is able to run; what else they differ in is
-    the first rank's alone, its cache too. Where they have none in common it is `cpu`, which is slow
-    on a GPU and takes any shape. RuntimeError on all ranks where the first can't choose.
+    All ranks call it, each with the backends that it can run. Only the first rank measures and
+    uses its cache. Where the ranks have no backend in common the result is `cpu`, which is slow on
+    a GPU and takes any shape. Raises RuntimeError on all ranks where the first can't choose.
     """
     ranks = gather_objects((device, tuple(able)))
     common = [name for name in ranks[0][1] if all(name in names for _, names in ranks)]
@@ -107,7 +107,7 @@ def backend_of_all_ranks(
         try:
             return fastest(common, key=key, measured=measured, cache=cache)
         except torch.OutOfMemoryError:
-            # This once. grouped_mm needs no memory for padding.
+            # Not cached: the next run measures again. grouped_mm needs no memory for padding.
             return "grouped_mm" if "grouped_mm" in common else common[0]
 
     return said_by_first_rank(chosen)
@@ -116,8 +116,8 @@ def backend_of_all_ranks(
 def fastest(candidates: Sequence[str], *, key: str, measured: Measure, cache: Path | None) -> str:
     """Returns the candidate that takes the least time, from the cache where it has the key.
 
-    A cache that can't be read or written, or None, is no reason to fail. Of two runs that measure
-    at once the first to write decides for both. Raises what `measured` does.
+    A cache that is None, or can't be read or written, is no error. If two runs measure at the same
+    time, the first to write decides for both. Raises what `measured` raises.
     """
     known = str(_read(cache).get(key, {}).get("fastest"))
     if known in candidates:
@@ -126,11 +126,11 @@ def fastest(candidates: Sequence[str], *, key: str, measured: Measure, cache: Pa
     best = min(seconds, key=lambda name: seconds[name])
     logger.info("%s is the fastest of %s for %s", best, seconds, key)
     kept = _write(cache, key, best, seconds)
-    return kept if kept in candidates else best  # the file's may be of other candidates
+    return kept if kept in candidates else best  # the cached one may not be a candidate now
 
 
 def default_cache() -> Path | None:
-    """Returns the file of choices: in XDG_CACHE_HOME, or else in ~/.cache; None without a home."""
+    """Returns the cache file, in XDG_CACHE_HOME or else in ~/.cache; None without a home."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if folder.startswith("~") or (os.environ.get("HOME") == "" and folder == "/.cache"):
         return None
@@ -138,7 +138,7 @@ def default_cache() -> Path | None:
 
 
 def _read(cache: Path | None) -> dict[str, dict[str, Any]]:
-    """Returns the file's entries; none where it is missing or isn't what this module writes."""
+    """Returns the file's entries; empty where it is missing or not in this module's format."""
     if cache is None:
         return {}
     try:
@@ -151,7 +151,7 @@ def _read(cache: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _write(cache: Path | None, key: str, best: str, seconds: Mapping[str, float]) -> str:
-    """Adds an entry, by replacing the file as a whole; returns the choice that stands in it."""
+    """Adds an entry by replacing the whole file; returns the choice that the file now holds."""
     if cache is None:
         return best
     try:

@@ -1,4 +1,4 @@
-"""The ranks' process groups: joining them, and the two views of them as device meshes."""
+"""Process groups: joining the ranks, and the two views of them as device meshes."""
 
 import datetime
 import socket
@@ -17,7 +17,7 @@ from moetrain.parallel.topology import DENSE_AXES, RankShare, Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """One set of ranks in a dense and an expert view, as one of them sees it."""
+    """The dense and the expert view of all ranks, as one rank sees them."""
 
     topology: Topology
     rank: int
@@ -28,25 +28,25 @@ class Meshes:
 
     @property
     def share(self) -> RankShare:
-        """What of the work is this rank's."""
+        """This rank's share of the work."""
         return self.topology.of(self.rank)
 
     @property
     def expert_group(self) -> dist.ProcessGroup:
-        """The ranks that together hold one copy of all experts, and exchange tokens."""
+        """The ranks that together hold one copy of all experts and exchange tokens."""
         return self.expert["expert"].get_group()
 
     def group(self, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
         """Returns the ranks that differ from this one along some axes only; None: all ranks.
 
-        ValueError where no group of exactly these was made.
+        Raises ValueError where no group of exactly these ranks was made.
         """
         wide = [axis for axis in axes if getattr(self.topology, axis) > 1]
         if wide == [axis for axis in DENSE_AXES if getattr(self.topology, axis) > 1]:
             return None
         if len(wide) > 1:
             raise ValueError(f"no process group was made along {', '.join(wide)}")
-        # Where none is wide, the group of an axis that this rank is alone on.
+        # Where all degrees are 1, any of the axes: its group is this rank alone.
         axis = wide[0] if wide else next(a for a in axes if a in ("data_replicate", "data_shard"))
         return self.dense[axis].get_group()
 
@@ -68,9 +68,9 @@ def join_ranks(
     device: torch.device,
     timeout_seconds: float,
 ) -> None:
-    """Joins the world's process group; `rendezvous` is an address as torch's `init_method`.
+    """Joins the world's process group; `rendezvous` is an address, as torch's `init_method`.
 
-    A fresh address for each attempt: survivors of an older one must not find this one.
+    Each attempt needs a new address: ranks that survived an older attempt must not find it.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -90,10 +90,10 @@ def join_ranks(
 def _store(
     rendezvous: str, *, rank: int, world_size: int, timeout: datetime.timedelta
 ) -> dist.TCPStore:
-    """Returns the store in which ranks find each other; the first serves it at that address only.
+    """Returns the rendezvous store; the first rank serves it, and at that address only.
 
-    By itself torch serves it on every network of the machine, and who can write there can have
-    ranks talk to him, pickled objects included.
+    By default torch listens on all interfaces. Anyone who can write to the store can make ranks
+    connect to them, and send pickled objects.
     """
     place = urlsplit(rendezvous)
     assert place.hostname is not None
@@ -117,7 +117,7 @@ def build_meshes(
 ) -> Meshes:
     """Returns the two views of the world's ranks, as `topology` lays them out.
 
-    Their collectives give up after `timeout_seconds`; None: after torch's half an hour.
+    `timeout_seconds` is the timeout of their collectives; None: torch's default, half an hour.
     """
     dense = init_device_mesh(
         device.type,

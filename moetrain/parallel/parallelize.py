@@ -36,7 +36,7 @@ def parallelize(
 
     Weights are float32, and gathered as `compute_dtype`; the router is gathered as float32.
     Gradients are sums over all ranks: the caller divides the loss by the global token count.
-    `activity` is told which layer computes, and what its exchange waits for.
+    `activity` receives which layer computes, and what its exchange waits for.
     """
     activity = activity or Activity()
     for layer, moe in enumerate(model.moe_layers(), start=model.settings.num_dense_layers):
@@ -72,7 +72,7 @@ def spread_experts(
 
 
 def tell_of_layer(block: nn.Module, number: int, activity: Activity) -> None:
-    """Has a block say when its forward and its backward pass begin."""
+    """Makes a block report when its forward and its backward pass begin."""
 
     def forward(*_: Any) -> None:
         activity.layer(number)
@@ -86,9 +86,9 @@ def tell_of_layer(block: nn.Module, number: int, activity: Activity) -> None:
 
 
 def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> None:
-    """Shards experts over what the expert axis leaves of the ranks, all else over all of them."""
-    # Inputs are left as they are: activations follow from the embedding's dtype, and the rotary
-    # table must stay float32.
+    """Shards experts over the expert-shard axis, and everything else over all sharding ranks."""
+    # FSDP doesn't cast inputs: activations get the embedding's dtype, and the rotary table must
+    # stay float32.
     policy, exact = (
         MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -104,7 +104,7 @@ def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> 
                 moe.experts,
                 mesh=expert_mesh,
                 mp_policy=policy,
-                # Under the experts, so that a rank's part is the same rows of each of its experts.
+                # Along the hidden dimension: a rank has the same rows of each of its experts.
                 shard_placement_fn=lambda _: Shard(HIDDEN_DIM),
             )
             if compute_dtype != torch.float32:
@@ -113,14 +113,14 @@ def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> 
     fully_shard(model, mesh=meshes.dense, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Sums, not means: after the exchange an expert's gradient already holds the tokens
-            # of the whole expert axis, and a mean over what is left would scale it differently.
+            # Sums, not means: after the exchange an expert's gradient already covers the tokens of
+            # the whole expert axis, and a mean over the remaining axes would scale it differently.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def reshard(model: nn.Module) -> None:
-    """Gives up gathered weights, so that the model's parameters are this rank's shards again."""
+    """Frees gathered weights, so that the model's parameters are this rank's shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -147,7 +147,7 @@ def initialise(model: Transformer, *, seed: int, device: torch.device) -> None:
 def fill_experts(
     name: str, parameter: Tensor, *, model: Transformer, seed: int, device: torch.device
 ) -> None:
-    """Fills the shards of a stacked expert weight, making only the experts that live here."""
+    """Fills the shards of a stacked expert weight, computing only this rank's experts."""
     shape, offset = _local_block(parameter)
     local = _local(parameter)
     for index in range(shape[EXPERT_DIM]):

@@ -1,4 +1,4 @@
-"""Activation recomputation: a block keeps its input alone, and its `Choice` the experts."""
+"""Activation recomputation: a block keeps only its input, and its `Choice` the chosen experts."""
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -8,10 +8,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 
 def plain_name(name: str) -> str:
-    """Returns a parameter's name as it is without the wrapper that recomputation puts in."""
+    """Returns a parameter's name without the wrapper that recomputation adds."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def recompute(block: nn.Module) -> nn.Module:
-    """Returns the block so wrapped that its backward pass computes it again from its input."""
+    """Returns the block wrapped so that the backward pass recomputes it from its input."""
     return checkpoint_wrapper(block, CheckpointImpl.NO_REENTRANT)

@@ -1,4 +1,4 @@
-"""What all ranks tell each other, whatever their part of the work."""
+"""Collectives over all ranks, whatever their share of the work."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,16 +32,16 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def said_by_first_rank(say: Callable[[], T]) -> T:
-    """Returns on every rank what `say` returns on the first, where alone it is called.
+    """Calls `say` on the first rank only, and returns its result on every rank.
 
-    Where it raises, that is raised there, and a RuntimeError with it on the others.
+    An exception of `say` is raised on the first rank, and as a RuntimeError on the others.
     """
     said: list[Any] = [None, None]
     error = None
     if dist.get_rank() == 0:
         try:
             said[0] = say()
-        except Exception as raised:  # the others must not wait for what will never come
+        except Exception as raised:  # the others already wait in the broadcast
             error, said[1] = raised, f"rank 0: {type(raised).__name__}: {raised}"
     dist.broadcast_object_list(said, src=0)
     if error is not None:

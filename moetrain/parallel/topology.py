@@ -16,16 +16,16 @@ from moetrain.settings.parallel import ParallelSettings
 DENSE_AXES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
 EXPERT_AXES = ("pipeline", "data_replicate", "expert_shard", "expert")
 BATCH_AXES = ("data_replicate", "data_shard")
-"""Along these every rank reads sequences of its own."""
+"""Along these axes every rank reads its own sequences."""
 TOKEN_AXES = (*BATCH_AXES, "context")
-"""Along these every rank has tokens of its own."""
+"""Along these axes every rank has its own tokens."""
 WEIGHT_AXES = ("data_shard", "context", "tensor")
-"""Along these, and through the stages of a pipeline, one copy of the weights is spread."""
+"""Along these axes, and over the pipeline stages, one copy of the weights is sharded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A valid layout of ranks, by its degrees."""
+    """A valid layout, by its degrees."""
 
     pipeline: int = 1
     data_replicate: int = 1
@@ -46,7 +46,7 @@ class Topology:
 
     @property
     def num_batch_ranks(self) -> int:
-        """Parts in which a global batch is read."""
+        """The number of parts in which a global batch is read."""
         return math.prod(self.degrees(BATCH_AXES))
 
     def degrees(self, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -54,19 +54,19 @@ class Topology:
         return tuple(getattr(self, axis) for axis in axes)
 
     def of(self, rank: int) -> "RankShare":
-        """Returns what of the work a rank has."""
+        """Returns a rank's share of the work."""
         return RankShare(topology=self, rank=rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """What of the work is one rank's: of a batch, of a sequence, of the model."""
+    """One rank's share of the work: of a batch, of a sequence, of the model."""
 
     topology: Topology
     rank: int
 
     def at(self, axis: str) -> int:
-        """Returns the rank's place on an axis of either view."""
+        """Returns the rank's coordinate on an axis of either view."""
         axes = DENSE_AXES if axis in DENSE_AXES else EXPERT_AXES
         inner = axes[axes.index(axis) + 1 :]
         step = math.prod(self.topology.degrees(inner))
@@ -83,7 +83,7 @@ class RankShare:
         return _part(global_batch_size, self.batch_rank, self.topology.num_batch_ranks)
 
     def positions(self, seq_len: int) -> range:
-        """Returns the positions of a sequence that stand on it."""
+        """Returns the positions of a sequence that it has."""
         return _part(seq_len, self.at("context"), self.topology.context)
 
     def layers(self, num_layers: int) -> range:
@@ -91,11 +91,11 @@ class RankShare:
         return _part(num_layers, self.at("pipeline"), self.topology.pipeline)
 
     def heads(self, num_heads: int) -> range:
-        """Returns the heads of attention that it computes."""
+        """Returns the attention heads that it computes."""
         return _part(num_heads, self.at("tensor"), self.topology.tensor)
 
     def experts(self, num_experts: int) -> range:
-        """Returns the global ids of the experts that live on it, or a shard of each of them."""
+        """Returns the global ids of the experts that it holds, whole or a shard of each."""
         return _part(num_experts, self.at("expert"), self.topology.expert)
 
 
@@ -107,7 +107,7 @@ def _part(number: int, index: int, parts: int) -> range:
 def degree_choices(num_ranks: int) -> Iterator[tuple[int, int]]:
     """Yields all (data_replicate, expert) degrees of so many ranks, the smaller ones first.
 
-    Whether a model can be laid out so is up to `resolve_topology`.
+    `resolve_topology` decides whether a model fits them.
     """
     for replicate in divisors(num_ranks):
         for expert in divisors(num_ranks // replicate):
@@ -122,9 +122,9 @@ def resolve_topology(
     ffn_hidden_dim: int,
     ranks_per_node: int,
 ) -> Topology:
-    """Returns the layout that the settings mean for so many ranks.
+    """Returns the layout of the settings for so many ranks.
 
-    Left open, `data_shard_degree` takes all ranks that the other degrees leave, and
+    If None, `data_shard_degree` takes all ranks that the other degrees leave, and
     `expert_degree` is the largest that divides both the experts and the shard degree and stays
     inside a node. Raises ConfigError where degrees don't multiply to the world size or don't
     divide what they split.
@@ -181,5 +181,5 @@ def resolve_topology(
 
 
 def divisors(number: int) -> list[int]:
-    """Returns what a number can be divided by, from 1 up."""
+    """Returns the divisors of a number, in ascending order."""
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,8 +1,8 @@
-"""The tree of settings: typed, frozen dataclasses that know no rule across them.
+"""The tree of settings: typed, frozen dataclasses, without the rules between them.
 
-At the bottom of the package: everything may import it. What settings mean for each other stands in
-`moetrain.config`. Plain words, numbers and lists only, because OmegaConf builds its schema from
-these classes; choices are validators. `data.*` is the data pipeline's own.
+It is at the bottom of the package: everything may import it. Rules between settings are in
+`moetrain.config`. Types are strings, numbers and lists only, because OmegaConf builds its schema
+from these classes; choices are validators. `data.*` belongs to the data pipeline.
 """
 
 from moetrain.settings.checkpoint import CheckpointSettings

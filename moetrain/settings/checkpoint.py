@@ -17,16 +17,16 @@ class CheckpointSettings:
 
     every_steps: PositiveInt = 500
     keep_last: Annotated[int, Ge(2)] = 3
-    """Complete checkpoints that stay; two at least, so that a bad newest one has a fall-back."""
+    """Newest complete checkpoints to keep; at least two, in case the newest one is corrupted."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this divides stay for good; a multiple of `every_steps`."""
+    """Checkpoints of steps that this divides are never deleted; a multiple of `every_steps`."""
     resume: Annotated[str, AfterValidator(one_of("auto", "never"))] = "auto"
     """`auto` resumes from the newest good checkpoint; `never` refuses a run that has one."""
     accept_changes: list[str] = field(default_factory=list)
-    """Settings of the model that may have another value than the checkpoint was trained with,
-    though its weights then compute something else."""
+    """Settings of the model that may differ from the checkpoint's, although its weights then
+    compute something else."""
     async_save: bool = True
     """Whether training continues while a checkpoint is being written. It takes host memory for a
-    copy of what a rank has of the model and its optimizer."""
+    copy of a rank's part of the model and the optimizer state."""
     upload_to: PathText | None = None
-    """The address of a folder, such as s3://bucket/runs, that gets a copy of each checkpoint."""
+    """The address of a folder, such as s3://bucket/runs, to which each checkpoint is uploaded."""

@@ -38,13 +38,14 @@ class RouterSettings:
     """How tokens choose experts, and what keeps the choice balanced."""
 
     score_function: Annotated[str, AfterValidator(one_of("softmax", "sigmoid"))] = "softmax"
-    """What makes scores of the logits: softmax as in Mixtral, sigmoid as in DeepSeek-V3."""
+    """How logits become scores: softmax as in Mixtral, sigmoid as in DeepSeek-V3."""
     normalize_gates: bool = True
-    """Whether a token's gates sum to one, as Mixtral's do; OLMoE and top-1 models don't."""
+    """Whether a token's gates are normalised to sum to one, as in Mixtral; not in OLMoE and top-1
+    models."""
     routed_scaling_factor: PositiveFloat = 1.0
-    """What all gates are multiplied by; DeepSeek-V3: 2.5, beside a shared expert."""
+    """A factor of all gates; DeepSeek-V3: 2.5, with a shared expert."""
     num_groups: PositiveInt = 1
-    """Groups of neighbouring experts, of which a token may use the `top_groups` best only. A
+    """Groups of neighbouring experts; a token may use experts of its `top_groups` best only. A
     group's score is its best expert's with softmax (DeepSeek-V2), and the sum of its two best
     experts' with sigmoid (DeepSeek-V3)."""
     top_groups: PositiveInt = 1
@@ -52,14 +53,14 @@ class RouterSettings:
     load_balance_scope: Annotated[
         str, AfterValidator(one_of("global_batch", "micro_batch", "sequence"))
     ] = "global_batch"
-    """Over which tokens the balance loss wants the experts balanced."""
+    """The tokens over which the balance loss balances the experts."""
     z_loss_weight: NonNegativeFloat = 0.001
     bias_update_rate: NonNegativeFloat = 0.0
-    """Loss-free balancing (arXiv 2408.15664): step of the selection bias; 0 leaves it as it is."""
+    """Loss-free balancing (arXiv 2408.15664): update rate of the selection bias; 0: no updates."""
     jitter_noise: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.0
     """Training multiplies the router's input by uniform(1 - this, 1 + this) (arXiv 2101.03961)."""
     force_balance: bool = False
-    """For benchmarks alone: experts are chosen evenly and at random, whatever the logits."""
+    """For benchmarks only: experts are chosen evenly and at random, whatever the logits."""
     name: Annotated[str, AfterValidator(ROUTERS.known)] = "top_k"
     """The router; `top_k` is what the settings above describe."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -77,9 +78,9 @@ class ExpertsSettings:
 
     backend: Annotated[str, AfterValidator(one_of(*BACKENDS))] = "auto"
     recompute: bool = False
-    """Whether the backward pass keeps the experts' input alone, and computes the rest again."""
+    """Whether only the experts' input is kept, and the backward pass recomputes the rest."""
     function: Annotated[str, AfterValidator(EXPERT_FUNCTIONS.known)] = "swiglu"
-    """What experts, shared experts and dense layers compute between their matrices."""
+    """The function that experts, shared experts and dense layers compute between their matrices."""
     options: dict[str, Any] = field(default_factory=dict)
     """The settings of a function of an extension (docs/extending.md)."""
 
@@ -93,8 +94,8 @@ class ExpertsSettings:
 class ModelSettings:
     """Mixtral's decoder; with `num_experts` 1 it is Mistral's dense one, without a router.
 
-    `ffn_hidden_dim` is an expert's. Shared experts are one SwiGLU layer beside the routed ones, of
-    `num_shared_experts * ffn_hidden_dim`, that every token goes through (arXiv 2401.06066).
+    `ffn_hidden_dim` is that of one expert. Shared experts are one SwiGLU layer of hidden dimension
+    `num_shared_experts * ffn_hidden_dim`, which every token goes through (arXiv 2401.06066).
     """
 
     dim: PositiveInt
@@ -107,28 +108,28 @@ class ModelSettings:
     """1: every layer is dense."""
     top_k: PositiveInt
     vocab_size: PositiveInt
-    """Rows of embedding and head: the ids of the tokenizer, or more."""
+    """Rows of embedding and head: at least the tokenizer's number of ids."""
     max_seq_len: PositiveInt
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat = 1e-5
     pad_vocab_to_multiple_of: PositiveInt = 1
-    """`vocab_size` is rounded up to a multiple of this as soon as it is read, and nothing else
-    knows of it: the ids added are in no text, and in the softmax like any other."""
+    """`vocab_size` is rounded up to a multiple of this when it is read, and nothing else depends on
+    it: the added ids occur in no text, and are in the softmax like any other."""
     num_shared_experts: NonNegativeInt = 0
     num_dense_layers: NonNegativeInt = 0
-    """How many of the first layers have a dense feed-forward layer and no router."""
+    """The number of first layers that have a dense feed-forward layer and no router."""
     dense_ffn_hidden_dim: PositiveInt | None = None
     """The hidden dimension of those layers."""
     qk_norm: bool = False
     """RMSNorm over all of a position's queries and over all of its keys, as in OLMoE."""
     loss_chunk_size: PositiveInt = 2048
-    """Tokens whose logits stand in memory at once."""
+    """Tokens whose logits are in memory at once."""
     router: RouterSettings = RouterSettings()
     experts: ExpertsSettings = ExpertsSettings()
 
     def __post_init__(self) -> None:
         multiple = self.pad_vocab_to_multiple_of
-        # Frozen from here on. On what is padded already, as after a resume, it changes nothing.
+        # The dataclass is frozen. A padded size, as after a resume, stays the same.
         object.__setattr__(self, "vocab_size", -(-self.vocab_size // multiple) * multiple)
 
     @property
@@ -138,11 +139,11 @@ class ModelSettings:
 
     @property
     def num_moe_layers(self) -> int:
-        """How many layers have a router; they are the last ones."""
+        """The number of layers with a router; they are the last ones."""
         return self.num_layers - self.num_dense_layers if self.is_moe else 0
 
     def dense_hidden_dim(self, layer: int) -> int | None:
-        """Returns the hidden dimension of a layer that is dense, None for one with a router."""
+        """Returns the hidden dimension of a dense layer, None for one with a router."""
         if not self.is_moe:
             return self.ffn_hidden_dim
         if layer >= self.num_dense_layers:

@@ -1,4 +1,4 @@
-"""The settings of observation: how often to log, what to show, whether to tell W&B."""
+"""The settings of logging: how often to log, what to show, whether to use W&B."""
 
 from dataclasses import field
 from typing import Annotated, Any
@@ -28,16 +28,16 @@ class WandbSettings:
     """Where W&B's record of a run goes; `offline` needs neither key nor network."""
 
     mode: Annotated[str, AfterValidator(one_of("auto", "offline", "online", "disabled"))] = "auto"
-    """auto: what WANDB_MODE or WANDB_DISABLED in the environment says, else offline."""
+    """auto: by WANDB_MODE or WANDB_DISABLED in the environment, else offline."""
     project: str | None = None
-    """None: WANDB_PROJECT of the environment, else moetrain."""
+    """None: WANDB_PROJECT in the environment, else moetrain."""
     entity: str | None = None
     group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ObserveSettings:
-    """What a run tells about itself while it trains."""
+    """What a run reports while it trains."""
 
     log_every_steps: PositiveInt = 10
     progress: Annotated[
@@ -45,11 +45,11 @@ class ObserveSettings:
     ] = "auto"
     wandb: WandbSettings = field(default_factory=WandbSettings)
     metrics: list[str] = field(default_factory=list)
-    """Metrics of extensions that records have besides their own (docs/extending.md)."""
+    """Metrics of extensions to add to the records (docs/extending.md)."""
     metric_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The settings of each, by its name."""
     sinks: list[str] = field(default_factory=list)
-    """Sinks of extensions that records go to besides metrics.jsonl, W&B and the display."""
+    """Sinks of extensions that records are written to, besides metrics.jsonl, W&B and display."""
     sink_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The settings of each, by its name."""
 

@@ -25,20 +25,20 @@ Decay = Annotated[float, Interval(ge=0.0, lt=1.0)]
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class OptimSettings:
-    """The optimizer. `momentum` is sgd's, `betas` and `eps` are adamw's."""
+    """The optimizer. `momentum` is for sgd, `betas` and `eps` are for adamw."""
 
     name: Annotated[str, AfterValidator(OPTIMIZERS.known)] = "adamw"
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 0.1
-    """On matrices only; norms are left alone."""
+    """On matrices only, not on norms."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     momentum: Decay = 0.0
     clip_grad_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm; None never clips."""
+    """The largest global gradient norm; None: no clipping."""
     restart_from: PositiveInt | None = None
-    """The step of a checkpoint from which the run resumes with a fresh optimizer state, as another
-    optimizer needs. Later resumes keep the state since then."""
+    """The step of a checkpoint from which the run resumes with a new optimizer state, as another
+    optimizer needs. Later resumes keep the state."""
     options: dict[str, Any] = field(default_factory=dict)
     """The settings of an optimizer of an extension (docs/extending.md)."""
 
@@ -59,9 +59,9 @@ class ScheduleSettings:
     warmup_steps: NonNegativeInt = 100
     final_lr_ratio: Fraction = 0.1
     decay_fraction: Fraction = 0.2
-    """wsd: the share of the run in which the rate falls (arXiv 2404.06395)."""
+    """wsd: the share of the run in which the rate decays (arXiv 2404.06395)."""
     restart_from: PositiveInt | None = None
-    """The step of a checkpoint from which a new schedule begins: warm-up and fall are counted from
+    """The step of a checkpoint from which a new schedule begins: warm-up and decay are counted from
     there, up to `train.num_steps`."""
     options: dict[str, Any] = field(default_factory=dict)
     """The settings of a schedule of an extension (docs/extending.md)."""

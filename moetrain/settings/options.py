@@ -1,4 +1,4 @@
-"""The settings that an extension's things have of their own, as parts of the tree."""
+"""The options of registered things, as parts of the tree of settings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +12,8 @@ def checked_options(
 ) -> dict[str, Any]:
     """Returns the options of the one thing that a setting names, with their defaults.
 
-    Raises ValueError for an option that there isn't, or that can't be. `name` is None where it is
-    wrong itself, which is told first.
+    Raises ValueError for an unknown option or an invalid value. `name` is None where the name
+    itself is wrong, which is reported first.
     """
     return dict(given) if name is None else registry.checked_options(name, given)
 

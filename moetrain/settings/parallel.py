@@ -1,4 +1,4 @@
-"""The settings of how ranks share the work."""
+"""The settings of parallelism: how ranks share the work."""
 
 from typing import Annotated
 
@@ -11,23 +11,24 @@ from moetrain.checks import one_of
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ExchangeSettings:
-    """How tokens travel between the ranks that hold the experts."""
+    """How tokens are exchanged between the ranks that hold the experts."""
 
     send_once: bool = True
-    """Whether a token goes once to a rank, however many of its experts live there."""
+    """Whether a token is sent once per rank, however many of its experts are there."""
     num_rounds: PositiveInt = 1
-    """Parts in which the tokens travel: one's experts compute while the next one travels."""
+    """Rounds of the exchange: experts compute one round while the next one is in flight."""
     max_load: Annotated[float, Ge(1)] = 2.0
-    """Times its fair share that a rank takes at once. More comes in rounds whose activations are
-    computed again in the backward pass: an early imbalance costs time, not the run."""
+    """The most that a rank takes at once, as a multiple of its fair share. With more, the exchange
+    takes more rounds and recomputes their activations in the backward pass: an early imbalance
+    costs time, and doesn't end the run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ParallelSettings:
-    """How the ranks share the work. None: chosen from the number of ranks."""
+    """The degrees of the layout. None: chosen from the number of ranks."""
 
     expert_degree: Annotated[int, Ge(1)] | None = None
-    """Ranks over which one copy of the experts is spread."""
+    """Ranks over which one copy of the experts is distributed."""
     data_shard_degree: Annotated[int, Ge(1)] | None = None
     """Ranks over which one copy of the dense weights is sharded (FSDP)."""
     data_replicate_degree: PositiveInt = 1
@@ -36,5 +37,5 @@ class ParallelSettings:
     tensor_degree: PositiveInt = 1
     pipeline_degree: PositiveInt = 1
     recompute: Annotated[str, AfterValidator(one_of("none", "full"))] = "none"
-    """`full`: keep only each block's input for the backward pass; routing is saved, not redone."""
+    """`full`: keep only each block's input for the backward pass, and the choice of experts."""
     exchange: ExchangeSettings = ExchangeSettings()

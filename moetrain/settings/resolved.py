@@ -1,7 +1,8 @@
-"""A configuration in which everything is decided: what is saved as a run's `config.yaml`.
+"""A configuration in which everything is decided; it is saved as a run's `config.yaml`.
 
-Each part is the part of the tree with its open settings narrowed, so that a resolved configuration
-passes wherever one as given does. `moetrain.config.resolve` makes it.
+Each part is a subclass of the part of the tree, with the types of open settings narrowed, so that a
+resolved configuration is accepted wherever an unresolved one is. `moetrain.config.resolve` makes
+it.
 """
 
 from dataclasses import field
@@ -16,7 +17,7 @@ from moetrain.settings.parallel import ParallelSettings
 from moetrain.settings.train import FolderName, RunSettings, TrainSettings
 from moetrain.settings.tree import Config
 
-# `field()` takes back the default that a narrowed setting would inherit.
+# `field()` removes the default that a narrowed setting would inherit.
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -28,7 +29,7 @@ class ResolvedRun(RunSettings):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ResolvedTrain(TrainSettings):
-    """The training loop with the sequences that a rank takes at once."""
+    """The training loop with its micro-batch size."""
 
     micro_batch_size: PositiveInt = field()
 
@@ -43,7 +44,7 @@ class ResolvedParallel(ParallelSettings):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ResolvedData(DataSettings):
-    """The data with its folder of shards, absolute or a URL, there or not."""
+    """The data with its folder of shards: an absolute path or a URL, which may not exist yet."""
 
     dir: str = field()
 
@@ -57,7 +58,7 @@ class ResolvedLaunch(LaunchSettings):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Resolved(Config):
-    """Everything that a run is made from, with nothing open."""
+    """A whole configuration with nothing left open."""
 
     train: ResolvedTrain
     run: ResolvedRun = field()

@@ -30,32 +30,33 @@ FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainSettings:
-    """How long, on how much at once, and in which dtype. Batch sizes count sequences."""
+    """The number of steps, batch sizes in sequences, and the dtype."""
 
     num_steps: PositiveInt
     global_batch_size: PositiveInt
     seq_len: PositiveInt
     micro_batch_size: PositiveInt | None = None
-    """Sequences that a rank takes through the model at once; None: up to 16,384 tokens of them."""
+    """Sequences per rank and micro-batch; None: up to 16,384 tokens of them."""
     dtype: Annotated[str, AfterValidator(one_of("auto", "float32", "bfloat16"))] = "auto"
-    """What weights are gathered and multiplied as; auto: bfloat16 on CUDA, float32 on CPU."""
+    """The dtype in which weights are gathered and multiplied; auto: bfloat16 on CUDA, float32 on
+    CPU."""
     validate_every_steps: NonNegativeInt = 0
     """0: at the end only."""
     validation_sequences: PositiveInt | None = 1024
-    """Held-out sequences of each source to validate on at most, evenly spread over all that it has,
-    the same ones for a seed; None: all."""
+    """The most held-out sequences per source to validate on, evenly spread over all that it has and
+    the same for a seed; None: all."""
     validation_weights: Annotated[str, AfterValidator(one_of("mixture", "tokens"))] = "mixture"
-    """What a source counts for in `validation/loss`: its share of the samples trained on at that
+    """The weight of a source in `validation/loss`: its share of the samples trained on at that
     step, or its held-out tokens that are read."""
     max_skipped_steps: PositiveInt = 10
-    """Non-finite steps in a row after which the run stops."""
+    """Consecutive skipped steps after which the run stops."""
     objective: Annotated[str, AfterValidator(OBJECTIVES.known)] = "pretraining"
     """What a step minimises."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     callbacks: list[str] = field(default_factory=list)
-    """What is called at the run's start, after steps, validations and checkpoints, at the end."""
+    """Called at the run's start, after steps, validations and checkpoints, and at the end."""
     callback_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The settings of each, by its name."""
+    """The options of each, by its name."""
 
     @field_validator("objective_options")
     @classmethod
@@ -77,16 +78,16 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RunSettings:
-    """What the run is called, where it is kept and what it runs on."""
+    """The run's name, where it is kept and what it runs on."""
 
     name: FolderName | None = None
-    """A run that has the name already resumes from its newest checkpoint; None: a new name."""
+    """An existing run of this name resumes from its newest checkpoint; None: a new name."""
     dir: PathText = "runs"
     """The folder that holds the runs."""
     device: Annotated[str, AfterValidator(one_of("auto", "cpu", "cuda"))] = "auto"
     extensions: dict[str, str] = field(default_factory=dict)
-    """Version and SHA-256 of the source of each extension: written into a run's configuration by
-    the command, whatever is given."""
+    """Version and SHA-256 of the source of each extension. The command sets it in a run's
+    configuration; values that are given are ignored."""
     threads_per_rank: PositiveInt | None = None
-    """Threads that a rank computes with on a CPU. None: its machine's cores over the run's ranks
-    there, and one in the trials of a sweep that run side by side."""
+    """CPU threads of a rank. None: its machine's cores divided by the run's ranks there, and one in
+    trials of a sweep that run at the same time."""

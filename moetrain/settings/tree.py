@@ -1,4 +1,4 @@
-"""The whole tree of what `python -m moetrain` can be told."""
+"""The whole tree of settings of `python -m moetrain`."""
 
 from dataclasses import field
 
@@ -17,15 +17,15 @@ from moetrain.settings.train import RunSettings, TrainSettings
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config:
-    """A configuration as it was given: what is None is still open."""
+    """A configuration as it was given: settings that are None are still open."""
 
     model: ModelSettings
     train: TrainSettings
     seed: NonNegativeInt = 0
     dry_run: bool = False
-    """Whether the command checks all and says what it would train, and ends without a write."""
+    """Whether to only check everything and print what would be trained, without writing."""
     extensions: list[str] = field(default_factory=list)
-    """Modules of the user's own, imported before the settings are checked (docs/extending.md)."""
+    """The user's own modules, imported before the settings are checked (docs/extending.md)."""
     run: RunSettings = RunSettings()
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()

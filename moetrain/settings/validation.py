@@ -1,4 +1,4 @@
-"""A plain dictionary becomes a typed tree of settings, or one message on the first thing wrong."""
+"""Turns a plain dictionary into a typed tree of settings, or reports the first error in it."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 
 
 def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
-    """Returns the typed tree of a plain dictionary; ConfigError names the first thing wrong."""
+    """Returns the typed tree of a plain dictionary; ConfigError names the first error."""
     try:
         return TypeAdapter(tree).validate_python(values)
     except ValidationError as error:
@@ -31,9 +31,9 @@ def validated(values: Mapping[str, Any], tree: type[Tree]) -> Tree:
 
 @contextmanager
 def asking_for_extensions(config: Mapping[str, Any]) -> Iterator[None]:
-    """Names, in a ConfigError about a checkpoint's configuration, the extensions that it needs.
+    """Adds to a ConfigError about a checkpoint's configuration the extensions that it needs.
 
-    Nothing is imported because a checkpoint names it.
+    They aren't imported, because only the user may name modules to import.
     """
     try:
         yield
@@ -50,18 +50,18 @@ def asking_for_extensions(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 def validated_run(config: Mapping[str, Any]) -> Resolved:
-    """Returns the configuration that a checkpoint keeps; ConfigError names what is wrong."""
+    """Returns the configuration in a checkpoint; ConfigError names what is wrong."""
     with asking_for_extensions(config):
         return validated(config, Resolved)
 
 
 def unknown_setting(name: str, known: list[str]) -> str:
-    """Returns what to say of a setting that there isn't: the nearest one, or all there are."""
+    """Returns the hint for an unknown setting: the nearest one, or all known ones."""
     return f"there is no such setting{nearest(name, known) or '; there are ' + ', '.join(known)}"
 
 
 def known_keys(tree: type, path: list[str]) -> list[str]:
-    """Returns the settings that a part of the tree has; none where the path leads nowhere."""
+    """Returns the settings of a part of the tree; empty where the path doesn't exist."""
     for part in path:
         types = {f.name: f.type for f in dataclasses.fields(tree)}
         if not dataclasses.is_dataclass(types.get(part)):

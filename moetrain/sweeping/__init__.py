@@ -1,1 +1,1 @@
-"""Sweeps: many trainings by one command line, also by the sweepers and launchers of others."""
+"""Sweeps: many trainings by one command line, also by third-party sweepers and launchers."""

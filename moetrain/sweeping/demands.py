@@ -1,4 +1,4 @@
-"""What a sweep by somebody's sweeper or launcher must be, to be repeatable and safe."""
+"""The requirements on a sweep by a third-party sweeper or launcher: repeatable and safe."""
 
 import re
 import warnings
@@ -43,7 +43,7 @@ def prepare_study(config: DictConfig) -> None:
 
 
 def _ask_again(storage: str, study_name: str | None, *, run_name: str) -> None:
-    """Has a study that is kept try first what it has no loss of: a stop may have come between."""
+    """Makes a stored study retry trials without a loss first: the sweep may have been stopped."""
     import optuna
 
     try:
@@ -79,7 +79,7 @@ def _require_storage(storage: str) -> None:
 
 
 def require_launcher(config: DictConfig, words: Sequence[str]) -> None:
-    """Raises ConfigError for what a launcher can't do, or would run though nobody typed it."""
+    """Raises ConfigError for what a launcher can't do, or would run though the user didn't ask."""
     launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     for key, value in launcher.items():
         name = f"hydra.launcher.{key}"

@@ -1,6 +1,6 @@
-"""Hydra's sweepers and launchers of others: Optuna's, submitit's and joblib's, where installed.
+"""Third-party sweepers and launchers of Hydra: Optuna, submitit and joblib, where installed.
 
-Owns which of them may stand in a configuration; puts `trial_launcher` where Hydra would make one.
+Owns which of them a configuration may use; replaces Hydra's launcher by `trial_launcher`.
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ _INSTEAD = {
 
 
 class SweepEnded(Exception):
-    """The end of a sweep in the middle of Hydra, with the exit code so far."""
+    """Ends a sweep from within Hydra, with the exit code so far."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"a sweep ended with {code}")
@@ -62,7 +62,7 @@ class SweepEnded(Exception):
 
 
 def require_usable(words: Sequence[str], *, is_sweep: bool) -> None:
-    """Raises ConfigError for a plugin on the command line that isn't there, or can't be used."""
+    """Raises ConfigError for a plugin on the command line that is missing or can't be used."""
     for word in words:
         found = re.fullmatch(r"\+?\+?(hydra/(?:launcher|sweeper))=(\w+)", word)
         if not found or found[2] == "basic":
@@ -80,7 +80,7 @@ def require_usable(words: Sequence[str], *, is_sweep: bool) -> None:
 
 
 class SweepPlugins:
-    """Has the sweepers and launchers of others run trials as commands, while it is in force."""
+    """Makes third-party sweepers and launchers run trials as commands, while it is in force."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class SweepPlugins:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Stands in for Hydra's making of sweepers and launchers while the context lasts."""
+        """Replaces Hydra's creation of sweepers and launchers while the context lasts."""
         sweeper, launcher = Plugins.instantiate_sweeper, Plugins.instantiate_launcher
 
         def sweeper_of(plugins: Plugins, *, config: DictConfig, **known: Any) -> Sweeper:
@@ -117,7 +117,7 @@ class SweepPlugins:
             if _is_hydras_own(config):
                 return inner
             assert self._begin is not None
-            # Late: what trains is loaded only for a sweep that trains.
+            # Lazy: torch and Ray are loaded only for a sweep that trains.
             from moetrain.sweeping.trial_launcher import TrialLauncher
 
             self._batches = self._begin(Path(config.hydra.sweep.dir))
@@ -150,7 +150,7 @@ class SweepPlugins:
         return max(code, int(self._batches.close()))
 
     def _prepare(self, config: DictConfig) -> None:
-        """Makes a sweep one that can be repeated; ConfigError where it can't be run so."""
+        """Makes a sweep repeatable; raises ConfigError where that is impossible."""
         if self._begin is None:
             raise ConfigError(
                 "hydra.sweeper",

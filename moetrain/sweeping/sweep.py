@@ -1,7 +1,7 @@
 """Sweeps: every combination of `-m model.num_experts=8,16` becomes a trial, a command of its own.
 
-Owns that none begins before all are known to be right. Leaves what each is to be trained with to
-`trial_plan`, and running them and their table to `launch`.
+All are checked before any begins. Leaves each trial's settings to `trial_plan`, and running them
+and their table to `launch`.
 """
 
 import sys
@@ -39,7 +39,7 @@ from moetrain.sweeping.trial_plan import (
 
 
 def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
-    """Trains every combination; returns the exit code. `folder` is for what the sweep leaves."""
+    """Trains every combination; returns the exit code. `folder` is for the sweep's own files."""
     try:
         if any(combination.settings.dry_run for combination in combinations):
             _leave_nothing(folder)
@@ -88,7 +88,7 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Removes what Hydra has made for a sweep, and the folders that were made for it."""
+    """Removes Hydra's files of a sweep, and the folders made for them."""
     (folder / "multirun.yaml").unlink(missing_ok=True)
     with suppress(OSError):  # of a folder with other runs
         for empty in (folder, folder.parent, folder.parent.parent):
@@ -97,7 +97,7 @@ def _leave_nothing(folder: Path) -> None:
 
 @contextmanager
 def planned(combinations: Sequence[Combination[Config]]) -> Iterator[list[Trial]]:
-    """Returns the trials of a sweep, whose names are its own while the context lasts.
+    """Returns the trials of a sweep, whose names are reserved while the context lasts.
 
     Raises ConfigError where one of them could not begin.
     """
@@ -110,7 +110,7 @@ def planned(combinations: Sequence[Combination[Config]]) -> Iterator[list[Trial]
 
 
 class SweepInBatches:
-    """A sweep by a sweeper or launcher of others, which sees each trial as a job with a loss."""
+    """A sweep by a third-party sweeper or launcher, which sees each trial as a job with a loss."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = persistent_folder(str(folder))
@@ -169,7 +169,7 @@ def _require_training(combinations: Sequence[Combination[Config]]) -> None:
 def _require_room(
     combinations: Sequence[Combination[Config]], elsewhere: ExternalLauncher | None
 ) -> None:
-    """Raises ConfigError where trials beside each other would take each other's devices."""
+    """Raises ConfigError where concurrent trials would use the same devices."""
     if elsewhere is None or elsewhere.num_at_once < 2:
         return
     for one in combinations:
@@ -192,7 +192,7 @@ def _require_room(
 
 
 def _places(combinations: Sequence[Combination[Config]]) -> int | None:
-    """Returns the number of ranks that there is room for at once; None without a cluster."""
+    """Returns the number of ranks that fit at the same time; None without a cluster."""
     settings = combinations[0].settings.launch
     address = cluster_address(settings)
     if settings.mode == "inline" or not address:

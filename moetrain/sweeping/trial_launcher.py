@@ -1,7 +1,7 @@
-"""What a sweeper of others has to do with: a launcher that runs its jobs as trials.
+"""The launcher that third-party sweepers get: it runs their jobs as trials.
 
-A trial stays what it is in a sweep of ours, a training command of its own: a sweeper gets its loss,
-and a launcher starts the command where it starts things. So names, table and resuming are the same.
+A trial is a training command of its own, as in a built-in sweep: a sweeper gets its loss, and a
+third-party launcher starts the command. So names, table and resuming are the same.
 """
 
 import signal
@@ -47,7 +47,7 @@ class Batches(Protocol):
 
 
 class TrialLauncher(Launcher):
-    """What a sweeper has to do with: runs its jobs as trials, by another launcher if need be."""
+    """Runs a sweeper's jobs as trials, by another launcher if one is configured."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class TrialLauncher(Launcher):
         self._config, self._context, self._inner = config, context, inner
 
     def setup(self, **known: Any) -> None:
-        """Is called by Hydra's plugins, which have been passed by here."""
+        """Called by Hydra's plugins, which aren't used here."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -122,7 +122,7 @@ def _returned(result: Result, overrides: Sequence[str]) -> JobReturn:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a launcher of others is given to run: a trial's command, by its number in the batch."""
+    """The job of a third-party launcher: a trial's command, by its number in the batch."""
 
     commands: Mapping[int, Sequence[str]]
     logs: Mapping[int, str]
@@ -133,7 +133,7 @@ class _Job:
 
 
 class _Elsewhere:
-    """Runs trials by a launcher of others."""
+    """Runs trials by a third-party launcher."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class _Elsewhere:
 
     @property
     def num_at_once(self) -> int:
-        """How many trials run beside each other on this machine; 0: they run on others."""
+        """How many trials run concurrently on this machine; 0: they run on others."""
         if not self.is_local:
             return 0
         wanted = int(self._config.hydra.launcher.n_jobs)
@@ -180,7 +180,7 @@ class _Elsewhere:
 
 
 def _stops_by_interrupt() -> AbstractContextManager[None]:
-    """Has SIGTERM do what Ctrl-C does: launchers know that one."""
+    """Makes SIGTERM act as Ctrl-C, which launchers handle."""
 
     def handle(_: int, __: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the trials of a sweep are to be trained with, and the names that are held for them."""
+"""The settings of a sweep's trials, and the names that are reserved for them."""
 
 import os
 import sys
@@ -30,13 +30,13 @@ from moetrain.train.changes import as_plain, changes
 from moetrain.train.prepare import on_shards
 from moetrain.train.resume import require_no_restart
 
-# What a trial waits at least for places: those of the one before it may not be free yet.
+# The shortest time to wait for resources: those of the trial before may not be free yet.
 TRIAL_WAIT_SECONDS = 60.0
 _NAMES = {"run.name", "run.dir"}
 
 
 class TrialPlan:
-    """What the trials of a sweep are to be trained with, and the names that are held for them."""
+    """The settings of a sweep's trials, and the names that are reserved for them."""
 
     def __init__(self, held_names: ExitStack, *, in_batches: bool = False) -> None:
         self._held = held_names
@@ -73,7 +73,7 @@ class TrialPlan:
             taken=[trial.run_dir.name for trial in self._trials],
             threads=_threads(resolved, elsewhere),
         )  # fmt: skip
-        # What a sweeper suggests again is the trial that it was.
+        # If a sweeper suggests the same values again, it is the same trial.
         found = [
             replace(t, number=ours[t.run_dir].number) if t.run_dir in ours else t for t in found
         ]
@@ -81,7 +81,7 @@ class TrialPlan:
         return found
 
     def _hold(self, combinations: Sequence[Combination[Config]], folders: Collection[Path]) -> None:
-        """Keeps other sweeps off the names that the combinations give, from now on."""
+        """Reserves the names of the combinations, against other sweeps."""
         given = [c.settings.run.name for c in combinations]
         if None in given and self._base is None:
             self._base = self._held.enter_context(_new_base(folders))
@@ -102,7 +102,7 @@ def wanted_of(
     varied: Sequence[Mapping[str, str]],
     in_batches: bool = False,
 ) -> list[TrialSettings]:
-    """Returns what each combination is to be trained with; `base` names those without a name."""
+    """Returns each combination's settings for training; `base` names those without a name."""
     names = [c.settings.run.name or base for c in combinations]
     several = len(set(names)) > 1
     own = [_holds_values(c, values) for c, values in zip(combinations, varied, strict=True)]
@@ -120,7 +120,7 @@ def wanted_of(
 
 
 def once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[Config]]:
-    """Returns the combinations without those that have the settings of another one."""
+    """Returns the combinations without duplicates."""
     kept: list[Combination[Config]] = []
     for one in combinations:
         if any(one.settings == other.settings for other in kept):
@@ -148,7 +148,7 @@ def resolved_as_trial(config: Config, elsewhere: ExternalLauncher | None = None)
 
 
 def _resolved_there(config: Config, num_workers: int | None) -> Resolved:
-    """Returns a trial's settings on another machine, of which this one knows no devices."""
+    """Returns a trial's settings on another machine, whose devices are unknown here."""
     model, run = config.model, config.run
     unknown = replace(
         config,
@@ -161,7 +161,7 @@ def _resolved_there(config: Config, num_workers: int | None) -> Resolved:
 
 
 def _threads(resolved: Sequence[Resolved], elsewhere: ExternalLauncher | None) -> int | None:
-    """Returns the threads of each rank where trials share this machine's cores unasked."""
+    """Returns the threads of each rank where concurrent trials share this machine's cores."""
     at_once = min(elsewhere.num_at_once, len(resolved)) if elsewhere else 0
     if at_once < 2 or any(config.run.threads_per_rank for config in resolved):
         return None
@@ -177,8 +177,8 @@ def with_shards(
 ) -> tuple[list[Resolved], list[str | None]]:
     """Returns the configurations with the folders of their shards, and the shards' fingerprints.
 
-    `find` is asked once for each text: trials beside each other would all build what is missing.
-    None stands for the fingerprint of what isn't built.
+    `find` is called once for each text: concurrent trials would all build what is missing. None is
+    the fingerprint of shards that aren't built.
     """
     found: dict[tuple[str, ...], ShardFolder | PlannedBuild] = {}
     keys = [(c.data.dir, c.data.tokenizer, c.data.text_field) for c in resolved]
@@ -273,7 +273,7 @@ def renamed(config: Resolved, name: str) -> Resolved:
 def _assigned(
     resolved: Sequence[Resolved], wanted: Sequence[TrialSettings], *, taken: Collection[str]
 ) -> list[str]:
-    """Returns the name of each trial's run; tells where one begins that a user may not expect."""
+    """Returns the name of each trial's run; reports where an unexpected one begins."""
     names: dict[int, str] = {}
     for folder in dict.fromkeys(config.run.dir for config in resolved):
         here = [i for i, config in enumerate(resolved) if config.run.dir == folder]

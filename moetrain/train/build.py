@@ -150,7 +150,7 @@ def build_trainer(
 
 
 def _callbacks(config: Resolved, state: TrainState) -> dict[str, Callback]:
-    """Returns the callbacks of extensions, with what the checkpoint kept of them."""
+    """Returns the callbacks of extensions, with their state from the checkpoint."""
     given, made = config.train.callback_options, dict[str, Callback]()
     for name in config.train.callbacks:
         options = CALLBACKS.typed_options(name, given.get(name, {}))
@@ -180,7 +180,7 @@ def _restored(
     optimizer: Optimizer,
     shards: ShardFolder,
 ) -> tuple[TrainState, Manifest | None]:
-    """Loads the newest good checkpoint, if any; returns the state, and the manifest of that."""
+    """Loads the newest good checkpoint, if any; returns the state and the manifest."""
 
     def unread(manifest: Manifest, name: str) -> bool:
         return name.startswith("optimizer.") and begins_optimizer(config, manifest)
@@ -209,7 +209,7 @@ def _tell_of_resume(
     event: Callable[..., None],
     say: Callable[[str], None],
 ) -> None:
-    """Tells where a run resumes, and what has changed since; changed settings are kept as state."""
+    """Reports where a run resumes and what has changed; the state records changed settings."""
     event(EventKind.resume, step=state.step, attempt=place.attempt)
     say(f"resumes at step {state.step}")
     if changed := told_changes(config, resumed_from):
@@ -231,7 +231,7 @@ def _sinks(
     resumes: bool,
     event: Callable[..., None],
 ) -> list[Sink]:
-    """Returns where metric records go, the file first: what it can't take nobody shall see."""
+    """Returns the sinks, the file first: a record that can't be written there goes nowhere."""
 
     def tell(text: str) -> None:
         event(EventKind.wandb, step=state.step, reason=text)
@@ -292,7 +292,7 @@ def build_model(
 ) -> tuple[Transformer, Optimizer, Gradients, Meshes]:
     """Returns this rank's part of the fresh model, its optimizer and gradients, and its meshes.
 
-    All ranks of the world call it. Collectives give up after `timeout_seconds`.
+    All ranks of the world call it. Collectives time out after `timeout_seconds`.
     """
     topology = resolve_topology(
         config.parallel,
@@ -327,7 +327,7 @@ def build_model(
 
 
 def order_change(state: TrainState, batches: GlobalBatches) -> str | None:
-    """Returns what is told of a restored run whose samples come otherwise than they would have."""
+    """Returns a message where a restored run's samples come in another order than before."""
     if not state.samples:
         return None
     before, now = state.position["units"], batches.position(state.samples)["units"]
@@ -343,7 +343,7 @@ def _shares(units: Mapping[str, int]) -> str:
 
 
 def _mesh(config: Resolved, place: RankPlace, device: torch.device) -> dict[str, Any]:
-    """Returns what a manifest says of the layout that wrote it."""
+    """Returns the manifest's description of the layout that wrote it."""
     return {
         "world_size": place.world_size,
         "data_replicate": config.parallel.data_replicate_degree,
@@ -360,7 +360,7 @@ def _mesh(config: Resolved, place: RankPlace, device: torch.device) -> dict[str,
 def _uploader(
     config: Resolved, place: RankPlace, control: Control, *, event: Callable[..., None]
 ) -> Uploader | None:
-    """Returns what uploads this attempt's checkpoints, if anything; failures are told to people."""
+    """Returns the uploader of this attempt's checkpoints, if any; it prints failures."""
 
     def tell(kind: EventKind, **fields: Any) -> None:
         event(kind, **fields)
@@ -372,7 +372,7 @@ def _uploader(
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype that a setting means on a device."""
+    """Returns the dtype of a setting on a device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,7 +1,7 @@
 """Which settings of two configurations differ, and what each difference means for a run.
 
-Pure: takes plain configurations (`as_plain`, a manifest's `config`) and decides nothing. What is
-refused at a resume, and what is told, is `prepare`'s matter.
+Pure: it takes plain configurations (`as_plain`, a manifest's `config`) and decides nothing. Leaves
+to `resume` what is refused at a resume and what is reported.
 """
 
 import json
@@ -22,24 +22,24 @@ class Kind(StrEnum):
     function = "function"
     """What the weights compute: with another value the same weights are another model."""
     order = "order"
-    """Which text a sample index means: with another value some text would come twice."""
+    """Which text a sample index means: with another value some text would be read twice."""
     text = "text"
-    """Where the text is. Whether it is the same text, the shards' fingerprints say."""
+    """Where the text is. The shards' fingerprints tell whether it is the same text."""
     recipe = "recipe"
     """How the weights are trained, and what the metrics mean."""
     layout = "layout"
-    """Who computes what, with what: the same numbers up to rounding."""
+    """Which rank computes what, and how: the same numbers up to rounding."""
     incidental = "incidental"
-    """Nothing of the training: where it is kept, what is shown, who may start it."""
+    """Nothing about the training: where the run is kept, what is shown, how it is started."""
 
 
-# By the longest name that fits. A new setting of the model changes its function until it is listed
-# here as one that doesn't; a new one of anything else is part of the recipe.
+# The longest matching prefix counts. A new setting of the model changes its function unless it is
+# listed here; a new setting of anything else is part of the recipe.
 _KINDS = {
     "": Kind.recipe,
     "model": Kind.function,
     "model.max_seq_len": Kind.recipe,
-    "model.pad_vocab_to_multiple_of": Kind.incidental,  # what came of it is in vocab_size
+    "model.pad_vocab_to_multiple_of": Kind.incidental,  # its effect is in vocab_size
     "model.loss_chunk_size": Kind.layout,
     "model.router.load_balance_loss_weight": Kind.recipe,
     "model.router.load_balance_scope": Kind.recipe,
@@ -76,7 +76,7 @@ _KINDS = {
     "cluster": Kind.incidental,
 }
 
-# The parts of the configuration in which a setting that wasn't there yet has its default.
+# The parts of the configuration in which a missing setting had its default.
 _TREES: dict[str, type] = {
     "model": ModelSettings,
     "train": TrainSettings,
@@ -103,8 +103,8 @@ class Change:
 def as_plain(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values, without its secrets.
 
-    Nothing is resumed from what is saved of a secret: the same command gives it again. Whether a
-    command only says what it would do is no setting of a run.
+    Secrets aren't restored from a saved configuration: the same command passes them again. The dry
+    run's setting isn't part of a run's configuration.
     """
     plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))
     plain.pop("dry_run", None)
@@ -114,7 +114,7 @@ def as_plain(config: Config) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Returns the settings in which two plain configurations differ, in the order of `now`.
 
-    A setting that one of them lacks has its default there: it may be of an older version.
+    A setting that one of them lacks has its default: the configuration may be of an older version.
     """
     ours, theirs = dict(leaves(now)), dict(leaves(before))
     known = {"seed": 0} | {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
@@ -140,7 +140,7 @@ def function_settings() -> list[str]:
 
 
 def as_typed_value(value: Any) -> str:
-    """Returns a value as it is typed on a command line."""
+    """Returns a value in command-line syntax."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{as_typed_value(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
@@ -159,7 +159,7 @@ def leaves(plain: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def _defaults(path: str, tree: type) -> Iterator[tuple[str, Any]]:
-    """Yields the settings of a part of the configuration that have a default, as JSON has it."""
+    """Yields the defaults of a part of the configuration, as JSON values."""
     for name, field in _fields(path, tree):
         if field.default is not MISSING:
             yield name, json.loads(json.dumps(field.default))

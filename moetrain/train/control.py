@@ -1,4 +1,4 @@
-"""What passes between a rank that trains and whoever launched it."""
+"""Communication between a training rank and its launcher."""
 
 import threading
 import time
@@ -12,16 +12,16 @@ from moetrain.parallel import Activity
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """Where one rank stands in one attempt of a run."""
+    """One rank's place in one attempt of a run."""
 
     rank: int
     world_size: int
     device_index: int = 0
-    """Which of the CUDA devices that this process sees is the rank's."""
+    """The index of the rank's CUDA device among those that this process sees."""
     local_world_size: int = 1
     """Ranks on this rank's machine, which share its cores."""
     rendezvous: str
-    """Where the ranks of this attempt find each other, as torch's `init_method`."""
+    """The rendezvous address of this attempt, as torch's `init_method`."""
     attempt: int
 
 
@@ -30,7 +30,7 @@ class Outcome:
     """How a rank's training ended, if not by an exception."""
 
     finished: bool
-    """All steps are done; else it stopped on request, after saving."""
+    """Whether all steps are done; else it stopped on request, after saving."""
     step: int
     last: Mapping[str, Any]
     """The newest metric record; empty where no step was taken."""
@@ -38,10 +38,10 @@ class Outcome:
 
 @dataclass
 class Control:
-    """One rank's line to its launcher; safe to use from several threads.
+    """One rank's channel to its launcher; thread-safe.
 
-    The rank says what it does and publishes metric records; the launcher reads both, and asks
-    the rank to stop at the next step.
+    The rank reports its activity and publishes metric records; the launcher reads both, and can
+    request a stop at the next step.
     """
 
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -50,14 +50,14 @@ class Control:
     _published: list[tuple[str, Any]] = field(default_factory=list)
     _asked: float = field(default_factory=time.monotonic)
     activity: Activity = field(default_factory=Activity)
-    """What the rank is doing; its signs of life."""
+    """What the rank is doing; its heartbeats."""
 
     def request_stop(self) -> None:
-        """Asks the run to save and stop after the step that it is in."""
+        """Requests the run to save and stop after the current step."""
         self._stop.set()
 
     def request_move(self, wanted: bool = True) -> None:
-        """Asks the run to stop once its next regular checkpoint is saved, or no longer to."""
+        """Requests a stop once the next regular checkpoint is saved, or cancels the request."""
         if wanted:
             self._move.set()
         else:
@@ -65,32 +65,32 @@ class Control:
 
     @property
     def move_requested(self) -> bool:
-        """Whether somebody asked for a stop at the next checkpoint."""
+        """Whether a stop at the next checkpoint was requested."""
         return self._move.is_set()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked for a stop."""
+        """Whether a stop was requested."""
         return self._stop.is_set()
 
     def heartbeat(self, phase: str, step: int) -> None:
-        """Says what the rank is about to do."""
+        """Reports what the rank is about to do."""
         self.activity.begin(phase, step=step)
 
     def keep_alive(self) -> None:
-        """Sends a heartbeat in the middle of something long that gets on."""
+        """Sends a heartbeat during a long operation that makes progress."""
         self.activity.goes_on()
 
     def publish(self, kind: str, content: Any) -> None:
-        """Hands something to the launcher: a metric `record`, or a text to `say`."""
+        """Sends something to the launcher: a metric `record`, or a text to `say`."""
         with self._lock:
             self._published.append((kind, content))
 
     def collect(self) -> dict[str, Any]:
-        """Returns what the rank does, seconds since its last heartbeat, and what it published.
+        """Returns the rank's activity, seconds since its last heartbeat, and what it published.
 
-        With it the seconds of the slowest of its last steps, None before it took enough. Being
-        asked renews the rank's lease.
+        Also the seconds of its slowest recent step, None before there are enough. The call renews
+        the rank's lease.
         """
         self._asked = time.monotonic()
         with self._lock:
@@ -104,12 +104,12 @@ class Control:
         }
 
     def unasked_seconds(self) -> float:
-        """Returns for how long nobody has asked: a lease that wasn't renewed."""
+        """Returns the seconds since the lease was last renewed, by `collect`."""
         return time.monotonic() - self._asked
 
 
 class DisplaySink(Sink):
-    """Hands the records to the launcher, which shows them."""
+    """Sends the records to the launcher, which displays them."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -121,9 +121,9 @@ class DisplaySink(Sink):
 
 
 def collective_timeout(hang_timeout_seconds: float) -> float:
-    """Returns the time after which a collective gives up.
+    """Returns the timeout of collectives.
 
-    Longer than the supervisor's hang timeout, which names the rank that hangs; a collective names
-    only itself.
+    It is longer than the supervisor's hang timeout, because the supervisor can name the rank that
+    hangs; a collective can name only itself.
     """
     return 1.5 * hang_timeout_seconds + 30.0

@@ -32,14 +32,14 @@ FORCED_BALANCE = (
 
 
 class TrainingError(Exception):
-    """Training that can't continue, with the reason."""
+    """Training can't continue; the message says why."""
 
 
 def train(trainer: Trainer) -> Outcome:
-    """Trains until all steps are done or somebody asks for a stop; all ranks call it.
+    """Trains until all steps are done or a stop is requested; all ranks call it.
 
-    Raises TrainingError after too many non-finite steps in a row, CheckpointError where a
-    checkpoint can't be written; what was saved before stays as it is.
+    Raises TrainingError after too many consecutive skipped steps, CheckpointError where a
+    checkpoint can't be written; earlier checkpoints stay as they are.
     """
     settings, state, control = trainer.config.train, trainer.state, trainer.control
     tally, callbacks = trainer.tally, trainer.callbacks.values()
@@ -88,7 +88,7 @@ def train(trainer: Trainer) -> Outcome:
 
 
 def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
-    """Reads this rank's part of the next global batch, takes the step and moves the state on."""
+    """Reads this rank's part of the next global batch, takes the step and advances the state."""
     config, state, sources = trainer.config, trainer.state, trainer.shards.sources
     trainer.control.activity.begin("reading data")
     with stopwatch.waiting_for_data():
@@ -130,14 +130,14 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
 
 
 def tokens_by_source(batch: Batch, *, num_sources: int) -> list[int]:
-    """Returns how many valid targets a rank's slice of a batch has of each source."""
+    """Returns the number of valid targets of each source in a rank's slice of a batch."""
     valid = batch.loss_mask.sum(1)
     counts = np.bincount(batch.sources, weights=valid, minlength=num_sources)
     return [int(count) for count in counts]
 
 
 def save(trainer: Trainer) -> None:
-    """Writes a checkpoint of where the run stands."""
+    """Writes a checkpoint of the current state."""
     trainer.control.heartbeat("save", trainer.state.step)
     trainer.state.position = trainer.batches.position(trainer.state.samples)
     trainer.state.callbacks = {name: c.state() for name, c in trainer.callbacks.items()}
@@ -168,7 +168,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
 
 
 def _validation_weights(trainer: Trainer) -> dict[str, float] | None:
-    """Returns what each source counts for in the pooled loss; None: as many tokens as it has."""
+    """Returns the weight of each source in the pooled loss; None: its number of tokens."""
     if trainer.config.train.validation_weights == "tokens":
         return None
     return trainer.batches.shares(max(0, trainer.state.step - 1))
@@ -227,7 +227,7 @@ def write_record(trainer: Trainer, record: Mapping[str, Any]) -> None:
 
 
 def data_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns what was read of each source so far: tokens, share of the samples, and epochs."""
+    """Returns each source's tokens, share of the samples, and epochs so far."""
     state = trainer.state
     metrics: dict[str, float] = {
         f"data/{source}/tokens": tokens for source, tokens in state.source_tokens.items()
@@ -243,9 +243,9 @@ def data_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def router_metrics(report: StepReport, means: Mapping[str, float]) -> dict[str, Any]:
-    """Returns how tokens were spread over the experts: means, and the last batch layer by layer."""
+    """Returns the balance of the experts: means, and the last batch's loads by layer."""
     counts = report.expert_counts  # [layers, experts]
-    loads = counts / counts.sum(1, keepdim=True).clamp_min(1)  # none where no token counted
+    loads = counts / counts.sum(1, keepdim=True).clamp_min(1)  # zeros if no token counted
     names = ("load_balance_loss", "z_loss", "max_violation", "entropy")
     metrics: dict[str, Any] = {f"router/{name}": means[f"router/{name}"] for name in names}
     metrics["router/dead_experts"] = int((counts == 0).sum().item())
@@ -273,14 +273,14 @@ class Stopwatch:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time inside as waiting."""
+        """Counts the time in the context as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Counts the time inside as one in which training stood still for a checkpoint."""
+        """Counts the time in the context as stalled by a checkpoint."""
         start = time.perf_counter()
         yield
         self._stalled = (self._stalled or 0.0) + time.perf_counter() - start
@@ -294,11 +294,11 @@ class Stopwatch:
         return self._tokens / (time.perf_counter() - self._start)
 
     def data_wait_seconds(self) -> float:
-        """Mean time a step waited for its data."""
+        """Mean time that a step waited for its data."""
         return self._waited / max(1, self._steps)
 
     def stall_seconds(self) -> float | None:
-        """Time that training stood still for checkpoints in the span; None where none was saved."""
+        """Time that training was stalled by checkpoints in the span; None where none was saved."""
         return self._stalled
 
 

@@ -1,7 +1,7 @@
-"""What a record tells of all steps since the last one: means, which a checkpoint can hold.
+"""Means over the steps since the last record; a checkpoint can hold them.
 
-Owns which figures of a step are averaged, and by what. All else in a record is a total, a figure of
-the step at which it is written, or a mean over the time since the last one.
+Owns which figures of a step are averaged, and with which weights. Everything else in a record is a
+total, a figure of the step at which it is written, or a mean over the time since the last record.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from moetrain.train.step_report import StepReport
 class RunningMeans:
     """Means over the steps since the last record, by the metrics' names; plain JSON.
 
-    A step's mean over its tokens counts by its tokens, so that the result is a mean over the
-    tokens of all the steps; what a step has one of counts once a step. Steps that were skipped
-    have no part. Of a single step each mean is the step's own value, bit for bit.
+    A figure that is a mean over tokens is weighted by the step's tokens, so that the result is a
+    mean over the tokens of all the steps; other figures count once per step. Skipped steps don't
+    count. The mean over a single step is bit-equal to the step's value.
     """
 
     steps: int = 0
@@ -41,7 +41,7 @@ class RunningMeans:
 
 
 def _of_tokens(report: StepReport) -> dict[str, float]:
-    """Returns what is a mean over the tokens of a step."""
+    """Returns the figures that are means over a step's tokens."""
     figures = {"train/loss": report.loss, "train/cross_entropy": report.cross_entropy}
     if _has_routers(report):
         figures |= {
@@ -53,7 +53,7 @@ def _of_tokens(report: StepReport) -> dict[str, float]:
 
 
 def _of_step(report: StepReport) -> dict[str, float]:
-    """Returns what a step has one of."""
+    """Returns the figures that count once per step."""
     figures = {"optim/grad_norm": report.grad_norm}
     if _has_routers(report):
         figures["router/max_violation"] = max_violation(report.expert_counts)
@@ -72,7 +72,7 @@ def max_violation(expert_counts: Tensor) -> float:
 
 
 def _move(means: dict[str, float], values: Mapping[str, float], *, share: float) -> None:
-    """Moves means towards the values of another step, which have a share of `share` in them."""
+    """Updates means with the values of another step, whose weight is `share`."""
     for name, value in values.items():
         before = means.get(name, 0.0)
         means[name] = before + share * (value - before)

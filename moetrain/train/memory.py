@@ -1,11 +1,11 @@
-"""The memory that a rank is expected to hold at its fullest moment, from the settings alone.
+"""The expected peak memory of a rank, from the settings alone.
 
 An upper estimate of live tensors. It covers the float32 shards of weights, gradients and optimizer
 state; the weights that FSDP gathers, of the embedding, the head and one layer, with that layer's
-gradients; what a micro-batch keeps for its backward pass; and the chunk of logits. It adds all up
-as if they were whole at once, which gradients and activations are with several micro-batches. It
-doesn't cover an expert load above the mean, the exchange's messages on their way, what an allocator
-holds back (`memory/peak_gib` of a CPU run counts that), and on a CPU the process itself.
+gradients; the activations of a micro-batch; and the chunk of logits. It adds them up as if all were
+at their peak at once, as gradients and activations are with several micro-batches. It doesn't cover
+an expert load above the mean, the exchange's messages in flight, memory held by the allocator
+(`memory/peak_gib` of a CPU run counts that), and on a CPU the process itself.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,8 +15,8 @@ from moetrain.optim import state_size
 from moetrain.settings import Resolved
 
 PROCESS_GIB = 0.5
-"""What a rank's process has resident before it holds a model, with torch on a CPU."""
-MASTER = 4  # bytes of a number in float32, as weights, gradients and moments are kept
+"""Resident memory of a rank's process before it holds a model, with torch on a CPU."""
+MASTER = 4  # bytes per float32 number, as weights, gradients and moments are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class RankMemory:
     gradients: float
     optimizer: float
     gathered: float
-    """Weights of whole layers that FSDP has gathered, and the gradients that it sums from."""
+    """Weights of whole layers that FSDP has gathered, and their unreduced gradients."""
     activations: float
 
     @property
@@ -37,7 +37,7 @@ class RankMemory:
 
 
 def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
-    """Returns what a rank of a resolved configuration is expected to hold."""
+    """Returns the expected peak memory of a rank of a resolved configuration."""
     model, train, parallel = config.model, config.train, config.parallel
     shards, experts = parallel.data_shard_degree, parallel.expert_degree
     tokens = train.micro_batch_size * train.seq_len

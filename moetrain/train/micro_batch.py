@@ -1,4 +1,4 @@
-"""What a rank takes through the model at once, and in which order it does."""
+"""Micro-batches, and the order in which a rank takes them through the model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from moetrain.settings import Config
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What a rank takes through the model at once; all [sequences, seq_len]."""
+    """The sequences that a rank takes through the model at once; all [sequences, seq_len]."""
 
     tokens: Tensor
     targets: Tensor
     valid: Tensor
     """Bool: which targets count."""
     noise_seeds: Sequence[int] | None = None
-    """One for each sequence, for the routers' jitter; None: no jitter."""
+    """The seeds of the routers' jitter, one per sequence; None: no jitter."""
     documents: Documents | None = None
-    """What attention stops at the ends of; None: it crosses them."""
+    """The documents at whose ends attention stops; None: it crosses them."""
     choose: Choose | None = None
-    """Chooses the experts in the routers' place."""
+    """Chooses the experts instead of the routers."""
 
     @staticmethod
     def cut(
@@ -36,7 +36,7 @@ class MicroBatch:
         mask_documents: bool = False,
         noise_seeds: Sequence[int] | None = None,
     ) -> "list[MicroBatch]":
-        """Returns a rank's slice of a batch in pieces of `size` sequences, on the device."""
+        """Returns a rank's slice of a batch as micro-batches of `size` sequences, on the device."""
         starts = torch.from_numpy(batch.document_starts).split(size)
         arrays = (batch.tokens, batch.targets, batch.loss_mask)
         pieces = zip(*(torch.from_numpy(a).to(device).split(size) for a in arrays), strict=True)
@@ -52,7 +52,7 @@ class MicroBatch:
         ]
 
     def through(self, model: Transformer) -> LossSums:
-        """Returns what one forward pass of the model makes of it."""
+        """Runs the model's forward pass and returns its loss sums."""
         sums: LossSums = model(
             self.tokens, self.targets, self.valid, self.noise_seeds, self.documents, self.choose
         )
@@ -60,9 +60,9 @@ class MicroBatch:
 
 
 def noise_seeds(config: Config, samples: range) -> list[int] | None:
-    """Returns a seed for each sample's noise, a function of its global number.
+    """Returns a seed for each sample's noise, which depends only on its global number.
 
-    None where no router draws any.
+    None where no router uses noise.
     """
     router = config.model.router
     if not (router.jitter_noise or ROUTERS.get(router.name).made.draws_noise):
@@ -73,7 +73,7 @@ def noise_seeds(config: Config, samples: range) -> list[int] | None:
 Schedule = Callable[
     [Sequence[MicroBatch], Callable[[MicroBatch], Tensor], Callable[[Tensor], None]], None
 ]
-"""Takes micro-batches through a forward pass, which returns the loss, and a backward pass."""
+"""A schedule: takes micro-batches through a forward pass, which returns the loss, and backward."""
 
 
 def one_after_another(
@@ -81,6 +81,6 @@ def one_after_another(
     forward: Callable[[MicroBatch], Tensor],
     backward: Callable[[Tensor], None],
 ) -> None:
-    """Finishes each micro-batch before the next begins, so that one's activations are held."""
+    """Finishes each micro-batch before the next, so that only one's activations are in memory."""
     for batch in micro_batches:
         backward(forward(batch))

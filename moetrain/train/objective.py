@@ -1,4 +1,4 @@
-"""What a step minimises, of the sums that a forward pass gives."""
+"""What a step minimises, computed from the sums of a forward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from moetrain.settings import TrainSettings
 from moetrain.train.micro_batch import MicroBatch
 
 Loss = Callable[[LossSums, MicroBatch], Tensor]
-"""A micro-batch's part of the loss, []: all parts, of all ranks, add up to the global batch's."""
+"""A micro-batch's part of the loss, []: the parts of all ranks add up to the global batch's."""
 
 
 class Objective(ABC):
@@ -22,7 +22,7 @@ class Objective(ABC):
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
-        """Its own settings: an object of the dataclass it is registered with."""
+        """Its options: an object of the dataclass it is registered with."""
 
     @abstractmethod
     def begin(
@@ -35,7 +35,7 @@ class Objective(ABC):
     ) -> Loss:
         """Returns the loss of a step's micro-batches; all ranks call it.
 
-        `num_tokens` are the global batch's tokens that count, at least 1.
+        `num_tokens` is the number of the global batch's valid tokens, at least 1.
         """
 
 
@@ -90,9 +90,9 @@ def expert_counts_ahead(
 ) -> Tensor | None:
     """Returns the global batch's expert counts where the first backward pass needs them early.
 
-    The balance loss weighs every token's probabilities with the counts of the *whole* batch. With
-    several micro-batches those of the later ones aren't known at the first backward pass, so
-    that the loss would depend on how the batch was cut: a pass without gradients counts first.
+    The balance loss weights every token's probabilities by the counts of the *whole* batch. With
+    several micro-batches, the counts of the later ones aren't known at the first backward pass, and
+    the loss would depend on how the batch is split: so a pass without gradients counts first.
     """
     router = model.settings.router
     wanted = model.settings.is_moe and router.load_balance_loss_weight > 0
@@ -107,7 +107,7 @@ def local_balance_sums(output: LossSums, batch: MicroBatch, *, model: Transforme
     """Returns each MoE layer's balance loss of the micro-batch, or of its sequences, [layers].
 
     Each is multiplied by its tokens, so that sums over ranks and micro-batches divided by all
-    tokens are a mean. Zeros where the scope is the global batch, whose loss isn't a sum of such.
+    tokens are a mean. Zeros where the scope is the global batch, whose loss isn't such a sum.
     """
     routing, scope = output.routing, model.settings.router.load_balance_scope
     if scope == "micro_batch":

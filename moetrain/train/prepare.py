@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any rank starts: data, vocabulary, an older run."""
+"""The checks before any rank starts: data, vocabulary, an existing run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,18 +32,18 @@ class SourcePlan:
     """How much of a source a run reads."""
 
     weights: dict[int, float]
-    """Its share of the samples, by the step from which on it holds."""
+    """Its share of the samples, by the step from which the share applies."""
     tokens: int
-    """What it will have given at the end, in whole sequences."""
+    """The whole sequences that will have been read at the end."""
     epochs: float
-    """How often the source will have been read at the end."""
+    """The epochs of the source at the end."""
     packing: dict[str, int]
-    """What packing it came to, in counts."""
+    """Counts of its packing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The shards of a run, and what it will read of each of their sources that it draws from."""
+    """The shards of a run, and how much it will read of each source that it draws from."""
 
     config: Resolved
     """The run's configuration, whose `data.dir` is the folder that ranks open."""
@@ -56,7 +56,7 @@ class Prepared:
         return preview_of(self.config)
 
     def lines(self) -> Iterator[str]:
-        """Yields what a person is told of the model, the layout, the text and its vocabulary."""
+        """Yields the lines to print on the model, the layout, the text and its vocabulary."""
         yield from self.preview.lines()
         vocab_size = self.config.model.vocab_size
         if spare := vocab_size - self.shards.tokenizer.vocab_size:
@@ -75,11 +75,11 @@ class Prepared:
 
 
 def prepare(config: Resolved, data: DataSettings, *, progress: bool) -> Prepared:
-    """Returns the shards of a resolved configuration, built where `data` leaves that open.
+    """Returns the shards of a resolved configuration, built where `data` doesn't name any.
 
-    Raises ConfigError or DataError for shards that the model can't train on, for sources that
-    can't be mixed as wanted, and for a run folder that holds another model or stands in another
-    order of samples; nothing but the shards is written.
+    Raises ConfigError or DataError for shards that the model can't train on, for sources that can't
+    be mixed as configured, and for a run folder with another model or another order of samples.
+    Only shards are written.
     """
     newest = newest_manifest(config.run_dir)
     found = _found(config, data, newest, progress=progress)
@@ -90,7 +90,7 @@ def prepare(config: Resolved, data: DataSettings, *, progress: bool) -> Prepared
 def rehearse(
     config: Resolved, data: DataSettings, *, newest: Manifest | None
 ) -> Prepared | PlannedBuild:
-    """Does what `prepare` does without a write: returns the build of shards that aren't there.
+    """Does what `prepare` does without writing: returns the planned build of missing shards.
 
     `newest` is the manifest of the checkpoint that the run would resume from.
     """
@@ -101,7 +101,7 @@ def rehearse(
 def on_shards(config: Resolved, found: ShardFolder | PlannedBuild) -> Resolved:
     """Returns the configuration with a text's shards as `data.dir`, and the text as `data.corpus`.
 
-    One whose `data.dir` is a folder of shards stays as it is.
+    A configuration whose `data.dir` is a folder of shards is returned unchanged.
     """
     if not is_text(config.data.dir):
         return config
@@ -112,9 +112,9 @@ def on_shards(config: Resolved, found: ShardFolder | PlannedBuild) -> Resolved:
 def _found(
     config: Resolved, data: DataSettings, newest: Manifest | None, *, progress: bool
 ) -> ShardFolder | PlannedBuild:
-    """Returns the shards of a run, or their build, which may take hours: not of a run it can't be.
+    """Returns the shards of a run, or the plan of their build.
 
-    Raises ConfigError for what is known to be wrong before shards are built.
+    Raises ConfigError for errors that are known before shards are built, which may take hours.
     """
     _require_run(config, newest)
     if builds_shards(data):
@@ -126,7 +126,7 @@ def _found(
 
 
 def _require_run(config: Resolved, newest: Manifest | None) -> None:
-    """Raises ConfigError where a run's newest checkpoint isn't one to resume from as wanted."""
+    """Raises ConfigError where the run can't resume from its newest checkpoint as configured."""
     if newest is None:
         return require_no_restart(config)
     if config.checkpoint.resume == "never":
@@ -157,7 +157,7 @@ def global_batches(
 ) -> GlobalBatches:
     """Returns the global batches of training, from a position if there is one.
 
-    Raises DataError where a source can't be drawn from as wanted.
+    Raises DataError where a source can't be drawn from as configured.
     """
     return GlobalBatches(
         shards,
@@ -185,7 +185,7 @@ def _plan(batches: GlobalBatches, *, num_samples: int, seq_len: int) -> dict[str
 def _require_same_data(config: Resolved, newest: Manifest, shards: ShardFolder) -> None:
     """Raises ConfigError where a run was trained on other tokens than those of the shards."""
     tokenizer = shards.tokenizer
-    # A model that was imported has seen neither tokenizer nor shards of ours.
+    # An imported model wasn't trained on shards of this project.
     before = newest.state.get("tokenizer") or tokenizer.fingerprint
     if before != tokenizer.fingerprint:
         raise ConfigError(
@@ -207,12 +207,12 @@ def _require_same_data(config: Resolved, newest: Manifest, shards: ShardFolder) 
 
 
 def _were_elsewhere(config: Resolved, newest: Manifest) -> bool:
-    """Returns whether a run was trained on shards of another folder, which are still there."""
+    """Returns whether a run was trained on shards of another folder that still exists."""
     return newest.state.get("data") is not None and _before(newest) not in (None, config.data.dir)
 
 
 def _before(newest: Manifest) -> str | None:
-    """Returns the folder of the shards that a run was trained on, where they are still there."""
+    """Returns the folder of the shards that a run was trained on, if it still exists."""
     before = newest.config.get("data", {}).get("dir")
     return before if before and is_shard_folder(before) else None
 
@@ -231,7 +231,7 @@ def _refuse_build(config: Resolved, newest: Manifest, found: PlannedBuild) -> No
 
 
 def require_vocabulary(config: Config, tokenizer: Tokenizer | TokenizerEntry) -> None:
-    """Raises ConfigError where the text has ids that the model has no rows for."""
+    """Raises ConfigError where the text has ids beyond the model's vocabulary."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             "model.vocab_size",
@@ -248,5 +248,5 @@ def newest_manifest(run_dir: Path) -> Manifest | None:
         try:
             return read_manifest(folder)
         except CheckpointError:
-            continue  # the ranks will pass over it with an event that says why
+            continue  # the ranks will skip it, with an event that says why
     return None

@@ -1,4 +1,4 @@
-"""What a run will train, said before it starts: counts from the settings alone, at any size."""
+"""What a run will train, printed before it starts: counts from the settings alone, at any size."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,22 +16,22 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What a resolved configuration trains, and what that takes."""
+    """What a resolved configuration trains, and its cost."""
 
     parameters: int
     active_parameters: int
-    """What one token meets."""
+    """Active parameters: those of one token."""
     flops_per_token: float
-    """Of its forward and backward pass."""
+    """Of a token's forward and backward pass."""
     tokens: int
-    """Places for tokens in all steps; padding among them isn't counted in `train/tokens`."""
+    """Token positions in all steps, padding included, which `train/tokens` doesn't count."""
     batch: str
     layout: str
     memory: RankMemory
     on_cpu: bool
 
     def lines(self) -> Iterator[str]:
-        """Yields what a person is told."""
+        """Yields the lines to print."""
         yield (
             f"model: {count(self.parameters)} parameters, {count(self.active_parameters)} active "
             f"for a token; {count(self.flops_per_token, billion='G')}FLOPs a token"
@@ -42,7 +42,7 @@ class Preview:
         yield f"memory: up to {binary_size(self.memory.total)} a rank{process} ({parts})"
 
     def counts(self) -> dict[str, Any]:
-        """Returns the figures as a run's record has them."""
+        """Returns the figures for a run's record."""
         return {
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
@@ -81,7 +81,7 @@ def _many(number: int, what: str) -> str:
 
 
 def _on_cpu(config: Resolved) -> bool:
-    """Returns whether ranks compute on CPUs, as far as this machine can tell of a cluster's."""
+    """Returns whether ranks compute on CPUs, as far as this machine can tell for a cluster."""
     if config.run.device != "auto":
         return config.run.device == "cpu"
     return config.cluster.peak_tflops_per_gpu is None and not torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""A rank's life: join the others, build, train, and say how it ended."""
+"""What a rank runs: join the others, build, train, and return the outcome."""
 
 import ctypes
 import os
@@ -18,11 +18,11 @@ from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, Outcome, RankPlace, collective_timeout
 from moetrain.train.loop import train
 
-LAST_UPLOAD_SECONDS = 30.0  # that an upload may still take where the run has failed
+LAST_UPLOAD_SECONDS = 30.0  # for a last upload after the run has failed
 
 
 def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
-    """Trains as one rank of a resolved configuration, to the end or until asked to stop."""
+    """Trains as one rank of a resolved configuration, to the end or until a stop is requested."""
     for name, value in config.cluster.env.items():
         os.environ.setdefault(name, value)
     load_recorded(config.run.extensions, where=f"rank {place.rank} on {platform.node()}")
@@ -33,7 +33,7 @@ def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
         torch.set_num_threads(config.run.threads_per_rank or own)
         keep_freed_memory()
     control.heartbeat("joining the other ranks", 0)
-    if not dist.is_initialized():  # somebody else's launcher may have joined them already
+    if not dist.is_initialized():  # an external launcher may have joined the ranks already
         join_ranks(
             rank=place.rank,
             world_size=place.world_size,
@@ -58,7 +58,7 @@ def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
 
 
 def finish_upload(uploader: Uploader, control: Control, *, step: int) -> None:
-    """Waits until the last checkpoint is uploaded, or can't be; a failure is told, no more."""
+    """Waits until the last checkpoint is uploaded or has failed; a failure is only reported."""
     waiting = threading.Thread(target=uploader.close, name="last upload")
     waiting.start()
     waiting.join(1.0)
@@ -72,23 +72,23 @@ def finish_upload(uploader: Uploader, control: Control, *, step: int) -> None:
 
 
 def leave_ranks() -> None:
-    """Leaves the world that this process trained in, so that it may join another one."""
+    """Destroys the process group of training, so that the process can join another one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank_device(name: str, *, index: int) -> torch.device:
-    """Returns the device that a setting means for a rank of its machine."""
+    """Returns the device of a setting for a rank, by its index on its machine."""
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", index)
     return torch.device("cpu")
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next large tensor, where torch runs on the CPU.
+    """Makes glibc keep freed memory for the next large tensor, where torch runs on the CPU.
 
-    It would give every tensor of some megabytes back to the system and have it zeroed page by page
-    when the next step asks again: a tenth to a third of a step. `python -m benchmarks.moe_layer`
+    By default it returns every tensor of some megabytes to the system, which zeroes it page by page
+    when the next step allocates it: a tenth to a third of a step. `python -m benchmarks.moe_layer`
     measures with and without (`--keep-freed-memory no`). Does nothing where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

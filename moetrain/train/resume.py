@@ -1,4 +1,4 @@
-"""What a run may change where it resumes from a checkpoint, what is refused and what is reported.
+"""Which changed settings are accepted, refused or reported when a run resumes.
 
 Knows settings and manifests; reads no tensor. `changes` says what a setting decides.
 """
@@ -24,8 +24,9 @@ _OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
 def require_same_model(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run can't resume from a checkpoint with these settings.
 
-    Its weights would be another model, unless that is accepted, its samples come in another order,
-    its optimizer find the state of another one, or its schedule begin elsewhere than it stands.
+    That is where the weights would be another model and that isn't accepted, where samples would
+    come in another order, where the optimizer would get another optimizer's state, or where the
+    schedule would begin at another step than the checkpoint's.
     """
     found = changes(manifest.config, as_plain(config))
     _require_order(config, manifest, found)
@@ -52,7 +53,7 @@ def require_same_model(config: Resolved, manifest: Manifest) -> None:
 
 
 def require_done_alike(config: Resolved, manifest: Manifest) -> None:
-    """Raises ConfigError where a run has all its steps already, and was trained otherwise."""
+    """Raises ConfigError where a run is finished, and was trained with other settings."""
     if manifest.step < config.train.num_steps:
         return
     found = changes(manifest.config, as_plain(config))
@@ -68,16 +69,16 @@ def require_done_alike(config: Resolved, manifest: Manifest) -> None:
 
 
 def training_on(config: Resolved, *, step: int) -> str:
-    """Returns the settings with which a run that has come to its end trains as many steps again.
+    """Returns the settings with which a finished run trains as many steps again.
 
-    A rate that has fallen would jump back up in the middle of a longer schedule: it gets a new one.
+    They restart the schedule: in a longer one, a decayed rate would jump back up in the middle.
     """
     more = f"train.num_steps={2 * step}"
     return more if config.schedule.name == "constant" else f"schedule.restart_from={step} {more}"
 
 
 def told_changes(config: Resolved, manifest: Manifest) -> list[Change]:
-    """Returns what a person is told of a run that resumes with other settings than it had.
+    """Returns the changed settings to report where a run resumes with others than it had.
 
     The source of its extensions is among them.
     """
@@ -89,7 +90,7 @@ def told_changes(config: Resolved, manifest: Manifest) -> list[Change]:
 
 
 def in_one_line(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> str:
-    """Returns which changed settings a run resumes with, and what becomes of its rate."""
+    """Returns a line with the changed settings and their effect on the learning rate."""
     line = f"from step {manifest.step} on: {', '.join(map(str, found))}"
     if any(c.name.startswith(_OF_THE_RATE) for c in found):
         rate = learning_rate(
@@ -115,12 +116,12 @@ def _last_rate(manifest: Manifest) -> float:
 
 
 def begins_optimizer(config: Resolved, manifest: Manifest) -> bool:
-    """Returns whether a run resumes from a checkpoint with a fresh optimizer state."""
+    """Returns whether a run resumes from a checkpoint with a new optimizer state."""
     return config.optim.restart_from == manifest.step
 
 
 def require_no_restart(config: Resolved) -> None:
-    """Raises ConfigError where a run without a checkpoint is to begin anew from one."""
+    """Raises ConfigError where a restart from a checkpoint is set for a run that has none."""
     for name, step in _restarts(config):
         raise ConfigError(
             name,
@@ -139,7 +140,7 @@ def _restarts(config: Resolved) -> Iterator[tuple[str, int]]:
 def _require_restart(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError for a restart from another step than the checkpoint's.
 
-    One that the run had already, when the checkpoint was saved, holds.
+    A restart that was already set when the checkpoint was saved is accepted.
     """
     for name, step in _restarts(config):
         group = name.partition(".")[0]
@@ -159,7 +160,7 @@ def _require_restart(config: Resolved, manifest: Manifest) -> None:
 
 
 def _way_from(config: Resolved, step: int) -> str:
-    """Returns how another run begins at an earlier step, or at which steps one could."""
+    """Returns how to branch a run at an earlier step, or the steps at which one can."""
     run = config.run_dir
     saved = sorted({step_of(path.name) or 0 for path in candidates(run / "checkpoints")})
     if step in saved:
@@ -169,7 +170,7 @@ def _way_from(config: Resolved, step: int) -> str:
 
 
 def _branch(config: Resolved, step: int) -> str:
-    """Returns the command that branches a run, into a folder that isn't there."""
+    """Returns the command that branches a run, into a folder that doesn't exist yet."""
     run = config.run_dir
     to = next(to for n in count(2) if not (to := run.with_name(f"{run.name}-{n}")).exists())
     branch = ["python", "-m", "moetrain.branch", f"run={run}", f"step={step}", f"to={to}"]
@@ -193,7 +194,7 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
     add = [f"optim.restart_from={manifest.step}"]
     if manifest.step >= config.train.num_steps:
         add.append(training_on(config, step=manifest.step))
-    # Another optimizer comes with a rate and other settings of its own.
+    # Another optimizer needs its own learning rate and other settings.
     found = changes(manifest.config, as_plain(config))
     theirs = [c for c in found if c.name.startswith("optim.") and "restart" not in c.name]
     raise ConfigError(
@@ -209,7 +210,7 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
 def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:
     samples = manifest.state.get("samples", 0)
     for change in found:
-        if change.kind is Kind.order and samples:  # where none has come, none can come twice
+        if change.kind is Kind.order and samples:  # none read yet: none can come twice
             raise ConfigError(
                 change.name,
                 as_typed_value(change.now),
@@ -227,7 +228,7 @@ def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]
 
 
 def _tensors_fit(config: Resolved, manifest: Manifest) -> bool:
-    """Returns whether a checkpoint's weights are those of the model, by name and shape."""
+    """Returns whether a checkpoint's weights match the model, by name and shape."""
     with torch.device("meta"):
         model = Transformer(config.model)
     named = [*model.named_parameters(), *model.named_buffers()]
@@ -249,5 +250,5 @@ def _of_kind(found: Iterable[Change], *kinds: Kind) -> list[Change]:
 
 
 def _settings(found: Iterable[Change]) -> str:
-    """Returns the words that give changed settings the values they had."""
+    """Returns the overrides that give changed settings their former values."""
     return shell_command(f"{c.name}={as_typed_value(c.before)}" for c in found)

@@ -1,4 +1,4 @@
-"""All that a checkpoint must hold: counters as JSON, tensors by their global names."""
+"""The state in a checkpoint: counters as JSON, tensors by their global names."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,7 @@ from moetrain.train.means import RunningMeans
 
 @dataclass
 class TrainState:
-    """Where a run stands. The learning rate and the data order follow from it."""
+    """A run's counters. The learning rate and the data order follow from them."""
 
     step: int = 0
     """Optimizer steps taken, skipped ones included."""
@@ -30,27 +30,27 @@ class TrainState:
     tokenizer: str = ""
     """The fingerprint of the tokenizer that made them."""
     position: dict[str, Any] = field(default_factory=dict)
-    """Where the mixture of sources stands at `samples`, as the data pipeline keeps it."""
+    """The state of the mixture of sources at `samples`, in the data pipeline's format."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens trained on, by source."""
     corrupt_sequences: int = 0
-    """Sequences that were left out because of damaged documents."""
+    """Sequences that were skipped because of corrupted documents."""
     imported_dtype: str | None = None
-    """The dtype of the weights that the run began with, where they were imported."""
+    """The dtype of the weights that the run began with, if they were imported."""
     imported_token_ids: dict[str, Any] = field(default_factory=dict)
-    """The special tokens that an imported model's config.json named, by their names there."""
+    """The special tokens in an imported model's config.json, by their names there."""
     branched_from: dict[str, Any] = field(default_factory=dict)
-    """Run, step and attempt that the run was branched from; empty for any other."""
+    """Run, step and attempt that the run was branched from; empty if it wasn't."""
     changes: list[dict[str, Any]] = field(default_factory=list)
-    """With which other settings the run resumed: the step, and before and now by name."""
+    """The changed settings at each resume: the step, and the values before and after by name."""
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """What callbacks of extensions remember, by their names."""
+    """The state of extensions' callbacks, by their names."""
     since_record: RunningMeans = field(default_factory=RunningMeans)
-    """Means over the steps since the last record: the next one's, also of a resumed run."""
+    """Means over the steps since the last record, for the next record, also after a resume."""
 
     @classmethod
     def restored(cls, counters: Mapping[str, Any]) -> "TrainState":
-        """Returns the state that `as_json` gave; what an imported model's lacks has its default."""
+        """Returns the state of `as_json`; counters that are missing have their defaults."""
         means = RunningMeans(**counters.get("since_record", {}))
         return cls(**{**counters, "since_record": means})
 

@@ -33,13 +33,13 @@ def train_step(
 ) -> StepReport:
     """Takes one step; every rank calls it with its part of the same global batch.
 
-    `data_counts` are as many on every rank, and `metrics` the same. `begin` is told of each part of
-    the step.
+    `data_counts` has the same length on every rank, and `metrics` are the same. `begin` is called
+    with the name of each phase of the step.
     """
     begin("counting tokens")
     valid = torch.stack([batch.valid.sum() for batch in micro_batches]).sum()
     counted = meshes.sum(valid, over=TOKEN_AXES)
-    num_tokens = counted.clamp_min(1)  # none count where all documents of a batch are damaged
+    num_tokens = counted.clamp_min(1)  # zero if all documents of a batch are corrupted
     loss_of = objective.begin(micro_batches, model=model, meshes=meshes, num_tokens=num_tokens)
     sums = _Sums(model, device=num_tokens.device, data_counts=data_counts, metrics=metrics)
 
@@ -79,7 +79,7 @@ SCALARS = 5  # loss, cross-entropy, z, entropy, balance
 
 
 class _Sums:
-    """Running sums of a step's figures on this rank, summed over ranks once at the end."""
+    """Running sums of a step's figures on this rank, reduced over ranks once at the end."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Sums:
         self._of_metrics: dict[str, Tensor] = {}
         self._data_counts = torch.tensor(data_counts, dtype=torch.float64, device=device)
         self._shape = (model.settings.num_moe_layers, model.settings.num_experts)
-        # Scalars as below; then counts and probabilities of every expert.
+        # The scalars, as below; then counts and probabilities of every expert.
         self._sums = torch.zeros(
             SCALARS + 2 * math.prod(self._shape), dtype=torch.float64, device=device
         )

@@ -1,4 +1,4 @@
-"""What a step reports, and the metrics of extensions that are made of it."""
+"""What a step reports, and the metrics of extensions that are computed from it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -27,31 +27,31 @@ class StepReport:
     entropy: float
     """Mean entropy of the routers' distributions, in nats."""
     expert_counts: Tensor
-    """Token copies that each expert got, [MoE layers, experts] float64."""
+    """Token–expert assignments of each expert, [MoE layers, experts] float64."""
     grad_norm: float
     num_tokens: int
     skipped: bool
-    """Whether loss or gradients were not finite, or no token counted: the weights were left."""
+    """Whether loss or gradients were not finite, or no token counted: no weight changed."""
     data_counts: tuple[int, ...] = ()
-    """What each rank counted in its part of the batch, summed over ranks."""
+    """Each rank's counts of its part of the batch, summed over ranks."""
     metric_sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """What metrics summed over the global batch, by the metric's name; each [n] float64."""
+    """Sums of the metrics over the global batch, by the metric's name; each [n] float64."""
 
 
 class Metric(ABC):
-    """Figures of a step that a record has besides those of every run.
+    """Additional figures of a step in a record.
 
-    It sees the steps that are recorded, on every rank. What it sums over tokens is exact in every
-    layout and with any micro-batches. It keeps nothing from step to step: a resumed run writes the
+    It is called for the steps that are recorded, on every rank. Its sums over tokens are exact in
+    every layout and with any micro-batches. It has no state between steps: a resumed run writes the
     same records.
     """
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
-        """Its own settings: an object of the dataclass it is registered with."""
+        """Its options: an object of the dataclass it is registered with."""
 
     def sums(self, output: LossSums, batch: MicroBatch, model: Transformer) -> Tensor | None:
-        """Returns sums over a micro-batch's valid tokens, [n], as many each time; None: none.
+        """Returns sums over a micro-batch's valid tokens, [n], always of one length; None: none.
 
         Called without gradients, after the forward pass.
         """
@@ -59,7 +59,7 @@ class Metric(ABC):
 
     @abstractmethod
     def values(self, sums: Tensor, report: StepReport, model: Transformer) -> Mapping[str, Any]:
-        """Returns numbers by the names that the record gives them: `my_lab/gate_entropy`.
+        """Returns numbers by their names in the record: `my_lab/gate_entropy`.
 
         `sums` [n] float64 are over the global batch. Called on every rank, so that it may use
         collectives; the parameters of `model` are sharded.

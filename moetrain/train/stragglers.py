@@ -1,9 +1,9 @@
-"""Ranks slower than their peers, though all take their steps together.
+"""Stragglers: ranks that are slower than their peers, although all take their steps together.
 
-A step lasts as long for every rank as for the slowest, so that step times say nothing. Owns two
-times in which a rank waits for no other, the forward pass of attention (the same work on every
-rank, no exchange within it) and the wait for data; comparing them over the ranks; and when it is
-to be told. Leaves it to people, or to the launcher, to do something about it.
+A step lasts as long on every rank as on the slowest, so step times don't show stragglers. Owns the
+measurement of two times in which a rank waits for no other, the forward pass of attention (the same
+work on every rank, without an exchange) and the wait for data; their comparison over the ranks; and
+when to report. Leaves any reaction to people or to the launcher.
 """
 
 import socket
@@ -22,11 +22,11 @@ from moetrain.kinds import EventKind
 from moetrain.model import Attention
 from moetrain.parallel import Activity, gather_objects, gather_over_ranks
 
-# A rank is reported if it is so much slower in each of so many windows in a row. A window has at
-# least so many steps, and lasts long enough for the scheduler's noise to even out.
+# A rank is reported if it is so much slower in each of so many consecutive windows. A window has at
+# least so many steps, and lasts long enough for the scheduler's noise to average out.
 MARGIN, WINDOWS = 1.5, 3
 WINDOW_STEPS, WINDOW_SECONDS = 10, 30.0
-OVER = 1.25  # and of its end once it is below this as often
+OVER = 1.25  # the end is reported once it is below this as often
 MAX_TIMED_CALLS = 512  # on CUDA, between two records: each costs two events
 MAX_RATIO = 100.0
 
@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something to tell of a rank."""
+    """Something to report about a rank."""
 
     rank: int
     kind: Literal["slow", "slower", "over"]
@@ -45,7 +45,7 @@ class Finding:
 
 
 class Stragglers:
-    """Compares the ranks at each metrics record, on all ranks alike; tells what comes of it."""
+    """Compares the ranks at each metrics record, on all ranks alike, and reports stragglers."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Stragglers:
         event: Callable[..., None],
         say: Callable[[str], None],
     ) -> None:
-        """All ranks call it. `step` is where training begins; `event`, `say` tell of findings."""
+        """All ranks call it. `step` is where training begins; `event` and `say` report findings."""
         self._attention: _CpuTimer | _CudaTimer
         self._attention = _CudaTimer() if device.type == "cuda" else _CpuTimer()
         for module in model.modules():
@@ -72,7 +72,7 @@ class Stragglers:
     def compare(
         self, *, step: int, step_seconds: float, data_wait_seconds: float
     ) -> dict[str, float]:
-        """Returns which rank is the slowest, and how much slower than its peers; tells findings."""
+        """Returns the slowest rank and how much slower than its peers it is; reports findings."""
         mine = torch.tensor(
             [self._attention.take(), data_wait_seconds], dtype=torch.float64, device=self._device
         )
@@ -115,10 +115,10 @@ class Times:
     """Seconds that a step waited for its data."""
     num_steps: int
     seconds: float
-    """That all these steps took."""
+    """Seconds of all these steps."""
 
     def joined(self, other: "Times") -> "Times":
-        """Returns the times of both; each counts by its steps."""
+        """Returns the times of both, weighted by their steps."""
         steps = max(1, self.num_steps + other.num_steps)
         mine, theirs = self.num_steps / steps, other.num_steps / steps
         return Times(
@@ -129,7 +129,7 @@ class Times:
         )
 
     def ratios(self) -> Floats:
-        """Returns for each rank how many times as slow as its peers it is, [ranks]."""
+        """Returns each rank's slowness as a multiple of its peers', [ranks]."""
         return np.maximum(self.computing(), self.waiting())
 
     def computing(self) -> Floats:
@@ -142,7 +142,7 @@ class Times:
     def waiting(self) -> Floats:
         """Returns how many times as long a step is as it would be without the rank's wait, [ranks].
 
-        Its wait is what it waits longer for data than the median of the others.
+        The wait is the time by which it waits longer for data than the median of the others.
         """
         step = self.seconds / max(1, self.num_steps)
         longer = np.maximum(0.0, self.waits - median_of_others(self.waits))
@@ -152,7 +152,7 @@ class Times:
         return ratios
 
     def reason(self, rank: int) -> str:
-        """Returns in words what the rank is slower at."""
+        """Returns a text that says what the rank is slower at."""
         if self.waiting()[rank] > self.computing()[rank]:
             mine, theirs = self.waits[rank], median_of_others(self.waits)[rank]
             return f"waits {mine:.3g} s a step for data, its peers {theirs:.3g} s"
@@ -164,7 +164,7 @@ class Times:
 
 
 class Watch:
-    """Decides what is worth telling; knows only the times that it is given."""
+    """Decides what to report; knows only the times that it is given."""
 
     def __init__(self) -> None:
         self._begun: Times | None = None
@@ -172,7 +172,7 @@ class Watch:
         self._told: dict[int, float] = {}
 
     def take(self, times: Times) -> list[Finding]:
-        """Goes on with the times since it was called last."""
+        """Adds the times since the last call, and returns what to report."""
         begun = times if self._begun is None else self._begun.joined(times)
         if begun.num_steps < WINDOW_STEPS or begun.seconds < WINDOW_SECONDS:
             self._begun = begun
@@ -207,7 +207,7 @@ class Watch:
 
 
 def median_of_others(values: Floats) -> Floats:
-    """Returns for each of at least two values the median of the other ones."""
+    """Returns for each of at least two values the median of the others."""
     order = np.argsort(values)
     place = np.empty_like(order)
     place[order] = np.arange(len(values))
@@ -220,7 +220,7 @@ def median_of_others(values: Floats) -> Floats:
 
 
 class _CpuTimer:
-    """The mean duration of the calls of some modules."""
+    """The mean duration of some modules' calls."""
 
     def __init__(self) -> None:
         self._begun = self._seconds = 0.0
@@ -241,10 +241,10 @@ class _CpuTimer:
 
 
 class _CudaTimer:
-    """The same on a CUDA device, without ever waiting for it.
+    """The same on a CUDA device, without synchronising.
 
-    A step's figures are read on the host after its backward pass, so that the events of its
-    forward pass have happened when they are read.
+    The host reads a step's figures after its backward pass, so the events of its forward pass are
+    complete when they are read.
     """
 
     def __init__(self) -> None:

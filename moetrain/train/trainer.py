@@ -1,4 +1,4 @@
-"""What a rank trains with, and what extensions are called with at a run's events."""
+"""The objects that a rank trains with, and the callbacks of extensions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from moetrain.train.stragglers import Stragglers
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """All that the loop works with; `state` alone changes."""
+    """Everything that the loop works with; only `state` changes."""
 
     config: Resolved
     place: RankPlace
@@ -35,7 +35,7 @@ class Trainer:
     objective: Objective
     """What is minimised."""
     meshes: Meshes
-    """The ranks, and what of the work is this one's."""
+    """The ranks, and this rank's share of the work."""
     shards: ShardFolder
     batches: GlobalBatches
     prefetcher: Prefetcher
@@ -44,22 +44,22 @@ class Trainer:
     """The validation text of each source."""
     checkpoints: CheckpointStore
     uploader: Uploader | None
-    """Brings checkpoints elsewhere; on one rank, if they are to go anywhere."""
+    """Uploads checkpoints; on one rank, if `upload_to` is set."""
     state: TrainState
     sinks: list[Sink]
-    """Where metric records go; empty on every rank but one."""
+    """Where metric records go; empty on all ranks but one."""
     event: Callable[..., None]
     stragglers: Stragglers | None
-    """Compares the ranks; None where there is but one."""
+    """Compares the ranks; None where there is only one."""
     tally: Tally
-    """What this attempt's time goes to."""
+    """What this attempt's time is spent on."""
     callbacks: "Mapping[str, Callback]"
-    """What an extension does at the run's events, by name."""
+    """The callbacks of extensions, by name."""
     metrics: Mapping[str, Metric]
-    """What records have besides their own, by name."""
+    """The metrics of extensions, by name."""
 
     def close(self, exit_code: int) -> None:
-        """Ends what must be ended, with the exit code of the run."""
+        """Closes what must be closed, with the exit code of the run."""
         self.checkpoints.close(
             timeout_seconds=collective_timeout(self.config.launch.hang_timeout_seconds)
         )
@@ -69,15 +69,15 @@ class Trainer:
 
 
 class Callback:
-    """What an extension does at a run's events. Each is called on every rank, in the same order.
+    """What an extension does at a run's events, called on every rank in the same order.
 
-    An exception ends the run as a failure. What a callback has to remember for a resume it gives
-    as `state`, the same on every rank.
+    An exception ends the run as a failure. A callback returns from `state` what it needs for a
+    resume, the same on every rank.
     """
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
-        """Its own settings: an object of the dataclass it is registered with."""
+        """Its options: an object of the dataclass it is registered with."""
 
     def run_start(self, trainer: Trainer) -> None:
         """Called before the first step of the run, and of each resume."""
@@ -95,8 +95,8 @@ class Callback:
         """Called once the last checkpoint is written, where the run ends without a failure."""
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of it, as JSON values."""
+        """Returns its state for a checkpoint, as JSON values."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` gave, before `run_start`."""
+        """Restores what `state` returned; called before `run_start`."""

@@ -1,4 +1,4 @@
-"""Held-out loss, source by source: every rank takes its share, none counts a token twice."""
+"""Held-out loss by source: every rank takes its share, and no token counts twice."""
 
 import math
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ def validate(
 ) -> dict[str, float]:
     """Returns `validation/loss` and each source's `validation/<source>/loss` and `bits_per_byte`.
 
-    Losses are means over tokens in nats. The first is the mean of the sources' by `weights`, in
-    which one that isn't named counts for nothing; without weights, and where all count for
-    nothing, it is the mean over all tokens. Bits per byte count all tokens, the ends of documents
-    too, against the bytes of the text that they stand for.
+    Losses are means over tokens, in nats. `validation/loss` is the mean over sources by `weights`,
+    where a source without a weight has weight 0; without weights, or if all are 0, it is the mean
+    over all tokens. Bits per byte count all tokens, the ends of documents too, against the bytes of
+    the text that they encode.
     """
     metrics: dict[str, float] = {}
     share = {"rank": meshes.share.batch_rank, "num_ranks": meshes.topology.num_batch_ranks}
@@ -59,7 +59,7 @@ def validate(
 def pooled_loss(
     losses: Mapping[str, float], weights: Mapping[str, float], tokens: Mapping[str, float]
 ) -> float:
-    """Returns the mean of the sources' losses by weights; by tokens where all count for nothing."""
+    """Returns the mean of the sources' losses by weights; by tokens if all weights are 0."""
     used = {source: weights.get(source, 0.0) for source in losses}
     if not any(used.values()):
         used = dict(tokens)

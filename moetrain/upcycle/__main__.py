@@ -1,6 +1,6 @@
 """`python -m moetrain.upcycle from=DIR to=DIR num_experts=8 top_k=2`: a dense run becomes an MoE's.
 
-Owns the command: what is refused, its order of work and what is said. Leaves the tensors to
+Owns the command: what is refused, its order of work and its messages. Leaves the tensors to
 `experts.py` and the run's folder to `moetrain.huggingface.run_folder`.
 """
 
@@ -37,7 +37,7 @@ from moetrain.upcycle.experts import Changes, Index, Upcycled, dense_name
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class UpcycleSettings:
-    """Which dense run becomes an MoE, of how many experts, and how they differ to begin with."""
+    """Which dense run becomes an MoE, of how many experts, and how they initially differ."""
 
     from_: PathText
     """The own folder of a dense run, trained or imported."""
@@ -48,13 +48,13 @@ class UpcycleSettings:
     noise: NonNegativeFloat = 0.0
     """Normal noise on each expert, in standard deviations of each matrix."""
     reinitialize: Annotated[float, Interval(ge=0.0, le=1.0)] = 0.0
-    """The part of each expert's hidden units that begin anew (arXiv 2502.19261: 0.5)."""
+    """The share of each expert's hidden units to reinitialise (arXiv 2502.19261: 0.5)."""
     seed: NonNegativeInt = 0
-    """Of the routers, the noise and the choice of units."""
+    """The seed of the routers, the noise and the choice of units."""
     normalize_gates: bool = True
     """Whether a token's gates sum to one; only then does the model begin as the dense one."""
     extensions: list[str] = field(default_factory=list)
-    """Modules that the run was trained with: nothing is imported because a checkpoint names it."""
+    """Extensions that the run was trained with; a checkpoint alone can't cause an import."""
 
 
 def upcycle(settings: UpcycleSettings) -> int:

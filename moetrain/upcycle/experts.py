@@ -1,7 +1,7 @@
 """The tensors of an upcycled model, each a pure function of the dense one's and of a seed.
 
-Owns where each comes from, and the noise and fresh values that make experts differ. Knows no files:
-it is handed what reads the dense model, and holds one of its matrices at a time.
+Owns the source of each, and the noise and new values that make experts differ. Knows no files: it
+gets a function that reads the dense model, and holds one of its matrices at a time.
 """
 
 import re
@@ -26,9 +26,9 @@ class Changes:
     """What makes the experts differ from the dense layer, and so from each other."""
 
     noise: float
-    """Standard deviation of what is added, as a part of the matrix's own."""
+    """Standard deviation of the noise, relative to the matrix's own."""
     reinitialize: float
-    """The part of an expert's hidden units that begin anew (Drop-Upcycling, arXiv 2502.19261)."""
+    """The share of an expert's hidden units to reinitialise (Drop-Upcycling, arXiv 2502.19261)."""
     seed: int
 
 
@@ -102,7 +102,7 @@ def dense_name(name: str) -> str | None:
 
 
 def fresh_units(num_units: int, *, fraction: float, stream: int) -> Tensor:
-    """Returns which hidden units of an expert begin anew: `fraction` of them, in order."""
+    """Returns the hidden units of an expert to reinitialise: `fraction` of them, in order."""
     generator = torch.Generator().manual_seed(stream)
     drawn = torch.randperm(num_units, generator=generator)[: round(fraction * num_units)]
     return drawn.sort().values

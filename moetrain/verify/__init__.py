@@ -1,1 +1,1 @@
-"""`python -m moetrain.verify`: the same batches under several layouts, shown to train the same."""
+"""`python -m moetrain.verify`: checks that several layouts train the same on the same batches."""

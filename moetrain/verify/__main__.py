@@ -35,7 +35,7 @@ from moetrain.verify.trial import Trial, run_trial, write_batches
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class VerifyConfig(Config):
-    """Everything that training can be told, and how it is verified."""
+    """All settings of training, and those of the verification."""
 
     verify: VerifySettings = VerifySettings()
 
@@ -90,10 +90,10 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _comparable(config: VerifyConfig) -> Config:
-    """Returns the user's model under what makes layouts comparable: SGD and float32 on the CPU.
+    """Returns the user's model with settings that make layouts comparable: SGD, float32, CPU.
 
-    Adam would hide a wrong scale, and bfloat16 every error below its own. Raises ConfigError for
-    what differs between layouts by its definition.
+    Adam would hide a wrong scale, and bfloat16 any error below its rounding. Raises ConfigError for
+    settings whose results differ between layouts by definition.
     """
     router = config.model.router
     if config.dry_run:
@@ -175,7 +175,7 @@ def _try_all(
 
 
 def _notes(results: list[Result], left_out: list[tuple[Layout, ConfigError]]) -> list[str]:
-    """Returns what stands under the table: failures at length, near-ties, layouts left out."""
+    """Returns the notes below the table: failures in full, near-ties, layouts left out."""
     lines = ["", "Differences are relative; ! is more than rounding explains (docs/verify.md)."]
     if ties := sum(result.near_ties for result in results):
         lines.append(
@@ -196,7 +196,7 @@ def _notes(results: list[Result], left_out: list[tuple[Layout, ConfigError]]) ->
 
 
 def _say(text: str) -> None:
-    """Shows what is being done: in place on a terminal, else a line for each layout."""
+    """Shows progress: in place on a terminal, else a line for each layout."""
     if sys.stderr.isatty():
         print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
     elif text.endswith("\n"):

@@ -13,12 +13,12 @@ from moetrain.train.prepare import require_vocabulary
 
 
 def global_batches(config: Config, *, num_steps: int) -> tuple[list[Batch], str]:
-    """Returns one global batch a step, and what they are made of.
+    """Returns one global batch per step, and a description of their source.
 
-    The user's shards where they are built and fit the vocabulary, or built now of the text that
-    `data.dir` names, else synthetic tokens. In both
-    the later sequences end in padding, more and more of it: ranks and micro-batches then hold
-    unlike numbers of tokens, without which a mean over each would look like the global mean.
+    They come from the user's shards, if those are built and fit the vocabulary, or are built now
+    from the text in `data.dir`; else they are synthetic tokens. In both, later sequences end in
+    more and more padding: ranks and micro-batches then hold different numbers of tokens. Otherwise
+    a mean over each would look like the global mean.
     Raises ConfigError or DataError where `data.dir` is given and can't be used.
     """
     folder, given = resolved_dir(config.data), config.data.dir is not None

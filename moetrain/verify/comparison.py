@@ -1,4 +1,4 @@
-"""What is compared, tensor by tensor and expert by expert, and how a difference is told.
+"""What is compared, tensor by tensor and expert by expert, and how differences are measured.
 
 Knows no process group: tensors come gathered, so that row e of a stacked weight is global expert e.
 """
@@ -16,22 +16,22 @@ KINDS = ("dense", "router", "experts")
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The worst of some differences, measured by what is allowed."""
+    """The worst of some differences, relative to the tolerance."""
 
     relative: float
-    """Of the norm of what is compared with."""
+    """Relative to the norm of the reference."""
     allowed: float
     where: str
-    """The tensor, figure or expert that it is of."""
+    """The tensor, figure or expert that differs."""
 
     @property
     def passes(self) -> bool:
-        """Whether rounding explains it; what is not a number never passes."""
+        """Whether rounding explains it; NaN never passes."""
         return self.relative <= self.allowed
 
 
 def worst(differences: Iterable[Difference]) -> Difference | None:
-    """Returns the difference that is largest beside what is allowed; None of none."""
+    """Returns the largest difference relative to its tolerance; None if there are none."""
     return max(differences, key=lambda d: (not d.passes, _excess(d)), default=None)
 
 

@@ -1,4 +1,4 @@
-"""Whether a model can be verified on this machine: what it needs, what there is, the way out."""
+"""Whether this machine's memory suffices to verify a model, and overrides with which it does."""
 
 import os
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def needed_gib(config: Config, *, num_ranks: int) -> float:
 
     In float32: with every rank a replica, weights and gradients of each; the gathered copies
     that FSDP, the comparison and the reference's files make; and the activations of the whole
-    batch, which stand in memory at once where it isn't cut into micro-batches.
+    batch, which are in memory at once where it isn't split into micro-batches.
     """
     model, train = config.model, config.train
     weights = 4 * total_parameters(model)

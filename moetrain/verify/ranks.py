@@ -1,7 +1,7 @@
-"""Starts gloo ranks on this machine, and tells what each returned or why one couldn't.
+"""Starts gloo ranks on this machine, and returns their results or the cause of a failure.
 
-A rank is ended when its layout is over, when another fails, and when this process goes away,
-however it goes: none is left behind.
+A rank is ended when its layout is done, when another rank fails, and when this process ends, in
+whatever way: none is left behind.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def run_ranks(
     """Returns what `function(argument, tell)` returned as each of `num_ranks` gloo ranks.
 
     Function, argument and results must pickle. Raises RankFailed with the cause of the failure
-    of any, or the ConfigError that a rank raised. `on_step` is told the steps of rank 0. Each
+    of any, or the ConfigError that a rank raised. `on_step` receives the steps of rank 0. Each
     rank computes with `num_threads`.
     """
     # Ranks are forked from a server that has imported torch once and started no thread.
@@ -158,7 +158,7 @@ def _live(
     function: Callable[[Any, Tell], Any],
     argument: Any,
 ) -> None:
-    """A rank's life; answers once, and ends without tearing gloo down."""
+    """What a rank's process runs; it answers once, and exits without tearing down gloo."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends all ranks
     _end_with_parent()
     output = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -182,7 +182,7 @@ def _live(
     except BaseException as error:
         lost = isinstance(error, dist.DistError) or "onnection" in str(error)
         line.send(("failed", (f"\n{traceback.format_exc().rstrip()}", lost)))
-        time.sleep(GRACE_SECONDS)  # peers see this rank go only when its own account is read
+        time.sleep(GRACE_SECONDS)  # so that the cause is read before peers see this rank exit
     os._exit(0)  # tearing gloo down now and then aborts after success
 
 

@@ -22,7 +22,7 @@ class Result:
 
     @property
     def differences(self) -> dict[str, Difference]:
-        """The worst of all ranks by column; columns that the model hasn't are left out."""
+        """The worst of all ranks by column, without columns that the model doesn't have."""
         found: dict[str, Difference] = {}
         for column in COLUMNS:
             of_ranks = [m.differences[column] for m in self.ranks if column in m.differences]
@@ -32,7 +32,7 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """What does not agree with the reference, one sentence each; empty where all does."""
+        """The disagreements with the reference, one sentence each; empty if it passes."""
         if self.error:
             return [self.error]
         failures = [
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def near_ties(self) -> int:
-        """Choices that rounding alone decided otherwise, over all ranks."""
+        """Choices that differ by rounding alone, over all ranks."""
         return sum(rank.near_ties for rank in self.ranks)
 
 

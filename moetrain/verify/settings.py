@@ -1,4 +1,4 @@
-"""What a user may say about a verification."""
+"""The settings of a verification."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from moetrain.checks import one_of
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class VerifySettings:
-    """How much is compared, and in which form it is told."""
+    """How much is compared, and the form of the report."""
 
     num_steps: PositiveInt = 3
     """Steps of SGD that every layout takes."""

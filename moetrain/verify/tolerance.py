@@ -3,7 +3,7 @@
 The layouts compute the same sums in another order. A float32 sum of n terms whose roundings are
 independent is off by about eps · sqrt(n) of its size (N. Higham and T. Mary, "A new approach to
 probabilistic rounding error analysis", 2019), and so is a chain of products whose reductions add
-up to n. Three such errors are told apart here, all relative, as norms of whole tensors:
+up to n. There are three such errors here, all relative, as norms of whole tensors:
 
 - of what the forward pass makes: n is the sum of the reductions on a token's way to its loss;
 - of a gradient: the way there and, twice as long, back, and then the sum over all tokens;

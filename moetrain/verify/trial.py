@@ -1,4 +1,4 @@
-"""What one rank does of a layout: trains the batches, and compares itself with the reference.
+"""What one rank of a layout does: it trains on the batches and compares with the reference.
 
 The model, its sharding and the step are those of training. The reference writes its first
 gradients, its weights and its routing into the folder of the verification; every rank of
@@ -59,9 +59,9 @@ class Measured:
     grad_norms: list[float]
     differences: dict[str, Difference]
     near_ties: int
-    """Choices of experts, of all steps and layers, that rounding alone decided otherwise."""
+    """Choices of experts, over all steps and layers, that differ by rounding alone."""
     digest: str
-    """Of all weights, gathered: equal on every rank, so that replicas are equal to the bit."""
+    """Of all gathered weights: equal on every rank, so that replicas are bit-equal."""
 
 
 def write_batches(folder: Path, batches: list[Batch]) -> None:
@@ -128,13 +128,13 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
 
 
 class RoutingWatch:
-    """Sees each router's choice, and lets near-ties fall as they did in the reference.
+    """Observes each router's choice, and resolves near-ties as in the reference.
 
-    A token whose next experts score alike up to rounding may go to the one in a layout and to the
-    other in another. Neither is wrong, but from there on the gradients differ by a token's part
-    of them. So where a layout's scores equal the reference's up to rounding, and from those its
-    router would choose as the reference did, the reference's choice is taken and counted;
-    otherwise the choice stays and shows.
+    Two experts whose scores are equal up to rounding may be chosen differently in two layouts.
+    Neither choice is wrong, but the gradients then differ by that token's part. So where a layout's
+    scores equal the reference's up to rounding, and its router would choose as the reference did
+    from the reference's scores, the reference's choice is taken and counted; otherwise the choice
+    stays, and shows as a difference.
     """
 
     def __init__(self, trial: Trial) -> None:
@@ -146,8 +146,8 @@ class RoutingWatch:
     def begin(
         self, step: int, batches: list[MicroBatch], *, first_sequence: int
     ) -> list[MicroBatch]:
-        """Returns a step's micro-batches with its eye on them; which of the global batch's
-        sequences the first of them begins with is `first_sequence`."""
+        """Returns a step's micro-batches, observed; `first_sequence` is the index in the global
+        batch of the first one's first sequence."""
         self._step = step
         self._seen = {} if self._trial.is_reference else _load(self._trial, f"routing_{step}.pt")
         token, watched = first_sequence * self._trial.config.train.seq_len, []
@@ -157,7 +157,7 @@ class RoutingWatch:
         return watched
 
     def end(self) -> None:
-        """Writes the reference's choices down."""
+        """Writes the reference's choices to a file."""
         if self._trial.is_reference:
             torch.save(self._seen, self._trial.folder / f"routing_{self._step}.pt")
 

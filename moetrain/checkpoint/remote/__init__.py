@@ -1,1 +1,1 @@
-"""Copies of checkpoints elsewhere: an object store, or another disk."""
+"""Remote copies of checkpoints: in an object store, or on another disk."""

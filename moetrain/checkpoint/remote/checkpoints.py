@@ -1,16 +1,16 @@
-"""Checkpoints on a remote folder: which are there, who may add one, and in what order.
+"""Checkpoints in a remote folder: which exist, who may add one, and in what order.
 
     checkpoints/attempts/00000003                 attempt 3 has taken the run over
     checkpoints/step_00000100_attempt_3/…         files as they were saved, manifest.json last
-    checkpoints/latest                            names the newest, after all else
+    checkpoints/latest                            names the newest, written last
 
-Owns names, order and the fence. A folder without manifest.json is no checkpoint, and nothing is
-written into one that has it. Which is the newest follows from the listing, by the order that
-`folders` has for those of this machine. `latest` is for people and other programs; what is read
-doesn't depend on it, so that a worker that was cut off can't win by writing it late.
+Owns names, order and the fence. A folder without manifest.json is not a checkpoint, and nothing is
+written into a folder that has one. The newest follows from the listing, by the same order as
+`folders` uses for local checkpoints. `latest` is for people and other programs; reading doesn't
+depend on it, so that a worker that was cut off can't win by writing it late.
 
-Leaves transfers to `object_folder` and `disk_folder`, reading back to `download`, and the time
-of an upload to `uploader`.
+Leaves transfers to `object_folder` and `disk_folder`, reading back to `download`, and when to
+upload to `uploader`.
 """
 
 import re
@@ -40,12 +40,12 @@ ATTEMPTS = "attempts"
 _RETRIES = Retries()
 _FOLDER = re.compile(r"step_(\d{8,15})_attempt_(\d{1,15})")
 _ATTEMPT = re.compile(r"\d{8,15}")
-# No `/`, and no dot in front: such a name stays in its folder and is no hidden file.
+# No `/` and no leading dot: such a name stays in its folder and isn't a hidden file.
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 
 class SupersededError(CheckpointError):
-    """A newer attempt has taken the run over; this one may write no more."""
+    """A newer attempt has taken over the run; this one may no longer write."""
 
 
 def remote_name(save: Save) -> str:
@@ -54,7 +54,7 @@ def remote_name(save: Save) -> str:
 
 
 def parse_name(name: str) -> Save | None:
-    """Returns the checkpoint that a folder is named after; None for any other name."""
+    """Returns the checkpoint of a folder's name; None for any other name."""
     found = _FOLDER.fullmatch(name)
     if found is None:
         return None
@@ -63,7 +63,7 @@ def parse_name(name: str) -> Save | None:
 
 
 def require_file_names(names: Iterable[str]) -> None:
-    """Raises CheckpointError for names that could leave a folder, or hide in it."""
+    """Raises CheckpointError for names that could escape the folder, or be hidden in it."""
     for name in names:
         if not _FILE.fullmatch(name) or name == MANIFEST:
             raise CheckpointError(
@@ -72,9 +72,9 @@ def require_file_names(names: Iterable[str]) -> None:
 
 
 def open_remote(upload_to: str, *, run: str, retries: Retries = _RETRIES) -> "RemoteCheckpoints":
-    """The checkpoints of a run below an address; asks no server yet.
+    """The checkpoints of a run below an address; makes no request yet.
 
-    Raises ConfigError where the address can't be, or the packages for it are missing.
+    Raises ConfigError where the address is invalid, or the packages for it are missing.
     """
     check_url(upload_to)
     protocol, _, path = upload_to.rstrip("/").partition("://")
@@ -85,16 +85,16 @@ def open_remote(upload_to: str, *, run: str, retries: Retries = _RETRIES) -> "Re
 
 
 def complete_of(folders: Mapping[Save, Mapping[str, int]]) -> list[Save]:
-    """Returns which of them are checkpoints, in the order in which they are to be tried."""
+    """Returns the complete checkpoints among them, in the order in which to try them."""
     line, beside = in_order(save for save, sizes in folders.items() if MANIFEST in sizes)
     return line + beside
 
 
 class RemoteCheckpoints:
-    """A run's checkpoints on a remote folder.
+    """A run's checkpoints in a remote folder.
 
-    Methods raise CheckpointError; its subclass RemoteUnavailableError where the server is to
-    blame, and SupersededError where a newer attempt owns the run.
+    Methods raise CheckpointError; its subclass RemoteUnavailableError where the server fails, and
+    SupersededError where a newer attempt owns the run.
     """
 
     def __init__(self, files: RemoteFolder) -> None:
@@ -111,9 +111,10 @@ class RemoteCheckpoints:
         return self._files
 
     def take_attempt(self, local_attempt: int) -> int:
-        """Takes the run over: returns a number above all before, here and there.
+        """Takes over the run: returns a number above all earlier ones, local and remote.
 
-        Two that start at once get two numbers, where the store knows exclusive creation.
+        Two attempts that start at the same time get different numbers, if the store supports
+        exclusive creation.
         """
         number = local_attempt
         while True:
@@ -137,14 +138,14 @@ class RemoteCheckpoints:
         return folders
 
     def list_complete(self) -> list[Save]:
-        """All checkpoints in the order in which they are to be tried."""
+        """All checkpoints, in the order in which to try them."""
         return complete_of(self.list_folders())
 
     def upload(self, folder: Path, manifest: Manifest, *, owner: int) -> int:
-        """Uploads a complete local checkpoint and lets `latest` name the newest; returns bytes.
+        """Uploads a complete local checkpoint and updates `latest`; returns the bytes.
 
-        `owner` is the attempt that uploads; another may have saved it. Killed at any moment, it
-        leaves a checkpoint or none. One that is there already is left as it is.
+        `owner` is the attempt that uploads; another may have saved the checkpoint. A kill at any
+        moment leaves a complete checkpoint or none. One that exists already is left as it is.
         """
         save = Save(manifest.step, manifest.attempt)
         name, sizes = remote_name(save), {n: entry.size for n, entry in manifest.files.items()}
@@ -154,7 +155,7 @@ class RemoteCheckpoints:
             text = (folder / MANIFEST).read_bytes()
             uploaded = 0
             if MANIFEST not in self._files.sizes(name):
-                verify_all(folder, manifest)  # older ones may be deleted for this
+                verify_all(folder, manifest)  # older ones may be deleted because of it
                 in_parallel(lambda n: self._files.upload(f"{name}/{n}", folder / n), sizes)
                 uploaded = sum(sizes.values()) + len(text)
         except OSError as error:
@@ -171,13 +172,13 @@ class RemoteCheckpoints:
     ) -> list[str]:
         """Deletes the checkpoints that `old` picks, and what killed uploads left behind.
 
-        `old` is given all checkpoints; the newest stays whatever it says. Returns the names of
-        the deleted.
+        `old` is called with all checkpoints; the newest always stays. Returns the names of those
+        that were deleted.
         """
         folders = self.list_folders()
         complete = complete_of(folders)
         picked = set(old(complete)) & set(complete[1:])
-        # Of a newer attempt they may be under way.
+        # Those of a newer attempt may be uploads in progress.
         partial = [s for s in folders if s.attempt <= owner and MANIFEST not in folders[s]]
         for save in sorted(picked) + partial:
             self._require_ownership(save, owner)
@@ -185,15 +186,15 @@ class RemoteCheckpoints:
         return [remote_name(save) for save in sorted(picked)]
 
     def stop(self) -> None:
-        """Makes a transfer that is under way, and every later call, end soon with an error."""
+        """Makes a transfer in progress, and every later call, end soon with an error."""
         self._files.stop()
 
     def _delete(self, folder: str, names: set[str]) -> None:
-        """The manifest first: what a killed deletion leaves is no checkpoint."""
+        """The manifest first: then a killed deletion doesn't leave a checkpoint."""
         if MANIFEST in names:
             self._files.delete(f"{folder}/{MANIFEST}")
         self._files.forget_uploads(folder)
-        # Names that could never be a checkpoint's are not touched; nobody here put them there.
+        # Names that no checkpoint can have are left alone: this package didn't write them.
         own = sorted(n for n in names - {MANIFEST} if _FILE.fullmatch(n))
         in_parallel(lambda name: self._files.delete(f"{folder}/{name}"), own)
 
@@ -228,7 +229,8 @@ class RemoteCheckpoints:
     def _name_latest(self, save: Save, owner: int) -> None:
         self._require_ownership(save, owner)
         self._write_latest(save)
-        if self.newest_attempt() > owner:  # taken over in between: it may have flipped before us
+        # Taken over meanwhile: the new owner may have written `latest` before us, so list again.
+        if self.newest_attempt() > owner:
             self._write_latest(save)
             self._require_ownership(save, owner)
 

@@ -1,6 +1,6 @@
-"""A remote folder that is a folder of this machine: another disk, or one of the network.
+"""A remote folder that is mounted on this machine: another disk, or a network file system.
 
-Owns that each file there is seen whole or not at all, whenever the writer is killed.
+Each file in it is seen complete or not at all, whenever the writer is killed.
 """
 
 import os
@@ -18,7 +18,7 @@ _PIECE_BYTES = 8 * 2**20
 
 
 class DiskFolder:
-    """The files of a folder below one that must be there: an unmounted disk isn't filled in."""
+    """The files of a folder below `root`, which must exist: a missing mount isn't written into."""
 
     def __init__(self, root: Path, below: str) -> None:
         self._root, self._folder = root, root / below
@@ -30,7 +30,7 @@ class DiskFolder:
         return f"file://{self._folder}"
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Walks the folder; what killed writers left is listed too, under names with a dot."""
+        """Walks the folder; leftovers of killed writers are listed too, by names with a dot."""
         with self._told():
             folder, found = self._folder / below, {}
             for parent, _, names in os.walk(folder, onerror=_raise):
@@ -51,7 +51,7 @@ class DiskFolder:
             file.write(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """By a hard link, which never replaces; by a look first where a disk has none."""
+        """By a hard link, which never replaces; where links are unsupported, checks first."""
         with self._told():
             new = self._new_file(name, replace=False)
             try:
@@ -62,14 +62,14 @@ class DiskFolder:
             return True
 
     def upload(self, name: str, path: Path) -> None:
-        """Copied, and then renamed."""
+        """Copies, and then renames."""
         with self._told(), path.open("rb") as source, self._new_file(name) as file:
             while piece := source.read(_PIECE_BYTES):
                 self._require_running()
                 file.write(piece)
 
     def pieces(self, name: str, *, start: int, stop: int) -> Iterator[bytes]:
-        """Read in order."""
+        """Reads in order."""
         with self._told(), (self._folder / name).open("rb") as source:
             source.seek(start)
             while start < stop and (piece := source.read(min(_PIECE_BYTES, stop - start))):
@@ -78,15 +78,15 @@ class DiskFolder:
                 yield piece
 
     def delete(self, name: str) -> None:
-        """The file, and its folder where that is empty then."""
+        """Deletes the file, and its folder if that is empty then."""
         with self._told():
             path = self._folder / name
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # others are in it, or another thread was first
+            with suppress(OSError):  # not empty, or another thread was first
                 path.parent.rmdir()
 
     def forget_uploads(self, below: str) -> None:
-        """Deletes what killed writers left."""
+        """Deletes leftovers of killed writers."""
         with self._told():
             for path in (self._folder / below).glob(".*.new"):
                 self.delete(f"{below}/{path.name}")
@@ -106,7 +106,7 @@ class DiskFolder:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Failures of the disk become what users are told; a missing file stays one."""
+        """Turns disk errors into errors for users; FileNotFoundError passes through."""
         self._require_running()
         if not self._root.is_dir():
             raise RemoteUnavailableError(

@@ -1,8 +1,7 @@
-"""Bringing the newest good checkpoint from a remote folder to this machine.
+"""Downloads the newest good checkpoint from a remote folder.
 
-Owns that what is downloaded becomes a checkpoint by one rename, after all of it was verified. What
-stands in a remote folder is not trusted: no name may leave the folder, and nothing is used before
-its hash is checked.
+A download becomes a checkpoint by one rename, after all of it was verified. A remote folder isn't
+trusted: no name may escape the folder, and nothing is used before its hash is checked.
 """
 
 import os
@@ -36,12 +35,12 @@ from moetrain.checkpoint.remote.checkpoints import (
 from moetrain.checkpoint.remote.folder import RemoteFolder, in_parallel
 
 _STAGED = "staged_download_"
-# Thousands of ranks and tensors need some tens of MiB; more is no manifest of ours.
+# Thousands of ranks and tensors need some tens of MiB; a larger file can't be our manifest.
 _MOST_MANIFEST_BYTES = 2**30
 
 
 class _DamagedError(Exception):
-    """One checkpoint isn't good; another may be."""
+    """This checkpoint is corrupted; another may be good."""
 
 
 def fetch_newest(
@@ -55,14 +54,13 @@ def fetch_newest(
 ) -> Path | None:
     """Downloads the newest remote checkpoint that verifies, as a step folder of `directory`.
 
-    `newer_than` is the newest good one there, if there is one. `demand` may refuse a manifest by
-    an error of its own, before the rest is downloaded. `rejected` is told name and reason of each
-    that is passed over, `progress` how many bytes of how many are there, from several threads.
-    What was downloaded before a kill is used again.
+    `newer_than` is the newest good one in `directory`, if there is one. `demand` may refuse a
+    manifest by an error of its own, before the rest is downloaded. `rejected` is called with the
+    name and the reason of each that is skipped; `progress`, from several threads, with the bytes
+    done and the total. What was downloaded before a kill is reused.
 
-    Returns None where nothing newer is there, or nothing newer is good. Raises
-    RemoteUnavailableError where the server can't be asked, CheckpointError where the disk of this
-    machine has no room or fails.
+    Returns None where nothing newer exists, or nothing newer is good. Raises RemoteUnavailableError
+    where the server can't be reached, CheckpointError where the local disk is full or fails.
     """
     folders = remote.list_folders()
     wanted = newer_saves(complete_of(folders), newer_than)
@@ -86,7 +84,7 @@ def fetch_newest(
 
 
 def newer_saves(complete: list[Save], than: Save | None) -> list[Save]:
-    """Returns those that would be tried before one of this machine."""
+    """Returns those that would be tried before a local one."""
     if than is None:
         return complete
     line, beside = in_order({than, *complete})
@@ -95,7 +93,7 @@ def newer_saves(complete: list[Save], than: Save | None) -> list[Save]:
 
 
 class _Fetch:
-    """One checkpoint on its way."""
+    """The download of one checkpoint."""
 
     def __init__(
         self,
@@ -112,7 +110,7 @@ class _Fetch:
         self._lock, self._done = threading.Lock(), 0
 
     def run(self, demand: Callable[[Manifest], None]) -> Path:
-        """Brings it; raises _DamagedError."""
+        """Downloads it; raises _DamagedError."""
         text = self._read_manifest()
         resumed = self._prepare(text)
         try:
@@ -141,7 +139,7 @@ class _Fetch:
         except CheckpointError as error:
             if not resumed:
                 raise _DamagedError(str(error)) from error
-            # What lay here from before may be to blame, and not what is there.
+            # The leftovers of an earlier download may be corrupted, and not the remote files.
             shutil.rmtree(self.staged)
             return self.run(demand)
         self._commit()
@@ -160,7 +158,7 @@ class _Fetch:
         return manifest
 
     def _prepare(self, manifest: bytes) -> bool:
-        """Makes the staged folder; returns whether it holds part of this checkpoint already."""
+        """Makes the staging folder; returns whether it holds part of this checkpoint already."""
         try:
             if (self.staged / MANIFEST).read_bytes() == manifest:
                 return True
@@ -172,14 +170,14 @@ class _Fetch:
         return False
 
     def _require_sizes(self, sizes: Mapping[str, int]) -> None:
-        """What a listing tells needs no download."""
+        """Checks sizes against the listing, before a download."""
         for name, size in sizes.items():
             if (found := self._there.get(name)) != size:
                 there = "is missing" if found is None else f"has {found} bytes"
                 raise _DamagedError(f"{name} {there}, and its manifest says {size} bytes")
 
     def _is_here(self, text: bytes, manifest: Manifest) -> bool:
-        """Whether this very checkpoint is whole in `directory`: killed after the rename, say."""
+        """Whether this checkpoint is complete in `directory`, as after a kill after the rename."""
         try:
             if (self._target / MANIFEST).read_bytes() != text:
                 return False
@@ -214,7 +212,7 @@ class _Fetch:
         in_parallel(fetch, sizes)
 
     def _have(self, name: str, size: int) -> int:
-        """Bytes of a file that are here from before."""
+        """Bytes of a file that were downloaded before."""
         path = self.staged / name
         found = path.stat().st_size if path.is_file() else 0
         if found > size:
@@ -222,7 +220,7 @@ class _Fetch:
         return found if found <= size else 0
 
     def _commit(self) -> None:
-        """Gives the checkpoint its name; what had it, damaged or of another attempt, moves."""
+        """Renames the checkpoint into place; moves away a corrupted or another attempt's one."""
         if os.path.lexists(self._target):
             replaced = f"replaced_{self._target.name}_attempt_{self._save.attempt}"
             remove(self._target.with_name(replaced))
@@ -231,7 +229,7 @@ class _Fetch:
 
 
 def _delete_staged(directory: Path, *, but: Save) -> None:
-    """Deletes what is left of downloads that aren't the next."""
+    """Deletes leftovers of downloads other than the next one."""
     kept = f"{_STAGED}{but.step:08d}_attempt_{but.attempt}"
     for folder in directory.glob(f"{_STAGED}*"):
         if folder.name != kept:

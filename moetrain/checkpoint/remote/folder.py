@@ -1,7 +1,7 @@
-"""What a remote folder of checkpoints must be able to do, and which addresses may name one.
+"""The interface of a remote folder of checkpoints, and which addresses may name one.
 
-Owns the words of a failure and the check of an address. Knows no server: `object_folder` and
-`disk_folder` do. Leaves what the files mean to `remote`.
+Owns the failure messages and the check of an address. Knows no server: `object_folder` and
+`disk_folder` do. Leaves the meaning of the files to `checkpoints`.
 """
 
 import re
@@ -22,74 +22,74 @@ Item = TypeVar("Item")
 
 
 class RemoteUnavailableError(CheckpointError):
-    """A server that can't be reached or doesn't let us in, whatever lies on it."""
+    """The server can't be reached or refuses access, whatever it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How long a request waits for a server, and how often it is tried again."""
+    """The timeout of requests, and how often they are retried."""
 
     timeout_seconds: float = 120.0
-    """After so long without a byte a request counts as lost."""
+    """A request fails after so long without a byte."""
     num_tries: int = 5
     pause_seconds: float = 1.0
-    """The longest pause before the second try; it doubles with each."""
+    """The longest pause before the first retry; it doubles with each."""
 
 
 class RemoteFolder(Protocol):
     """The files below one address, by name; names are `/`-separated and checked by the caller.
 
-    Every method raises CheckpointError, or RemoteUnavailableError where no other file would do
-    better. Several threads may call at once.
+    Every method raises CheckpointError, or RemoteUnavailableError where the failure isn't specific
+    to a file. Thread-safe.
     """
 
     @property
     def location(self) -> str:
-        """What messages call the folder."""
+        """The folder's name in messages."""
         ...
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Bytes of all files below a subfolder, by their name in it; none where there is none."""
+        """Bytes of all files below a subfolder, by their name in it; empty without a subfolder."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A whole small file; raises FileNotFoundError where there is none."""
+        """Reads a whole small file; raises FileNotFoundError where there is none."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """A whole small file, seen old or new but never in part."""
+        """Writes a small file atomically."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """As `write`, but only where there was no such file; returns whether that was so."""
+        """As `write`, but only if the file doesn't exist; returns whether it was written."""
         ...
 
     def upload(self, name: str, path: Path) -> None:
-        """A file of this machine, streamed; seen whole or not at all."""
+        """Uploads a local file as a stream; it is seen complete or not at all."""
         ...
 
     def pieces(self, name: str, *, start: int, stop: int) -> Iterator[bytes]:
-        """A file's bytes from `start` to `stop`, a few MiB at a time.
+        """Yields a file's bytes from `start` to `stop`, a few MiB at a time.
 
         Raises FileNotFoundError; ends early where there are fewer bytes.
         """
         ...
 
     def delete(self, name: str) -> None:
-        """Deletes a file; one that isn't there is no error."""
+        """Deletes a file; a missing one is no error."""
         ...
 
     def forget_uploads(self, below: str) -> None:
-        """Frees what unfinished uploads left in a subfolder, as far as the store lets us."""
+        """Deletes leftovers of unfinished uploads in a subfolder, as far as the store allows."""
         ...
 
     def stop(self) -> None:
-        """Makes what is under way, and every later call, end soon with CheckpointError."""
+        """Makes calls in progress, and every later call, end soon with CheckpointError."""
         ...
 
 
 def check_url(url: str) -> None:
-    """Raises ConfigError for an address that checkpoints can't be uploaded to; asks no server."""
+    """Raises ConfigError for an address that can't be uploaded to; makes no request."""
     protocol, separator, rest = url.partition("://")
     host, _, path = rest.partition("/")
 
@@ -120,7 +120,7 @@ def check_url(url: str) -> None:
 
 
 def require_mounted(settings: CheckpointSettings) -> None:
-    """Raises ConfigError where a folder of this machine is to be uploaded to and isn't there."""
+    """Raises ConfigError where uploads go to a folder of this machine that doesn't exist."""
     url = settings.upload_to or ""
     if url.startswith("file://") and not Path(url.removeprefix("file://")).is_dir():
         raise ConfigError(
@@ -131,7 +131,7 @@ def require_mounted(settings: CheckpointSettings) -> None:
 def in_parallel(
     work: Callable[[Item], object], items: Iterable[Item], *, num_threads: int = 4
 ) -> None:
-    """Does the work for each item in several threads; raises what failed first.
+    """Does the work for each item in several threads; raises the first failure.
 
     The threads are daemons: a program that ends for another reason doesn't wait for a transfer.
     """
@@ -159,6 +159,6 @@ def in_parallel(
 
 
 def without_credentials(text: str) -> str:
-    """A text without what may be secret in its URLs: users, passwords and queries."""
+    """A text without the parts of URLs that may be secret: users, passwords and queries."""
     text = re.sub(r"://[^/\s]*@", "://", text)
     return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "", text)

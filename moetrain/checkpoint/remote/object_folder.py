@@ -1,12 +1,11 @@
 """A remote folder on an object store: s3:// and gs://, through fsspec.
 
-Owns the retries, and the time after which a silent server counts
-as gone.
+Owns retries and timeouts.
 
-Credentials and servers other than the usual ones are set where these libraries look for them, in
-the environment: `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the like for s3://,
+Credentials and endpoints are set in the environment, as these libraries expect:
+`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL` and the like for s3://,
 `GOOGLE_APPLICATION_CREDENTIALS` and the like for gs://, and `FSSPEC_S3`, `FSSPEC_GS` with a JSON
-object of any options of fsspec's.
+object of any fsspec options.
 """
 
 import asyncio
@@ -32,9 +31,9 @@ from moetrain.checks import ConfigError
 
 _POLL_SECONDS = 0.2
 _PIECE_BYTES = 8 * 2**20
-# An upload of one file may have 10,000 parts on S3; those of gs:// are multiples of 256 KiB.
+# A multipart upload has at most 10,000 parts on S3; parts are multiples of 256 KiB on gs://.
 _MOST_PARTS, _PART_STEP = 9_000, 2**18
-# A store that knows no exclusive creation says so in one of these ways.
+# How stores answer that they don't support exclusive creation.
 _NOT_KNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 Result = TypeVar("Result")
@@ -55,7 +54,7 @@ class ObjectFolder:
         return f"{self._protocol}://{self._path}"
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """One listing of all objects below, which every store of today keeps up to date."""
+        """One listing of all objects below the prefix; today's stores list consistently."""
         prefix = f"{self._path}/{below}".rstrip("/")
         found = self._tried(prefix, lambda: self._call("_find", prefix, detail=True))
         return {
@@ -71,12 +70,12 @@ class ObjectFolder:
         return content
 
     def write(self, name: str, data: bytes) -> None:
-        """One request, which a store carries out whole."""
+        """One request, which is atomic."""
         path = self._at(name)
         self._tried(path, lambda: self._call("_pipe_file", path, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Exclusive where the store knows it (S3, GCS, MinIO); else looks first and then writes."""
+        """Exclusive where the store supports it (S3, GCS, MinIO); else checks, and then writes."""
         path = self._at(name)
 
         def attempt() -> bool:
@@ -95,7 +94,7 @@ class ObjectFolder:
         return self._tried(path, attempt)
 
     def upload(self, name: str, path: Path) -> None:
-        """In parts; the object appears when the last one is there. Holds a few parts in memory."""
+        """A multipart upload; the object appears when it completes. Holds a few parts in memory."""
         from fsspec.callbacks import Callback
 
         target = self._at(name)
@@ -112,7 +111,7 @@ class ObjectFolder:
         self._tried(target, attempt)
 
     def pieces(self, name: str, *, start: int, stop: int) -> Iterator[bytes]:
-        """By ranges, so that a broken connection costs a piece and not the file."""
+        """Range requests, so that a broken connection costs a piece and not the file."""
         path = self._at(name)
 
         def piece(begin: int, end: int) -> bytes:
@@ -139,7 +138,7 @@ class ObjectFolder:
         self._tried(path, attempt)
 
     def forget_uploads(self, below: str) -> None:
-        """Parts of an upload that was killed are paid for until they are told to go (S3 only)."""
+        """Aborts killed uploads, whose parts are billed until then (S3 only)."""
         if self._protocol != "s3":
             return
         bucket, _, prefix = self._at(below).partition("/")
@@ -152,7 +151,7 @@ class ObjectFolder:
                 self._call("_call_s3", "abort_multipart_upload", **names)
         except CheckpointError:
             raise
-        except Exception as error:  # many may upload and not list what is unfinished
+        except Exception as error:  # some credentials may upload but not list uploads
             _logger.info("%s: parts of killed uploads may be left: %s", self.location, error)
 
     def stop(self) -> None:
@@ -165,9 +164,9 @@ class ObjectFolder:
     def _call(
         self, method: str, *args: Any, moved: Callable[[], object] = lambda: None, **options: Any
     ) -> Any:
-        """What a coroutine of the filesystem returns; TimeoutError where it stalls.
+        """Runs a coroutine of the filesystem; raises TimeoutError where it stalls.
 
-        `moved` is something that changes while all goes well, however long it takes.
+        `moved` returns something that changes as long as the transfer makes progress.
         """
         filesystem = self._filesystem
         self._require_running()
@@ -193,7 +192,7 @@ class ObjectFolder:
             raise CheckpointError(f"{self.location}: given up, since the run ends")
 
     def _tried(self, path: str, work: Callable[[], Result], *, may_miss: bool = False) -> Result:
-        """What `work` returns, done again where it fails for a reason that may pass."""
+        """Returns what `work` returns; retries transient failures."""
         url, last = f"{self._protocol}://{path}", self._retries.num_tries
         for number in range(1, last + 1):
             try:
@@ -201,7 +200,7 @@ class ObjectFolder:
             except (CheckpointError, TypeError, AttributeError):  # the last two: bugs
                 raise
             except FileNotFoundError as error:
-                if may_miss or error.filename is not None:  # a file of this machine
+                if may_miss or error.filename is not None:  # a local file
                     raise
                 raise RemoteUnavailableError(
                     f"{url} can't be reached: {without_credentials(str(error))}; create the "
@@ -209,7 +208,7 @@ class ObjectFolder:
                 ) from None
             except Exception as error:
                 why = self._reason(error)
-                # Not `from error`: its own text may have secrets in a URL.
+                # Not `from error`: its text may have secrets in a URL.
                 if is_final(error):
                     raise RemoteUnavailableError(
                         f"{url} can't be used: {why}; check the credentials, and that they allow "
@@ -231,7 +230,7 @@ class ObjectFolder:
         return f"{type(error).__name__}: {without_credentials(str(error))}"
 
     def _new_filesystem(self) -> Any:
-        # Every answer is asked for anew: another attempt may have written since.
+        # No listing cache: another attempt may have written since.
         try:
             return new_filesystem(self._protocol, use_listings_cache=False)
         except ImportError as error:

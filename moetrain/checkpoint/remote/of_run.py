@@ -1,6 +1,6 @@
-"""A run's remote folder, where it has one: what its start, its ranks and its end do with it.
+"""A run's remote folder, if any: what the start, the ranks and the end of a run do with it.
 
-Owns nothing of transfers. Everything here does next to nothing where `upload_to` isn't set.
+Leaves transfers to others. Everything here does next to nothing where `upload_to` isn't set.
 """
 
 import logging
@@ -35,7 +35,7 @@ _SAY_SECONDS = 5.0
 
 
 def good_save(directory: Path) -> Save | None:
-    """Returns which is the newest checkpoint of a directory that verifies."""
+    """Returns the newest checkpoint of a directory that verifies."""
     folder = newest_good(directory, rejected=lambda name, reason: None)
     if folder is None:
         return None
@@ -46,8 +46,8 @@ def good_save(directory: Path) -> Save | None:
 def is_newer_there(settings: CheckpointSettings, *, run: str, good: Save | None) -> bool:
     """Returns whether the remote folder, if there is one, has a newer checkpoint than the good one.
 
-    Writes nothing. Raises ConfigError for a run that begins here where another one is there, and
-    CheckpointError where the folder can't be asked.
+    Writes nothing. Raises ConfigError for a new run where the remote folder holds another one, and
+    CheckpointError where the folder can't be read.
     """
     if settings.upload_to is None:
         return False
@@ -64,7 +64,7 @@ def is_newer_there(settings: CheckpointSettings, *, run: str, good: Save | None)
 
 
 class _FoundError(Exception):
-    """A manifest that was asked for, before more is downloaded."""
+    """Ends a download once its manifest, which is all that is needed, was read."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _FoundError(Exception):
 def newest_manifest_there(settings: CheckpointSettings, *, run: str) -> Manifest | None:
     """Returns the manifest of a run's newest remote checkpoint; None where there is none.
 
-    Raises CheckpointError where the remote folder can't be asked.
+    Raises CheckpointError where the remote folder can't be read.
     """
     if settings.upload_to is None:
         return None
@@ -106,7 +106,7 @@ def fetch_newer(
     """Downloads the newest good remote checkpoint, if it is newer than the directory's good one.
 
     `demand` raises for a manifest that the run can't resume from, before more is downloaded. Raises
-    CheckpointError where the remote folder can't be asked, or this disk has no room.
+    CheckpointError where the remote folder can't be read, or the local disk is full.
     """
     assert settings.upload_to is not None
     said = time.monotonic()
@@ -133,9 +133,9 @@ def fetch_newer(
 
 
 def upload_missing(settings: CheckpointSettings, *, run: str, directory: Path, good: Save) -> bool:
-    """Uploads a finished run's good checkpoint if it isn't there; returns whether it had to.
+    """Uploads a finished run's good checkpoint if it is missing; returns whether it was.
 
-    Raises CheckpointError where it can't be.
+    Raises CheckpointError where the upload fails.
     """
     if settings.upload_to is None:
         return False
@@ -151,10 +151,10 @@ def upload_missing(settings: CheckpointSettings, *, run: str, directory: Path, g
 def take_over(
     settings: CheckpointSettings, *, run: str, directory: Path, may_be_alone: bool = False
 ) -> int:
-    """Returns the number of a new attempt, above all before it, here and on the remote folder.
+    """Returns the number of a new attempt, above all earlier ones, local and remote.
 
-    Raises RemoteUnavailableError where that can't be asked, unless the attempt before was this
-    process's own (`may_be_alone`): then its number here will do.
+    Raises RemoteUnavailableError where the remote folder can't be reached, unless the attempt
+    before was this process's own (`may_be_alone`): then the local number suffices.
     """
     attempt = next_attempt(directory)
     if settings.upload_to is None:
@@ -174,7 +174,7 @@ def take_over(
 def start_uploads(
     settings: CheckpointSettings, *, run: str, attempt: int, event: Callable[..., None]
 ) -> Uploader | None:
-    """Returns what uploads an attempt's checkpoints; None where they stay here."""
+    """Returns the uploader of an attempt's checkpoints; None where they stay local."""
     if settings.upload_to is None:
         return None
 

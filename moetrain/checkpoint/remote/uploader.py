@@ -1,7 +1,7 @@
-"""Uploading checkpoints behind the training.
+"""Uploads checkpoints asynchronously.
 
-Owns when an upload happens and what becomes of a failure: training never stops for one. Leaves
-what is written, and in which order, to `remote`.
+Owns when an upload happens, and failures: training never stops because of one. Leaves what is
+written, and in which order, to `checkpoints`.
 """
 
 import logging
@@ -19,7 +19,7 @@ from moetrain.kinds import EventKind
 
 log = logging.getLogger(__name__)
 
-# After being told to stop, a transfer looks up within a fifth of a second.
+# A transfer reacts to `stop` within a fifth of a second.
 _STOP_SECONDS = 5.0
 
 
@@ -30,12 +30,13 @@ class _Task:
 
 
 class Uploader:
-    """A thread that uploads the newest checkpoint it was given, one at a time.
+    """A thread that uploads the newest submitted checkpoint, one at a time.
 
-    One that hasn't begun when a newer comes is left out. One that failed since the server couldn't
-    be asked is tried again after `retry_seconds`, unless a newer has come.
+    An upload that hasn't begun when a newer checkpoint is submitted is dropped. One that failed
+    because the server couldn't be reached is retried after `retry_seconds`, unless a newer
+    checkpoint was submitted.
 
-    `event` is told, from the thread, of `upload` (step, checkpoint, bytes, seconds),
+    `event` is called, from the thread, for `upload` (step, checkpoint, bytes, seconds),
     `upload_failed` (step, reason), `upload_skipped` (step, reason), `remote_deleted` (checkpoints)
     and `remote_delete_failed` (reason). `old` is that of `RemoteCheckpoints.delete_old`.
     """
@@ -61,7 +62,7 @@ class Uploader:
         self._thread.start()
 
     def submit(self, folder: Path, manifest: Manifest) -> None:
-        """Has a complete local checkpoint uploaded, instead of one that still waits."""
+        """Submits a complete local checkpoint; it replaces one that still waits."""
         with self._changed:
             if self._closing:
                 raise RuntimeError(f"{folder} came after the uploader was closed")
@@ -81,9 +82,9 @@ class Uploader:
             return {task.folder.name for task in (self._next, self._running) if task is not None}
 
     def close(self, timeout: float | None = None) -> str | None:
-        """Waits for what was submitted; returns why the last one isn't on the remote, if so.
+        """Waits for submitted uploads; returns why the last one failed, if it did.
 
-        After `timeout` seconds it is given up. A later call returns the same.
+        Gives up after `timeout` seconds. A later call returns the same.
         """
         with self._changed:
             self._closing = True
@@ -109,7 +110,7 @@ class Uploader:
                     self._not_before = time.monotonic() + self._retry_seconds
 
     def _take(self) -> _Task | None:
-        """The next task when its time has come; None when there is none and none will be."""
+        """Waits until the next task is due and returns it; None when there will be none."""
         with self._changed:
             while True:
                 pause = self._not_before - time.monotonic()
@@ -139,7 +140,7 @@ class Uploader:
         try:
             if deleted := self._remote.delete_old(self._old, owner=self._owner):
                 self._tell(EventKind.remote_deleted, checkpoints=deleted)
-        except Exception as error:  # the next upload tries again
+        except Exception as error:  # the next upload retries
             log.warning("old checkpoints in %s stay: %s", self._remote.location, error)
             self._tell(EventKind.remote_delete_failed, reason=str(error))
         return None
