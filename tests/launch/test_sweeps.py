@@ -173,9 +173,9 @@ class TestOnACluster:
         module = "moetrain" if how == "Ctrl-C" else "launch.submit"
         with sweep(tmp_path, shards, *on_cluster(), env=head.env, module=module) as process:
             for name in ("s-1", "s-2"):
-                wait_for(reached(tmp_path, 13, name=name), f"step 13 of {name}", seconds=150)
+                wait_for(reached(tmp_path, 13, name=name), f"step 13 of {name}", seconds=500)
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=150)
+            output, errors = process.communicate(timeout=500)
         assert process.returncode == 75, errors + output
         ends = {t["trial"]: t["end"] for t in trials_of(tmp_path)}
         assert ends == {1: "stopped", 2: "stopped", 3: "not begun"}
@@ -185,7 +185,7 @@ class TestOnACluster:
             assert (last["event"], latest) == ("stop", f"step_{last['step']:08d}")
         if how == "Ctrl-C":
             with sweep(tmp_path, shards, *on_cluster(), env=head.env) as process:
-                _, errors = process.communicate(timeout=300)
+                _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
             for name in ("s-1", "s-2", "s-3"):
                 assert metrics_of(tmp_path, name) == metrics_of(undisturbed, name)
