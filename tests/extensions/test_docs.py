@@ -117,7 +117,11 @@ def test_the_example_of_a_metric_and_a_callback_is_named_in_a_file(tmp_path: Pat
         "observe: {metrics: [entropy]}\n"
         "train: {callbacks: [best_loss], callback_options: {best_loss: {margin: 0.01}}}\n"
     )
-    said = run(tmp_path, "moetrain", "--config-dir", "conf", *SMALL, "+variant=mine", "run.name=m")
+    (tmp_path / "text").mkdir()
+    for number in range(200):
+        (tmp_path / f"text/{number}.txt").write_text(f"{number} is followed by {number + 1}. " * 20)
+    words = [*SMALL, "data.corpus=text", "train.validation_sequences=8", "run.name=m"]
+    said = run(tmp_path, "moetrain", "--config-dir", "conf", *words, "+variant=mine")
     assert said.returncode == 0, said.stderr
     assert "best validation loss so far: " in said.stdout + said.stderr
     record = json.loads((tmp_path / "runs/m/metrics.jsonl").read_text().splitlines()[-1])

@@ -171,7 +171,9 @@ class TestOnACluster:
     ) -> None:
         """`ray job stop` signals the sweep and its trials, which the sweep then signals as well."""
         module = "moetrain" if how == "Ctrl-C" else "launch.submit"
-        with sweep(tmp_path, shards, *on_cluster(), env=head.env, module=module) as process:
+        # One that isn't compared afterwards can't end before the other has come as far.
+        more = [] if how == "Ctrl-C" else ["train.num_steps=100000"]
+        with sweep(tmp_path, shards, *on_cluster(), *more, env=head.env, module=module) as process:
             for name in ("s-1", "s-2"):
                 wait_for(reached(tmp_path, 13, name=name), f"step 13 of {name}", seconds=500)
             process.send_signal(signal.SIGINT)
