@@ -1,7 +1,7 @@
 """Things of a package outside the repository train on real ranks, resume, and are recorded."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import extensions
 from data_pipeline.extensions import load_extensions
 from moetrain import api
 from moetrain.branch import BranchSettings, branch
 from moetrain.checks import ConfigError
 from moetrain.export import ExportSettings, export
+from moetrain.registries import SELECTED
 from moetrain.settings import Config, Resolved
 from moetrain.settings.validation import validated
 from moetrain.train.changes import as_plain
@@ -50,13 +52,22 @@ ALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the package `my_lab`, on this process's path, and `shards`."""
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yields a folder with the package `my_lab`, on this process's path, and `shards`."""
     folder = write_lab(tmp_path_factory.mktemp("lab"))
     sys.path.insert(0, str(folder))
+    extensions._entry_points.cache_clear()
     load_extensions(["my_lab"])
     write_shards(folder)
-    return folder
+    yield folder
+    # Messages of other tests list the names that there are, and its entry point.
+    sys.path.remove(str(folder))
+    extensions._entry_points.cache_clear()
+    for registry, _, _ in SELECTED:
+        for name in [name for name in registry.names() if name.startswith("lab_")]:
+            del registry._found[name]
+    for module in [name for name in sys.modules if name.partition(".")[0] == "my_lab"]:
+        del sys.modules[module]
 
 
 def train(lab: Path, config: Resolved, stop_at: int | None, attempt: int) -> Outcome:
