@@ -117,8 +117,8 @@ def balanced_choice(shape: Shape, device: torch.device) -> Tensor:
 
     torchtitan's own forced balance makes the same choice.
     """
-    copies = torch.arange(shape.rows, device=device) % shape.experts
-    return copies.view(shape.tokens, shape.top_k)
+    assignments = torch.arange(shape.rows, device=device) % shape.experts
+    return assignments.view(shape.tokens, shape.top_k)
 
 
 def model_settings(shape: Shape, *, experts: ExpertsSettings | None = None) -> ModelSettings:

@@ -213,9 +213,9 @@ def _layer_without_exchange(shape: Shape, mine: Weights, counts: Tensor) -> MoEL
     """
     alone = replace(shape, experts=len(counts), top_k=min(shape.top_k, len(counts)))
     layer = _layer(alone, mine._replace(router=mine.router[: len(counts)]))
-    copies = torch.arange(len(counts)).repeat_interleave(counts)
-    tokens = len(copies) // shape.top_k
-    shuffled = copies[torch.randperm(len(copies))[: tokens * shape.top_k]]
+    assignments = torch.arange(len(counts)).repeat_interleave(counts)
+    tokens = len(assignments) // shape.top_k
+    shuffled = assignments[torch.randperm(len(assignments))[: tokens * shape.top_k]]
     choice = shuffled.view(tokens, shape.top_k)
     layer.router.select = lambda scores: choice
     return layer

@@ -23,7 +23,7 @@ from torch import Tensor
 from moetrain.checks import one_of
 from moetrain.command import run_command
 from moetrain.exit_codes import DONE, FAILED
-from moetrain.kernels import expert_swiglu, group_copies, unavailable_because
+from moetrain.kernels import expert_swiglu, group_assignments, unavailable_because
 
 STRICT = ConfigDict(extra="forbid")
 LIBRARIES = (
@@ -153,7 +153,7 @@ def _largest_error(backend: str, *, device: str, dtype: torch.dtype) -> float:
 
     Four rows, each at two of three experts; the last expert has none.
     """
-    copies = group_copies(torch.tensor([[0, 1]] * 4, device=device), num_groups=3)
+    assignments = group_assignments(torch.tensor([[0, 1]] * 4, device=device), num_groups=3)
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 4, DIM, generator=generator).to(dtype)
     gates = torch.rand(8, generator=generator)
@@ -165,7 +165,7 @@ def _largest_error(backend: str, *, device: str, dtype: torch.dtype) -> float:
 
     inputs = [tensor.to(device).requires_grad_() for tensor in (x, gates, *weights)]
     rows, row_gates, gate, up, down = inputs
-    out = expert_swiglu(rows, row_gates, copies, gate, up, down, backend=backend)
+    out = expert_swiglu(rows, row_gates, assignments, gate, up, down, backend=backend)
     ours = [out, *torch.autograd.grad(out, inputs, grad.to(device))]
     errors = [
         torch.dist(mine.detach().cpu().double(), theirs.detach())

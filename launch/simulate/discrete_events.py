@@ -52,8 +52,8 @@ def simulate(
 ) -> Sample:
     """Simulates a run until so many failures have occurred."""
     rng = np.random.default_rng([seed, nodes])
-    struck = node_failures(settings, nodes=nodes, rng=rng)
-    accounts = time_spent(struck, settings, interval=interval)
+    times = node_failures(settings, nodes=nodes, rng=rng)
+    accounts = time_spent(times, settings, interval=interval)
     next(accounts)  # the first begins with training, all others with a failure
     rows = np.array([next(accounts) for _ in range(failures)])
     # Every period between failures starts in the same state, so the rows are independent, and a

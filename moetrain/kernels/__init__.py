@@ -1,6 +1,11 @@
 """The computation of experts, and rows grouped by expert; knows no model and no rank."""
 
-from moetrain.kernels.copies import Copies, gather_copies, group_copies, sum_copies
+from moetrain.kernels.assignments import (
+    Assignments,
+    gather_rows,
+    group_assignments,
+    sum_assignments,
+)
 from moetrain.kernels.expert_function import (
     ExpertFunction,
     compute_experts,
@@ -10,14 +15,14 @@ from moetrain.kernels.expert_swiglu import expert_swiglu, refuses
 from moetrain.kernels.megablocks_ops import unavailable_because
 
 __all__ = [
-    "Copies",
+    "Assignments",
     "ExpertFunction",
     "compute_experts",
     "expert_function",
     "expert_swiglu",
-    "gather_copies",
-    "group_copies",
+    "gather_rows",
+    "group_assignments",
     "refuses",
-    "sum_copies",
+    "sum_assignments",
     "unavailable_because",
 ]

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from moetrain.kernels.copies import Copies, group_copies
+from moetrain.kernels.assignments import Assignments, group_assignments
 from moetrain.kernels.expert_swiglu import Backend
 
 REPEATS = 5
@@ -32,7 +32,7 @@ class ExpertShape:
     choices: int
     """The number of these experts that each row goes to."""
     exchanged: bool
-    """Whether rows come from other ranks: then the copies of a row are known only from the data."""
+    """Whether rows come from other ranks: how many assignments a row has is in the data then."""
     dim: int
     hidden: int
     experts: int
@@ -41,26 +41,26 @@ class ExpertShape:
 
     @property
     def key(self) -> str:
-        """The key of the cache, with the number of copies rounded up to a power of two."""
-        num_copies = 1 << max(self.rows * self.choices - 1, 0).bit_length()
+        """The key of the cache, with the number of assignments rounded up to a power of two."""
+        num_assignments = 1 << max(self.rows * self.choices - 1, 0).bit_length()
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{machine(self.device)}, {dtype}, dim {self.dim}, hidden {self.hidden}, experts "
-            f"{self.experts}, copies {num_copies}"
+            f"{self.experts}, assignments {num_assignments}"
         )
 
-    def outline(self) -> tuple[Tensor, Copies, Tensor, Tensor, Tensor]:
-        """Returns uninitialised rows, copies and weights of this shape that take no memory."""
+    def outline(self) -> tuple[Tensor, Assignments, Tensor, Tensor, Tensor]:
+        """Returns uninitialised rows, assignments and weights of this shape that take no memory."""
         number = torch.empty((), dtype=self.dtype, device=self.device)
         index = torch.empty((), dtype=torch.int64, device=self.device)
         row = index.expand(self.rows * self.choices)
         counts, offsets = index.expand(self.experts), index.expand(self.rows + 1)
         weight = number.expand(self.experts, self.hidden, self.dim)
-        copies = Copies(row, counts, row, offsets, self.choices, row)
-        return number.expand(self.rows, self.dim), copies, weight, weight, weight
+        assignments = Assignments(row, counts, row, offsets, self.choices, row)
+        return number.expand(self.rows, self.dim), assignments, weight, weight, weight
 
-    def problem(self) -> tuple[Tensor, Tensor, Copies, Tensor, Tensor, Tensor]:
-        """Returns rows, gates, copies and weights of this shape, with values.
+    def problem(self) -> tuple[Tensor, Tensor, Assignments, Tensor, Tensor, Tensor]:
+        """Returns rows, gates, assignments and weights of this shape, with values.
 
         It doesn't change the global random state.
         """
@@ -69,16 +69,16 @@ class ExpertShape:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
 
-        num_copies = self.rows * self.choices
-        choices = torch.arange(num_copies, device=self.device) % self.experts
-        copies = group_copies(
+        num_assignments = self.rows * self.choices
+        choices = torch.arange(num_assignments, device=self.device) % self.experts
+        assignments = group_assignments(
             choices.view(self.rows, self.choices),
             num_groups=self.experts,
-            num_copies=num_copies if self.exchanged else None,
+            num_assignments=num_assignments if self.exchanged else None,
         )
-        gates = torch.full((num_copies,), 1 / self.choices, device=self.device)
+        gates = torch.full((num_assignments,), 1 / self.choices, device=self.device)
         gate, up, down = (random(self.experts, self.hidden, self.dim) for _ in range(3))
-        return random(self.rows, self.dim), gates, copies, gate, up, down
+        return random(self.rows, self.dim), gates, assignments, gate, up, down
 
 
 @functools.cache
@@ -102,12 +102,12 @@ def seconds_of_backends(
     in turn, five times. One that raises is left out with a warning; if all do, raises RuntimeError
     with their reasons. Lack of memory says nothing about a candidate and is raised.
     """
-    x, gates, copies, *weights = shape.problem()
+    x, gates, assignments, *weights = shape.problem()
     inputs = [tensor.requires_grad_() for tensor in (x, gates, *weights)]
 
     def both_ways(backend: Backend) -> None:
         with torch.enable_grad():
-            out = backend(inputs[0], inputs[1], copies, *inputs[2:])
+            out = backend(inputs[0], inputs[1], assignments, *inputs[2:])
             torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     return measure(

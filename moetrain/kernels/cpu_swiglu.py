@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.kernels.copies import Copies, add_up, row_dots
+from moetrain.kernels.assignments import Assignments, add_up, row_dots
 
 
 def cpu_swiglu(
     x: Float[Tensor, "rows dim"],
-    gates: Float[Tensor, " copies"],
-    copies: Copies,
+    gates: Float[Tensor, " assignments"],
+    assignments: Assignments,
     gate: Float[Tensor, "experts hidden dim"],
     up: Float[Tensor, "experts hidden dim"],
     down: Float[Tensor, "experts hidden dim"],
@@ -27,13 +27,13 @@ def cpu_swiglu(
     recompute: bool,
 ) -> Float[Tensor, "rows dim"]:
     """Computes `expert_swiglu` on a CPU, by dense products on slices."""
-    sizes = copies.counts.tolist()
-    if sum(sizes) != copies.row.numel():
+    sizes = assignments.counts.tolist()
+    if sum(sizes) != assignments.row.numel():
         raise ValueError(
-            f"counts add up to {sum(sizes)}, but there are {copies.row.numel()} copies"
+            f"counts add up to {sum(sizes)}, but there are {assignments.row.numel()} assignments"
         )
     keep = torch.is_grad_enabled() and not recompute
-    return _CpuSwiGLU.apply(x, gates, gate, up, down, copies, sizes, keep)  # type: ignore[no-any-return, no-untyped-call]
+    return _CpuSwiGLU.apply(x, gates, gate, up, down, assignments, sizes, keep)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _CpuSwiGLU(torch.autograd.Function):
@@ -45,15 +45,15 @@ class _CpuSwiGLU(torch.autograd.Function):
         gate: Tensor,
         up: Tensor,
         down: Tensor,
-        copies: Copies,
+        assignments: Assignments,
         sizes: list[int],
         keep: bool,
     ) -> Tensor:
-        ctx.copies, ctx.sizes, ctx.keeps = copies, sizes, keep
+        ctx.assignments, ctx.sizes, ctx.keeps = assignments, sizes, keep
         products = []  # of the gate and up matrices, expert by expert
-        y = x.new_empty(copies.row.numel(), x.shape[1])
+        y = x.new_empty(assignments.row.numel(), x.shape[1])
         for expert, part in _parts(sizes):
-            rows = _take(x, copies.row[part])
+            rows = _take(x, assignments.row[part])
             g, u = matmul(rows, gate[expert].t()), matmul(rows, up[expert].t())
             if keep:
                 products += [g, u]
@@ -61,14 +61,14 @@ class _CpuSwiGLU(torch.autograd.Function):
             y[part].copy_(matmul(h, down[expert])[: part.stop - part.start])
         # As saved tensors, so that activation checkpointing can free them.
         ctx.save_for_backward(x, gates, gate, up, down, *products)
-        return add_up(y, copies, gates)
+        return add_up(y, assignments, gates)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, gate, up, down, *products = ctx.saved_tensors
-        copies: Copies = ctx.copies
-        grad_rows = x.new_empty(copies.row.numel(), x.shape[1])
+        assignments: Assignments = ctx.assignments
+        grad_rows = x.new_empty(assignments.row.numel(), x.shape[1])
         grad_gates = torch.empty_like(gates)
         grad_gate, grad_up, grad_down = map(torch.empty_like, (gate, up, down))
         for expert, size in enumerate(ctx.sizes):
@@ -77,7 +77,7 @@ class _CpuSwiGLU(torch.autograd.Function):
                     weight[expert].zero_()
         for expert, part in _parts(ctx.sizes):
             size, weights = part.stop - part.start, gates[part].unsqueeze(1).to(x.dtype)
-            rows, grads = _take(x, copies.row[part]), _take(grad, copies.row[part])
+            rows, grads = _take(x, assignments.row[part]), _take(grad, assignments.row[part])
             if ctx.keeps:
                 g, u, *products = products
             else:
@@ -97,12 +97,12 @@ class _CpuSwiGLU(torch.autograd.Function):
             matmul(grad_u.t(), rows, out=grad_up[expert])
             both = matmul(grad_g, gate[expert]).add_(matmul(grad_u, up[expert]))
             grad_rows[part].copy_(both[:size])
-        grad_x = add_up(grad_rows, copies, gates)
+        grad_x = add_up(grad_rows, assignments, gates)
         return grad_x, grad_gates, grad_gate, grad_up, grad_down, None, None, None
 
 
 def _parts(sizes: list[int]) -> list[tuple[int, slice]]:
-    """Returns the experts that have copies, each with the slice of its copies."""
+    """Returns the experts that have assignments, each with the slice of its assignments."""
     parts, start = [], 0
     for expert, size in enumerate(sizes):
         if size:

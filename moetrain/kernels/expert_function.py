@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.kernels.copies import Copies, gather_copies, sum_copies
+from moetrain.kernels.assignments import Assignments, gather_rows, sum_assignments
 from moetrain.kernels.expert_swiglu import expert_swiglu, grouped_mm_refuses
 from moetrain.registries import EXPERT_FUNCTIONS
 from moetrain.settings.model import ExpertsSettings
@@ -59,7 +59,7 @@ def expert_function(settings: ExpertsSettings) -> ExpertFunction:
 def compute_experts(
     x: Tensor,
     gates: Tensor,
-    copies: Copies,
+    assignments: Assignments,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
@@ -69,18 +69,18 @@ def compute_experts(
     preferred: str | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """Returns for each row [rows, dim] the sum over its copies c, of expert e, of
+    """Returns for each row [rows, dim] the sum over its assignments c, of expert e, of
 
     `gates[c] * f(row @ up[e].T, row @ gate[e].T) @ down[e]`.
 
-    Weights are [experts, hidden, dim], `gates` [copies] in the order of `copies.row`; `gate` is
-    None for a function without one. `preferred` is SwiGLU's with `auto`. Raises ValueError where a
-    backend can't serve the function.
+    Weights are [experts, hidden, dim], `gates` [assignments] in the order of `assignments.row`;
+    `gate` is None for a function without one. `preferred` is SwiGLU's with `auto`. Raises
+    ValueError where a backend can't serve the function.
     """
     if isinstance(function, SwiGLU):
         assert gate is not None
         return expert_swiglu(
-            *(x, gates, copies, gate, up, down),
+            *(x, gates, assignments, gate, up, down),
             backend=backend,
             preferred=preferred,
             recompute=recompute,
@@ -97,24 +97,24 @@ def compute_experts(
     products = partial(_grouped if backend == "grouped_mm" else _one_by_one, function=function)
     if recompute and torch.is_grad_enabled():
         y: Tensor = checkpoint(
-            products, x, copies, gate, up, down, use_reentrant=False, preserve_rng_state=False
+            products, x, assignments, gate, up, down, use_reentrant=False, preserve_rng_state=False
         )
     else:
-        y = products(x, copies, gate, up, down)
-    return sum_copies(y, copies, gates)
+        y = products(x, assignments, gate, up, down)
+    return sum_assignments(y, assignments, gates)
 
 
 def _grouped(
     x: Tensor,
-    copies: Copies,
+    assignments: Assignments,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     *,
     function: ExpertFunction,
 ) -> Tensor:
-    ends = copies.counts.cumsum(0, dtype=torch.int32)
-    rows = gather_copies(x, copies)
+    ends = assignments.counts.cumsum(0, dtype=torch.int32)
+    rows = gather_rows(x, assignments)
     u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
     g = None if gate is None else F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
     return F.grouped_mm(function(u, g), down, offs=ends)
@@ -122,7 +122,7 @@ def _grouped(
 
 def _one_by_one(
     x: Tensor,
-    copies: Copies,
+    assignments: Assignments,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
@@ -134,7 +134,11 @@ def _one_by_one(
     gates = (None,) * len(ups) if gate is None else gate.unbind()
     parts = []
     for rows, g, u, d in zip(
-        gather_copies(x, copies).split(copies.counts.tolist()), gates, ups, downs, strict=True
+        gather_rows(x, assignments).split(assignments.counts.tolist()),
+        gates,
+        ups,
+        downs,
+        strict=True,
     ):
         parts.append(function(rows @ u.t(), None if g is None else rows @ g.t()) @ d)
     return torch.cat(parts)

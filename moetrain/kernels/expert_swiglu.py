@@ -1,7 +1,7 @@
-"""The computation of the experts: SwiGLU, each copy of a row with its own expert's matrices.
+"""The computation of the experts: SwiGLU, each assignment of a row with its own expert's matrices.
 
 Owns which backend serves a call. The backends agree up to rounding on every routing, also where
-experts have no copies; a copy is never dropped.
+experts have no assignments; an assignment is never dropped.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,18 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.kernels.copies import Copies, gather_copies, sum_copies
+from moetrain.kernels.assignments import Assignments, gather_rows, sum_assignments
 from moetrain.kernels.cpu_swiglu import cpu_swiglu
 from moetrain.kernels.megablocks_ops import megablocks_refuses, megablocks_swiglu
 from moetrain.settings.model import BACKENDS
 
-Backend = Callable[[Tensor, Tensor, Copies, Tensor, Tensor, Tensor], Tensor]
+Backend = Callable[[Tensor, Tensor, Assignments, Tensor, Tensor, Tensor], Tensor]
 
 
 def expert_swiglu(
     x: Float[Tensor, "rows dim"],
-    gates: Float[Tensor, " copies"],
-    copies: Copies,
+    gates: Float[Tensor, " assignments"],
+    assignments: Assignments,
     gate: Float[Tensor, "experts hidden dim"],
     up: Float[Tensor, "experts hidden dim"],
     down: Float[Tensor, "experts hidden dim"],
@@ -33,49 +33,63 @@ def expert_swiglu(
     preferred: str | None = None,
     recompute: bool = False,
 ) -> Float[Tensor, "rows dim"]:
-    """Returns for each row the sum over its copies c, of expert e, of
+    """Returns for each row the sum over its assignments c, of expert e, of
 
     `gates[c] * (silu(row @ gate[e].T) * (row @ up[e].T)) @ down[e]` (arXiv 2002.05202).
 
-    `gates` are in the order of `copies.row`. `auto` takes the `preferred` backend, if any; if that
-    refuses the shape, it takes the first that serves it, without measuring. With `recompute` only
-    the rows are kept, and the backward pass recomputes what is `hidden` wide. Raises ValueError
-    where a backend can't serve the shape, the device or this machine.
+    `gates` are in the order of `assignments.row`. `auto` takes the `preferred` backend, if any; if
+    that refuses the shape, it takes the first that serves it, without measuring. With `recompute`
+    only the rows are kept, and the backward pass recomputes what is `hidden` wide. Raises
+    ValueError where a backend can't serve the shape, the device or this machine.
     """
     dtypes = {tensor.dtype for tensor in (x, gate, up, down)}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"rows and weights must be of one dtype, not {names}: cast them")
     if backend == "auto":
-        backend = _serving(x, copies, gate, up, down, preferred=preferred)
+        backend = _serving(x, assignments, gate, up, down, preferred=preferred)
     if backend == "cpu":
-        return cpu_swiglu(x, gates, copies, gate, up, down, recompute=recompute)
+        return cpu_swiglu(x, gates, assignments, gate, up, down, recompute=recompute)
     if backend not in GROUPED:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     compute = GROUPED[backend]
     if recompute and torch.is_grad_enabled():
         result: Tensor = checkpoint(
-            compute, x, gates, copies, gate, up, down, use_reentrant=False, preserve_rng_state=False
+            compute,
+            x,
+            gates,
+            assignments,
+            gate,
+            up,
+            down,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         return result
-    return compute(x, gates, copies, gate, up, down)
+    return compute(x, gates, assignments, gate, up, down)
 
 
 def _serving(
-    x: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor, *, preferred: str | None
+    x: Tensor,
+    assignments: Assignments,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    preferred: str | None,
 ) -> str:
     names = ["cpu"] if x.device.type == "cpu" else ["megablocks", "grouped_mm", "cpu"]
     if preferred is not None:
         names.insert(0, preferred)
-    return next(name for name in names if refuses(name, x, copies, gate, up, down) is None)
+    return next(name for name in names if refuses(name, x, assignments, gate, up, down) is None)
 
 
 def refuses(
-    backend: str, x: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+    backend: str, x: Tensor, assignments: Assignments, gate: Tensor, up: Tensor, down: Tensor
 ) -> str | None:
     """Returns why a backend can't serve a shape here, with the way out; None where it can."""
     if backend == "megablocks":
-        return megablocks_refuses(x, copies, gate, up, down)
+        return megablocks_refuses(x, assignments, gate, up, down)
     if backend == "grouped_mm":
         return grouped_mm_refuses(x, gate)
     return None  # the cpu backend takes any shape; it is slow on a GPU
@@ -95,15 +109,15 @@ def grouped_mm_refuses(x: Tensor, gate: Tensor) -> str | None:
 
 
 def _grouped_mm_swiglu(
-    x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+    x: Tensor, gates: Tensor, assignments: Assignments, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
     if reason := grouped_mm_refuses(x, gate):
         raise ValueError(reason)
-    ends = copies.counts.cumsum(0, dtype=torch.int32)
-    rows = gather_copies(x, copies)
+    ends = assignments.counts.cumsum(0, dtype=torch.int32)
+    rows = gather_rows(x, assignments)
     g = _grouped_mm(rows, gate.transpose(1, 2), ends)
     u = _grouped_mm(rows, up.transpose(1, 2), ends)
-    return sum_copies(_grouped_mm(_SwiGLU.apply(g, u), down, ends), copies, gates)  # type: ignore[no-untyped-call]
+    return sum_assignments(_grouped_mm(_SwiGLU.apply(g, u), down, ends), assignments, gates)  # type: ignore[no-untyped-call]
 
 
 def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

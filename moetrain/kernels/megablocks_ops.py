@@ -3,7 +3,7 @@
 Owns every import of `megablocks`, `stk` and `triton`, all of them lazy: the package works without
 them, and `unavailable_because` says what is missing. Leaves the choice of backend to others.
 
-Each expert's copies are padded to whole blocks of 128. The intermediate is then a block-sparse
+Each expert's assignments are padded to whole blocks of 128. The intermediate is then a block-sparse
 matrix [padded rows, experts * hidden], in which a row has the blocks of its expert, and each of
 the three products is one kernel over all experts.
 """
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moetrain.kernels import megablocks_ops_in_torch
-from moetrain.kernels.copies import Copies, gather_copies, sum_copies
+from moetrain.kernels.assignments import Assignments, gather_rows, sum_assignments
 
 BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,16 +95,16 @@ def unavailable_because(device: torch.device | str | None = None) -> str | None:
 
 def megablocks_swiglu(
     x: Float[Tensor, "rows dim"],
-    gates: Float[Tensor, " copies"],
-    copies: Copies,
+    gates: Float[Tensor, " assignments"],
+    assignments: Assignments,
     gate: Float[Tensor, "experts hidden dim"],
     up: Float[Tensor, "experts hidden dim"],
     down: Float[Tensor, "experts hidden dim"],
 ) -> Float[Tensor, "rows dim"]:
-    """Returns for each row the gated sum of its experts' outputs, zero for a row without copies.
+    """Returns for each row the gated sum of its experts' outputs; zero if it has no expert.
 
-    Copy `c` of row `x` at expert `e` adds `gates[c] * (silu(x @ gate[e].T) * (x @ up[e].T)) @
-    down[e]`. `gates` are in the order of `copies.row` and stay float32; their gradient is
+    Assignment `c` of row `x` at expert `e` adds `gates[c] * (silu(x @ gate[e].T) * (x @ up[e].T)) @
+    down[e]`. `gates` are in the order of `assignments.row` and stay float32; their gradient is
     rounded to `x`'s dtype once. Any `dim` and `hidden` are served exactly: what isn't a multiple
     of 128 is padded with zeros, which copies the weights (as does a non-contiguous weight).
     Float32 products are TF32 on CUDA, unless TRITON_F32_DEFAULT=ieee is set.
@@ -114,29 +114,29 @@ def megablocks_swiglu(
     `unavailable_because`), for dtypes that the kernels don't multiply, and for sizes past their
     32-bit offsets: padded rows * dim, padded rows * hidden and experts * hidden * dim.
     """
-    if reason := megablocks_refuses(x, copies, gate, up, down):
+    if reason := megablocks_refuses(x, assignments, gate, up, down):
         raise ValueError(reason)
-    if not copies.row.numel():
-        return _without_copies(x, gates, copies, gate, up, down)
+    if not assignments.row.numel():
+        return _without_assignments(x, gates, assignments, gate, up, down)
     ops, stk, _ = _libraries()
     experts, hidden, dim = gate.shape
     width = _rounded_up(hidden)
     gate, up, down = (_stacked(weight, hidden=width) for weight in (gate, up, down))
     with torch.no_grad():
-        bins = copies.counts.cumsum(0)
-        padded_bins = _rounded_up(copies.counts).cumsum(0)
-        position = torch.arange(copies.row.numel(), device=x.device)
+        bins = assignments.counts.cumsum(0)
+        padded_bins = _rounded_up(assignments.counts).cumsum(0)
+        position = torch.arange(assignments.row.numel(), device=x.device)
         bin_ids = torch.searchsorted(bins, position, right=True)
-        # MegaBlocks numbers copies by token: copy j of row r is r * top_k + j.
-        order = position if copies.per_row is None else copies.slot
+        # MegaBlocks numbers assignments by token: assignment j of row r is r * top_k + j.
+        order = position if assignments.per_row is None else assignments.slot
         places = [t.int() for t in (order, bin_ids, bins, padded_bins)]
-    if copies.per_row is None:
+    if assignments.per_row is None:
         top_k, weights = 1, gates.contiguous()
-        rows = gather_copies(x, copies)
+        rows = gather_rows(x, assignments)
     else:
         # by_row is a permutation, so the backward pass adds one value to each element: its order
         # doesn't matter, and the gradient is deterministic.
-        top_k, weights = copies.per_row, gates.index_select(0, copies.by_row)
+        top_k, weights = assignments.per_row, gates.index_select(0, assignments.by_row)
         rows = x.contiguous()
 
     gathered = ops.padded_gather(_padded(rows, (0, -dim % BLOCK)), *places, top_k)
@@ -153,13 +153,13 @@ def megablocks_swiglu(
     inner = stk.Matrix(shape, F.silu(opened) * passed, *blocks)
     outputs = stk.ops.dsd(inner, down)  # [padded rows, dim]
     out = ops.padded_scatter(outputs, *places[:2], weights, *places[2:], top_k)[:, :dim]
-    if copies.per_row is None:
-        out = sum_copies(out, copies)
+    if assignments.per_row is None:
+        out = sum_assignments(out, assignments)
     return out  # type: ignore[no-any-return]
 
 
 def megablocks_refuses(
-    x: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+    x: Tensor, assignments: Assignments, gate: Tensor, up: Tensor, down: Tensor
 ) -> str | None:
     """Returns why the kernels can't serve these, with the way out; None if they can."""
     reason = unavailable_because(x.device)
@@ -177,9 +177,9 @@ def megablocks_refuses(
     if x.dtype == torch.bfloat16 and _libraries().interpreted:
         return "Triton's interpreter computes wrong products of bfloat16: use float32 or float16"
     experts, hidden, dim = (gate.shape[0], *map(_rounded_up, gate.shape[1:]))
-    num_copies = copies.row.numel()
-    # An upper bound, without a host sync: each expert with copies adds at most 127 rows.
-    padded = num_copies + min(num_copies, experts) * (BLOCK - 1)
+    num_assignments = assignments.row.numel()
+    # An upper bound, without a host sync: each expert with assignments adds at most 127 rows.
+    padded = num_assignments + min(num_assignments, experts) * (BLOCK - 1)
     for what, elements in {
         f"{padded} padded rows * dim {dim}": padded * dim,
         f"{padded} padded rows * hidden {hidden}": padded * hidden,
@@ -202,16 +202,16 @@ def _rounded_up(size: Any) -> Any:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
-def _without_copies(
-    x: Tensor, gates: Tensor, copies: Copies, gate: Tensor, up: Tensor, down: Tensor
+def _without_assignments(
+    x: Tensor, gates: Tensor, assignments: Assignments, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
     """Returns zeros, through products without rows, so that every argument gets a zero gradient.
 
     The kernels would be launched on empty grids, and Triton would autotune on empty inputs.
     """
-    rows = x[copies.row]  # [0, dim]
+    rows = x[assignments.row]  # [0, dim]
     outputs = (F.silu(rows @ gate[0].t()) * (rows @ up[0].t())) @ down[0]
-    return torch.zeros_like(x).index_add(0, copies.row, outputs * gates.to(x.dtype)[:, None])
+    return torch.zeros_like(x).index_add(0, assignments.row, outputs * gates.to(x.dtype)[:, None])
 
 
 def _stacked(weight: Tensor, *, hidden: int) -> Tensor:

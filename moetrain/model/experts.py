@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moetrain.kernels import Copies, ExpertFunction, compute_experts, expert_function
+from moetrain.kernels import Assignments, ExpertFunction, compute_experts, expert_function
 from moetrain.model.token_exchange import TokenExchange
 from moetrain.settings.model import ModelSettings
 
@@ -63,11 +63,11 @@ class Experts(nn.Module):
         gate = None if self.gate is None else _local(self.gate)
         up, down = _local(self.up), _local(self.down)
 
-        def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
+        def compute(rows: Tensor, gates: Tensor, assignments: Assignments) -> Tensor:
             return compute_experts(
                 rows,
                 gates,
-                copies,
+                assignments,
                 gate,
                 up,
                 down,

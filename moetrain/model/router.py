@@ -211,9 +211,9 @@ class Router(nn.Module):
         self, logits: Tensor, probabilities: Tensor, experts: Tensor, sequences: Tensor
     ) -> RoutingStatistics:
         weight = sequences.flatten().float()
-        copies = sequences.flatten().long().unsqueeze(1).expand_as(experts).reshape(-1)
+        valid = sequences.flatten().long().unsqueeze(1).expand_as(experts).reshape(-1)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=experts.device)
-        counts.scatter_add_(0, experts.reshape(-1), copies)
+        counts.scatter_add_(0, experts.reshape(-1), valid)
         z = torch.logsumexp(logits, -1).square()
         with torch.no_grad():
             entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
@@ -235,10 +235,10 @@ class Router(nn.Module):
     ) -> Tensor:
         weight = sequences.float()
         chosen = experts.view(len(sequences), -1)  # [sequences, seq * top_k]
-        copies = sequences.long().repeat_interleave(self.top_k, dim=1)
+        valid = sequences.long().repeat_interleave(self.top_k, dim=1)
         counts = torch.zeros(
             len(sequences), self.num_experts, dtype=torch.int64, device=experts.device
-        ).scatter_add_(1, chosen, copies)
+        ).scatter_add_(1, chosen, valid)
         probabilities = probabilities.view(*sequences.shape, self.num_experts)
         losses = load_balance_loss(
             counts,

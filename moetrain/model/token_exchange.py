@@ -6,10 +6,10 @@ from collections.abc import Callable
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from moetrain.kernels import Copies, group_copies
+from moetrain.kernels import Assignments, group_assignments
 
-Compute = Callable[[Tensor, Tensor, Copies], Tensor]
-"""The local experts: (rows [rows, dim], gates [copies], copies by local expert) → [rows, dim]."""
+Compute = Callable[[Tensor, Tensor, Assignments], Tensor]
+"""The local experts: (rows [rows, dim], gates [assignments], assignments) → [rows, dim]."""
 
 
 class TokenExchange(ABC):
@@ -48,6 +48,6 @@ class LocalExchange(TokenExchange):
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Groups the tokens by expert and computes."""
-        copies = group_copies(experts, num_groups=self.num_experts)
-        y = compute(x, gates.flatten().index_select(0, copies.slot), copies)
+        assignments = group_assignments(experts, num_groups=self.num_experts)
+        y = compute(x, gates.flatten().index_select(0, assignments.slot), assignments)
         return y if beside is None else y + beside()

@@ -12,14 +12,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.kernels import Copies, gather_copies, group_copies, sum_copies
+from moetrain.kernels import Assignments, gather_rows, group_assignments, sum_assignments
 from moetrain.model import Compute, TokenExchange
 from moetrain.parallel.activity import Activity
 from moetrain.settings import ExchangeSettings
 
 log = logging.getLogger(__name__)
 
-IMBALANCE_TO_WARN_OF = 3.0  # copies received over the fair share
+IMBALANCE_TO_WARN_OF = 3.0  # assignments received over the fair share
 
 
 class AllToAllExchange(TokenExchange):
@@ -66,15 +66,15 @@ class AllToAllExchange(TokenExchange):
         order = torch.argsort(goes_to.flatten(), stable=True)
         plan = self._plan(counting.read())
         if plan.once:
-            sent, tickets = self._pack_once(experts, gates, goes_to, order, plan)
+            sent, metadata = self._pack_once(experts, gates, goes_to, order, plan)
         else:
-            sent, tickets = self._pack_copies(experts, gates, None if once else order, plan)
+            sent, metadata = self._pack_each(experts, gates, None if once else order, plan)
         sizes = [sum(step.send) for step in plan.rounds]
-        rows = gather_copies(x, sent).split(sizes)
-        legs = list(zip(plan.rounds, rows, tickets.split(sizes), strict=True))
+        rows = gather_rows(x, sent).split(sizes)
+        legs = list(zip(plan.rounds, rows, metadata.split(sizes), strict=True))
 
-        def depart(step: _Round, rows: Tensor, tickets: Tensor) -> Callable[[], Tensor]:
-            travelling = [self._transfer(t, step.send, step.receive) for t in (rows, tickets)]
+        def depart(step: _Round, rows: Tensor, metadata: Tensor) -> Callable[[], Tensor]:
+            travelling = [self._transfer(t, step.send, step.receive) for t in (rows, metadata)]
             return lambda: self._compute(plan, compute, *(t.wait() for t in travelling))
 
         # A recomputed round starts only when its result is needed: the checkpointed function must
@@ -101,7 +101,7 @@ class AllToAllExchange(TokenExchange):
             ready, finish = finish, begin(*following) if following else finish
             home.append(self._transfer(ready(), step.receive, step.send))
         results = [transfer.wait() for transfer in home]
-        y = sum_copies(torch.cat(results) if len(results) > 1 else results[0], sent)
+        y = sum_assignments(torch.cat(results) if len(results) > 1 else results[0], sent)
         return y if extra is None else y + extra
 
     def _plan(self, table: list[list[int]]) -> "_Plan":
@@ -114,8 +114,8 @@ class AllToAllExchange(TokenExchange):
             )
         counts = [row[len(_HEADER) :] for row in table]  # of each source rank
         rows = [row[: self.degree] for row in counts]  # a token once per rank
-        copies = [row[self.degree :] for row in counts]  # a token once per expert
-        load = [sum(column) for column in zip(*copies, strict=True)]
+        assignments = [row[self.degree :] for row in counts]  # a token once per expert
+        load = [sum(column) for column in zip(*assignments, strict=True)]
         fair_share = sum(load) / self.degree
         needed = math.ceil(max(load) / max(1.0, self.settings.max_load * fair_share))
         num_rounds = max(1, needed, self.settings.num_rounds)
@@ -125,7 +125,7 @@ class AllToAllExchange(TokenExchange):
         # With several rounds, each assignment is sent by itself: the counts don't say how many
         # assignments a round would hold if a token's assignments shared one row.
         once = num_rounds == 1 and self._sends_once(table[0][_HEADER.index("top_k")])
-        matrix = rows if once else copies
+        matrix = rows if once else assignments
         rounds = [
             _Round(
                 send=[_part(n, index, num_rounds) for n in matrix[self.rank]],
@@ -136,7 +136,7 @@ class AllToAllExchange(TokenExchange):
         return _Plan(
             rounds=rounds,
             once=once,
-            copies=load[self.rank],
+            assignments=load[self.rank],
             recomputes=num_rounds > self.settings.num_rounds,
         )
 
@@ -147,7 +147,7 @@ class AllToAllExchange(TokenExchange):
         """Returns the ranks that a token goes to, [tokens, degree].
 
         Rank r is in slot r, so a rank with several of a token's experts appears once. A slot
-        that isn't used holds `degree`, which `group_copies` takes for empty.
+        that isn't used holds `degree`, which `group_assignments` takes for empty.
         """
         nowhere = experts.new_full((len(experts), self.degree), self.degree)
         ranks = experts // self.local_experts
@@ -160,57 +160,59 @@ class AllToAllExchange(TokenExchange):
 
     def _pack_once(
         self, experts: Tensor, gates: Tensor, goes_to: Tensor, order: Tensor, plan: "_Plan"
-    ) -> tuple[Copies, Tensor]:
+    ) -> tuple[Assignments, Tensor]:
         """Returns each token once for each rank that has one of its experts."""
-        sent = group_copies(
-            goes_to, num_groups=self.degree, num_copies=sum(plan.rounds[0].send), order=order
+        sent = group_assignments(
+            goes_to, num_groups=self.degree, num_assignments=sum(plan.rounds[0].send), order=order
         )
         rank = (sent.slot % self.degree).unsqueeze(1)
         here = experts[sent.row] - rank * self.local_experts  # [sent, top_k]
         elsewhere = (here < 0) | (here >= self.local_experts)
         choices = here.masked_fill(elsewhere, self.local_experts)
-        return sent, torch.cat((gather_copies(gates, sent), choices.to(gates.dtype)), 1)
+        return sent, torch.cat((gather_rows(gates, sent), choices.to(gates.dtype)), 1)
 
-    def _pack_copies(
+    def _pack_each(
         self, experts: Tensor, gates: Tensor, order: Tensor | None, plan: "_Plan"
-    ) -> tuple[Copies, Tensor]:
+    ) -> tuple[Assignments, Tensor]:
         """Returns each token once for each of its experts."""
-        by_expert = group_copies(experts, num_groups=self.num_experts, order=order)
+        by_expert = group_assignments(experts, num_groups=self.num_experts, order=order)
         sent = self._in_order_of_rounds(by_expert, plan)
         choices = (experts.flatten()[sent.slot] % self.local_experts).unsqueeze(1)
         weights = gates.flatten().index_select(0, sent.slot).unsqueeze(1)
         return sent, torch.cat((weights, choices.to(weights.dtype)), 1)
 
-    def _in_order_of_rounds(self, copies: Copies, plan: "_Plan") -> Copies:
-        """Returns copies that are grouped by rank, regrouped by round and then by rank."""
+    def _in_order_of_rounds(self, assignments: Assignments, plan: "_Plan") -> Assignments:
+        """Returns assignments that are grouped by rank, regrouped by round and then by rank."""
         if len(plan.rounds) == 1:
-            return copies
-        # Of the n copies for a rank, copy i is in the first round r with
+            return assignments
+        # Of the n assignments for a rank, assignment i is in the first round r with
         # (r + 1) · n // rounds > i, as in `_part`. This is computed on the device: uploading a
         # table from the host would synchronise.
-        num_copies, num_rounds = copies.row.numel(), len(plan.rounds)
-        of_rank = copies.counts.view(self.degree, -1).sum(1)
+        num_assignments, num_rounds = assignments.row.numel(), len(plan.rounds)
+        of_rank = assignments.counts.view(self.degree, -1).sum(1)
         before = of_rank.cumsum(0) - of_rank
         rank = torch.arange(self.degree, device=of_rank.device)
-        rank = torch.repeat_interleave(rank, of_rank, output_size=num_copies)
-        index = torch.arange(num_copies, device=rank.device) - before[rank]
+        rank = torch.repeat_interleave(rank, of_rank, output_size=num_assignments)
+        index = torch.arange(num_assignments, device=rank.device) - before[rank]
         step = ((index + 1) * num_rounds + of_rank[rank] - 1) // of_rank[rank] - 1
         order = torch.argsort(step, stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        return copies._replace(
-            row=copies.row[order], slot=copies.slot[order], by_row=place[copies.by_row]
+        return assignments._replace(
+            row=assignments.row[order],
+            slot=assignments.slot[order],
+            by_row=place[assignments.by_row],
         )
 
-    def _compute(self, plan: "_Plan", compute: Compute, rows: Tensor, tickets: Tensor) -> Tensor:
+    def _compute(self, plan: "_Plan", compute: Compute, rows: Tensor, metadata: Tensor) -> Tensor:
         """Applies the local experts to the rows that arrived."""
-        gates, choices = tickets.chunk(2, 1)
-        copies = group_copies(
+        gates, choices = metadata.chunk(2, 1)
+        assignments = group_assignments(
             choices.detach().long(),
             num_groups=self.local_experts,
-            num_copies=plan.copies if plan.once else None,
+            num_assignments=plan.assignments if plan.once else None,
         )
-        return compute(rows, gates.flatten().index_select(0, copies.slot), copies)
+        return compute(rows, gates.flatten().index_select(0, assignments.slot), assignments)
 
     def _transfer(self, x: Tensor, send: list[int], receive: list[int]) -> "_Transfer":
         return _Transfer(x, send, receive, exchange=self)
@@ -219,7 +221,7 @@ class AllToAllExchange(TokenExchange):
         if worst > self._worst * max(1.0, fair_share):
             self._worst = 1.2 * worst / max(1.0, fair_share)  # warn again only if it gets worse
             log.warning(
-                "%s: rank %d receives %d token copies, where a fair share is %d; "
+                "%s: rank %d receives %d token–expert assignments, where a fair share is %d; "
                 "taken in %d rounds",
                 self.name,
                 dist.get_rank(),
@@ -239,12 +241,12 @@ class _Counting:
         degree, ranks = exchange.degree, experts // exchange.local_experts
         header = (x.shape[1], x.element_size(), experts.shape[1])
         once = torch.zeros(len(experts), degree, dtype=torch.int64, device=x.device)
-        copies = torch.zeros(degree, dtype=torch.int64, device=x.device)
+        assignments = torch.zeros(degree, dtype=torch.int64, device=x.device)
         mine = torch.cat(
             (
                 *(ranks.new_full((1,), number) for number in header),  # on the device: no transfer
                 once.scatter_(1, ranks, 1).sum(0),
-                copies.scatter_add_(0, ranks.flatten(), torch.ones_like(ranks.flatten())),
+                assignments.scatter_add_(0, ranks.flatten(), torch.ones_like(ranks.flatten())),
             )
         )
         self.activity = exchange.activity
@@ -277,7 +279,7 @@ class _Plan(NamedTuple):
     rounds: list[_Round]
     once: bool
     """Whether a token is sent once per rank, or once per expert."""
-    copies: int
+    assignments: int
     """Token–expert assignments that this rank computes, in all rounds."""
     recomputes: bool
     """Whether the rounds keep no activations, and are recomputed in the backward pass."""

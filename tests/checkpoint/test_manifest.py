@@ -67,13 +67,13 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert [f.name for f in candidates(tmp_path)] == ["step_00000001"]
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
-def test_a_harmed_file_is_named(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("corrupt", ["flip", "truncate", "remove"])
+def test_a_corrupted_file_is_named(tmp_path: Path, corrupt: str) -> None:
     folder = stage(tmp_path, 1, content=b"0123456789")
     shard = folder / "shard"
-    if harm == "flip":
+    if corrupt == "flip":
         shard.write_bytes(b"0123556789")
-    elif harm == "truncate":
+    elif corrupt == "truncate":
         shard.write_bytes(b"01234")
     else:
         shard.unlink()
@@ -196,8 +196,8 @@ def test_saving_a_step_again_never_writes_into_its_folder(tmp_path: Path) -> Non
     assert (replaced / "shard").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("harm", ["step", "case", "space", "attempt"])
-def test_a_manifest_knows_when_it_was_changed(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("corrupt", ["step", "case", "space", "attempt"])
+def test_a_manifest_knows_when_it_was_changed(tmp_path: Path, corrupt: str) -> None:
     folder = stage(tmp_path, 1)
     path = folder / "manifest.json"
     before = path.read_text()
@@ -206,7 +206,7 @@ def test_a_manifest_knows_when_it_was_changed(tmp_path: Path, harm: str) -> None
         "case": before.replace('"shard"', '"sharD"'),
         "space": before.replace('"state"', '"state "'),
         "attempt": before.replace('"attempt": 1', '"attempt": 3'),
-    }[harm]
+    }[corrupt]
     assert changed != before
     path.write_text(changed)
     with pytest.raises(CheckpointError, match="the hash that it says itself"):

@@ -359,12 +359,12 @@ def test_a_checkpoint_known_to_be_damaged_is_none_that_is_kept() -> None:
     assert to_delete(line[:3], keep_last=2, keep_every=None, damaged=line[1:3]) == []
 
 
-def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[str, Any]]]:
+def save_and_corrupt(directory: Path, corrupted: list[int]) -> list[tuple[str, dict[str, Any]]]:
     """Saves steps 1 to 6; some are silently corrupted once written, before the tidying."""
 
     def rot(path: Path) -> None:
         step = int(path.parent.name.removeprefix("step_"))
-        if step in harmed and path.name == "rank_00001.safetensors":
+        if step in corrupted and path.name == "rank_00001.safetensors":
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
@@ -386,7 +386,7 @@ def save_and_harm(directory: Path, harmed: list[int]) -> list[tuple[str, dict[st
 @pytest.mark.trap(21)
 def test_nothing_is_deleted_for_a_newest_one_that_does_not_verify(tmp_path: Path) -> None:
     """Step 4 is corrupted: the two before it are kept for it, also when step 5 is good."""
-    events = run_ranks(save_and_harm, 2, tmp_path, [4])[0]
+    events = run_ranks(save_and_corrupt, 2, tmp_path, [4])[0]
     # 5 and 3 are good, which 4 isn't; then 6 and 5.
     assert [f["steps"] for kind, f in events if kind == "there"] == [
         [1], [1, 2], [2, 3], [2, 3, 4], [3, 4, 5], [5, 6],
@@ -398,7 +398,7 @@ def test_nothing_is_deleted_for_a_newest_one_that_does_not_verify(tmp_path: Path
 
 
 def test_a_committed_checkpoint_is_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:
-    run_ranks(save_and_harm, 1, tmp_path, [])
+    run_ranks(save_and_corrupt, 1, tmp_path, [])
     umask = os.umask(0)
     os.umask(umask)
     for path in (tmp_path / "step_00000006").iterdir():

@@ -36,7 +36,7 @@ def test_runs_killed_while_they_save_end_as_if_undisturbed(
 
 @pytest.mark.trap(22)
 @pytest.mark.parametrize(("group", "num"), [("flips", 49), ("structure", 44), ("hostile", 46)])
-def test_what_was_harmed_is_never_loaded_and_the_rest_is(
+def test_what_was_corrupted_is_never_loaded_and_the_rest_is(
     tmp_path: Path, whole: Undisturbed, group: str, num: int
 ) -> None:
     tally = torture_by_harm(whole.pristine, tmp_path, group=group, num=num, seed=SEED)

@@ -31,7 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSite]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "power", "cut", "drain", "elastic"])
-def test_a_run_whose_hosts_are_struck_ends_as_if_they_had_not_been(
+def test_a_run_whose_hosts_have_a_fault_ends_as_if_without(
     site: ClusterSite, name: str
 ) -> None:
     result = DRILLS[name](site)

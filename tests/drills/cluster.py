@@ -23,9 +23,9 @@ from moetrain.verify.tolerance import tolerances
 from tests.drills.drill import (
     KILL_NOTICE,
     KILL_TARGET,
-    NODE_NOTICE,
+    NODE_DETECTION,
     NODE_TARGET,
-    PATIENCE,
+    TIMEOUT_SECONDS,
     Result,
     Run,
     Site,
@@ -35,7 +35,7 @@ from tests.drills.drill import (
 )
 from tests.drills.faults import on, variables
 from tests.drills.hosts import Cluster, Hosts
-from tests.drills.single_host import driver_killed, ended_well, replaced, slug, told_of
+from tests.drills.single_host import check_report, driver_killed, ended_well, replaced, slug
 from tests.support.runs import write_shards
 from tests.torture.content import read_plainly
 
@@ -97,10 +97,10 @@ LONG = [
 ]  # fmt: skip
 
 
-def struck(
+def inject_into_host(
     site: ClusterSite,
     name: str,
-    strike: Callable[[Run, int], None],
+    inject: Callable[[Run, int], None],
     *overrides: str,
     rank: int,
     failures: set[str],
@@ -112,19 +112,19 @@ def struck(
     attempt has done a step, with the host, the result and the time of the fault.
     """
     whole = site.undisturbed()
-    result = Result(drill=name, notice_target=NODE_NOTICE, target=NODE_TARGET)
+    result = Result(drill=name, detection_target=NODE_DETECTION, target=NODE_TARGET)
     site.cluster.repair()
     run = Run(site, slug(name), *overrides)
     with run.started() as process:
         run.wait_for_step(25)
         host = site.host_of(run, rank)
         at = time.time()
-        strike(run, host)
+        inject(run, host)
         result.next_step = run.next_step_after(at)
         meanwhile(run, host, result, at)
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
-    told_of(run, result, at, failures=failures, said=site.hosts.address(host))
+    check_report(run, result, at, failures=failures, said=site.hosts.address(host))
     is_as_if_undisturbed(run, whole, result)
     return result
 
@@ -132,18 +132,18 @@ def struck(
 def power_gone(site: ClusterSite) -> Result:
     """A host vanishes without closing any connection."""
 
-    def strike(run: Run, host: int) -> None:
+    def inject(run: Run, host: int) -> None:
         site.hosts.cut(host)
         site.hosts.kill(host)
 
-    return struck(
-        site, "node's power gone, spare takes over", strike, rank=0, failures={"lost", "died"}
+    return inject_into_host(
+        site, "node's power gone, spare takes over", inject, rank=0, failures={"lost", "died"}
     )
 
 
 def node_killed(site: ClusterSite) -> Result:
     """All processes of a host end, and its kernel closes their connections."""
-    return struck(
+    return inject_into_host(
         site, "node's processes killed, spare takes over", lambda _, host: site.hosts.kill(host),
         rank=1, failures={"lost", "died"},
     )  # fmt: skip
@@ -155,7 +155,7 @@ def cut_and_healed(site: ClusterSite) -> Result:
     def meanwhile(run: Run, host: int, result: Result, at: float) -> None:
         site.hosts.heal(host)
 
-    return struck(
+    return inject_into_host(
         site, "network cut, healed once the spare trains", lambda _, host: site.hosts.cut(host),
         rank=1, failures={"lost", "died"}, meanwhile=meanwhile,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def cut_for_good(site: ClusterSite) -> Result:
         if alive(pid):
             result.problems.append(f"the rank cut off is still there after {most:.0f} s")
 
-    return struck(
+    return inject_into_host(
         site, "network cut for good, spare takes over", lambda _, host: site.hosts.cut(host),
         rank=0, failures={"lost", "died"}, meanwhile=meanwhile,
     )  # fmt: skip
@@ -198,7 +198,7 @@ def short_cut(site: ClusterSite, *, seconds: float = 3.0) -> Result:
         site.hosts.heal(host)
         run.wait_for_step(stalled + 2)
         result.next_step = time.time() - at
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     result.said = "; ".join(e["reason"] for e in run.events("failure")) or "nothing: it waited"
     ended_well(run, process, result)
     is_as_if_undisturbed(run, whole, result)
@@ -216,11 +216,11 @@ def head_killed(site: ClusterSite) -> Result:
         at = time.time()
         site.hosts.kill(0)
         process.wait()
-    result.noticed = time.time() - at
+    result.detected = time.time() - at
     site.cluster.repair()
     with run.started() as process:
         result.next_step = run.next_step_after(at)
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     result.said = "the same command again, on a new head"
     ended_well(run, process, result)
     is_as_if_undisturbed(run, whole, result)
@@ -274,15 +274,15 @@ def announced_too_late(
 ) -> Result:
     """A node is lost before the run has saved: the loss was announced, so it isn't a failure."""
 
-    def strike(run: Run, host: int) -> None:
+    def inject(run: Run, host: int) -> None:
         (pid,) = [r["pid"] for r in run.ranks() if r["node"] == site.hosts.address(host)]
         os.kill(pid, signal.SIGSTOP)  # so that it can't save
         announce(host)
         run.wait_for("notice", lambda: "will be preempted" in run.log.read_text())
         end(host)
 
-    return struck(
-        site, name, strike, "launch.max_failures=0", *overrides, rank=1, failures={"preempted"}
+    return inject_into_host(
+        site, name, inject, "launch.max_failures=0", *overrides, rank=1, failures={"preempted"}
     )
 
 
@@ -321,7 +321,7 @@ def announced(
     `announce` gives it, by the host's number and Ray's id of the node.
     """
     whole = site.undisturbed(*LONG)
-    result = Result(drill=name, notice_target=NODE_NOTICE, target=NODE_TARGET)
+    result = Result(drill=name, detection_target=NODE_DETECTION, target=NODE_TARGET)
     site.cluster.repair()
     nodes = site.cluster.nodes()
     run = Run(site, slug(result.drill), *LONG, *overrides)
@@ -330,13 +330,13 @@ def announced(
         host, at = site.host_of(run, 1), time.time()
         announce(host, nodes[site.hosts.address(host)])
         result.next_step = run.next_step_after(at)
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
     moves, resumed = run.events("move"), run.events("resume")
     if "failure" in run.kinds() or len(moves) != 1:
         result.problems.append(f"not one move: {run.kinds()}")
     else:
-        result.noticed, result.said = time_of(moves[0]) - at, moves[0]["reason"]
+        result.detected, result.said = time_of(moves[0]) - at, moves[0]["reason"]
         if resumed[-1]["step"] != moves[0]["step"]:
             result.problems.append(f"{resumed[-1]['step']}: steps were trained twice")
         if site.hosts.address(host) in {rank["node"] for rank in run.ranks()}:
@@ -358,8 +358,8 @@ def agent_killed(site: ClusterSite) -> Result:
         os.kill(first, signal.SIGKILL)
         at = time.time()
         run.wait_for("other agent", lambda: set(agents(site, host)) - {first})
-        result.noticed = time.time() - at
-        process.wait(timeout=PATIENCE)
+        result.detected = time.time() - at
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
     if len(run.events("attempt")) != 1 or "failure" in run.kinds():
         result.problems.append(f"taken for its node: {run.kinds()}")
@@ -382,7 +382,7 @@ def shrunk_and_grown(site: ClusterSite) -> Result:
     """A node is lost without a spare: the run continues on one rank, and on two once it is back."""
     result = Result(
         drill="node lost, no spare: shrinks, grows back",
-        notice_target=NODE_NOTICE,
+        detection_target=NODE_DETECTION,
         target=NODE_TARGET,
     )
     whole = site.undisturbed(*LONG)
@@ -397,9 +397,9 @@ def shrunk_and_grown(site: ClusterSite) -> Result:
         site.hosts.kill(used[1])
         result.next_step = run.next_step_after(at)
         site.cluster.start(used[1])
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
-    told_of(run, result, at, failures={"lost", "died"}, said=site.hosts.address(used[1]))
+    check_report(run, result, at, failures={"lost", "died"}, said=site.hosts.address(used[1]))
     sizes = [event["world_size"] for event in run.events("attempt")]
     if sizes != [2, 1, 2]:
         result.problems.append(f"attempts of {sizes} ranks, not of 2, 1 and 2")

@@ -32,9 +32,9 @@ TINY = [
     "launch.mode=ray", f"launch.pass_env=[{VARIABLE}]",
 ]  # fmt: skip
 # Seconds to detection, and to the next step.
-KILL_NOTICE, NODE_NOTICE = 2.0, 15.0
+KILL_NOTICE, NODE_DETECTION = 2.0, 15.0
 KILL_TARGET, NODE_TARGET, HANG_MARGIN = 15.0, 30.0, 15.0
-PATIENCE = 180.0  # seconds: what hasn't happened by then counts as failed
+TIMEOUT_SECONDS = 180.0  # seconds: what hasn't happened by then counts as failed
 
 
 @dataclass(kw_only=True)
@@ -42,14 +42,14 @@ class Result:
     """The result of one drill."""
 
     drill: str
-    noticed: float | None = None
+    detected: float | None = None
     """Seconds from the fault to the event that reports it."""
     next_step: float | None = None
     """Seconds from the fault until another step was done."""
     target: float | None = None
     """The limit of `next_step`."""
-    notice_target: float | None = None
-    """The limit of `noticed`."""
+    detection_target: float | None = None
+    """The limit of `detected`."""
     curve: str = "–"
     """How the metrics and the weights compare with the undisturbed run's."""
     said: str = ""
@@ -61,7 +61,7 @@ class Result:
     @property
     def is_late(self) -> bool:
         """Whether a target was missed."""
-        pairs = [(self.noticed, self.notice_target), (self.next_step, self.target)]
+        pairs = [(self.detected, self.detection_target), (self.next_step, self.target)]
         return not self.skipped and any(
             target is not None and (seconds is None or seconds > target)
             for seconds, target in pairs
@@ -96,7 +96,7 @@ class Site:
             disarm(self.folder)
             run = Run(self, f"undisturbed_{len(self._whole)}", *overrides)
             with run.started() as process:
-                process.wait(timeout=PATIENCE)
+                process.wait(timeout=TIMEOUT_SECONDS)
             assert process.returncode == 0, run.log.read_text()
             steps = [record["step"] for record in run.metrics()]
             assert steps == list(range(1, steps[-1] + 1)), steps
@@ -174,7 +174,9 @@ class Run:
         """Returns the folder of the newest checkpoint."""
         return candidates(self.folder / "checkpoints")[0]
 
-    def wait_for(self, what: str, there: Callable[[], Any], *, seconds: float = PATIENCE) -> Any:
+    def wait_for(
+        self, what: str, there: Callable[[], Any], *, seconds: float = TIMEOUT_SECONDS
+    ) -> Any:
         """Returns what `there` returns once that is true.
 
         Raises AssertionError where the command ends before, or after a while.
@@ -191,25 +193,25 @@ class Run:
                 raise AssertionError(f"no {what} within {seconds:.0f} s\n{self._tail()}")
             time.sleep(0.03)
 
-    def wait_for_strike(self) -> float:
+    def wait_for_fault(self) -> float:
         """Returns the time at which the armed fault was injected."""
         assert self.armed
         armed = self.armed
-        return float(self.wait_for("strike", armed.struck)[0])
+        return float(self.wait_for("fault", armed.injected)[0])
 
     def wait_for_step(self, step: int) -> None:
         """Waits until a step is done."""
         self.wait_for(f"step {step}", lambda: self.step() >= step)
 
-    def next_step_after(self, strike: float) -> float:
+    def next_step_after(self, fault_time: float) -> float:
         """Returns the seconds from a fault until an attempt after it has done a step."""
 
         def training() -> list[int]:
-            return [e["step"] for e in self.events("training") if time_of(e) > strike]
+            return [e["step"] for e in self.events("training") if time_of(e) > fault_time]
 
-        start = self.wait_for("training after the strike", training)[0]
+        start = self.wait_for("training after the fault", training)[0]
         self.wait_for(f"step {start + 1}", lambda: self.step() > start)
-        return time.time() - strike
+        return time.time() - fault_time
 
     def leaves_no_process(self, *, seconds: float = 20.0) -> list[str]:
         """Returns a problem for each rank of any attempt whose process doesn't end in time."""
@@ -255,14 +257,14 @@ def is_as_if_undisturbed(run: Run, whole: Run, result: Result) -> None:
 def table(results: Sequence[Result]) -> str:
     """Returns the results as Markdown, with what the runs reported about them below."""
     lines = [
-        "| drill | noticed after | target | next step after | target | in the end | verdict |",
+        "| drill | detected after | target | next step after | target | in the end | verdict |",
         "|---|--:|--:|--:|--:|---|---|",
     ]
     for result in results:
         times = " | ".join(
             f"{_seconds(found, 1)} | {_seconds(target, 0)}"
             for found, target in (
-                (result.noticed, result.notice_target), (result.next_step, result.target)
+                (result.detected, result.detection_target), (result.next_step, result.target)
             )
         )  # fmt: skip
         lines.append(f"| {result.drill} | {times} | {result.curve} | {result.verdict} |")

@@ -45,7 +45,7 @@ class Armed:
 
     mark: Path
 
-    def struck(self) -> tuple[float, int] | None:
+    def injected(self) -> tuple[float, int] | None:
         """Returns when it was injected and into which process; None if it hasn't been yet."""
         try:
             mark = json.loads(self.mark.read_text())
@@ -56,7 +56,7 @@ class Armed:
 
 def arm(fault: Fault, folder: Path) -> Armed:
     """Writes the file that processes with `environment(folder)` look into when they start."""
-    armed = Armed(mark=folder / "struck.json")
+    armed = Armed(mark=folder / "injected.json")
     armed.mark.unlink(missing_ok=True)
     (folder / "fault.json").write_text(json.dumps(asdict(fault) | {"mark": str(armed.mark)}))
     return armed

@@ -13,8 +13,8 @@ from tests.drills.drill import (
     HANG_MARGIN,
     KILL_NOTICE,
     KILL_TARGET,
-    PATIENCE,
     SAVE_EVERY,
+    TIMEOUT_SECONDS,
     Result,
     Run,
     Site,
@@ -46,14 +46,14 @@ def replaced(
 ) -> Result:  # fmt: skip
     """A fault is injected into a rank from inside; all ranks restart and the run resumes."""
     whole = site.undisturbed()
-    result = Result(drill=name, notice_target=notice, target=target)
+    result = Result(drill=name, detection_target=notice, target=target)
     run = Run(site, slug(name))
     with run.started(fault=fault) as process:
-        strike = run.wait_for_strike()
-        result.next_step = run.next_step_after(strike)
-        process.wait(timeout=PATIENCE)
+        fault_time = run.wait_for_fault()
+        result.next_step = run.next_step_after(fault_time)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
-    told_of(run, result, strike, failures={failure}, said=said)
+    check_report(run, result, fault_time, failures={failure}, said=said)
     is_as_if_undisturbed(run, whole, result)
     return result
 
@@ -63,16 +63,16 @@ def error_of_the_code(site: Site) -> Result:
     whole, result = site.undisturbed(), Result(drill="an exception on one rank (ends the run)")
     run = Run(site, "exception")
     with run.started(fault=on("forward", "raise")) as process:
-        strike = run.wait_for_strike()
-        process.wait(timeout=PATIENCE)
+        fault_time = run.wait_for_fault()
+        process.wait(timeout=TIMEOUT_SECONDS)
     if process.returncode != 1:
         result.problems.append(f"exit code {process.returncode}, not 1")
     if len(run.events("attempt")) != 1:
         result.problems.append("an error of the code was tried again")
-    told_of(run, result, strike, failures={"error"}, said="ArithmeticError")
+    check_report(run, result, fault_time, failures={"error"}, said="ArithmeticError")
     result.problems += run.leaves_no_process()
     with run.started() as process:
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
     is_as_if_undisturbed(run, whole, result)
     return result
@@ -85,16 +85,16 @@ def driver_killed(site: Site) -> Result:
     with run.started() as process:
         run.wait_for_step(25)
         ranks = run.ranks()
-        strike = time.time()
+        fault_time = time.time()
         process.kill()
         process.wait()
         # Not before its ranks are gone: the killed command's process group is theirs, too.
         result.problems += run.leaves_no_process()
     assert ranks
-    result.noticed = time.time() - strike
+    result.detected = time.time() - fault_time
     with run.started() as process:
-        result.next_step = run.next_step_after(strike)
-        process.wait(timeout=PATIENCE)
+        result.next_step = run.next_step_after(fault_time)
+        process.wait(timeout=TIMEOUT_SECONDS)
     result.said = "the same command again"
     ended_well(run, process, result)
     is_as_if_undisturbed(run, whole, result)
@@ -111,7 +111,7 @@ def disk_full(site: Site) -> Result:
             return result
         run = Run(site, "disk", at=disk)
         with run.started() as process:
-            process.wait(timeout=PATIENCE)
+            process.wait(timeout=TIMEOUT_SECONDS)
         text = run.log.read_text()
         if process.returncode != 1 or "No space left" not in text:
             result.problems.append(f"exit code {process.returncode}, or no word of the disk")
@@ -120,16 +120,16 @@ def disk_full(site: Site) -> Result:
         files = [run.folder / "checkpoints/latest", run.folder / "config.yaml"]
         before = [file.read_text() for file in files]
         with run.started() as process:  # on the full disk
-            process.wait(timeout=PATIENCE)
+            process.wait(timeout=TIMEOUT_SECONDS)
         said = run.log.read_text()[len(text) :]
         if process.returncode != 1 or "No space left" not in said:
             result.problems.append(f"again on the full disk: {process.returncode}, {said[-500:]}")
         if [f.read_text() for f in files] != before or list(run.folder.glob("*/staged_*")):
-            result.problems.append("the second command harmed what the first had left")
+            result.problems.append("the second command corrupted what the first had left")
         shutil.copytree(disk, site.folder / "more_room")
     run = Run(site, "disk", at=site.folder / "more_room")
     with run.started() as process:
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
     if {event["step"] for event in run.events("resume")} != {int(kept.split("_")[1])}:
         result.problems.append(f"{run.events('resume')}: didn't go on from {kept}")
@@ -150,7 +150,7 @@ def clock_jump(site: Site, *, seconds: int) -> Result:
     with run.started(environment=clock.environment) as process:
         run.wait_for_step(25)
         clock.jump(seconds)
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
     for kind in ("save", "finish"):  # of a rank, of the driver
         last = run.events(kind)[-1:]
@@ -209,24 +209,26 @@ def ended_well(run: Run, process: "subprocess.Popen[bytes]", result: Result) -> 
     result.problems += run.leaves_no_process()
 
 
-def told_of(run: Run, result: Result, strike: float, *, failures: set[str], said: str) -> None:
+def check_report(
+    run: Run, result: Result, fault_time: float, *, failures: set[str], said: str
+) -> None:
     """Records when the run detected the fault, whether it reported its cause, where it resumed."""
-    told = [e for e in run.events("failure") if time_of(e) > strike]
+    told = [e for e in run.events("failure") if time_of(e) > fault_time]
     if not told:
-        result.problems.append("no failure was told")
+        result.problems.append("no failure was reported")
         return
-    result.noticed = time_of(told[0]) - strike
+    result.detected = time_of(told[0]) - fault_time
     result.said = told[0]["reason"]
     if told[0]["failure"] not in failures:
-        result.problems.append(f"told as {told[0]['failure']}, not as {' or '.join(failures)}")
+        result.problems.append(f"reported as {told[0]['failure']}, not as {' or '.join(failures)}")
     if said not in result.said:
         result.problems.append(f"no word of {said!r}")
     if len(told) > 1:
-        result.problems.append(f"{len(told)} failures for one strike")
+        result.problems.append(f"{len(told)} failures for one fault")
     saved = told[0]["last_saved_step"]
-    again = [e["step"] for e in run.events("training") if time_of(e) > strike]
+    again = [e["step"] for e in run.events("training") if time_of(e) > fault_time]
     if saved < SAVE_EVERY or (again and again[0] < saved):
-        result.problems.append(f"went on from {again[:1]}, and step {saved} was saved")
+        result.problems.append(f"resumed from {again[:1]}, and step {saved} was saved")
 
 
 @contextlib.contextmanager

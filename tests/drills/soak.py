@@ -46,8 +46,8 @@ class Soak:
 
     run: Run
     draw: random.Random
-    strikes: Counter[str] = field(default_factory=Counter)
-    struck_at: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    injected_at: float = 0.0
     next_kind: str | None = None
     """Drawn, and deferred until there is a rank."""
     commands: int = 1
@@ -55,7 +55,7 @@ class Soak:
     def train(self, *, minutes: float, mean_seconds: float) -> None:
         """Trains with injected faults for that long, and stops after saving."""
         end = time.monotonic() + 60 * minutes
-        strike_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
+        fault_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
         while True:
             with self.run.started() as process:
                 while process.poll() is None:
@@ -64,11 +64,11 @@ class Soak:
                         if self._has_recovered():
                             process.terminate()
                             process.wait(timeout=STOP_SECONDS)
-                    elif time.monotonic() > strike_at and (kind := self._strike(process)):
-                        self.strikes[kind] += 1
+                    elif time.monotonic() > fault_at and (kind := self._inject(process)):
+                        self.faults[kind] += 1
                         self.next_kind = None
                         print(f"{datetime.now(UTC):%H:%M:%S} {kind}", file=sys.stderr, flush=True)
-                        strike_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
+                        fault_at = time.monotonic() + self.draw.expovariate(1 / mean_seconds)
                 assert not self.run.leaves_no_process(seconds=60)
             if process.returncode == STOPPED:
                 return
@@ -80,13 +80,13 @@ class Soak:
         told = self.run.events("training", "failure", "save", "start")
         if not told or told[-1]["event"] != "save":
             return False
-        return time_of(told[-1]) > self.struck_at
+        return time_of(told[-1]) > self.injected_at
 
-    def _strike(self, process: "subprocess.Popen[bytes]") -> str | None:
+    def _inject(self, process: "subprocess.Popen[bytes]") -> str | None:
         """Kills or stops the driver or a rank; returns which, None if there is no rank yet."""
         kind = self.next_kind or self.draw.choices(list(SHARES), list(SHARES.values()))[0]
         self.next_kind = kind
-        self.struck_at = time.time()
+        self.injected_at = time.time()
         if kind == "kill of the driver":
             process.kill()
             process.wait()
@@ -138,13 +138,13 @@ def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[s
     """Trains with faults and again without; returns the report and what is wrong."""
     site = this_machine(folder)
     disarm(folder)
-    struck = Soak(
-        Run(site, "struck", *LONG, f"train.num_steps={ENDLESS}"), random.Random(f"soak {seed}")
+    disturbed = Soak(
+        Run(site, "disturbed", *LONG, f"train.num_steps={ENDLESS}"), random.Random(f"soak {seed}")
     )
     start = time.monotonic()
-    struck.train(minutes=minutes, mean_seconds=mean_seconds)
+    disturbed.train(minutes=minutes, mean_seconds=mean_seconds)
     seconds = time.monotonic() - start
-    step = int(struck.run.checkpoint().name.removeprefix("step_"))
+    step = int(disturbed.run.checkpoint().name.removeprefix("step_"))
     calm = Run(site, "calm", *LONG, f"train.num_steps={step}")
     start = time.monotonic()
     with calm.started() as process:
@@ -153,7 +153,7 @@ def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[s
     assert process.returncode == 0, calm.log.read_text()[-3000:]
 
     problems = []
-    ours, theirs = struck.run.metrics(), calm.metrics()
+    ours, theirs = disturbed.run.metrics(), calm.metrics()
     both = [a.keys() & b.keys() for a, b in zip(ours, theirs, strict=False)]
     if [r["step"] for r in ours] != [r["step"] for r in theirs if r["step"] % 10 == 0]:
         problems.append("other steps")
@@ -161,21 +161,21 @@ def soak(folder: Path, *, minutes: int, mean_seconds: int, seed: int) -> tuple[s
         a[key] != b[key] for a, b, keys in zip(ours, theirs, both, strict=False) for key in keys
     ):
         problems.append("other metrics")
-    if digest(struck.run.checkpoint()) != digest(calm.checkpoint()):
+    if digest(disturbed.run.checkpoint()) != digest(calm.checkpoint()):
         problems.append("other weights")
-    account = run_account(struck.run.folder)
+    account = run_account(disturbed.run.folder)
     assert account
-    attempts = len(struck.run.events("attempt"))
-    failures = Counter(event["failure"] for event in struck.run.events("failure"))
+    attempts = len(disturbed.run.events("attempt"))
+    failures = Counter(event["failure"] for event in disturbed.run.events("failure"))
     lines = [
-        f"- {sum(struck.strikes.values())} strikes in {seconds / 60:.1f} minutes: "
-        + ", ".join(f"{kind} {number}" for kind, number in struck.strikes.most_common()),
-        f"- {struck.commands} commands, {attempts} attempts; told as "
+        f"- {sum(disturbed.faults.values())} faults in {seconds / 60:.1f} minutes: "
+        + ", ".join(f"{kind} {number}" for kind, number in disturbed.faults.most_common()),
+        f"- {disturbed.commands} commands, {attempts} attempts; reported as "
         + ", ".join(f"{kind} {number}" for kind, number in failures.most_common()),
         f"- {step} steps, and {account.redone_steps} that were lost and trained again",
         f"- effective training time by the run's own account: {account.effective or 0:.1%}",
         f"- undisturbed the same steps took {calm_seconds / 60:.1f} minutes: "
-        f"{calm_seconds / seconds:.0%} of the time under strikes",
+        f"{calm_seconds / seconds:.0%} of the time under faults",
         f"- metrics and weights: {'equal bit for bit' if not problems else 'NOT EQUAL'}",
     ]
     return "\n".join(lines), problems

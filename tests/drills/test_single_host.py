@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", DRILLS)
-def test_a_run_that_is_struck_ends_as_if_it_had_not_been(site: Site, name: str) -> None:
+def test_a_run_with_a_fault_ends_as_if_without(site: Site, name: str) -> None:
     result = DRILLS[name](site)
     if result.skipped:
         pytest.skip(result.skipped)
@@ -41,29 +41,29 @@ def test_a_run_that_is_struck_ends_as_if_it_had_not_been(site: Site, name: str) 
 
 
 @pytest.mark.slow
-def test_another_metric_another_weight_and_a_missing_step_are_noticed(
+def test_another_metric_another_weight_and_a_missing_step_are_detected(
     site: Site, tmp_path: Path
 ) -> None:
     whole = site.undisturbed()
 
-    def compared(harm: str) -> list[str]:
-        copy = Run(site, harm, at=tmp_path)
+    def compared(corrupt: str) -> list[str]:
+        copy = Run(site, corrupt, at=tmp_path)
         shutil.copytree(whole.folder, copy.folder)
         metrics = copy.folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True)
-        if harm == "metric":
+        if corrupt == "metric":
             record = json.loads(lines[40])
             record["train/loss"] += 1e-12
             lines[40] = json.dumps(record) + "\n"
-        elif harm == "step":
+        elif corrupt == "step":
             del lines[40]
-        elif harm == "weights":
+        elif corrupt == "weights":
             (file,) = list(copy.checkpoint().glob("*00001.safetensors"))
             content = bytearray(file.read_bytes())
             content[-1] ^= 1
             file.write_bytes(content)
         metrics.write_text("".join(lines))
-        result = Result(drill=harm)
+        result = Result(drill=corrupt)
         is_as_if_undisturbed(copy, whole, result)
         return result.problems
 
@@ -91,23 +91,23 @@ for step in (1, 2):
     )  # fmt: skip
 
 
-def test_a_fault_strikes_at_its_point_and_only_once(tmp_path: Path) -> None:
+def test_a_fault_is_injected_at_its_point_and_only_once(tmp_path: Path) -> None:
     armed = arm(Fault(at="end", phase="optimizer", rank=0, step=2), tmp_path)
-    assert armed.struck() is None
+    assert armed.injected() is None
     first = listener(tmp_path, "forward optimizer save")
     assert first.returncode == -signal.SIGKILL
     assert first.stdout.splitlines()[-1] == "2 optimizer", "what comes after it is not begun"
-    assert armed.struck() is not None
+    assert armed.injected() is not None
     (tmp_path / "meet").unlink()
     second = listener(tmp_path, "forward optimizer save")
     assert second.returncode == 0, second.stderr
     assert second.stdout.splitlines()[-1] == "2 save"
 
 
-def test_a_fault_of_another_rank_does_not_strike(tmp_path: Path) -> None:
+def test_a_fault_of_another_rank_is_not_injected(tmp_path: Path) -> None:
     armed = arm(Fault(at="begin", phase="forward", rank=1, step=2), tmp_path)
     assert listener(tmp_path, "forward").returncode == 0
-    assert armed.struck() is None
+    assert armed.injected() is None
 
 
 def test_the_table_tells_what_failed_and_what_was_late() -> None:
@@ -115,7 +115,7 @@ def test_the_table_tells_what_failed_and_what_was_late() -> None:
         Result(drill="good", next_step=3.0, target=15.0, curve="equal bit for bit"),
         Result(drill="slow", next_step=16.0, target=15.0),
         Result(drill="never", target=15.0),
-        Result(drill="unnoticed", next_step=3.0, target=15.0, noticed=2.1, notice_target=2.0),
+        Result(drill="undetected", next_step=3.0, target=15.0, detected=2.1, detection_target=2.0),
         Result(drill="bad", problems=["other weights at the end"]),
         Result(drill="left out", target=15.0, skipped="no root"),
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.kernels import Copies, expert_swiglu, refuses
+from moetrain.kernels import Assignments, expert_swiglu, refuses
 from moetrain.kernels.autotune import ExpertShape, measure, seconds_of_backends
 
 SHAPE = ExpertShape(
@@ -75,26 +75,26 @@ def test_running_out_of_memory_is_raised() -> None:
         measure({"a": full, "b": lambda: None})
 
 
-def test_choices_are_for_copies_up_to_the_next_power_of_two() -> None:
+def test_choices_are_for_assignments_up_to_the_next_power_of_two() -> None:
     keys = [replace(SHAPE, rows=rows, choices=1).key for rows in (1000, 1024, 1025, 0)]
     assert keys[0] == keys[1] != keys[2]
-    assert keys[0].endswith("float32, dim 16, hidden 32, experts 4, copies 1024")
-    assert keys[3].endswith("copies 1")
+    assert keys[0].endswith("float32, dim 16, hidden 32, experts 4, assignments 1024")
+    assert keys[3].endswith("assignments 1")
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
 def test_every_expert_of_a_problem_has_the_same_load(exchanged: bool) -> None:
     shape = replace(SHAPE, exchanged=exchanged)
     state = torch.get_rng_state()
-    x, gates, copies, *weights = shape.problem()
+    x, gates, assignments, *weights = shape.problem()
     assert torch.equal(torch.get_rng_state(), state)
-    assert copies.counts.tolist() == [12] * 4
-    assert (copies.per_row is None) == exchanged
+    assert assignments.counts.tolist() == [12] * 4
+    assert (assignments.per_row is None) == exchanged
     outline = shape.outline()
     assert [t.shape for t in (x, *weights)] == [t.shape for t in (outline[0], *outline[2:])]
-    assert copies.row.shape == outline[1].row.shape
-    expected = expert_swiglu(x, gates, copies, *weights, backend="cpu")
-    out = expert_swiglu(x, gates, copies, *weights, backend="grouped_mm")
+    assert assignments.row.shape == outline[1].row.shape
+    expected = expert_swiglu(x, gates, assignments, *weights, backend="cpu")
+    out = expert_swiglu(x, gates, assignments, *weights, backend="grouped_mm")
     assert expected.abs().max() > 1
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -124,12 +124,12 @@ def test_forward_and_backward_are_measured() -> None:
             time.sleep(0.05)
             return grad
 
-    def slow(x: Tensor, gates: Tensor, copies: Copies, *weights: Tensor) -> Tensor:
+    def slow(x: Tensor, gates: Tensor, assignments: Assignments, *weights: Tensor) -> Tensor:
         total = gates.sum() + sum(weight.sum() for weight in weights)
         apply: Callable[..., Tensor] = SlowBackward.apply
         return apply(x * total)
 
-    def quick(x: Tensor, gates: Tensor, copies: Copies, *weights: Tensor) -> Tensor:
+    def quick(x: Tensor, gates: Tensor, assignments: Assignments, *weights: Tensor) -> Tensor:
         time.sleep(0.01)
         return x * (gates.sum() + sum(weight.sum() for weight in weights))
 
@@ -145,11 +145,11 @@ def test_forward_and_backward_are_measured() -> None:
 def test_auto_takes_the_preferred_backend_unless_it_refuses_the_shape(
     preferred: str | None, dim: int, serves: str
 ) -> None:
-    x, gates, copies, *weights = replace(SHAPE, dim=dim).problem()
+    x, gates, assignments, *weights = replace(SHAPE, dim=dim).problem()
     x.requires_grad_()
 
     def how(backend: str, preferred: str | None = None) -> str:
-        out = expert_swiglu(x, gates, copies, *weights, backend=backend, preferred=preferred)
+        out = expert_swiglu(x, gates, assignments, *weights, backend=backend, preferred=preferred)
         made_by = out.grad_fn
         assert made_by is not None
         return made_by.name()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.kernels import ExpertFunction, compute_experts, expert_function, group_copies
+from moetrain.kernels import ExpertFunction, compute_experts, expert_function, group_assignments
 from moetrain.settings import ExpertsSettings
 
 TOKENS, DIM, HIDDEN, EXPERTS, TOP_K = 24, 16, 32, 4, 2
@@ -85,11 +85,11 @@ def expected(function: ExpertFunction, given: Inputs) -> Tensor:
 def computed(
     function: ExpertFunction, given: Inputs, *, backend: str = "auto", recompute: bool = False
 ) -> Tensor:
-    copies = group_copies(chosen(), num_groups=EXPERTS)
+    assignments = group_assignments(chosen(), num_groups=EXPERTS)
     return compute_experts(
         given.x,
-        given.gates.flatten()[copies.slot],
-        copies,
+        given.gates.flatten()[assignments.slot],
+        assignments,
         given.gate,
         given.up,
         given.down,

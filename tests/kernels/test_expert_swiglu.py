@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import held_memory
-from moetrain.kernels import Copies, expert_swiglu, group_copies, unavailable_because
+from moetrain.kernels import Assignments, expert_swiglu, group_assignments, unavailable_because
 
 BACKENDS = ["cpu", "grouped_mm"]
 NAMES = ("x", "gates", "gate", "up", "down")
@@ -35,43 +35,47 @@ def choices(case: str, *, top_k: int = 2) -> tuple[Tensor, int]:
 
 def problem(
     chosen: Tensor, experts: int, *, dim: int = 24, hidden: int = 40, ragged: bool = False
-) -> tuple[Copies, list[Tensor]]:
-    """Returns copies, and (x, gates, gate, up, down) with gradients."""
+) -> tuple[Assignments, list[Tensor]]:
+    """Returns assignments, and (x, gates, gate, up, down) with gradients."""
     torch.manual_seed(0)
-    num_copies = None
+    num_assignments = None
     if ragged:  # some choices are empty, as where a token met this rank with fewer experts
         chosen = chosen.masked_fill(torch.rand(chosen.shape) < 0.4, experts)
-        num_copies = int((chosen < experts).sum())
-    copies = group_copies(chosen, num_groups=experts, num_copies=num_copies)
-    tensors = [torch.randn(len(chosen), dim), torch.rand(copies.row.numel())]
+        num_assignments = int((chosen < experts).sum())
+    assignments = group_assignments(chosen, num_groups=experts, num_assignments=num_assignments)
+    tensors = [torch.randn(len(chosen), dim), torch.rand(assignments.row.numel())]
     tensors += [torch.randn(experts, hidden, dim) * dim**-0.5 for _ in range(3)]
-    return copies, [t.requires_grad_() for t in tensors]
+    return assignments, [t.requires_grad_() for t in tensors]
 
 
-def dense_loop(copies: Copies, x: Tensor, gates: Tensor, *weights: Tensor) -> Tensor:
-    """The definition, a copy at a time, in float64."""
+def dense_loop(assignments: Assignments, x: Tensor, gates: Tensor, *weights: Tensor) -> Tensor:
+    """The definition, an assignment at a time, in float64."""
     gate, up, down = weights
-    expert = torch.repeat_interleave(torch.arange(len(copies.counts)), copies.counts)
-    rows = x[copies.row].unsqueeze(1)  # [copies, 1, dim]
+    expert = torch.repeat_interleave(torch.arange(len(assignments.counts)), assignments.counts)
+    rows = x[assignments.row].unsqueeze(1)  # [assignments, 1, dim]
     hidden = F.silu(rows @ gate[expert].transpose(1, 2)) * (rows @ up[expert].transpose(1, 2))
     y = (hidden @ down[expert]).squeeze(1) * gates.unsqueeze(1)
-    return torch.zeros_like(x).index_add(0, copies.row, y)
+    return torch.zeros_like(x).index_add(0, assignments.row, y)
 
 
 def swiglu(
-    copies: Copies, tensors: Sequence[Tensor], *, backend: str, recompute: bool = False
+    assignments: Assignments, tensors: Sequence[Tensor], *, backend: str, recompute: bool = False
 ) -> Tensor:
     """`expert_swiglu` of the tensors in the order of `NAMES`."""
     x, gates, gate, up, down = tensors
-    return expert_swiglu(x, gates, copies, gate, up, down, backend=backend, recompute=recompute)
+    return expert_swiglu(
+        x, gates, assignments, gate, up, down, backend=backend, recompute=recompute
+    )
 
 
-def check(copies: Copies, tensors: list[Tensor], *, backend: str, recompute: bool = False) -> None:
-    out = swiglu(copies, tensors, backend=backend, recompute=recompute)
+def check(
+    assignments: Assignments, tensors: list[Tensor], *, backend: str, recompute: bool = False
+) -> None:
+    out = swiglu(assignments, tensors, backend=backend, recompute=recompute)
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, tensors, grad)
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    expected = dense_loop(copies, *exact)
+    expected = dense_loop(assignments, *exact)
     theirs = torch.autograd.grad(expected, exact, grad.double())
     for name, mine, truth in zip(("out", *NAMES), (out, *ours), (expected, *theirs), strict=True):
         # Three products deep, each a sum of at most 64 terms of either sign in float32: its error
@@ -98,7 +102,7 @@ def test_equals_a_dense_loop(case: str, backend: str, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_may_have_any_number_of_copies(backend: str) -> None:
+def test_rows_may_have_any_number_of_assignments(backend: str) -> None:
     check(*problem(*choices("random", top_k=3), ragged=True), backend=backend)
 
 
@@ -108,18 +112,18 @@ def test_cpu_takes_any_shape() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_takes_transposed_weights(backend: str) -> None:
-    copies, tensors = problem(*choices("random"))
+    assignments, tensors = problem(*choices("random"))
     stored = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in tensors[2:]]
-    check(copies, [*tensors[:2], *(t.transpose(1, 2) for t in stored)], backend=backend)
+    check(assignments, [*tensors[:2], *(t.transpose(1, 2) for t in stored)], backend=backend)
 
 
 @pytest.mark.trap(17)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_takes_stride_zero_gradients(backend: str) -> None:
-    copies, tensors = problem(*choices("random"))
-    out = swiglu(copies, tensors, backend=backend)
+    assignments, tensors = problem(*choices("random"))
+    out = swiglu(assignments, tensors, backend=backend)
     ours = torch.autograd.grad(out.sum(), tensors)
-    out = swiglu(copies, tensors, backend=backend)
+    out = swiglu(assignments, tensors, backend=backend)
     theirs = torch.autograd.grad(out, tensors, torch.ones_like(out))
     for mine, dense in zip(ours, theirs, strict=True):
         assert torch.equal(mine, dense)
@@ -145,10 +149,10 @@ def test_reads_no_memory_that_it_did_not_write(
 
 
 def test_recomputation_changes_no_bit() -> None:
-    copies, tensors = problem(*choices("random"))
+    assignments, tensors = problem(*choices("random"))
     results = []
     for again in (False, True):
-        out = swiglu(copies, tensors, backend="cpu", recompute=again)
+        out = swiglu(assignments, tensors, backend="cpu", recompute=again)
         results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
     for kept, redone in zip(*results, strict=True):
         assert torch.equal(kept, redone)
@@ -156,30 +160,30 @@ def test_recomputation_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_recomputation_keeps_nothing_as_wide_as_hidden(backend: str) -> None:
-    copies, tensors = problem(*choices("random"), dim=16, hidden=256)
+    assignments, tensors = problem(*choices("random"), dim=16, hidden=256)
     cpu = torch.device("cpu")
     held = {}
     for recompute in (False, True):
         kept: list[Tensor] = []
 
         def forward(recompute: bool = recompute, kept: list[Tensor] = kept) -> None:
-            kept.append(swiglu(copies, tensors, backend=backend, recompute=recompute))
+            kept.append(swiglu(assignments, tensors, backend=backend, recompute=recompute))
 
         forward()  # what a first call allocates for good
         held[recompute] = held_memory(forward, cpu)
         del kept
-    wide = copies.row.numel() * 256 * 4
+    wide = assignments.row.numel() * 256 * 4
     assert held[False] >= 2 * wide, "the products of the gate and up matrices"
     assert held[True] < wide / 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_as_close_as_its_rounding(backend: str) -> None:
-    copies, tensors = problem(*choices("random"))
+    assignments, tensors = problem(*choices("random"))
     low = [t.detach().bfloat16().requires_grad_() for t in tensors]
     low[1] = tensors[1]
-    out = swiglu(copies, low, backend=backend)
-    expected = dense_loop(copies, *(t.detach().double() for t in low))
+    out = swiglu(assignments, low, backend=backend)
+    expected = dense_loop(assignments, *(t.detach().double() for t in low))
     # Five roundings to 8 bits on the way: g, u, h, y and their sum.
     bound = 5 * 2**-8 * expected.abs().max().item()
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=bound)
@@ -188,26 +192,26 @@ def test_bfloat16_is_as_close_as_its_rounding(backend: str) -> None:
 
 
 def test_a_shape_that_a_backend_cannot_serve_is_refused_with_the_reason() -> None:
-    copies, tensors = problem(*choices("random"), dim=7)
+    assignments, tensors = problem(*choices("random"), dim=7)
     with pytest.raises(ValueError, match=r"whole 16 bytes; dim=7 .* multiples of 4"):
-        swiglu(copies, tensors, backend="grouped_mm")
+        swiglu(assignments, tensors, backend="grouped_mm")
     with pytest.raises(ValueError, match="choose one of auto, megablocks"):
-        swiglu(copies, tensors, backend="fastest")
+        swiglu(assignments, tensors, backend="fastest")
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "megablocks", "auto"])
 def test_dtypes_that_differ_or_have_no_products_are_refused(backend: str) -> None:
-    copies, tensors = problem(*choices("random"), dim=16, hidden=32)
+    assignments, tensors = problem(*choices("random"), dim=16, hidden=32)
     with pytest.raises(ValueError, match="must be of one dtype, not bfloat16, float32"):
-        swiglu(copies, [*tensors[:2], *(t.bfloat16() for t in tensors[2:])], backend=backend)
+        swiglu(assignments, [*tensors[:2], *(t.bfloat16() for t in tensors[2:])], backend=backend)
     if backend == "grouped_mm":
         double = [t.double() for t in tensors]
         with pytest.raises(ValueError, match=r"no products of torch\.float64"):
-            swiglu(copies, double, backend=backend)
+            swiglu(assignments, double, backend=backend)
 
 
 def test_counts_that_lie_are_refused() -> None:
-    copies, tensors = problem(*choices("random"))
-    copies = copies._replace(counts=copies.counts + 1)
-    with pytest.raises(ValueError, match="but there are 74 copies"):
-        swiglu(copies, tensors, backend="cpu")
+    assignments, tensors = problem(*choices("random"))
+    assignments = assignments._replace(counts=assignments.counts + 1)
+    with pytest.raises(ValueError, match="but there are 74 assignments"):
+        swiglu(assignments, tensors, backend="cpu")

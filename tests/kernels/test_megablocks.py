@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.kernels import Copies, group_copies, megablocks_ops_in_torch
+from moetrain.kernels import Assignments, group_assignments, megablocks_ops_in_torch
 from moetrain.kernels.megablocks_ops import (
     PACKAGES,
     _libraries,
@@ -34,13 +34,13 @@ RTOL = 5 * (2**-10 if DEVICE == "cuda" else torch.finfo(torch.float32).eps * mat
 CASES: dict[str, tuple[list[list[int]], int, int, int]] = {
     "top-2": ([[0, 1], [2, 0], [1, 2], [2, 1], [0, 2]], 3, 128, 128),
     "no rows": ([], 3, 128, 128),
-    "rows without copies": ([[], []], 3, 128, 128),
-    "one copy": ([[1]], 2, 128, 128),
+    "rows without assignments": ([[], []], 3, 128, 128),
+    "one assignment": ([[1]], 2, 128, 128),
     "all rows on one expert": ([[1]] * 5, 3, 128, 128),
     "two block rows and two block columns": ([[0]] + [[1]] * 129, 2, 128, 256),
-    "none to three copies a row": ([[0, 1], [], [2], [0, 1, 2], []], 3, 128, 128),
+    "none to three assignments a row": ([[0, 1], [], [2], [0, 1, 2], []], 3, 128, 128),
     "no multiples of 128": ([[0, 1], [1, 0], [0, 1]], 2, 40, 72),
-    "no multiples of 128, none to two copies": ([[0, 1], [], [1]], 2, 24, 8),
+    "no multiples of 128, none to two assignments": ([[0, 1], [], [1]], 2, 24, 8),
 }
 
 
@@ -53,39 +53,45 @@ def _kernels_are_here() -> None:
     assert unavailable_because(DEVICE) is None
 
 
-def copies_of(chosen: list[list[int]], *, num_experts: int) -> tuple[Copies, Tensor]:
-    """Returns the copies of rows that chose these experts, and each copy's expert."""
+def assignments_of(chosen: list[list[int]], *, num_experts: int) -> tuple[Assignments, Tensor]:
+    """Returns the assignments of rows that chose these experts, and each assignment's expert."""
     slots = max((len(experts) for experts in chosen), default=1) or 1
     choices = torch.full((len(chosen), slots), num_experts)
     for row, experts in enumerate(chosen):
         choices[row, : len(experts)] = torch.tensor(experts)
-    num_copies = sum(map(len, chosen))
-    copies = group_copies(
+    num_assignments = sum(map(len, chosen))
+    assignments = group_assignments(
         choices.to(DEVICE),
         num_groups=num_experts,
-        num_copies=None if num_copies == choices.numel() else num_copies,
+        num_assignments=None if num_assignments == choices.numel() else num_assignments,
     )
-    return copies, torch.arange(num_experts).repeat_interleave(copies.counts.cpu())
+    return assignments, torch.arange(num_experts).repeat_interleave(assignments.counts.cpu())
 
 
-def inputs(num_rows: int, num_copies: int, num_experts: int, dim: int, hidden: int) -> list[Tensor]:
+def inputs(
+    num_rows: int, num_assignments: int, num_experts: int, dim: int, hidden: int
+) -> list[Tensor]:
     """Returns x, gates, gate, up and down, scaled so that all results are of order one."""
     torch.manual_seed(0)
     weights = [torch.randn(num_experts, hidden, dim) for _ in range(3)]
     scales = [dim, dim, hidden]
-    tensors = [torch.randn(num_rows, dim), torch.rand(num_copies) + 0.5]
+    tensors = [torch.randn(num_rows, dim), torch.rand(num_assignments) + 0.5]
     tensors += [weight / math.sqrt(n) for weight, n in zip(weights, scales, strict=True)]
     return [tensor.to(DEVICE).requires_grad_() for tensor in tensors]
 
 
-def dense(tensors: list[Tensor], copies: Copies, experts: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Returns the same output by a loop over copies in float64, and the exact leaves."""
+def dense(
+    tensors: list[Tensor], assignments: Assignments, experts: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the same output by a loop over assignments in float64, and the exact leaves."""
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
     x, gates, gate, up, down = exact
     rows = [torch.zeros(x.shape[1], dtype=torch.float64) + 0 * row.detach() for row in x]
-    for copy, (row, expert) in enumerate(zip(copies.row.tolist(), experts.tolist(), strict=True)):
+    for index, (row, expert) in enumerate(
+        zip(assignments.row.tolist(), experts.tolist(), strict=True)
+    ):
         inner = F.silu(gate[expert] @ x[row]) * (up[expert] @ x[row])
-        rows[row] = rows[row] + gates[copy] * (inner @ down[expert])
+        rows[row] = rows[row] + gates[index] * (inner @ down[expert])
     return (torch.stack(rows) if rows else x.detach().clone()), exact
 
 
@@ -99,11 +105,11 @@ def assert_equal(ours: Tensor | None, theirs: Tensor, *, rtol: float = RTOL) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_dense_loop_forward_and_backward(case: str) -> None:
     chosen, num_experts, dim, hidden = CASES[case]
-    copies, experts = copies_of(chosen, num_experts=num_experts)
+    assignments, experts = assignments_of(chosen, num_experts=num_experts)
     tensors = inputs(len(chosen), len(experts), num_experts, dim, hidden)
     x, gates, *weights = tensors
-    out = megablocks_swiglu(x, gates, copies, *weights)
-    expected, exact = dense(tensors, copies, experts)
+    out = megablocks_swiglu(x, gates, assignments, *weights)
+    expected, exact = dense(tensors, assignments, experts)
     assert_equal(out, expected)
     grad = torch.randn(out.shape)
     ours = torch.autograd.grad(out, tensors, grad.to(DEVICE))
@@ -115,14 +121,14 @@ def test_equals_a_dense_loop_forward_and_backward(case: str) -> None:
         assert_equal(mine, reference)
 
 
-@pytest.mark.parametrize("case", ["one copy", "none to three copies a row"])
+@pytest.mark.parametrize("case", ["one assignment", "none to three assignments a row"])
 def test_takes_stride_zero_gradients(case: str) -> None:
     chosen, num_experts, dim, hidden = CASES[case]
-    copies, experts = copies_of(chosen, num_experts=num_experts)
+    assignments, experts = assignments_of(chosen, num_experts=num_experts)
     tensors = inputs(len(chosen), len(experts), num_experts, dim, hidden)
     x, gates, *weights = tensors
-    megablocks_swiglu(x, gates, copies, *weights).sum().backward()
-    expected, exact = dense(tensors, copies, experts)
+    megablocks_swiglu(x, gates, assignments, *weights).sum().backward()
+    expected, exact = dense(tensors, assignments, experts)
     expected.sum().backward()
     for mine, reference in zip(tensors, exact, strict=True):
         assert reference.grad is not None
@@ -132,7 +138,7 @@ def test_takes_stride_zero_gradients(case: str) -> None:
 def test_takes_views_of_other_tensors() -> None:
     """A transposed weight, a part of a wider one and a part of wider rows: bits don't change."""
     chosen, num_experts, dim, hidden = [[0], [1]], 2, 128, 128
-    copies, experts = copies_of(chosen, num_experts=num_experts)
+    assignments, experts = assignments_of(chosen, num_experts=num_experts)
     dense_ones = inputs(len(chosen), len(experts), num_experts, dim, hidden)
     views = [tensor.detach() for tensor in dense_ones]
     views[0] = F.pad(views[0], (0, 8))[:, :dim]
@@ -142,7 +148,7 @@ def test_takes_views_of_other_tensors() -> None:
     assert not any(views[i].is_contiguous() for i in (0, 2, 3))
     results = []
     for x, gates, *weights in (dense_ones, views):
-        out = megablocks_swiglu(x, gates, copies, *weights)
+        out = megablocks_swiglu(x, gates, assignments, *weights)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, gates, *weights])])
     for plain, of_views in zip(*results, strict=True):
         assert torch.equal(plain, of_views)
@@ -152,11 +158,11 @@ def test_takes_views_of_other_tensors() -> None:
 def test_block_indices_over_255_reach_the_right_expert() -> None:
     """Experts 256 and up, of which 16-bit products of block indices would lose the place."""
     chosen = [[299], [0], [256], [299]]
-    copies, experts = copies_of(chosen, num_experts=300)
+    assignments, experts = assignments_of(chosen, num_experts=300)
     tensors = inputs(4, 4, 300, 128, 128)
     x, gates, *weights = tensors
-    out = megablocks_swiglu(x, gates, copies, *(weight.detach() for weight in weights))
-    expected, exact = dense(tensors, copies, experts)
+    out = megablocks_swiglu(x, gates, assignments, *(weight.detach() for weight in weights))
+    expected, exact = dense(tensors, assignments, experts)
     assert_equal(out, expected)
     for mine, reference in zip(
         torch.autograd.grad(out.sum(), [x, gates]),
@@ -173,11 +179,11 @@ def test_block_indices_over_32767_reach_the_right_expert() -> None:
     half: dict[str, Any] = {"dtype": torch.float16, "device": DEVICE}
     weight = torch.zeros(num_experts, 128, 128, **half)  # 1 GiB
     weight[[0, last]] = torch.randn(2, 128, 128, **half) / math.sqrt(128)
-    copies, experts = copies_of([[last], [0]], num_experts=num_experts)
+    assignments, experts = assignments_of([[last], [0]], num_experts=num_experts)
     x = torch.randn(2, 128, **half, requires_grad=True)
     gates = torch.ones(2, device=DEVICE)
-    out = megablocks_swiglu(x, gates, copies, weight, weight, weight)
-    expected, exact = dense([x, gates, *[weight[[0, last]]] * 3], copies, experts // last)
+    out = megablocks_swiglu(x, gates, assignments, weight, weight, weight)
+    expected, exact = dense([x, gates, *[weight[[0, last]]] * 3], assignments, experts // last)
     rtol = 5 * torch.finfo(torch.float16).eps  # one rounding for each product of the chain
     assert_equal(out, expected, rtol=rtol)
     (grad,) = torch.autograd.grad(out.sum(), [x])
@@ -188,11 +194,11 @@ def test_block_indices_over_32767_reach_the_right_expert() -> None:
 @pytest.mark.slow
 def test_300_experts_get_their_own_gradients() -> None:
     chosen = [[row * 7 % 300] for row in range(4)] + [[299], [257]]
-    copies, experts = copies_of(chosen, num_experts=300)
+    assignments, experts = assignments_of(chosen, num_experts=300)
     tensors = inputs(len(chosen), len(experts), 300, 128, 128)
     x, gates, *weights = tensors
-    out = megablocks_swiglu(x, gates, copies, *weights)
-    expected, exact = dense(tensors, copies, experts)
+    out = megablocks_swiglu(x, gates, assignments, *weights)
+    expected, exact = dense(tensors, assignments, experts)
     assert_equal(out, expected)
     grad = torch.randn(out.shape)
     ours = torch.autograd.grad(out, tensors, grad.to(DEVICE))
@@ -228,38 +234,38 @@ def test_megablocks_own_layer_gives_the_same(monkeypatch: pytest.MonkeyPatch) ->
                 device=DEVICE,
             )
         )
-    copies, experts = copies_of(chosen, num_experts=num_experts)
+    assignments, experts = assignments_of(chosen, num_experts=num_experts)
     x, gates, *weights = inputs(len(chosen), len(experts), num_experts, dim, hidden)
     mlp = layer.experts.mlp
     theirs = [mlp.w1, mlp.v1, mlp.w2]
     with torch.no_grad():
         for weight, ours in zip(theirs, weights, strict=True):
             weight.copy_(ours.flatten(0, 1))
-    by_token = gates.detach()[copies.by_row].view(-1, 2).requires_grad_()
+    by_token = gates.detach()[assignments.by_row].view(-1, 2).requires_grad_()
     their_x = x.detach().clone().requires_grad_()
     # Its gates are in the order of tokens, ours in that of experts within a token.
-    top_experts = experts[copies.by_row.cpu()].view(-1, 2).to(DEVICE)
+    top_experts = experts[assignments.by_row.cpu()].view(-1, 2).to(DEVICE)
     reference = layer.experts(their_x[:, None], None, by_token, top_experts)[:, 0]
     grad = torch.randn(len(chosen), dim, device=DEVICE)
     expected = torch.autograd.grad(reference, [their_x, by_token, *theirs], grad)
 
-    out = megablocks_swiglu(x, gates, copies, *weights)
+    out = megablocks_swiglu(x, gates, assignments, *weights)
     got = torch.autograd.grad(out, [x, gates, *weights], grad)
     assert_equal(out, reference.detach().cpu().double())
-    got = (got[0], got[1][copies.by_row].view(-1, 2), *(g.flatten(0, 1) for g in got[2:]))
+    got = (got[0], got[1][assignments.by_row].view(-1, 2), *(g.flatten(0, 1) for g in got[2:]))
     for mine, other in zip(got, expected, strict=True):
         assert_equal(mine, other.cpu().double())
 
 
 def test_what_the_kernels_cannot_multiply_is_refused_with_the_reason() -> None:
-    copies, _ = copies_of([[0]], num_experts=1)
+    assignments, _ = assignments_of([[0]], num_experts=1)
     x, gates, *weights = inputs(1, 1, 1, 128, 128)
     with pytest.raises(ValueError, match=r"one dtype among .*not float32, float64.*backend='cpu'"):
-        megablocks_swiglu(x.double(), gates, copies, *weights)
+        megablocks_swiglu(x.double(), gates, assignments, *weights)
     if DEVICE == "cpu":
         halves = [weight.bfloat16() for weight in weights]
         with pytest.raises(ValueError, match="interpreter computes wrong products of bfloat16"):
-            megablocks_swiglu(x.bfloat16(), gates, copies, *halves)
+            megablocks_swiglu(x.bfloat16(), gates, assignments, *halves)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +281,12 @@ def test_sizes_past_the_kernels_offsets_are_refused(
 ) -> None:
     one = torch.zeros(1, device=DEVICE)  # expanded: the shapes take no memory
     nowhere = torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(rows)
-    copies = Copies(nowhere, nowhere[:1].expand(experts), nowhere, nowhere, 1, nowhere)
+    assignments = Assignments(nowhere, nowhere[:1].expand(experts), nowhere, nowhere, 1, nowhere)
     weight = one.expand(experts, hidden, dim)
     with pytest.raises(ValueError, match=reason + r".*backend='grouped_mm'"):
-        megablocks_swiglu(one.expand(rows, dim), one.expand(rows), copies, weight, weight, weight)
+        megablocks_swiglu(
+            one.expand(rows, dim), one.expand(rows), assignments, weight, weight, weight
+        )
 
 
 def test_the_stand_in_is_registered_only_where_the_compiled_module_is_missing(

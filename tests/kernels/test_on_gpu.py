@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.kernels import Copies, expert_swiglu, refuses, unavailable_because
+from moetrain.kernels import Assignments, expert_swiglu, refuses, unavailable_because
 from moetrain.kernels.autotune import ExpertShape, seconds_of_backends
 from tests.kernels.test_expert_swiglu import choices, dense_loop, problem, swiglu
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.gpu
 CASES = ["random", "no rows", "one row", "all rows on one expert", "300 experts"]
 
 
-def on_gpu(copies: Copies) -> Copies:
+def on_gpu(assignments: Assignments) -> Assignments:
     tensors: dict[str, Any] = {
-        k: v.cuda() for k, v in copies._asdict().items() if isinstance(v, torch.Tensor)
+        k: v.cuda() for k, v in assignments._asdict().items() if isinstance(v, torch.Tensor)
     }
-    return copies._replace(**tensors)
+    return assignments._replace(**tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,15 +29,15 @@ def on_gpu(copies: Copies) -> Copies:
 def test_equals_float64(case: str, backend: str, recompute: bool, dtype: torch.dtype) -> None:
     if backend == "megablocks" and (reason := unavailable_because("cuda")):
         pytest.skip(reason)
-    copies, tensors = problem(*choices(case), dim=128, hidden=256)
+    assignments, tensors = problem(*choices(case), dim=128, hidden=256)
     low = [t.detach().to(dtype) for t in tensors]
     low[1] = tensors[1].detach()  # gates are float32
     exact = [t.double().requires_grad_() for t in low]
-    expected = dense_loop(copies, *exact)
+    expected = dense_loop(assignments, *exact)
     grad = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, exact, grad)
 
-    here = on_gpu(copies)
+    here = on_gpu(assignments)
     mine = [t.cuda().requires_grad_() for t in low]
     out = swiglu(here, mine, backend=backend, recompute=recompute)
     ours = torch.autograd.grad(out, mine, grad.to("cuda", dtype))

@@ -260,7 +260,7 @@ def test_ctrl_c_of_a_whole_terminal_stops_after_saving(tmp_path: Path, shards: P
     assert "failure" not in kinds(tmp_path)
 
 
-def test_a_second_signal_ends_at_once_and_harms_nothing(
+def test_a_second_signal_ends_at_once_and_loses_nothing(
     tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     with started(tmp_path, shards, *RAY) as process:

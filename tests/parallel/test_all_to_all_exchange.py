@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.timing import held_memory
-from moetrain.kernels import Copies, expert_swiglu, gather_copies, sum_copies
+from moetrain.kernels import Assignments, expert_swiglu, gather_rows, sum_assignments
 from moetrain.parallel import AllToAllExchange, any_rank
 from moetrain.settings import ExchangeSettings
 from tests.support.ranks import replace_in_rank, run_ranks, world_group
@@ -66,13 +66,16 @@ def exchange_as_rank(case: str, settings: ExchangeSettings) -> dict[str, Any]:
     weight = scales[rank * local : (rank + 1) * local].clone().requires_grad_()
     loads = []
 
-    def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
-        assert len(copies.counts) == local
-        assert len(copies.row) == int(copies.counts.sum())
-        loads.append(len(copies.row))
+    def compute(rows: Tensor, gates: Tensor, assignments: Assignments) -> Tensor:
+        assert len(assignments.counts) == local
+        assert len(assignments.row) == int(assignments.counts.sum())
+        loads.append(len(assignments.row))
         wire.log.append("compute")
-        y = gather_copies(rows, copies) * weight.repeat_interleave(copies.counts)[:, None] + 1.0
-        return sum_copies(y, copies, gates)
+        y = (
+            gather_rows(rows, assignments) * weight.repeat_interleave(assignments.counts)[:, None]
+            + 1.0
+        )
+        return sum_assignments(y, assignments, gates)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         wire = Wire(monkeypatch)
@@ -110,7 +113,7 @@ def exchange_as_rank(case: str, settings: ExchangeSettings) -> dict[str, Any]:
 
 SETTINGS = {
     "once": ExchangeSettings(max_load=8),
-    "every copy": ExchangeSettings(max_load=8, send_once=False),
+    "each assignment": ExchangeSettings(max_load=8, send_once=False),
     "three rounds": ExchangeSettings(max_load=8, num_rounds=3),
     "bounded": ExchangeSettings(max_load=1.0),
 }
@@ -174,8 +177,8 @@ def count_host_reads(settings: ExchangeSettings) -> list[str]:
             x,
             experts,
             gates,
-            compute=lambda rows, gates, copies: sum_copies(
-                gather_copies(rows, copies), copies, gates
+            compute=lambda rows, gates, assignments: sum_assignments(
+                gather_rows(rows, assignments), assignments, gates
             ),
         )
         out.backward(torch.ones_like(out))
@@ -230,9 +233,9 @@ def hold_as_rank(settings: ExchangeSettings) -> tuple[int, int]:
     exchange = AllToAllExchange(num_experts=8, group=world_group(), layer=0, settings=settings)
     received = []
 
-    def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
-        received.append(len(copies.row))
-        return expert_swiglu(rows, gates, copies, *weights)
+    def compute(rows: Tensor, gates: Tensor, assignments: Assignments) -> Tensor:
+        received.append(len(assignments.row))
+        return expert_swiglu(rows, gates, assignments, *weights)
 
     outputs = []
 
@@ -247,13 +250,13 @@ def hold_as_rank(settings: ExchangeSettings) -> tuple[int, int]:
 @pytest.mark.trap(18)
 def test_rounds_keep_nothing_of_what_a_rank_received() -> None:
     """On the busiest rank: no product of the experts, and no row beyond its own tokens'."""
-    kept, copies = run_ranks(hold_as_rank, 4, ExchangeSettings(max_load=8))[3]
-    assert copies == 4 * 200 * 2
-    assert kept >= copies * 2 * 64 * DIM * 4, "the gate and up products of all copies"
+    kept, assignments = run_ranks(hold_as_rank, 4, ExchangeSettings(max_load=8))[3]
+    assert assignments == 4 * 200 * 2
+    assert kept >= assignments * 2 * 64 * DIM * 4, "the gate and up products of all assignments"
     bounded, again = run_ranks(hold_as_rank, 4, ExchangeSettings(max_load=1))[3]
-    assert again == copies
+    assert again == assignments
     # Its own 400 assignments to send, once as rows and once as results; routing metadata, indices.
-    assert bounded < 400 * (2 * DIM + 40) * 4 < copies * 2 * 64 * DIM * 4 / 20
+    assert bounded < 400 * (2 * DIM + 40) * 4 < assignments * 2 * 64 * DIM * 4 / 20
 
 
 def live_transfers() -> list[int]:
@@ -274,7 +277,7 @@ def live_transfers() -> list[int]:
     for _ in range(3):
         x = torch.randn(len(experts), DIM, requires_grad=True)
         gates = torch.rand(len(experts), TOP_K, requires_grad=True)
-        out = exchange.run(x, experts, gates, compute=lambda rows, gates, copies: rows * 2)
+        out = exchange.run(x, experts, gates, compute=lambda rows, gates, assignments: rows * 2)
         out.sum().backward()
         del out
         living.append(sum(ref() is not None for ref in made))
@@ -296,7 +299,7 @@ def warn_as_rank() -> list[str]:
     x, experts = torch.randn(10, DIM), torch.tensor([[6, 7]] * 10)
     gates = torch.ones(10, 2)
     for _ in range(2):
-        exchange.run(x, experts, gates, compute=lambda rows, gates, copies: rows)
+        exchange.run(x, experts, gates, compute=lambda rows, gates, assignments: rows)
     return said
 
 
@@ -305,8 +308,8 @@ def test_an_imbalance_is_told_once_with_layer_rank_and_counts() -> None:
     *others, last = run_ranks(warn_as_rank, 4)
     assert others == [[], [], []]
     assert last == [
-        "token all-to-all of layer 5: rank 3 receives 80 token copies, where a fair share is 20; "
-        "taken in 2 rounds"
+        "token all-to-all of layer 5: rank 3 receives 80 token–expert assignments, where a fair "
+        "share is 20; taken in 2 rounds"
     ]
 
 
@@ -331,7 +334,7 @@ def lose_a_peer() -> str:
     """Rank 1 leaves while rank 0 computes; rank 0 says what it was doing."""
     exchange = AllToAllExchange(num_experts=4, group=world_group(), layer=3)
 
-    def compute(rows: Tensor, gates: Tensor, copies: Copies) -> Tensor:
+    def compute(rows: Tensor, gates: Tensor, assignments: Assignments) -> Tensor:
         if dist.get_rank() == 1:
             dist.destroy_process_group()
             raise KeyboardInterrupt

@@ -72,7 +72,7 @@ class Layout:
 
 EXCHANGES = {
     "once": ExchangeSettings(),
-    "every copy": ExchangeSettings(send_once=False),
+    "each assignment": ExchangeSettings(send_once=False),
     "three rounds": ExchangeSettings(num_rounds=3),
     "bounded": ExchangeSettings(max_load=1.0),  # routing is never even: always some rounds
 }
@@ -92,7 +92,7 @@ LAYOUTS = [
     Layout(2, expert=2, recompute="full"),
     Layout(4, expert=2, recompute="full", micro_batch=1),
     Layout(1, recompute_experts=True),
-    Layout(2, expert=2, exchange="every copy"),
+    Layout(2, expert=2, exchange="each assignment"),
     Layout(2, expert=2, exchange="three rounds", recompute_experts=True),
     Layout(4, expert=2, exchange="bounded"),
     Layout(2, expert=2, exchange="bounded", recompute="full"),
@@ -180,7 +180,7 @@ def train_steps(
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Returns full copies of distributed tensors; collective."""
+    """Returns full assignments of distributed tensors; collective."""
     return {
         plain_name(name): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy()
         for name, t in tensors.items()
@@ -325,9 +325,9 @@ def test_the_logged_balance_is_the_sequences_mean_by_tokens_over_the_moe_layers_
         shares = (scores / scores.sum(-1, keepdim=True)).view(SEQUENCES, SEQ_LEN, 8)
         chosen = torch.nn.functional.one_hot(experts, 8).sum(1).view(SEQUENCES, SEQ_LEN, 8)
         total = 0.0
-        for share, copies, mask in zip(shares, chosen, valid, strict=True):
+        for share, assignments, mask in zip(shares, chosen, valid, strict=True):
             if tokens := int(mask.sum()):
-                f = copies[mask].sum(0) * 8 / (3 * tokens)
+                f = assignments[mask].sum(0) * 8 / (3 * tokens)
                 total += tokens * (f * share[mask].mean(0)).sum().item()
         layers.append(total / int(valid.sum()))
     assert report["load_balance_loss"] == pytest.approx(np.mean(layers), rel=RTOL)

@@ -217,7 +217,7 @@ def _lie_in_wait(ambush: Ambush, directory: Path) -> None:
     count = 0
     saves: set[str] = set()
 
-    def strike(operation: str) -> None:
+    def inject(operation: str) -> None:
         nonlocal count
         saves.update(_STAGED.findall(operation))
         if len(saves) < ambush.save:
@@ -229,4 +229,4 @@ def _lie_in_wait(ambush: Ambush, directory: Path) -> None:
                 os.killpg(0, ambush.number)
             os.kill(os.getpid(), ambush.number)
 
-    on_each_operation(directory, strike)
+    on_each_operation(directory, inject)

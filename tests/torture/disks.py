@@ -20,13 +20,13 @@ from moetrain.checkpoint.store import CheckpointStore
 from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Attempt, on_each_operation
 from tests.torture.content import drawn, equal, read_plainly
-from tests.torture.harms import flip
+from tests.torture.corruptions import flip
 from tests.torture.tally import Tally
 
 ROWS = 256
 """Of each tensor: 1.5 MiB a checkpoint."""
 _DISK = "10m"
-_PATIENCE_SECONDS = 8.0
+_TIMEOUT_SECONDS = 8.0
 
 
 def torture_by_disks(folder: Path, *, num: int, seed: int) -> list[Tally]:
@@ -94,7 +94,7 @@ class _Trial:
             attempt=self.attempt,
             config={},
             mesh={},
-            timeout=timedelta(seconds=2 * _PATIENCE_SECONDS),
+            timeout=timedelta(seconds=2 * _TIMEOUT_SECONDS),
             event=lambda kind, **fields: self.events.append(kind),
             **options,
         )
@@ -109,7 +109,7 @@ class _Trial:
             store.wait()
         except Exception as error:
             failure = error
-            store.close(timeout_seconds=2 * _PATIENCE_SECONDS)  # as a run ends
+            store.close(timeout_seconds=2 * _TIMEOUT_SECONDS)  # as a run ends
         errors: list[str | None] = [None] * dist.get_world_size()
         named = failure and ("" if isinstance(failure, CheckpointError) else "unnamed: ")
         dist.all_gather_object(errors, failure and f"{named}{type(failure).__name__}: {failure}")
@@ -136,7 +136,7 @@ class _Trial:
             outcome, problem = "lost", f"not an error that says what failed: {errors}"
         elif newest not in ([before, own] if errors[0] else [own]):
             outcome, problem = "silent" if not errors[0] else "lost", f"{before}, then {newest}"
-        elif seconds > _PATIENCE_SECONDS:
+        elif seconds > _TIMEOUT_SECONDS:
             outcome, problem = "lost", f"the ranks waited {seconds:.0f} s for each other: {errors}"
         elif errors[0] and (left := list(self.directory.glob("staged_*"))):
             outcome, problem = "lost", f"space not given back: {left}"

@@ -11,13 +11,13 @@ from typing import Any
 
 import xxhash
 
-from tests.torture.harms import Harm, Kind, checkpoints, replace, shard, step
+from tests.torture.corruptions import Corruption, Kind, checkpoints, replace, shard, step
 
 
-def sealed(edit: Callable[[dict[str, Any], Path, random.Random], None]) -> Harm:
+def sealed(edit: Callable[[dict[str, Any], Path, random.Random], None]) -> Corruption:
     """Returns the corruption that edits the newest manifest and gives it its correct hash."""
 
-    def harm(directory: Path, draw: random.Random) -> set[int]:
+    def corrupt(directory: Path, draw: random.Random) -> set[int]:
         newest = checkpoints(directory)[0]
         path = newest / "manifest.json"
         fields = json.loads(path.read_text())
@@ -28,7 +28,7 @@ def sealed(edit: Callable[[dict[str, Any], Path, random.Random], None]) -> Harm:
         replace(path, json.dumps(fields).encode())
         return {step(newest)}
 
-    return harm
+    return corrupt
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def matrix(fields: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     return entry
 
 
-def set_field(name: str, *values: Any) -> Harm:
+def set_field(name: str, *values: Any) -> Corruption:
     """Returns the corruption that sets a field to one of some values; without any, removes it."""
 
     def edit(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:

@@ -18,12 +18,12 @@ from moetrain.observe import read_events
 from tests.support.runs import metrics_of
 from tests.torture.attempts import Ambush, Attempt, train
 from tests.torture.content import digest
-from tests.torture.harms import flip
+from tests.torture.corruptions import flip
 from tests.torture.tally import Tally
 from tests.torture.undisturbed import Undisturbed, configured
 
 KEEP_LAST, KEEP_EVERY = 2, 7
-_PATIENCE_SECONDS = 120.0
+_TIMEOUT_SECONDS = 120.0
 
 
 class Lost(Exception):
@@ -35,7 +35,7 @@ def torture_by_kills(folder: Path, whole: Undisturbed, *, num_kills: int, seed: 
     tally = Tally("kills during saves (runs went on to their ends)")
     draw, number = random.Random(f"kills {seed}"), 0
     while tally.tried < num_kills:
-        assert number < 10 + num_kills, "runs come to their ends and no kill strikes them"
+        assert number < 10 + num_kills, "runs come to their ends and no kill meets them"
         Run(folder / f"run_{number}", whole, async_save=number % 2 == 0, draw=draw).torture(
             tally, num_kills=num_kills
         )
@@ -61,7 +61,7 @@ class Run:
         )
         self.checkpoints = folder / "runs/tiny/checkpoints"
         self.acknowledged: set[int] = set()
-        self.harmed: set[tuple[int, int]] = set()
+        self.corrupted: set[tuple[int, int]] = set()
         """Step and attempt of checkpoints in which this test flipped a bit."""
         self.inodes: dict[int, tuple[int, int]] = {}
         """Attempt and inode of those that existed at the last kill."""
@@ -112,8 +112,8 @@ class Run:
         with Attempt(
             train, self.config, number, directory=self.folder / "runs", ambush=ambush, log=log
         ) as attempt:
-            killed = not spared and not ambush and self._strike(attempt, number, rank)
-            until = time.monotonic() + _PATIENCE_SECONDS
+            killed = not spared and not ambush and self._inject(attempt, number, rank)
+            until = time.monotonic() + _TIMEOUT_SECONDS
             while not attempt.any_ended() and time.monotonic() < until:
                 time.sleep(0.002)
             killed = killed or note.exists()
@@ -140,7 +140,7 @@ class Run:
         first, last = self.draw.choice(((1, 13), (1, 13), (14, 36), (27, 36)))
         return self.draw.randint(first, last)
 
-    def _strike(self, attempt: Attempt, number: int, rank: int | None) -> bool:
+    def _inject(self, attempt: Attempt, number: int, rank: int | None) -> bool:
         """Kills at a random moment of a save, or of what is around it."""
         if self.draw.random() < 0.05:
             time.sleep(self.draw.uniform(0.0, 1.0))  # joining, loading
@@ -190,17 +190,17 @@ class Run:
             folder = self.checkpoints / f"step_{manifest.step:08d}"
             present.add(manifest.step)
             standing.add((manifest.step, manifest.attempt))
-            harmed = (manifest.step, manifest.attempt) in self.harmed
+            corrupted = (manifest.step, manifest.attempt) in self.corrupted
             attempt, inode = self.inodes.get(manifest.step, (manifest.attempt, 0))
             if attempt != manifest.attempt and inode == folder.stat().st_ino:
                 raise Lost(f"{folder.name} of attempt {attempt} was written into")
             try:
                 verify_files(folder, manifest)
             except CheckpointError as error:
-                if harmed:
+                if corrupted:
                     continue
                 raise Lost(str(error)) from error
-            assert not harmed, f"{folder.name} verifies, with a bit of it flipped"
+            assert not corrupted, f"{folder.name} verifies, with a bit of it flipped"
             same = digest(folder) == self.whole.digests[manifest.step]
             assert same, f"{folder.name} is not the undisturbed run's"
             good.add(manifest.step)
@@ -222,7 +222,7 @@ class Run:
         """Returns whether the last attempt fell back; raises Lost if further than it had to."""
         resumed = [e["step"] for e in self.new_events if e["event"] == "resume"]
         if resumed and resumed != [self.newest]:
-            raise Lost(f"went on from {resumed}, the newest was {self.newest}")
+            raise Lost(f"resumed from {resumed}, the newest was {self.newest}")
         self.acknowledged |= self._saved_by_the_last()
         return bool(resumed) and any(e["event"] == "checkpoint_rejected" for e in self.new_events)
 
@@ -230,13 +230,13 @@ class Run:
         """Flips a bit of the newest checkpoint, if there is one to fall back to."""
         good = newest_good(self.checkpoints, rejected=lambda name, reason: None)
         others = [f for f in candidates(self.checkpoints) if f != good]
-        usable = [f for f in others if self._identity(f) not in self.harmed]
+        usable = [f for f in others if self._identity(f) not in self.corrupted]
         if good is None or not usable:
             return
         shard = self.draw.choice(sorted(good.glob("*.safetensors")))
         flip(shard, self.draw)
         step, attempt = self._identity(good)
-        self.harmed.add((step, attempt))
+        self.corrupted.add((step, attempt))
         self.inodes[step] = attempt, good.stat().st_ino
         self.acknowledged.discard(step)
         self.newest = self._identity(usable[0])[0]

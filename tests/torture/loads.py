@@ -19,7 +19,7 @@ from moetrain.checkpoint.store import CheckpointStore
 from moetrain.settings import CheckpointSettings
 from tests.torture.attempts import Attempt
 from tests.torture.content import as_bytes, equal, read_plainly
-from tests.torture.harms import FLIPS, STRUCTURE, Kind
+from tests.torture.corruptions import FLIPS, STRUCTURE, Kind
 from tests.torture.hostile import HOSTILE
 from tests.torture.tally import Tally
 
@@ -35,14 +35,14 @@ def torture_by_harm(pristine: Path, folder: Path, *, group: str, num: int, seed:
     """Corrupts copies of a folder in the ways of a group; returns the results of loading each."""
     tally = Tally(_NAMES[group])
     arguments = (pristine, folder / group, group, num, seed)
-    with Attempt(load_harmed, *arguments, log=folder / f"{group}.log") as attempt:
+    with Attempt(load_corrupted, *arguments, log=folder / f"{group}.log") as attempt:
         cases = attempt.result(within=900)
     for outcome, note, problem in cases:
         tally.add(outcome, note=note, problem=problem)
     return tally
 
 
-def load_harmed(
+def load_corrupted(
     pristine: Path, work: Path, group: str, num: int, seed: int
 ) -> list[tuple[str, str, str]]:
     """Corrupts, loads and judges as one rank; the first returns each outcome, kind and problem."""
@@ -75,10 +75,10 @@ class _Loader:
 
     def try_one(self, kind: Kind, draw: random.Random) -> tuple[str, str] | None:
         """Returns on the first rank the outcome of a corruption, and what is wrong with it."""
-        harmed = None
+        corrupted = None
         if self.leads:
             self._restore()
-            harmed = kind.harm(self.work, draw)
+            corrupted = kind.corrupt(self.work, draw)
         dist.barrier()
         if self.store is None:
             self.store = self._open()
@@ -102,10 +102,10 @@ class _Loader:
         dist.all_gather_object(answers, (state and state["step"], same, error, clean))
         if any(answer[2] for answer in answers):
             self.store = None
-        return self._judge(kind, harmed, answers) if harmed is not None else None
+        return self._judge(kind, corrupted, answers) if corrupted is not None else None
 
-    def _judge(self, kind: Kind, harmed: set[int], answers: list[Any]) -> tuple[str, str]:
-        expected = max(self.saved.keys() - harmed)
+    def _judge(self, kind: Kind, corrupted: set[int], answers: list[Any]) -> tuple[str, str]:
+        expected = max(self.saved.keys() - corrupted)
         if (self.work / "unpickled").exists():
             return "silent", "a pickle was run"
         if errors := [error for _, _, error, _ in answers if error]:
@@ -120,7 +120,7 @@ class _Loader:
         if not all(same for _, same, _, _ in answers):
             return "lost" if named else "silent", f"step {step} was loaded with other content"
         if step < expected:
-            return "lost", f"step {step} was loaded and {expected} is unharmed: {self.events}"
+            return "lost", f"step {step} was loaded and {expected} is intact: {self.events}"
         newest = max(self.saved)
         if step < newest and not named:
             return "silent", f"step {step} was loaded, and nothing said why not {newest}"

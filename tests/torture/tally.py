@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TERMS = """\
-- **detected**: the harm was noticed and named, by an event or an error, and what was loaded in the
-  place of what was harmed is bit for bit what had been saved.
-- **survived**: there was nothing to notice; what was loaded is the newest, bit for bit.
-- **lost**: something that was saved, and not itself harmed, can't be loaded any more; or an attempt
-  failed that should have gone on.
+- **detected**: an event or an error names the corruption, and what was loaded instead is bit for bit
+  what had been saved.
+- **survived**: there was nothing to detect; what was loaded is the newest, bit for bit.
+- **lost**: something that was saved, and is not itself corrupted, can't be loaded any more; or an
+  attempt failed that should have continued.
 - **silent**: something else was loaded than what had been saved, and nothing said so.
 """
 

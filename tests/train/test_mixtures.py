@@ -287,18 +287,18 @@ def damage(shards: Path, to: Path) -> Path:
 def test_damaged_sequences_are_skipped_and_counted_over_ranks_and_restarts(
     tmp_path: Path, shards: Path
 ) -> None:
-    harmed = damage(shards, tmp_path / "harmed")
+    corrupted = damage(shards, tmp_path / "corrupted")
     prose: Changes = {"data__weights": {"prose": 1.0}, "data__stages": [], "train__num_steps": 12}
     skip = prose | {"data__on_corrupt": "skip"}
-    run(tmp_path, harmed, **skip)
+    run(tmp_path, corrupted, **skip)
     counts = [r.get("data/corrupt_sequences", 0) for r in metrics_of(tmp_path)]
     tokens = [r["data/prose/tokens"] for r in metrics_of(tmp_path)]
     assert counts[-1] > counts[0]
     padded = 12 * 8 * 32 - tokens[-1]
     assert padded >= 32 * counts[-1]
 
-    run(tmp_path / "parts", harmed, world=1, stop_at=6, **skip)
-    run(tmp_path / "parts", harmed, world=2, attempt=2, **skip)
+    run(tmp_path / "parts", corrupted, world=1, stop_at=6, **skip)
+    run(tmp_path / "parts", corrupted, world=2, attempt=2, **skip)
     assert of_data(metrics_of(tmp_path / "parts")) == of_data(metrics_of(tmp_path))
 
 

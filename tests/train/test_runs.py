@@ -324,20 +324,20 @@ def test_a_run_folder_that_is_not_shared_is_refused_at_the_start(
 
 
 @pytest.mark.trap(22)
-def test_a_harmed_checkpoint_is_passed_over_with_an_event(tmp_path: Path, shards: Path) -> None:
-    whole, harmed = tmp_path / "whole", tmp_path / "harmed"
+def test_a_corrupted_checkpoint_is_passed_over_with_an_event(tmp_path: Path, shards: Path) -> None:
+    whole, corrupted = tmp_path / "whole", tmp_path / "corrupted"
     run(whole, shards)
-    run(harmed, shards)
-    newest = harmed / "runs/tiny/checkpoints/step_00000008"
+    run(corrupted, shards)
+    newest = corrupted / "runs/tiny/checkpoints/step_00000008"
     shard = next(newest.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    run(harmed, shards, attempt=2)
-    (rejected,) = [e for e in events_of(harmed) if e["event"] == "checkpoint_rejected"]
+    run(corrupted, shards, attempt=2)
+    (rejected,) = [e for e in events_of(corrupted) if e["event"] == "checkpoint_rejected"]
     assert shard.name in rejected["reason"]
-    assert [e["step"] for e in events_of(harmed) if e["event"] == "resume"] == [6]
-    assert metrics_of(harmed) == metrics_of(whole)
+    assert [e["step"] for e in events_of(corrupted) if e["event"] == "resume"] == [6]
+    assert metrics_of(corrupted) == metrics_of(whole)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_left_alone(

@@ -102,11 +102,11 @@ class _Ambush:
             flags = arguments[2]
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
                 self._saving = False
-                self._strike(f"opening {Path(str(arguments[0])).name}")
+                self._inject(f"opening {Path(str(arguments[0])).name}")
 
     def _look(self, doing: Any) -> None:
         if self._is_there(doing):
-            self._strike(str(doing))
+            self._inject(str(doing))
 
     def _is_there(self, doing: Any) -> bool:
         import torch.distributed as dist
@@ -118,7 +118,7 @@ class _Ambush:
             and dist.get_rank() == self._fault["rank"]
         )
 
-    def _strike(self, where: str) -> None:
+    def _inject(self, where: str) -> None:
         mark = {"time": time.time(), "pid": os.getpid(), "where": where}
         try:
             with open(self._fault["mark"], "x") as file:

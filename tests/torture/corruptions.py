@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-Harm = Callable[[Path, random.Random], set[int]]
+Corruption = Callable[[Path, random.Random], set[int]]
 
 
 class Kind(NamedTuple):
     """A way to corrupt, and whether an error that names it is as good as falling back."""
 
     name: str
-    harm: Harm
+    corrupt: Corruption
     may_refuse: bool = False
 
 
@@ -119,10 +119,10 @@ FLIPS = [
 # Files that are truncated, removed, swapped and added.
 
 
-def of_a_file(act: Callable[[Path, random.Random], None], name: str) -> Harm:
+def of_a_file(act: Callable[[Path, random.Random], None], name: str) -> Corruption:
     """Returns the corruption that changes one file of a checkpoint, or one next to them."""
 
-    def harm(directory: Path, draw: random.Random) -> set[int]:
+    def corrupt(directory: Path, draw: random.Random) -> set[int]:
         if name in ("latest", "attempt"):
             act(directory / name, draw)
             return set()
@@ -130,7 +130,7 @@ def of_a_file(act: Callable[[Path, random.Random], None], name: str) -> Harm:
         act(shard(folder, draw) if name == "shard" else folder / name, draw)
         return {step(folder)}
 
-    return harm
+    return corrupt
 
 
 def truncate(path: Path, draw: random.Random) -> None:
