@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TERMS = """\
-- **detected**: an event or an error names the corruption, and what was loaded instead is bit for bit
-  what had been saved.
+- **detected**: an event or an error names the corruption, and what was loaded instead is bit for
+  bit what had been saved.
 - **survived**: there was nothing to detect; what was loaded is the newest, bit for bit.
 - **lost**: something that was saved, and is not itself corrupted, can't be loaded any more; or an
   attempt failed that should have continued.
