@@ -5,8 +5,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from data_pipeline.settings import home_folder
 from launch.environment import for_ranks
 from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
@@ -135,6 +133,8 @@ def is_ray_copy(folder: Path) -> bool:
 
 
 def _local_workers(device: str) -> int:
+    import torch  # takes seconds: `moetrain submit` doesn't wait for it
+
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.device_count()
     return min(2, len(os.sched_getaffinity(0)))

@@ -17,7 +17,7 @@ from launch.simulate.settings import SimulateSettings
 from launch.submit.__main__ import SubmitConfig
 from moetrain.command import Combination, config_dir, run_command
 from moetrain.config import check
-from moetrain.doctor import DoctorCommand
+from moetrain.doctor.__main__ import DoctorCommand
 from moetrain.export import ExportSettings
 from moetrain.import_hf import ImportSettings
 from moetrain.model import active_parameters

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain import doctor
-from moetrain.doctor import DoctorCommand, DoctorSettings, auto_choice, examine, main, text
+from moetrain.doctor import examination
+from moetrain.doctor.__main__ import DoctorCommand, DoctorSettings, main, text
+from moetrain.doctor.examination import auto_choice, examine
 from moetrain.kernels import expert_swiglu
 from moetrain.kernels.megablocks_ops import unavailable_because
 
@@ -56,8 +57,8 @@ def test_a_backend_that_raises_and_one_that_is_wrong_are_told_apart(
             raise RuntimeError("no such instruction")
         return expert_swiglu(*tensors, backend=backend) * (1 + 1e-4)
 
-    monkeypatch.setattr(doctor, "expert_swiglu", broken)
-    monkeypatch.setattr(doctor, "unavailable_because", lambda device: "not today")
+    monkeypatch.setattr(examination, "expert_swiglu", broken)
+    monkeypatch.setattr(examination, "unavailable_because", lambda device: "not today")
     assert main(DoctorCommand(doctor=DoctorSettings(format="text"))) == 1
     printed = capsys.readouterr().out
     assert "no: RuntimeError: no such instruction" in printed
@@ -69,8 +70,8 @@ def test_a_backend_that_raises_and_one_that_is_wrong_are_told_apart(
 def test_a_backend_whose_gradient_is_missing_does_not_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "expert_swiglu", lambda x, *_, backend: x * 1.0)
-    result = doctor._tried("cpu", "cpu")
+    monkeypatch.setattr(examination, "expert_swiglu", lambda x, *_, backend: x * 1.0)
+    result = examination._tried("cpu", "cpu")
     assert not result["works"]
     assert "appears to not have been used" in str(result["reason"])
 
@@ -80,8 +81,8 @@ def test_a_result_that_is_not_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch)
     def broken(*tensors: Any, backend: str) -> Tensor:
         return expert_swiglu(*tensors, backend=backend) * float("nan")
 
-    monkeypatch.setattr(doctor, "expert_swiglu", broken)
-    result = doctor._tried("cpu", "cpu")
+    monkeypatch.setattr(examination, "expert_swiglu", broken)
+    result = examination._tried("cpu", "cpu")
     assert not result["works"]
     assert "off by nan" in str(result["reason"])
 

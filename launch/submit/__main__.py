@@ -21,10 +21,10 @@ from launch.submit.job import JobUnreachable, JobWatch, entrypoint
 from launch.submit.ray_jobs import JobRefused, JobsUnavailable, RayJobs
 from moetrain.checks import ConfigError
 from moetrain.command import Combination, config_dir, run_command
-from moetrain.config import check
 from moetrain.exit_codes import FAILED
 from moetrain.redaction import REDACTED, redacted_arguments
 from moetrain.settings import Config
+from moetrain.train_command import check  # loads torch when it is called
 
 # Ray's default of 3 s would kill a job during its checkpoint.
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"

@@ -31,9 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSite]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "power", "cut", "drain", "elastic"])
-def test_a_run_whose_hosts_have_a_fault_ends_as_if_without(
-    site: ClusterSite, name: str
-) -> None:
+def test_a_run_whose_hosts_have_a_fault_ends_as_if_without(site: ClusterSite, name: str) -> None:
     result = DRILLS[name](site)
     assert not result.problems, result
     assert result.target is not None

@@ -1,0 +1,1 @@
+"""`moetrain doctor`: tests what this machine can train with."""
