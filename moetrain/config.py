@@ -18,6 +18,7 @@ from launch.plan import cluster_address, persistent_folder
 from moetrain.checkpoint.remote.folder import check_url
 from moetrain.checks import ConfigError, nearest, require_no_secret_values
 from moetrain.kernels import unavailable_because
+from moetrain.model_rules import check_backend, check_model
 from moetrain.optim import decay_steps
 from moetrain.parallel import degree_choices, divisors, resolve_topology
 from moetrain.registries import (
@@ -25,7 +26,6 @@ from moetrain.registries import (
 )
 from moetrain.settings import (
     Config,
-    ModelSettings,
     ParallelSettings,
     Resolved,
     ResolvedData,
@@ -43,8 +43,8 @@ MICRO_BATCH_TOKENS = 16_384  # the most in a micro-batch of open size
 def check(config: Config) -> None:
     """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
     model, train = config.model, config.train
-    _check_model(model)
-    _check_backend(model, dtype=train.dtype)
+    check_model(model)
+    check_backend(model, dtype=train.dtype)
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
             "train.seq_len",
@@ -89,65 +89,6 @@ def check(config: Config) -> None:
     require_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
 
 
-def _check_model(model: ModelSettings) -> None:
-    """Raises ConfigError for an invalid model."""
-    _check_layers(model)
-    _check_groups(model)
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            "model.num_kv_heads",
-            model.num_kv_heads,
-            f"must divide model.num_heads={model.num_heads}: use one of "
-            f"{divisors(model.num_heads)}",
-        )
-    if model.head_dim % 2:
-        raise ConfigError(
-            "model.head_dim",
-            model.head_dim,
-            f"must be even, for rotary positions turn pairs: use {model.head_dim + 1}",
-        )
-    if model.top_k > model.num_experts == 1:
-        raise ConfigError(
-            "model.num_experts",
-            1,
-            f"is a dense model, and model.top_k={model.top_k}: add model.top_k=1",
-        )
-    if model.top_k > model.num_experts:
-        raise ConfigError(
-            "model.top_k",
-            model.top_k,
-            f"a token can't choose more experts than there are: use at most "
-            f"model.num_experts={model.num_experts}",
-        )
-    if model.is_moe and model.top_k == 1 and model.router.normalize_gates:
-        raise ConfigError(
-            "model.router.normalize_gates",
-            True,
-            "with model.top_k=1 the only gate is always 1, so that the router would learn "
-            "nothing from the loss: use false, or a larger top_k",
-        )
-
-
-def _check_backend(model: ModelSettings, *, dtype: str) -> None:
-    """Raises ConfigError for a function or sizes that the experts' backend can't compute."""
-    if model.experts.backend == "megablocks" and model.experts.function != "swiglu":
-        raise ConfigError(
-            "model.experts.backend",
-            "megablocks",
-            f"its kernels compute swiglu, not {model.experts.function}: use auto",
-        )
-    multiple = 4 if dtype == "float32" else 8  # torch's grouped product: whole 16 bytes
-    if model.is_moe and model.experts.backend == "grouped_mm":
-        for name in ("dim", "ffn_hidden_dim"):
-            if (size := getattr(model, name)) % multiple:
-                raise ConfigError(
-                    f"model.{name}",
-                    size,
-                    f"model.experts.backend=grouped_mm needs a multiple of {multiple}: use "
-                    f"{-(-size // multiple) * multiple}, or model.experts.backend=auto",
-                )
-
-
 def _check_schedule(config: Config) -> None:
     """Raises ConfigError for a schedule that doesn't fit into its steps."""
     schedule, num_steps = config.schedule, config.train.num_steps
@@ -176,66 +117,6 @@ def _check_schedule(config: Config) -> None:
             f"runs into the decay of schedule.name=wsd, the last {length - stable} of "
             f"{steps} (schedule.decay_fraction={schedule.decay_fraction}): use at most {stable}, "
             "or a smaller schedule.decay_fraction",
-        )
-
-
-def _check_layers(model: ModelSettings) -> None:
-    """Raises ConfigError for dense layers and shared experts that the model can't have."""
-    if not model.is_moe:
-        for name in ("num_dense_layers", "num_shared_experts"):
-            if value := getattr(model, name):
-                raise ConfigError(
-                    f"model.{name}",
-                    value,
-                    "with model.num_experts=1 every layer is dense, of model.ffn_hidden_dim: use 0",
-                )
-    elif model.num_dense_layers >= model.num_layers:
-        raise ConfigError(
-            "model.num_dense_layers",
-            model.num_dense_layers,
-            f"leaves none of model.num_layers={model.num_layers} to the experts: use at most "
-            f"{model.num_layers - 1}, or model.num_experts=1 for a dense model",
-        )
-    if model.num_dense_layers and model.dense_ffn_hidden_dim is None:
-        raise ConfigError(
-            "model.dense_ffn_hidden_dim",
-            None,
-            f"model.num_dense_layers={model.num_dense_layers} need a hidden dimension of their "
-            f"own: use a number, such as {model.ffn_hidden_dim * model.top_k}, with which a token "
-            "meets as many parameters as in top_k experts",
-        )
-    if model.dense_ffn_hidden_dim is not None and not model.num_dense_layers:
-        raise ConfigError(
-            "model.dense_ffn_hidden_dim",
-            model.dense_ffn_hidden_dim,
-            "is of the first layers that have no router, and there are none: use null, or a "
-            "model.num_dense_layers of 1 or more",
-        )
-
-
-def _check_groups(model: ModelSettings) -> None:
-    """Raises ConfigError for groups of experts that a token can't choose its top k from."""
-    router, experts = model.router, model.num_experts
-    if experts % router.num_groups:
-        raise ConfigError(
-            "model.router.num_groups",
-            router.num_groups,
-            f"does not divide model.num_experts={experts}: use one of {divisors(experts)}",
-        )
-    if router.top_groups > router.num_groups:
-        raise ConfigError(
-            "model.router.top_groups",
-            router.top_groups,
-            f"a token can't choose more groups than there are: use at most "
-            f"model.router.num_groups={router.num_groups}",
-        )
-    size = experts // router.num_groups
-    if model.top_k <= experts and router.top_groups * size < model.top_k:
-        raise ConfigError(
-            "model.router.top_groups",
-            router.top_groups,
-            f"groups of {size} experts hold {router.top_groups * size}, fewer than "
-            f"model.top_k={model.top_k}: use at least {-(-model.top_k // size)}",
         )
 
 

@@ -18,8 +18,15 @@ from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.checks import one_of
 from moetrain.command import run_command
+from moetrain.huggingface.families import family_of
 from moetrain.huggingface.model_card import write_model_card
-from moetrain.huggingface.model_files import DTYPES, export_dtype, exportable_places, write_model
+from moetrain.huggingface.model_files import (
+    DTYPES,
+    export_dtype,
+    exportable_places,
+    exported_dtypes,
+    write_model,
+)
 from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
 from moetrain.huggingface.shards import num_bytes
 from moetrain.huggingface.tokenizer import NONE, write_tokenizer
@@ -44,7 +51,8 @@ class ExportSettings:
     """A name, the path of a tokenizer's file, or `none` for a folder without one; None: the one
     that the run was trained with."""
     drop_router_bias: bool = False
-    """Whether the routers' selection biases, which Mixtral has not, may be left out."""
+    """Whether the routers' selection biases may be left out, where transformers has no place for
+    them."""
     extensions: list[str] = field(default_factory=list)
     """Extensions that the run was trained with; a checkpoint alone can't cause an import."""
 
@@ -66,7 +74,7 @@ def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> 
     config = validated_run(manifest.config)
     placed = exportable_places(reader, config.model, drop_router_bias=settings.drop_router_bias)
     dtype = export_dtype(settings.dtype, manifest)
-    size = num_bytes(placed, DTYPES[dtype])
+    size = num_bytes(placed, exported_dtypes(reader, placed, dtype=dtype))
     require_new(to, num_bytes=size)
 
     with new_folder(to) as staged:
@@ -98,7 +106,7 @@ def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> 
                 eos_token_id=tokens.eos_token_id,
                 advance=progress.advance,
             )
-    kind = "Mixtral" if config.model.is_moe else "Mistral"
+    kind = family_of(config.model).architecture
     print(
         f"exported  {folder} as {kind}: {len(placed)} tensors of {dtype}, {decimal_size(size)} in "
         f"{len(files)} {'file' if len(files) == 1 else 'files'}\n"

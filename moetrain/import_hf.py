@@ -28,14 +28,13 @@ from moetrain.huggingface.names import (
     ConversionError,
     Index,
     TensorPlace,
-    is_selection_bias,
     model_tensors,
     require_complete,
 )
 from moetrain.huggingface.new_folder import exit_code, new_folder, require_new
-from moetrain.huggingface.reading import places_in, read_config
+from moetrain.huggingface.reading import matched, read_config
 from moetrain.huggingface.run_folder import starting_config, training_command, write_run
-from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
+from moetrain.huggingface.weights import WeightFiles, read_as_ours
 from moetrain.kinds import EventKind
 from moetrain.model import total_parameters
 from moetrain.observe import EventLog
@@ -109,10 +108,12 @@ def _source(settings: ImportSettings) -> Path:
 def _write(source: Path, to: Path, settings: ImportSettings) -> None:
     imported = imported_model(read_config(source))
     with WeightFiles(source) as files:
-        placed = match(files, places_in(files, imported))
+        placed = matched(files, imported)
         shapes = model_tensors(imported.settings)
         require_complete(placed, shapes)
-        notes = [*imported.notes, *_notes(files)]
+        notes = [*imported.notes, *_notes(files, placed)]
+        dtypes = _dtypes(files, placed)
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # holds all of them exactly
         tokenizer = sorted({p for glob in TOKENIZER_FILES for p in source.glob(glob)})
         tokenizer = [path for path in tokenizer if path.is_file()]
         has_tokenizer = (source / "tokenizer.json").is_file()
@@ -132,7 +133,7 @@ def _write(source: Path, to: Path, settings: ImportSettings) -> None:
                 shutil.copyfile(path, staged / "tokenizer" / path.name)
 
             def read(name: str, index: Index) -> Tensor:
-                if is_selection_bias(name):
+                if name not in by_name:  # a selection bias, which its class has not
                     return torch.zeros(shapes[name])[index]
                 part = read_as_ours(files, by_name[name], shape=shapes[name], index=index)
                 progress.advance(part.numel() * part.element_size())
@@ -144,7 +145,7 @@ def _write(source: Path, to: Path, settings: ImportSettings) -> None:
                 to=to,
                 has_tokenizer=has_tokenizer,
                 state={
-                    "imported_dtype": str(_dtype(files)).removeprefix("torch."),
+                    "imported_dtype": str(dtype).removeprefix("torch."),
                     "imported_token_ids": imported.token_ids,
                 },
                 read=read,
@@ -177,14 +178,13 @@ def _origin(source: Path, settings: ImportSettings) -> dict[str, str]:
     return {"source": str(source.absolute())}
 
 
-def _dtype(files: WeightFiles) -> torch.dtype:
-    """Returns the dtype that holds all weights exactly."""
-    dtypes = {stored.dtype for stored in files.tensors.values()}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+def _dtypes(files: WeightFiles, placed: list[TensorPlace]) -> set[torch.dtype]:
+    """Returns the dtypes of the weights, but for routers, which may be float32 beside others."""
+    return {files.tensors[place.theirs].dtype for place in placed if not place.routes}
 
 
-def _notes(files: WeightFiles) -> Iterator[str]:
-    dtypes = sorted({str(stored.dtype).removeprefix("torch.") for stored in files.tensors.values()})
+def _notes(files: WeightFiles, placed: list[TensorPlace]) -> Iterator[str]:
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in _dtypes(files, placed))
     if len(dtypes) > 1:
         yield f"its weights are {' and '.join(dtypes)}: an export will have them all in float32"
     used = {stored.file for stored in files.tensors.values()}

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from moetrain.checkpoint.manifest import Manifest
+from moetrain.huggingface.families import family_of
 from moetrain.huggingface.markdown import fenced, line, table
 from moetrain.huggingface.run_facts import RunFacts, Source, read_facts
 from moetrain.model import active_parameters, total_parameters
@@ -84,8 +85,11 @@ def _front_matter(facts: RunFacts, config: Resolved) -> str:
         fields["license"] = hub if hub in _LICENCES else "other"
         if hub not in _LICENCES:
             fields["license_name"] = re.sub(r"[^a-z0-9.-]+", "-", hub).strip("-") or UNKNOWN
-    architecture = "mixtral" if config.model.is_moe else "mistral"
-    fields["tags"] = [architecture, *(["moe"] if config.model.is_moe else []), "moetrain"]
+    fields["tags"] = [
+        family_of(config.model).model_type,
+        *(["moe"] if config.model.is_moe else []),
+        "moetrain",
+    ]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
@@ -98,12 +102,13 @@ def _one_licence(sources: Iterable[Source]) -> str | None:
 def _introduction(facts: RunFacts, config: Resolved, *, dtype: str) -> str:
     model = config.model
     total, active = total_parameters(model), active_parameters(model)
+    architecture = family_of(model).architecture
     if model.is_moe:
-        kind = "Mixture-of-Experts language model of the Mixtral architecture"
+        kind = f"Mixture-of-Experts language model ({architecture} in transformers)"
         size = f"{_short(total)} parameters, of which a token meets {_short(active)}"
     else:
         kind, size = (
-            "dense language model of the Mistral architecture",
+            f"dense language model ({architecture} in transformers)",
             f"{_short(total)} parameters",
         )
     trained = (
@@ -164,6 +169,8 @@ def _architecture(config: Resolved) -> str:
         "longest sequence": model.max_seq_len,
         "base of rotary positions": f"{model.rope_theta:g}",
     }
+    if (scaling := model.rope_scaling).type != "none":
+        rows["scaling of rotary positions"] = f"{scaling.type}, factor {scaling.factor:g}"
     return table(["", ""], rows.items())
 
 

@@ -1,7 +1,6 @@
 """A folder of transformers' or the Hub's, read as a model of ours."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from moetrain.huggingface.names import (
     WHOLE,
     ConversionError,
     TensorPlace,
-    is_selection_bias,
     model_tensors,
     places,
     require_complete,
 )
-from moetrain.huggingface.weights import WeightFiles, match, read_as_ours
+from moetrain.huggingface.weights import WeightFiles, match, read_as_ours, require_zeros
 from moetrain.settings import ModelSettings
 
 
@@ -31,16 +29,18 @@ def read_model(folder: Path) -> tuple[ModelSettings, dict[str, Tensor]]:
     """
     imported = imported_model(read_config(folder))
     with WeightFiles(folder) as files:
-        placed = match(files, places_in(files, imported))
+        placed = matched(files, imported)
         shapes = model_tensors(imported.settings)
         require_complete(placed, shapes)
         by_name: dict[str, list[TensorPlace]] = {}
         for place in placed:
             by_name.setdefault(place.ours, []).append(place)
         tensors = {
-            name.removeprefix("model."): torch.zeros(shape)
-            if is_selection_bias(name)
-            else read_as_ours(files, by_name[name], shape=shape, index=WHOLE)
+            name.removeprefix("model."): read_as_ours(
+                files, by_name[name], shape=shape, index=WHOLE
+            )
+            if name in by_name
+            else torch.zeros(shape)  # a selection bias
             for name, shape in shapes.items()
         }
     return imported.settings, tensors
@@ -58,15 +58,22 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def places_in(files: WeightFiles, imported: ImportedModel) -> Iterator[TensorPlace]:
-    """Returns the places of the model in the form in which the folder has them."""
+def matched(files: WeightFiles, imported: ImportedModel) -> list[TensorPlace]:
+    """Returns the places of the model in the form in which the folder has them.
+
+    Raises ConversionError where the folder holds more, less or something else.
+    """
+    settings, family = imported.settings, imported.family
     fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files.tensors)
-    tied = imported.tied
-    if tied and {EMBEDDING, HEAD} <= files.tensors.keys():
+    if settings.tie_embeddings and HEAD in files.tensors:
         if not torch.equal(files.read(EMBEDDING), files.read(HEAD)):
             raise ConversionError(
                 f"config.json: tie_word_embeddings=true, and {HEAD} is not {EMBEDDING}: which of "
                 "them is the head can't be known"
             )
-        tied = False
-    return places(imported.settings, fused=fused, tied=tied)
+        del files.tensors[HEAD]
+    for name in files.beyond(settings.num_layers, imported.extra_layers):
+        del files.tensors[name]
+    placed = match(files, places(settings, family, fused=fused))
+    require_zeros(files, placed)
+    return placed

@@ -66,6 +66,11 @@ class WeightFiles:
         part: Tensor = self._files[self.tensors[name].file].get_slice(name)[index or ...]
         return part
 
+    def beyond(self, num_layers: int, number: int) -> list[str]:
+        """Returns the names of so many layers after the model's own."""
+        extra = tuple(f"model.layers.{num_layers + index}." for index in range(number))
+        return [name for name in self.tensors if name.startswith(extra)]
+
     def _list(self, file: str, opening: ExitStack) -> None:
         path = self.folder / file
         try:
@@ -195,7 +200,8 @@ def read_as_ours(
     exactly. Raises ConversionError where a number is not finite.
     """
     if placed[0].ours_index == WHOLE:
-        return _finite(files.read(placed[0].theirs, index).float(), placed[0])
+        whole = files.read(placed[0].theirs, index).float()
+        return _finite(whole, placed[0]) / placed[0].factor
     experts = range(shape[0])[index[0]] if index else range(shape[0])
     stack = torch.empty(len(experts), *shape[1:])
     for target, place in zip(stack, [placed[expert] for expert in experts], strict=True):
@@ -204,6 +210,16 @@ def read_as_ours(
         target.copy_(part.t() if place.transposed else part)
         _finite(target, place)
     return stack
+
+
+def require_zeros(files: WeightFiles, placed: Iterable[TensorPlace]) -> None:
+    """Raises ConversionError for tensors that ours have not, unless their numbers are all 0."""
+    for place in placed:
+        if not place.ours and files.read(place.theirs).any():
+            raise ConversionError(
+                f"{place.theirs} is not 0: a gate of the shared experts is not computed here: it "
+                "can't be imported"
+            )
 
 
 def _finite(tensor: Tensor, place: TensorPlace) -> Tensor:

@@ -4,6 +4,7 @@ from moetrain.model.attention import Attention
 from moetrain.model.choice import Choice, Choose
 from moetrain.model.cost import (
     active_parameters,
+    embedding_parameters,
     head_activations,
     kept_activations,
     total_parameters,
@@ -14,6 +15,7 @@ from moetrain.model.init import initial_values, random_stream
 from moetrain.model.key_value_exchange import Attend, KeyValueExchange, LocalKeyValues
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
 from moetrain.model.moe_layer import MoELayer
+from moetrain.model.rotary import rotary_dim
 from moetrain.model.router import Routing, RoutingStatistics
 from moetrain.model.token_exchange import Compute, LocalExchange, TokenExchange
 from moetrain.model.transformer import LossSums, Transformer
@@ -36,11 +38,13 @@ __all__ = [
     "Transformer",
     "active_parameters",
     "chunked_cross_entropy",
+    "embedding_parameters",
     "head_activations",
     "initial_values",
     "kept_activations",
     "load_balance_loss",
     "random_stream",
+    "rotary_dim",
     "total_parameters",
     "training_flops_per_token",
 ]

@@ -13,10 +13,11 @@ from moetrain.settings.model import ModelSettings
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) without biases.
+    """Grouped-query attention (arXiv 2305.13245).
 
     `exchange` decides where the rest of a sequence is. With `qk_norm`, queries and keys are
-    normalised before they are split into heads, as in OLMoE (arXiv 2409.02060, section 4.2.5).
+    normalised before they are split into heads, as in OLMoE (arXiv 2409.02060, section 4.2.5), or
+    each head by itself, as in Qwen3 (arXiv 2505.09388).
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -26,12 +27,17 @@ class Attention(nn.Module):
         self.num_kv_heads = settings.num_kv_heads
         query_dim = settings.num_heads * settings.head_dim
         kv_dim = settings.num_kv_heads * settings.head_dim
-        self.q_proj = nn.Linear(settings.dim, query_dim, bias=False)
-        self.k_proj = nn.Linear(settings.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(settings.dim, kv_dim, bias=False)
+        bias = settings.attention_bias
+        self.q_proj = nn.Linear(settings.dim, query_dim, bias=bias)
+        self.k_proj = nn.Linear(settings.dim, kv_dim, bias=bias)
+        self.v_proj = nn.Linear(settings.dim, kv_dim, bias=bias)
         self.o_proj = nn.Linear(query_dim, settings.dim, bias=False)
+        self.norm_per_head = settings.qk_norm_scope == "head"
+        self.clip = settings.clip_qkv
         self.q_norm, self.k_norm = (
-            nn.RMSNorm(dim, eps=settings.norm_eps) if settings.qk_norm else nn.Identity()
+            nn.RMSNorm(self.head_dim if self.norm_per_head else dim, eps=settings.norm_eps)
+            if settings.qk_norm
+            else nn.Identity()
             for dim in (query_dim, kv_dim)
         )
         self.exchange: KeyValueExchange = LocalKeyValues()
@@ -39,18 +45,28 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq dim"],
-        rotary: tuple[Float[Tensor, "*rows seq head_dim"], Float[Tensor, "*rows seq head_dim"]],
+        rotary: tuple[Float[Tensor, "*rows seq rotary_dim"], Float[Tensor, "*rows seq rotary_dim"]],
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Lets each position attend to itself and earlier ones, of its document if given."""
         batch, seq, _ = x.shape
-        heads = (batch, seq, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x)).view(heads).transpose(1, 2), *rotary)
-        k = rotate(self.k_norm(self.k_proj(x)).view(heads).transpose(1, 2), *rotary)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # [batch, kv_heads, seq, head_dim]
+        q = rotate(self._heads(self.q_proj(x), self.q_norm), *rotary)
+        k = rotate(self._heads(self.k_proj(x), self.k_norm), *rotary)
+        v = self._heads(self.v_proj(x))
         y = self.exchange.run(q, k, v, attend=partial(attend, documents=documents))
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
         return out
+
+    def _heads(
+        self, x: Float[Tensor, "batch seq width"], norm: nn.Module | None = None
+    ) -> Float[Tensor, "batch heads seq head_dim"]:
+        """Splits into heads, normalised and clipped as the settings say."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        if norm is not None:
+            x = norm(x.view(heads)) if self.norm_per_head else norm(x)
+        if self.clip is not None:
+            x = x.clamp(-self.clip, self.clip)
+        return x.view(heads).transpose(1, 2)
 
 
 def attend(

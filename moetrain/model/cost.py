@@ -10,7 +10,9 @@ from moetrain.settings.model import ModelSettings
 def _parameters(settings: ModelSettings, *, routed_experts: int) -> int:
     dim, heads = settings.dim, settings.num_heads * settings.head_dim
     kv = settings.num_kv_heads * settings.head_dim
-    attention = 2 * dim * heads + 2 * dim * kv + settings.qk_norm * (heads + kv)
+    attention = 2 * dim * heads + 2 * dim * kv + settings.attention_bias * (heads + 2 * kv)
+    if settings.qk_norm:
+        attention += 2 * settings.head_dim if settings.qk_norm_scope == "head" else heads + kv
     feed_forward = 0
     matrices = 3 if expert_function(settings.experts).gated else 2
     for layer in range(settings.num_layers):
@@ -20,7 +22,12 @@ def _parameters(settings: ModelSettings, *, routed_experts: int) -> int:
             hidden = (routed_experts + settings.num_shared_experts) * settings.ffn_hidden_dim
         feed_forward += matrices * dim * hidden
     layers = settings.num_layers * (attention + 2 * dim) + feed_forward
-    return layers + 2 * settings.vocab_size * dim + dim
+    return layers + embedding_parameters(settings) + dim
+
+
+def embedding_parameters(settings: ModelSettings) -> int:
+    """Returns the number of parameters of embedding and head, which may be the same."""
+    return (1 if settings.tie_embeddings else 2) * settings.vocab_size * settings.dim
 
 
 def _router_parameters(settings: ModelSettings) -> int:
@@ -48,7 +55,8 @@ def training_flops_per_token(settings: ModelSettings, *, seq_len: int) -> float:
     appendix B, halved for the causal mask). Recomputation is not counted. Attention counts as over
     whole sequences, even where it stops at document ends and costs less.
     """
-    matrices = active_parameters(settings) - settings.vocab_size * settings.dim
+    head = settings.vocab_size * settings.dim
+    matrices = active_parameters(settings) - embedding_parameters(settings) + head
     attention = 6 * settings.num_layers * settings.num_heads * settings.head_dim * seq_len
     return 6.0 * matrices + attention
 
@@ -69,6 +77,7 @@ def kept_activations(
     of_norm = 3 if composed_norm else 2
     attention = 4 * queries if composed_norm else 2 * (queries + kv)
     attention += settings.qk_norm * (of_norm - 1) * (queries + kv)
+    attention += (settings.clip_qkv is not None) * (queries + 2 * kv)  # what clamp takes in
     outside = width * (2 * of_norm * dim + attention) + 4 * settings.num_heads
     kept = []
     for layer in range(settings.num_layers):

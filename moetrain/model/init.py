@@ -26,10 +26,11 @@ def initial_values(
 
     Matrices are normal, truncated at three standard deviations, with a standard deviation of
     1/sqrt(dim), so that activations keep their scale at any width; those that write into the
-    residual stream are scaled down by sqrt(2 · layers) (GPT-2, section 2.3). Norms start at one.
+    residual stream are scaled down by sqrt(2 · layers) (GPT-2, section 2.3). Norms start at one,
+    biases at zero.
     """
     if len(shape) == 1:
-        return torch.ones(shape, device=device)
+        return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0, device=device)
     std = settings.dim**-0.5
     if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
         std /= math.sqrt(2 * settings.num_layers)

@@ -1,9 +1,10 @@
-"""Mixtral's decoder (arXiv 2401.04088): embedding, blocks, final norm, untied head."""
+"""Mixtral's decoder (arXiv 2401.04088): embedding, blocks, final norm, head."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq dim"],
-        rotary: tuple[Float[Tensor, "*rows seq head_dim"], Float[Tensor, "*rows seq head_dim"]],
+        rotary: tuple[Float[Tensor, "*rows seq rotary_dim"], Float[Tensor, "*rows seq rotary_dim"]],
         valid: Bool[Tensor, "batch seq"],
         documents: Documents | None = None,
         choice: Choice | None = None,
@@ -73,7 +74,8 @@ class Transformer(nn.Module):
             for layer in range(settings.num_layers)
         )
         self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
-        self.head = nn.Linear(settings.dim, settings.vocab_size, bias=False)
+        if not settings.tie_embeddings:
+            self.head = nn.Linear(settings.dim, settings.vocab_size, bias=False)
 
     def forward(
         self,
@@ -93,15 +95,10 @@ class Transformer(nn.Module):
         """
         if valid is None:
             valid = torch.ones_like(tokens, dtype=torch.bool)
-        rotary = rotary_table(
-            tokens.shape[1],
-            head_dim=self.settings.head_dim,
-            theta=self.settings.rope_theta,
-            device=tokens.device,
-        )
+        rotary = rotary_table(tokens.shape[1], settings=self.settings, device=tokens.device)
         if documents is not None:
             cos, sin = (table[documents.positions].unsqueeze(1) for table in rotary)
-            rotary = cos, sin  # [batch, 1, seq, head_dim]
+            rotary = cos, sin  # [batch, 1, seq, rotary_dim]
         x = self.embedding(tokens)
         statistics = []
         for number, layer in enumerate(self.layers):
@@ -110,12 +107,12 @@ class Transformer(nn.Module):
             if routed is not None:
                 statistics.append(routed)
         x = self.norm(x)
+        head = self.embedding.weight if self.settings.tie_embeddings else self.head.weight
         if targets is None:
-            logits: Tensor = self.head(x)
-            return logits
+            return F.linear(x, head)
         cross_entropy = chunked_cross_entropy(
             x.flatten(0, 1),
-            self.head.weight,
+            head,
             targets.flatten(),
             valid.flatten(),
             chunk_size=self.settings.loss_chunk_size,

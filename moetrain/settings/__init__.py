@@ -7,7 +7,13 @@ from these classes; choices are validators. `data.*` belongs to the data pipelin
 
 from moetrain.settings.checkpoint import CheckpointSettings
 from moetrain.settings.launch import ClusterSettings, LaunchSettings
-from moetrain.settings.model import BACKENDS, ExpertsSettings, ModelSettings, RouterSettings
+from moetrain.settings.model import (
+    BACKENDS,
+    ExpertsSettings,
+    ModelSettings,
+    RopeScalingSettings,
+    RouterSettings,
+)
 from moetrain.settings.observe import ObserveSettings, WandbSettings
 from moetrain.settings.optim import OptimSettings, ScheduleSettings
 from moetrain.settings.parallel import ExchangeSettings, ParallelSettings
@@ -40,6 +46,7 @@ __all__ = [
     "ResolvedParallel",
     "ResolvedRun",
     "ResolvedTrain",
+    "RopeScalingSettings",
     "RouterSettings",
     "RunSettings",
     "ScheduleSettings",

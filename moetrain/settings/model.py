@@ -91,6 +91,28 @@ class ExpertsSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class RopeScalingSettings:
+    """How rotary positions reach beyond the length that a model was first trained on."""
+
+    type: Annotated[str, AfterValidator(one_of("none", "linear", "llama3", "yarn"))] = "none"
+    """`linear` divides all frequencies by `factor` (arXiv 2306.15595), `llama3` only the low ones
+    (arXiv 2407.21783), `yarn` blends by wavelength and scales attention (arXiv 2309.00071)."""
+    factor: Annotated[float, Interval(ge=1.0)] = 1.0
+    original_max_seq_len: PositiveInt | None = None
+    """The length before the scaling, of `llama3` and `yarn`."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: wavelengths above `original_max_seq_len / low_freq_factor` are scaled in full."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: wavelengths below `original_max_seq_len / high_freq_factor` are left alone."""
+    beta_fast: PositiveFloat = 32.0
+    """yarn: rotations in the original length above which a frequency is left alone."""
+    beta_slow: PositiveFloat = 1.0
+    """yarn: rotations in the original length below which a frequency is scaled in full."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: a factor of queries and keys; null: 0.1 · ln(factor) + 1."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSettings:
     """Mixtral's decoder; with `num_experts` 1 it is Mistral's dense one, without a router.
 
@@ -111,6 +133,9 @@ class ModelSettings:
     """Rows of embedding and head: at least the tokenizer's number of ids."""
     max_seq_len: PositiveInt
     rope_theta: PositiveFloat
+    rope_scaling: RopeScalingSettings = RopeScalingSettings()
+    partial_rotary_factor: Annotated[float, Interval(gt=0.0, le=1.0)] = 1.0
+    """The share of each head that positions rotate, from its beginning, as in GLM-4.5."""
     norm_eps: PositiveFloat = 1e-5
     pad_vocab_to_multiple_of: PositiveInt = 1
     """`vocab_size` is rounded up to a multiple of this when it is read, and nothing else depends on
@@ -121,7 +146,16 @@ class ModelSettings:
     dense_ffn_hidden_dim: PositiveInt | None = None
     """The hidden dimension of those layers."""
     qk_norm: bool = False
-    """RMSNorm over all of a position's queries and over all of its keys, as in OLMoE."""
+    """RMSNorm of queries and keys."""
+    qk_norm_scope: Annotated[str, AfterValidator(one_of("whole", "head"))] = "whole"
+    """`whole`: over all of a position's queries, and over all of its keys, as in OLMoE; `head`:
+    over each head, with weights that all heads share, as in Qwen3."""
+    clip_qkv: PositiveFloat | None = None
+    """Queries, keys and values are clamped to ± this before positions rotate them, as in OLMo."""
+    attention_bias: bool = False
+    """Biases of the query, key and value projections, as in Qwen2 and GLM-4.5."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding."""
     loss_chunk_size: PositiveInt = 2048
     """Tokens whose logits are in memory at once."""
     router: RouterSettings = RouterSettings()

@@ -10,7 +10,12 @@ an expert load above the mean, the exchange's messages in flight, memory held by
 
 from dataclasses import asdict, dataclass
 
-from moetrain.model import head_activations, kept_activations, total_parameters
+from moetrain.model import (
+    embedding_parameters,
+    head_activations,
+    kept_activations,
+    total_parameters,
+)
 from moetrain.optim import state_size
 from moetrain.settings import Resolved
 
@@ -52,7 +57,7 @@ def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
     )
     if parallel.recompute == "full":
         kept = [max(kept), *(float(tokens * model.dim * width) for _ in kept)]
-    root = 2 * model.vocab_size * model.dim
+    root = embedding_parameters(model)
     layer = (total_parameters(model) - root) / model.num_layers
     if model.is_moe:
         of_experts = 3 * model.num_experts * model.ffn_hidden_dim * model.dim

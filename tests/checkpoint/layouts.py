@@ -10,10 +10,10 @@ MIXTRAL = ModelSettings(
     num_experts=4, top_k=2, vocab_size=257, max_seq_len=32, rope_theta=1e4,
     router=RouterSettings(bias_update_rate=0.01),
 )  # fmt: skip
-# A dense first layer, shared experts, norms of queries and keys.
+# A dense first layer, shared experts, norms and biases of queries and keys, tied embeddings.
 DEEPSEEK = dataclasses.replace(
     MIXTRAL, num_experts=6, num_shared_experts=1, num_dense_layers=1, dense_ffn_hidden_dim=40,
-    qk_norm=True,
+    qk_norm=True, attention_bias=True, tie_embeddings=True,
 )  # fmt: skip
 DENSE = dataclasses.replace(MIXTRAL, num_experts=1, top_k=1)
 

@@ -1,29 +1,31 @@
 """config.json in all its spellings; what Mixtral can't express, and what this decoder can't."""
 
 import dataclasses
+import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moetrain.checks import ConfigError
-from moetrain.huggingface.configuration import (
-    config_json,
-    imported_model,
-    load_balance_loss_weight,
-    require_expressible,
-    router_aux_loss_coef,
-)
+from moetrain.huggingface.balance import load_balance_loss_weight, router_aux_loss_coef
+from moetrain.huggingface.configuration import config_json, imported_model
+from moetrain.huggingface.families import FAMILIES as KNOWN
+from moetrain.huggingface.families import family_of
 from moetrain.huggingface.names import ConversionError
 from moetrain.model import load_balance_loss
 from moetrain.settings import ModelSettings, RouterSettings
-from tests.support.huggingface_folders import TINY
+from moetrain.settings.validation import validated
+from tests.support.huggingface_folders import FAMILIES, TINY
 
+PRESETS = Path(__file__).parents[2] / "conf" / "model"
 MIXTRAL = {
     "model_type": "mixtral", "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "vocab_size": 31,
@@ -38,15 +40,33 @@ MISTRAL = {
 } | {"model_type": "mistral"}
 
 
-@pytest.mark.parametrize(
-    "settings", [TINY, dataclasses.replace(TINY, num_experts=1, top_k=1, norm_eps=1e-6)]
-)
-def test_settings_to_config_and_back_are_the_same(settings: ModelSettings) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_to_config_and_back_are_the_same(name: str) -> None:
+    settings = FAMILIES[name]
     config = config_json(settings, dtype="float32", bos_token_id=None, eos_token_id=None)
+    assert config["model_type"] == name.split()[0]
     back = imported_model(json.loads(json.dumps(config)))
-    assert back.settings == settings
-    assert not back.tied
+    router = settings.router
+    if "router_aux_loss_coef" not in config:  # what only training has is in no config.json
+        router = dataclasses.replace(router, load_balance_loss_weight=0.01)
+    assert back.settings == dataclasses.replace(settings, router=router)
     assert not back.notes
+
+
+def test_the_families_are_all_tried() -> None:
+    assert {name.split()[0] for name in FAMILIES} == {f.model_type for f in KNOWN} - {"llama"}
+
+
+def test_a_llama_folder_is_a_mistral_without_a_window() -> None:
+    llama = imported_model(MISTRAL | {"model_type": "llama"})
+    assert llama.settings == imported_model(MISTRAL).settings
+    scaled = {
+        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    }  # fmt: skip
+    published = MISTRAL | {"model_type": "llama", "rope_scaling": scaled}
+    scaling = imported_model(published).settings.rope_scaling
+    assert (scaling.type, scaling.factor, scaling.original_max_seq_len) == ("llama3", 8.0, 32)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +199,7 @@ def test_what_is_left_open_is_what_transformers_takes(
     assert ours.settings.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.settings.max_seq_len == min(8192, theirs.sliding_window or 8192)
     assert ours.settings.head_dim == theirs.hidden_size // theirs.num_attention_heads
-    assert ours.tied == theirs.tie_word_embeddings
+    assert ours.settings.tie_embeddings == theirs.tie_word_embeddings
 
 
 def test_a_shorter_window_bounds_the_sequence_and_that_is_said() -> None:
@@ -189,22 +209,34 @@ def test_a_shorter_window_bounds_the_sequence_and_that_is_said() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "llama"}, "model_type='llama'"),
+    "another model": ({"model_type": "gpt2"}, "model_type='gpt2'"),
     "no model type": ({"model_type": None}, "model_type=None"),
     "biases": ({"attention_bias": True}, "attention_bias=True"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act=gelu"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "code of its own": ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     "linear attention": ({"layer_types": ["linear_attention"] * 2}, "layer_types"),
-    "scaled positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "scaled positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
     "scaled positions, new": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}},
         "rope_parameters",
     ),
+    "scaled positions, in another way": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+        "truncate is not computed here",
+    ),
+    "scaled twice": (
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+        },
+        "which of them holds",
+    ),
+    "scaled by a part": ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
     "half-turned heads": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "half-turned heads, new": (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        "rope_parameters",
+        "partial_rotary_factor=0.5",
     ),
     "two thetas": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
@@ -234,30 +266,82 @@ def test_what_is_not_computed_here_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"num_shared_experts": 1}, "model.num_shared_experts"),
-        ({"num_dense_layers": 1, "dense_ffn_hidden_dim": 32}, "model.num_dense_layers"),
-        ({"qk_norm": True}, "model.qk_norm"),
-        ({"router": RouterSettings(score_function="sigmoid")}, "model.router.score_function"),
-        ({"router": RouterSettings(normalize_gates=False)}, "model.router.normalize_gates"),
+        ({"qk_norm": True}, "model.qk_norm"),  # over 40 dimensions of 24: OLMoE's are as many
         ({"router": RouterSettings(num_groups=3)}, "model.router.num_groups"),
+        (
+            {"router": RouterSettings(score_function="sigmoid", num_groups=3)},
+            "model.router.num_groups",
+        ),
         (
             {"router": RouterSettings(routed_scaling_factor=2.5)},
             "model.router.routed_scaling_factor",
         ),
         ({"router": RouterSettings(force_balance=True)}, "model.router.force_balance"),
         ({"num_experts": 1, "top_k": 1, "qk_norm": True}, "model.qk_norm"),
+        ({"clip_qkv": 8.0}, "model.clip_qkv"),
+        ({"partial_rotary_factor": 0.4}, "model.partial_rotary_factor"),
+        (
+            {"attention_bias": True, "qk_norm": True, "qk_norm_scope": "head"},
+            "model.attention_bias",
+        ),
+        ({"num_experts": 1, "top_k": 1, "clip_qkv": 8.0}, "model.clip_qkv"),
     ],
 )  # fmt: skip
-def test_what_mixtral_has_not_is_refused_with_its_setting(change: dict[str, Any], key: str) -> None:
+def test_what_no_class_computes_is_refused_with_its_setting(
+    change: dict[str, Any], key: str
+) -> None:
     with pytest.raises(ConfigError) as error:
-        require_expressible(dataclasses.replace(TINY, **change))
+        family_of(dataclasses.replace(TINY, **change))
     assert error.value.key == key
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_every_preset_has_a_class_that_computes_it(preset: str) -> None:
+    settings = validated(yaml.safe_load((PRESETS / f"{preset}.yaml").read_text()), ModelSettings)
+    config = config_json(settings, dtype="float32", bos_token_id=None, eos_token_id=None)
+    back = imported_model(json.loads(json.dumps(config))).settings
+    assert dataclasses.replace(back, router=settings.router) == settings
+
+
+def test_every_router_goes_to_a_class_that_computes_it_or_is_refused_by_its_name() -> None:
+    """Which class, and with which settings back, for all combinations of a router's settings."""
+    went: Counter[str] = Counter()
+    for score, normalised, groups, scaling, shared, dense in itertools.product(
+        ("softmax", "sigmoid"), (True, False), (1, 2), (1.0, 2.5), (0, 1), (0, 1)
+    ):
+        router = RouterSettings(
+            score_function=score,
+            normalize_gates=normalised,
+            num_groups=groups,
+            routed_scaling_factor=scaling,
+        )
+        settings = dataclasses.replace(
+            TINY,
+            num_experts=4,
+            num_shared_experts=shared,
+            num_dense_layers=dense,
+            dense_ffn_hidden_dim=20 if dense else None,
+            router=router,
+        )
+        try:
+            config = config_json(settings, dtype="float32", bos_token_id=None, eos_token_id=None)
+        except ConfigError as error:
+            went[error.key] += 1
+            continue
+        assert imported_model(json.loads(json.dumps(config))).settings == settings
+        went[config["model_type"]] += 1
+    assert went == {
+        "mixtral": 1, "qwen2_moe": 7, "glm4_moe": 32,  # all of DeepSeek-V3's router has a class
+        "model.router.num_groups": 8, "model.router.routed_scaling_factor": 8,
+        "model.router.score_function": 8,  # with groups and a factor, only softmax is in the way
+    }  # fmt: skip
 
 
 def test_what_only_training_has_is_no_reason_to_refuse() -> None:
     router = RouterSettings(
         jitter_noise=0.1, load_balance_loss_weight=0.5, bias_update_rate=0.1, z_loss_weight=0.0
     )
-    require_expressible(dataclasses.replace(TINY, router=router))
+    assert family_of(dataclasses.replace(TINY, router=router)).model_type == "mixtral"
     sigmoid = RouterSettings(score_function="sigmoid")  # a dense model has no router
-    require_expressible(dataclasses.replace(TINY, num_experts=1, top_k=1, router=sigmoid))
+    dense = dataclasses.replace(TINY, num_experts=1, top_k=1, router=sigmoid)
+    assert family_of(dense).model_type == "mistral"

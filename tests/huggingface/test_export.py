@@ -328,7 +328,7 @@ def test_the_command_makes_a_folder_that_imports_and_exports_as_the_same(
     run = ExportSettings(run=str(tmp_path / "run"), to=str(first), tokenizer="bytes")
     assert export(run) == 0
     out = capsys.readouterr().out
-    assert "step_00000007 as Mixtral: " in out
+    assert "step_00000007 as MixtralForCausalLM: " in out
     assert "of bfloat16" in out
     assert str(first) in out
     imported(first, tmp_path / "again")

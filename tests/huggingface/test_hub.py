@@ -109,7 +109,7 @@ def test_a_model_that_cannot_be_imported_is_refused_before_its_weights_are_fetch
         assert fetch(tmp_path) == 2
     finally:
         (model / "config.json").write_text(config)
-    assert "only 'mixtral' and 'mistral' can be imported" in capsys.readouterr().err
+    assert "only 'mistral', 'llama', " in capsys.readouterr().err
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
     assert not (tmp_path / "run").exists()
 

@@ -61,6 +61,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1, "dense_ffn_hidden_dim": 10944,
         "total": 16375728128, "active": 2828650496,
     },
+    # arXiv 2505.09388, table 2, and the published config.json: 30.5 B, 3.3 B active.
+    "qwen3-30b-a3b": {
+        "dim": 2048, "num_layers": 48, "num_heads": 32, "num_kv_heads": 4, "head_dim": 128,
+        "ffn_hidden_dim": 768, "num_experts": 128, "top_k": 8, "vocab_size": 151936,
+        "max_seq_len": 40960, "rope_theta": 1000000.0, "norm_eps": 1e-6, "qk_norm": True,
+        "qk_norm_scope": "head", "total": 30532122624, "active": 3353032704,
+    },
+    # arXiv 2508.06471, table 1, and the published config.json: 106 B, 12 B active.
+    "glm-4.5-air": {
+        "dim": 4096, "num_layers": 46, "num_heads": 96, "num_kv_heads": 8, "head_dim": 128,
+        "ffn_hidden_dim": 1408, "num_experts": 128, "top_k": 8, "vocab_size": 151552,
+        "max_seq_len": 131072, "rope_theta": 1000000.0, "norm_eps": 1e-5,
+        "attention_bias": True, "partial_rotary_factor": 0.5, "num_shared_experts": 1,
+        "num_dense_layers": 1, "dense_ffn_hidden_dim": 10944,
+        "total": 106852245504, "active": 13424123904,
+    },
 }  # fmt: skip
 
 
@@ -78,11 +94,16 @@ def test_presets_have_the_published_shape_and_parameter_counts(name: str) -> Non
     }.items() >= published.items()
 
 
-@pytest.mark.parametrize("name", ["olmoe-1b-7b", "deepseek-moe-16b"])
+@pytest.mark.parametrize(
+    "name", ["olmoe-1b-7b", "deepseek-moe-16b", "qwen3-30b-a3b", "glm-4.5-air"]
+)
 def test_totals_equal_transformers_on_the_meta_device(name: str) -> None:
     with torch.device("meta"):
         oracle = oracle_for(preset(name))
-    assert sum(p.numel() for p in oracle.parameters()) == PUBLISHED[name]["total"]
+    gates = [n for n, _ in oracle.named_parameters() if "shared_expert_gate" in n]  # not ours
+    assert bool(gates) == (name == "deepseek-moe-16b")
+    counted = sum(p.numel() for n, p in oracle.named_parameters() if n not in gates)
+    assert counted == PUBLISHED[name]["total"]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.yaml")))

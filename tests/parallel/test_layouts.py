@@ -19,6 +19,7 @@ from moetrain.settings import (
     ModelSettings,
     OptimSettings,
     ParallelSettings,
+    RopeScalingSettings,
     RouterSettings,
 )
 from moetrain.train.micro_batch import MicroBatch
@@ -43,6 +44,12 @@ DEEPSEEK = dataclasses.replace(
         load_balance_loss_weight=0.5, load_balance_scope="sequence", z_loss_weight=0.1,
         bias_update_rate=0.01, jitter_noise=0.1,
     ),
+)  # fmt: skip
+# Everything else that attention can have, and a head that is the embedding.
+GLM = dataclasses.replace(
+    MODEL, qk_norm=True, qk_norm_scope="head", clip_qkv=1.0, attention_bias=True,
+    partial_rotary_factor=0.5, tie_embeddings=True,
+    rope_scaling=RopeScalingSettings(type="yarn", factor=4.0, original_max_seq_len=16),
 )  # fmt: skip
 SEQUENCES, SEQ_LEN, STEPS = 8, 16, 3
 MAX_NORM = 0.5  # below the norm of every step here, so that clipping takes part
@@ -292,6 +299,15 @@ def one_process_model(settings: ModelSettings) -> Transformer:
                     expert=expert,
                 )  # fmt: skip
     return model
+
+
+def test_tied_embeddings_and_all_of_attention_train_the_same_on_every_layout() -> None:
+    expected = run_ranks(train_steps, 1, Layout(1), GLM, True, True)[0]
+    for layout in (
+        Layout(2, expert=2, micro_batch=1, recompute="full"),
+        Layout(4, expert=2, replicate=2),
+    ):
+        assert_same(run_ranks(train_steps, layout.world, layout, GLM, True, True)[0], expected)
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])

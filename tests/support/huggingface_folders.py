@@ -1,6 +1,7 @@
 """Hugging Face folders that transformers writes, and run folders that hold a model of ours."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moetrain.huggingface.model_files import export_dtype, exportable_places, wr
 from moetrain.huggingface.run_folder import starting_config
 from moetrain.import_hf import ImportSettings, import_folder
 from moetrain.model import Transformer
-from moetrain.settings import ModelSettings
+from moetrain.settings import ModelSettings, RopeScalingSettings, RouterSettings
 from moetrain.train.changes import as_plain
 from tests.support.transformers_oracle import oracle_for
 
@@ -23,6 +24,61 @@ TINY = ModelSettings(
     dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=10, ffn_hidden_dim=16,
     num_experts=3, top_k=2, vocab_size=31, max_seq_len=64, rope_theta=1e4,
 )  # fmt: skip
+_DENSE = replace(TINY, num_experts=1, top_k=1)
+_FIRST_DENSE = replace(TINY, num_dense_layers=1, dense_ffn_hidden_dim=20)
+FAMILIES = {
+    "mixtral": TINY,
+    "mistral": _DENSE,
+    "qwen2": replace(
+        _DENSE,
+        attention_bias=True,
+        tie_embeddings=True,
+        rope_scaling=RopeScalingSettings(type="yarn", factor=2.0, original_max_seq_len=32),
+    ),
+    "qwen3": replace(_DENSE, qk_norm=True, qk_norm_scope="head", norm_eps=1e-6),
+    "olmoe": replace(
+        TINY,
+        head_dim=6,
+        qk_norm=True,
+        clip_qkv=0.5,
+        router=RouterSettings(normalize_gates=False, load_balance_loss_weight=0.000625),
+    ),
+    "qwen3_moe": replace(
+        _FIRST_DENSE,
+        qk_norm=True,
+        qk_norm_scope="head",
+        rope_scaling=RopeScalingSettings(type="linear", factor=4.0),
+    ),
+    "qwen2_moe": replace(
+        _FIRST_DENSE,
+        num_shared_experts=2,
+        attention_bias=True,
+        router=RouterSettings(normalize_gates=False),
+    ),
+    "qwen2_moe without shared experts": replace(
+        TINY, top_k=1, router=RouterSettings(normalize_gates=False)
+    ),
+    "glm4_moe": replace(
+        _FIRST_DENSE,
+        num_experts=8,
+        num_shared_experts=1,
+        attention_bias=True,
+        qk_norm=True,
+        qk_norm_scope="head",
+        head_dim=12,
+        partial_rotary_factor=0.5,
+        tie_embeddings=True,
+        router=RouterSettings(
+            score_function="sigmoid", num_groups=4, top_groups=2, routed_scaling_factor=2.5
+        ),
+    ),
+    "glm4_moe without shared experts": replace(
+        TINY,
+        rope_scaling=RopeScalingSettings(type="llama3", factor=8.0, original_max_seq_len=16),
+        router=RouterSettings(score_function="sigmoid", normalize_gates=False),
+    ),
+}
+"""A small model of each class of transformers, by the class's `model_type`."""
 
 
 def save_oracle(
@@ -30,6 +86,9 @@ def save_oracle(
 ) -> Any:
     """Has transformers save a random model of these settings, and returns the model."""
     model: Any = oracle_for(settings).to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # as they are published
+            buffer.data = buffer.float()
     model.save_pretrained(folder, **how)
     return model
 

@@ -25,7 +25,11 @@ def names(tree: Any, path: str) -> list[str]:
 FUNCTION = {
     "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_dim", "num_experts",
     "top_k", "vocab_size", "rope_theta", "norm_eps", "num_shared_experts", "num_dense_layers",
-    "dense_ffn_hidden_dim", "qk_norm", "router.score_function", "router.normalize_gates",
+    "dense_ffn_hidden_dim", "qk_norm", "qk_norm_scope", "clip_qkv", "attention_bias",
+    "tie_embeddings", "partial_rotary_factor", "rope_scaling.type", "rope_scaling.factor",
+    "rope_scaling.original_max_seq_len", "rope_scaling.low_freq_factor",
+    "rope_scaling.high_freq_factor", "rope_scaling.beta_fast", "rope_scaling.beta_slow",
+    "rope_scaling.attention_factor", "router.score_function", "router.normalize_gates",
     "router.routed_scaling_factor", "router.num_groups", "router.top_groups",
     "router.force_balance", "router.name", "router.options", "experts.function",
     "experts.options",
