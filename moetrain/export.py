@@ -93,6 +93,7 @@ def _write(settings: ExportSettings, folder: Path, reader: CheckpointReader) -> 
             config=config,
             dtype=dtype,
             has_tokenizer=settings.tokenizer != NONE,
+            begins_texts=tokens.begins_texts,
         )
         with byte_progress("exporting", num_bytes=size, shown=True) as progress:
             files = write_model(

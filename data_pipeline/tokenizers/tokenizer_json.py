@@ -25,7 +25,7 @@ class TokenizerJson:
     definition: str
     end_of_document: str
     beginning: str | None
-    """The token that begins a text in other programs; here none is added."""
+    """The token that begins a text in other programs; here the end of a document does."""
     unknown: str | None
 
 

@@ -47,18 +47,20 @@ def write_model_card(
     config: Resolved,
     dtype: str,
     has_tokenizer: bool = True,
+    begins_texts: bool = False,
 ) -> None:
     """Writes README.md into a folder that is there, for a checkpoint of a run.
 
-    `manifest` and `config` are the checkpoint's, `dtype` is that of the exported weights. Figures
-    are of the checkpoint's step or the last before it at which they were taken.
+    `manifest` and `config` are the checkpoint's, `dtype` is that of the exported weights, and
+    `begins_texts` says whether the tokenizer puts the end-of-document token first. Figures are of
+    the checkpoint's step or the last before it at which they were taken.
     """
     facts = read_facts(run_dir, manifest=manifest, config=config)
     name = line(config.run.name or run_dir.name)
     parts = [
         f"# {name}",
         _introduction(facts, config, dtype=dtype),
-        _how_to_load(facts, dtype=dtype, has_tokenizer=has_tokenizer),
+        _how_to_load(facts, dtype, has_tokenizer=has_tokenizer, begins_texts=begins_texts),
         "## Architecture",
         _architecture(config),
         "## Training text",
@@ -120,7 +122,7 @@ def _introduction(facts: RunFacts, config: Resolved, *, dtype: str) -> str:
     return " ".join([text, *map(line, facts.origins)])
 
 
-def _how_to_load(facts: RunFacts, *, dtype: str, has_tokenizer: bool) -> str:
+def _how_to_load(facts: RunFacts, dtype: str, *, has_tokenizer: bool, begins_texts: bool) -> str:
     if not has_tokenizer:
         return (
             "## How to load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -140,7 +142,12 @@ def _how_to_load(facts: RunFacts, *, dtype: str, has_tokenizer: bool) -> str:
     if facts.tokens:
         text += (
             " In moetrain's training the end-of-document token, and no other, stood before each "
-            "document."
+            "document"
+            + (
+                ", and the tokenizer puts it before each text."
+                if begins_texts
+                else ". The tokenizer, which is the imported model's, begins texts as that did."
+            )
         )
     return text
 

@@ -1,5 +1,8 @@
 """The tokenizer of a run as Hugging Face files, which `AutoTokenizer` loads and which give our ids.
 
+Training puts the end-of-document token before each document, so the files of a run that was trained
+here do so too.
+
 Owns finding the one that the run was trained with, and the files beside its `tokenizer.json`.
 Leaves that file itself to the data pipeline.
 """
@@ -7,7 +10,7 @@ Leaves that file itself to the data pipeline.
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ class TokenIds:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     vocab_size: int
+    begins_texts: bool = False
+    """Whether the end-of-document token is put before each text."""
 
 
 def write_tokenizer(
@@ -67,7 +72,8 @@ def write_tokenizer(
             vocab_size=config.model.vocab_size,
         )
     if tokenizer is not None:
-        return _write(to, _demanded(tokenizer, config, fingerprint), config=config)
+        demanded = _demanded(tokenizer, config, fingerprint)
+        return _write(to, demanded, config=config, begins=bool(fingerprint))
     imported = run_dir / IMPORTED
     if not fingerprint:
         if imported.is_dir() and any(imported.iterdir()):
@@ -82,7 +88,9 @@ def write_tokenizer(
     if found is not None:
         is_imported = where == str(imported)
         return (
-            _copy(imported, to, config=config) if is_imported else _write(to, found, config=config)
+            _copy(imported, to, config=config)
+            if is_imported
+            else _write(to, found, config=config, begins=True)
         )
     raise ConfigError(
         "tokenizer",
@@ -157,8 +165,15 @@ def _demanded(spec: str, config: Resolved, fingerprint: str | None) -> Tokenizer
     return found
 
 
-def _write(to: Path, tokenizer: Tokenizer, *, config: Resolved) -> TokenIds:
+def _write(to: Path, tokenizer: Tokenizer, *, config: Resolved, begins: bool) -> TokenIds:
+    """Writes the files; with `begins`, they put the end-of-document token before each text."""
     spelled = tokenizer_json(tokenizer)
+    if begins:
+        spelled = replace(
+            spelled,
+            definition=_beginning_with(spelled, tokenizer.end_of_document),
+            beginning=spelled.end_of_document,
+        )
     special = _special_tokens(spelled)
     settings = {
         # The class that takes a tokenizer.json as it is; transformers 5 knows it by this name, too.
@@ -179,7 +194,24 @@ def _write(to: Path, tokenizer: Tokenizer, *, config: Resolved) -> TokenIds:
         bos_token_id=None if spelled.beginning is None else ids[spelled.beginning],
         eos_token_id=tokenizer.end_of_document,
         vocab_size=tokenizer.vocab_size,
+        begins_texts=begins,
     )
+
+
+def _beginning_with(spelled: TokenizerJson, id: int) -> str:
+    """Returns the `tokenizer.json` with a rule that puts the end-of-document token first."""
+    content, token = json.loads(spelled.definition), spelled.end_of_document
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    rule: dict[str, Any] = {
+        "type": "TemplateProcessing",
+        "single": [first, a],
+        "pair": [first, a, first, b],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
+    if before := content.get("post_processor"):
+        rule = {"type": "Sequence", "processors": [before, rule]}
+    return json.dumps(content | {"post_processor": rule}, ensure_ascii=False)
 
 
 def _special_tokens(spelled: TokenizerJson) -> dict[str, str]:

@@ -63,9 +63,11 @@ def card_of(to: Path, run_dir: Path, *, step: int = STEPS, **changes: Any) -> st
     return written(to, run_dir, replace(manifest, **changes))
 
 
-def written(to: Path, run_dir: Path, manifest: Manifest) -> str:
+def written(to: Path, run_dir: Path, manifest: Manifest, **what: bool) -> str:
     config = validated(manifest.config, Resolved)
-    write_model_card(to, run_dir=run_dir, manifest=manifest, config=config, dtype="bfloat16")
+    write_model_card(
+        to, run_dir=run_dir, manifest=manifest, config=config, dtype="bfloat16", **what
+    )
     return (to / "README.md").read_text()
 
 
@@ -173,6 +175,16 @@ def test_other_shards_in_their_place_say_nothing_of_the_text(trained: Path, tmp_
     assert "they are not where the run had them" in card
     assert rows_of(card, "code")[0][1:3] == ["unknown", "unknown"]
     assert rows_of(card, "code")[0][3] == f"{manifest.state['source_tokens']['code']:,}"
+
+
+def test_the_beginning_of_a_text_is_said(trained: Path, tmp_path: Path) -> None:
+    run_dir = moved(trained, tmp_path)
+    manifest = manifest_there(run_dir, tmp_path / "shards")
+    said = "the end-of-document token, and no other, stood before each document"
+    card = written(tmp_path, run_dir, manifest, begins_texts=True)
+    assert f"{said}, and the tokenizer puts it before each text." in card
+    card = written(tmp_path, run_dir, manifest)
+    assert f"{said}. The tokenizer, which is the imported model's, begins texts as that" in card
 
 
 def test_a_run_with_nothing_but_a_checkpoint_has_a_card(trained: Path, tmp_path: Path) -> None:

@@ -105,11 +105,16 @@ def loaded(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def assert_same(ours: Tokenizer, theirs: Any, texts: list[str]) -> None:
-    """Equal ids, and equal text from them, with the end of a document behind it and without."""
+def assert_same(ours: Tokenizer, theirs: Any, texts: list[str], *, trained: bool = True) -> None:
+    """Equal ids, and equal text from them, with the end of a document behind it and without.
+
+    Of a run that was trained here, texts begin as documents did, with the end of the last one.
+    """
+    first = [ours.end_of_document] if trained else []
     for text in texts:
         ids = ours.encode(text).tolist()
-        assert theirs(text)["input_ids"] == ids, ascii(text)
+        assert theirs(text)["input_ids"] == first + ids, ascii(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids, ascii(text)
         ended = [*ids, ours.end_of_document]
         assert theirs.decode(ended, skip_special_tokens=True) == ours.decode(ended), ascii(text)
 
@@ -131,11 +136,21 @@ def test_ids_of_a_named_tokenizer_are_ours(name: str, beside_a_model: bool, tmp_
     assert theirs.model_max_length == config.model.max_seq_len
     assert theirs.chat_template is None
     assert list(theirs("a")) == theirs.model_input_names == ["input_ids", "attention_mask"]
-    bos = None if name == "bytes" else 1
+    end = ours.end_of_document
     assert ids == TokenIds(
-        bos_token_id=bos, eos_token_id=ours.end_of_document, vocab_size=ours.vocab_size
+        bos_token_id=end, eos_token_id=end, vocab_size=ours.vocab_size, begins_texts=True
     )
     assert len(theirs) == ours.vocab_size
+    assert theirs("a", "b")["input_ids"] == [end, *ours.encode("a"), end, *ours.encode("b")]
+
+
+@pytest.mark.parametrize("name", ["bytes", "mixtral-v1"])
+def test_a_model_that_was_not_trained_here_is_given_no_beginning(name: str, tmp_path: Path) -> None:
+    ours = tokenizer_named(name)
+    config = a_run(tmp_path, vocab_size=ours.vocab_size)
+    ids = write_tokenizer(tmp_path, config=config, tokenizer=name, fingerprint=None)
+    assert_same(ours, loaded(tmp_path), HARD[:20], trained=False)
+    assert ids.bos_token_id == (None if name == "bytes" else 1)
 
 
 def test_every_piece_of_mixtral_has_its_id(tmp_path: Path) -> None:
@@ -169,16 +184,19 @@ def test_bytes_that_are_no_text_decode_alike(tmp_path: Path) -> None:
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
-def test_a_tokenizer_of_the_shards_is_found_and_copied_unchanged(
-    bpe_shards: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_of_the_shards_is_found_and_copied(bpe_shards: Path, tmp_path: Path) -> None:
     ours = tokenizer_named(str(bpe_shards))
     config = a_run(tmp_path, vocab_size=300, dir=str(bpe_shards))
     to = tmp_path / "to"
     to.mkdir()
     ids = write_tokenizer(to, config=config, tokenizer=None, fingerprint=ours.fingerprint)
-    assert (to / "tokenizer.json").read_bytes() == (bpe_shards / "tokenizer.json").read_bytes()
-    assert ids == TokenIds(bos_token_id=None, eos_token_id=0, vocab_size=300)
+    written, before = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (to, bpe_shards)
+    )
+    assert written.pop("post_processor")["type"] == "TemplateProcessing"
+    assert before.pop("post_processor") is None
+    assert written == before, "all but where a text begins"
+    assert ids == TokenIds(bos_token_id=0, eos_token_id=0, vocab_size=300, begins_texts=True)
     assert_same(ours, loaded(to), HARD + fuzz(seed=2, count=300))
 
 
@@ -220,7 +238,8 @@ def test_rules_of_a_file_that_ours_does_not_keep_to_are_left_out(
     assert_same(ours, loaded(tmp_path), HARD)
     rules = json.loads((tmp_path / "tokenizer.json").read_text())
     assert all(token["special"] for token in rules["added_tokens"])
-    assert {rules[key] for key in ("post_processor", "truncation", "padding")} == {None}
+    assert {rules[key] for key in ("truncation", "padding")} == {None}
+    assert rules["post_processor"]["single"][0]["SpecialToken"]["id"] == "<|endoftext|>"
 
 
 def test_another_tokenizer_than_the_runs_is_refused(tmp_path: Path, bpe_shards: Path) -> None:
