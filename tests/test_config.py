@@ -65,6 +65,23 @@ def toy(**changes: Any) -> dict[str, Any]:
         ({"optim__restart_from": 600}, "optim.restart_from", "use more steps"),
         ({"model__num_kv_heads": 3}, "model.num_kv_heads", "use one of [1, 2, 4]"),
         ({"model__head_dim": 31}, "model.head_dim", "use 32"),
+        ({"model__partial_rotary_factor": 0.01}, "model.partial_rotary_factor", "use 0.0625"),
+        ({"model__qk_norm_scope": "head"}, "model.qk_norm_scope", "add model.qk_norm=true"),
+        ({"model__rope_scaling__factor": 4.0}, "model.rope_scaling.factor", "add a type"),
+        (
+            {"model__rope_scaling__type": "yarn"},
+            "model.rope_scaling.original_max_seq_len",
+            "such as 1024",
+        ),
+        (
+            {
+                "model__rope_scaling__type": "llama3",
+                "model__rope_scaling__original_max_seq_len": 32,
+                "model__rope_scaling__low_freq_factor": 4.0,
+            },
+            "model.rope_scaling.high_freq_factor",
+            "more than model.rope_scaling.low_freq_factor=4",
+        ),
         ({"model__top_k": 9}, "model.top_k", "model.num_experts=8"),
         ({"model__top_k": 1}, "model.router.normalize_gates", "learn nothing"),
         ({"model__router__score_function": "sigmoide"}, "model.router.score_function", "'sigmoid'"),

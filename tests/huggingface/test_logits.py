@@ -1,6 +1,7 @@
 """An imported model computes what transformers computes, to rounding, at shapes drawn at random."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,40 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moetrain.model import Transformer
-from moetrain.settings import ModelSettings
+from moetrain.settings import ModelSettings, RouterSettings
 from tests.model.test_transformer import tolerance
 from tests.support.huggingface_folders import imported, loaded, save_oracle
 
 NUM_SHAPES = 15
 GROUPS = (1, 2, 8)
+PER_HEAD: dict[str, Any] = {"qk_norm": True, "qk_norm_scope": "head"}
+UNNORMALISED = RouterSettings(normalize_gates=False)
+SIGMOID = RouterSettings(score_function="sigmoid", routed_scaling_factor=2.5)
+# What the other classes of transformers have, by their model_type; a dense first layer is added.
+KINDS: dict[str, dict[str, Any]] = {
+    "olmoe": {"qk_norm": True, "clip_qkv": 2.0, "router": UNNORMALISED},
+    "qwen3_moe": PER_HEAD | {"router": UNNORMALISED},
+    "qwen2_moe": {"num_shared_experts": 1, "attention_bias": True, "router": UNNORMALISED},
+    "glm4_moe": PER_HEAD | {"num_shared_experts": 1, "attention_bias": True, "router": SIGMOID},
+    "qwen2": {"attention_bias": True, "tie_embeddings": True},
+    "qwen3": PER_HEAD,
+}
+# Each plain shape, and of each other class three: sharing heads in each way.
+CASES = [("", seed) for seed in range(NUM_SHAPES)]
+CASES += [(kind, seed) for kind in KINDS for seed in range(3)]
 
 
-def drawn(seed: int) -> ModelSettings:
+def drawn(seed: int, kind: str = "") -> ModelSettings:
     """Returns a random shape: every third of a group size, every fifth dense."""
     draw = random.Random(seed)
-    dense = seed % 5 == 4
+    dense = kind in ("qwen2", "qwen3") if kind else seed % 5 == 4
     kv_heads, head_dim, experts = (
         draw.choice((1, 2, 3)),
         2 * draw.randint(3, 12),
         draw.randint(2, 9),
     )
     dim = draw.choice([d for d in range(24, 80, 4) if d % head_dim])
-    return ModelSettings(
+    settings = ModelSettings(
         dim=dim,
         num_layers=draw.randint(1, 4),
         num_heads=kv_heads * GROUPS[seed % 3],
@@ -42,6 +58,13 @@ def drawn(seed: int) -> ModelSettings:
         rope_theta=draw.choice((1e4, 1e5, 1e6)),
         norm_eps=draw.choice((1e-5, 1e-6)),
     )
+    settings = replace(settings, **KINDS[kind]) if kind else settings
+    if kind == "olmoe":
+        return replace(settings, dim=settings.num_heads * head_dim)
+    if kind in ("qwen2_moe", "qwen3_moe", "glm4_moe"):
+        settings = replace(settings, num_layers=settings.num_layers + 1)
+        return replace(settings, num_dense_layers=1, dense_ffn_hidden_dim=40)
+    return settings
 
 
 def test_the_shapes_are_as_different_as_they_should_be() -> None:
@@ -54,10 +77,10 @@ def test_the_shapes_are_as_different_as_they_should_be() -> None:
 
 
 @pytest.mark.trap(15)
-@pytest.mark.parametrize("seed", range(NUM_SHAPES))
-def test_logits_equal_transformers_in_float32(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("kind", "seed"), CASES)
+def test_logits_equal_transformers_in_float32(tmp_path: Path, kind: str, seed: int) -> None:
     """From weights saved as float32, bfloat16 and float16 in turn."""
-    settings = drawn(seed)
+    settings = drawn(seed, kind)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[seed // 3 % 3]
     ours, theirs, tokens = _both(tmp_path, settings, saved=dtype, computed=torch.float32, seed=seed)
     with torch.no_grad():
@@ -66,25 +89,30 @@ def test_logits_equal_transformers_in_float32(tmp_path: Path, seed: int) -> None
 
 
 @pytest.mark.trap(15)
-@pytest.mark.parametrize("seed", range(NUM_SHAPES))
-def test_logits_equal_transformers_in_bfloat16(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("kind", "seed"), CASES)
+def test_logits_equal_transformers_in_bfloat16(tmp_path: Path, kind: str, seed: int) -> None:
     """With transformers' choice of experts, from which ours differs at near-ties alone.
 
     transformers multiplies the router in bfloat16 and we in float32, so that a near-tie may go
     either way; a token that goes elsewhere has another output, not a rounded one.
     """
-    settings = drawn(seed)
+    settings = drawn(seed, kind)
     ours, theirs, tokens = _both(
         tmp_path, settings, saved=torch.bfloat16, computed=torch.bfloat16, seed=seed
     )
     # Both round what they hand on, independently: in a layer the two norms, queries, keys, values,
     # the two of rotation, scores, attention, its output, gate, silu, product, expert, weighted sum
-    # and the two residuals; embedding is exact; and at the end norm and logits. A rounding is at
-    # most half an eps, and they add up as a random walk does.
-    roundings = 2 * (17 * settings.num_layers + 2)
+    # and the two residuals; embedding is exact; and at the end norm and logits. Biases, norms of
+    # queries and keys, and shared experts (gate, silu, product, output, sum) have theirs too. A
+    # rounding is at most half an eps, and they add up as a random walk does.
+    in_layer = 17 + 2 * settings.qk_norm + 3 * settings.attention_bias
+    in_layer += 5 * bool(settings.num_shared_experts)
+    roundings = 2 * (in_layer * settings.num_layers + 2)
     bound = torch.finfo(torch.bfloat16).eps / 2 * roundings**0.5
     chosen: list[Tensor] = []
     for layer in theirs.model.layers if settings.is_moe else ():
+        if not hasattr(layer.mlp, "gate"):
+            continue  # a dense first layer
         layer.mlp.gate.register_forward_hook(lambda *args: chosen.append(args[-1][-1]))
     with torch.no_grad():
         expected = theirs(tokens).logits.float()
