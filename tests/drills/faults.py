@@ -22,7 +22,7 @@ class Fault:
     phase: str
     layer: int | None = None
     action: str = "kill"
-    """`kill`, `stop`, `loop`, `raise` or `out of memory`."""
+    """`kill`, `stop`, `loop`, `raise`, `out of memory`, or `hold` (tests/support/held_run.py)."""
     rank: int = 1
     step: int = 25
     """Steps taken before."""

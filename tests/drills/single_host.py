@@ -22,6 +22,7 @@ from tests.drills.drill import (
     time_of,
 )
 from tests.drills.faults import POINTS, VARIABLE, Fault, on, variables
+from tests.support.held_run import Hold
 from tests.support.runs import write_shards
 
 HANG_SECONDS = 10
@@ -81,9 +82,9 @@ def error_of_the_code(site: Site) -> Result:
 def driver_killed(site: Site) -> Result:
     """The command itself is killed; its ranks end, and the same command resumes the run."""
     whole, result = site.undisturbed(), Result(drill="driver killed", target=KILL_TARGET)
-    run = Run(site, "driver")
-    with run.started() as process:
-        run.wait_for_step(25)
+    run, hold = Run(site, "driver"), Hold(site.folder / "held", step=25)
+    with run.started(environment=hold.environment) as process:
+        run.wait_for("step 25", hold.is_held)
         ranks = run.ranks()
         fault_time = time.time()
         process.kill()
@@ -147,9 +148,11 @@ def clock_jump(site: Site, *, seconds: int) -> Result:
     whole, clock = site.undisturbed(), Clock.right(site.folder / f"clock_{way}")
     names = [VARIABLE, *clock.environment]
     run = Run(site, slug(result.drill), f"launch.pass_env=[{','.join(names)}]")
-    with run.started(environment=clock.environment) as process:
-        run.wait_for_step(25)
+    hold = Hold(site.folder / f"held_{way}", step=25)
+    with run.started(environment=hold.environment | clock.environment) as process:
+        run.wait_for("step 25", hold.is_held)
         clock.jump(seconds)
+        hold.release()
         process.wait(timeout=TIMEOUT_SECONDS)
     ended_well(run, process, result)
     for kind in ("save", "finish"):  # of a rank, of the driver

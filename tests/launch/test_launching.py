@@ -24,6 +24,7 @@ import pytest
 
 from moetrain.checkpoint.folders import next_attempt
 from moetrain.train.prepare import newest_manifest
+from tests.support.held_run import PASS_HOLD, Hold
 from tests.support.runs import events_of, metrics_of, write_shards
 
 TINY = [
@@ -71,11 +72,15 @@ def moetrain(folder: Path, shards: Path, *overrides: str) -> subprocess.Complete
 
 
 @contextlib.contextmanager
-def started(folder: Path, shards: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    folder: Path, shards: Path, *overrides: str, hold: Hold | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Starts the command; whatever is left of it at the end is killed."""
+    held = [PASS_HOLD] if hold else []
     process = subprocess.Popen(
-        command(shards, *overrides), cwd=folder, text=True, start_new_session=True,
+        command(shards, *overrides, *held), cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | (hold.environment if hold else {}),
     )  # fmt: skip
     try:
         yield process
@@ -93,6 +98,24 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 120) -
                 return found
         time.sleep(0.02)
     raise AssertionError(f"no {what} within {seconds} s")
+
+
+@pytest.fixture
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
+    """Holds a run of 60 steps at the 13th."""
+    return Hold(tmp_path_factory.mktemp("hold"), step=13)
+
+
+def stopping(process: "subprocess.Popen[str]", hold: Hold) -> str:
+    """Releases a held run once it has heard that it is to stop; returns what it said."""
+    assert process.stderr
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "stopping: checkpointing after this step" in line:
+            break
+    hold.release()
+    return "".join(said)
 
 
 def reached(folder: Path, step: int, *, name: str = "tiny") -> Callable[[], bool]:
@@ -157,14 +180,20 @@ def test_a_users_launch_beside_a_run_is_run_by_no_rank(
     ],
 )
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
-    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], mode: str, stop: signal.Signals
+    tmp_path: Path,
+    shards: Path,
+    undisturbed: list[dict[str, Any]],
+    mode: str,
+    stop: signal.Signals,
+    hold: Hold,
 ) -> None:
     how = RAY if mode == "ray" else ["launch.mode=inline"]
-    with started(tmp_path, shards, *how) as process:
-        wait_for(reached(tmp_path, 13), "step 13")
+    with started(tmp_path, shards, *how, hold=hold) as process:
+        wait_for(hold.is_held, "step 13")
         process.send_signal(stop)
+        said = stopping(process, hold)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    assert process.returncode == 75, said + errors
     stopped = events_of(tmp_path)[-1]
     assert stopped["event"] == "stop"
     assert (tmp_path / "runs/tiny/checkpoints/latest").read_text() == f"step_{stopped['step']:08d}"
@@ -180,6 +209,7 @@ def test_a_clouds_warning_saves_and_exits_75_and_the_same_command_goes_on(
     shards: Path,
     undisturbed: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
+    hold: Hold,
 ) -> None:
     """The machine of the command itself will be preempted: there is nowhere to move to."""
     said = tmp_path / "cloud/computeMetadata/v1/instance/preempted"
@@ -189,14 +219,12 @@ def test_a_clouds_warning_saves_and_exits_75_and_the_same_command_goes_on(
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{service.server_port}")
-        with started(tmp_path, shards, *RAY, "cluster.spot_warnings=gcp") as process:
-            wait_for(reached(tmp_path, 13), "step 13")
-            rank = rank_pids(tmp_path)[1]
-            os.kill(rank, signal.SIGSTOP)  # the run would be done before the service is asked again
+        with started(tmp_path, shards, *RAY, "cluster.spot_warnings=gcp", hold=hold) as process:
+            wait_for(hold.is_held, "step 13")
             said.write_text("TRUE")
             assert process.stderr
             told = next(line for line in process.stderr if "will be preempted" in line)
-            os.kill(rank, signal.SIGCONT)
+            hold.release()
             output, errors = process.communicate(timeout=60)
         service.shutdown()
     assert process.returncode == 75, errors
@@ -227,14 +255,15 @@ def test_a_signal_before_the_first_step_exits_75_too(
 
 
 def test_an_attempt_with_a_successor_ends_itself_and_writes_no_more(
-    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], hold: Hold
 ) -> None:
     """As where a command on another machine, which can't reach this one, has taken the run over."""
-    with started(tmp_path, shards, *RAY) as process:
-        wait_for(reached(tmp_path, 13), "step 13")
+    with started(tmp_path, shards, *RAY, hold=hold) as process:
+        wait_for(hold.is_held, "step 13")
         ranks = rank_pids(tmp_path)
         for rank in ranks:
             os.kill(rank, signal.SIGSTOP)
+        hold.release()
         written, saved = metrics_of(tmp_path), newest_manifest(tmp_path / "runs/tiny")
         next_attempt(tmp_path / "runs/tiny/checkpoints")
         for rank in ranks:
@@ -250,23 +279,25 @@ def test_an_attempt_with_a_successor_ends_itself_and_writes_no_more(
     assert metrics_of(tmp_path) == undisturbed
 
 
-def test_ctrl_c_of_a_whole_terminal_stops_after_saving(tmp_path: Path, shards: Path) -> None:
+def test_ctrl_c_of_a_whole_terminal_stops_after_saving(
+    tmp_path: Path, shards: Path, hold: Hold
+) -> None:
     """A terminal sends SIGINT to every process of the group, the ranks and Ray's own included."""
-    with started(tmp_path, shards, *RAY) as process:
-        wait_for(reached(tmp_path, 13), "step 13")
+    with started(tmp_path, shards, *RAY, hold=hold) as process:
+        wait_for(hold.is_held, "step 13")
         os.killpg(process.pid, signal.SIGINT)
+        said = stopping(process, hold)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    assert process.returncode == 75, said + errors
     assert "failure" not in kinds(tmp_path)
 
 
 def test_a_second_signal_ends_at_once_and_loses_nothing(
-    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], hold: Hold
 ) -> None:
-    with started(tmp_path, shards, *RAY) as process:
-        wait_for(reached(tmp_path, 13), "step 13")
+    with started(tmp_path, shards, *RAY, hold=hold) as process:
+        wait_for(hold.is_held, "step 13")  # so that the first signal alone would not end it
         ranks = rank_pids(tmp_path)
-        os.kill(ranks[1], signal.SIGSTOP)  # so that the first signal alone would not end it
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)  # so soon it is the same stop, passed on
@@ -281,17 +312,17 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(
 
 
 def test_a_rank_lost_while_stopping_is_no_failure_of_the_run(
-    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], hold: Hold
 ) -> None:
-    with started(tmp_path, shards, *RAY) as process:
-        wait_for(reached(tmp_path, 13), "step 13")
+    with started(tmp_path, shards, *RAY, hold=hold) as process:
+        wait_for(hold.is_held, "step 13")
         rank = rank_pids(tmp_path)[1]
         os.kill(rank, signal.SIGSTOP)  # so that it is still there when it is killed
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
+        said = stopping(process, hold)
         os.kill(rank, signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    assert process.returncode == 75, said + errors
     assert kinds(tmp_path).count("attempt") == 1
     done = moetrain(tmp_path, shards, *RAY)
     assert done.returncode == 0, done.stderr
@@ -362,11 +393,13 @@ def test_a_closed_terminal_stops_the_run_after_saving(tmp_path: Path, shards: Pa
 
 
 def test_a_hung_rank_is_reported_and_replaced(
-    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]]
+    tmp_path: Path, shards: Path, undisturbed: list[dict[str, Any]], hold: Hold
 ) -> None:
-    with started(tmp_path, shards, *RAY, "launch.hang_timeout_seconds=20") as process:
-        wait_for(reached(tmp_path, 25), "step 25")
+    overrides = [*RAY, "launch.hang_timeout_seconds=20"]
+    with started(tmp_path, shards, *overrides, hold=hold) as process:
+        wait_for(hold.is_held, "step 13")
         os.kill(rank_pids(tmp_path)[1], signal.SIGSTOP)
+        hold.release()
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     (failure,) = [e for e in events_of(tmp_path) if e["event"] == "failure"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from launch.sweeps.table import Result, Trial, varied_settings, write_table
 from tests.launch.test_launching import TINY, kinds, reached, wait_for
+from tests.support.held_run import PASS_HOLD, Hold, hold_environment
 from tests.support.ray_head import RayHead, ray_head
 from tests.support.runs import events_of, metrics_of, write_shards
 
@@ -30,8 +32,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with ray_head(num_cpus=4, PYTHONPATH=str(ROOT)) as started:
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder in which a `Hold` holds the head's runs."""
+    return tmp_path_factory.mktemp("held")
+
+
+@pytest.fixture(scope="module")
+def head(held: Path) -> Iterator[RayHead]:
+    with ray_head(num_cpus=4, **hold_environment(held)) as started:
         yield started
 
 
@@ -48,7 +56,7 @@ def undisturbed(head: RayHead, shards: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def on_cluster() -> list[str]:
-    return [EXPERTS, "run.name=s", "launch.address=auto", "launch.num_workers=2"]
+    return [EXPERTS, "run.name=s", "launch.address=auto", "launch.num_workers=2", PASS_HOLD]
 
 
 @contextlib.contextmanager
@@ -167,16 +175,22 @@ class TestOnACluster:
 
     @pytest.mark.parametrize("how", ["Ctrl-C", "ray job stop"])
     def test_a_stop_saves_every_trial_and_the_same_command_goes_on(
-        self, tmp_path: Path, head: RayHead, shards: Path, undisturbed: Path, how: str
+        self,
+        tmp_path: Path,
+        head: RayHead,
+        held: Path,
+        shards: Path,
+        undisturbed: Path,
+        how: str,
     ) -> None:
         """`ray job stop` signals the sweep and its trials, which the sweep then signals as well."""
-        module = "moetrain" if how == "Ctrl-C" else "launch.submit"
-        # One that isn't compared afterwards can't end before the other has come as far.
-        more = [] if how == "Ctrl-C" else ["train.num_steps=100000"]
-        with sweep(tmp_path, shards, *on_cluster(), *more, env=head.env, module=module) as process:
-            for name in ("s-1", "s-2"):
-                wait_for(reached(tmp_path, 13, name=name), f"step 13 of {name}", seconds=500)
+        module, hold = "moetrain" if how == "Ctrl-C" else "launch.submit", Hold(held, step=13)
+        with sweep(tmp_path, shards, *on_cluster(), env=head.env, module=module) as process:
+            wait_for(partial(hold.is_held, runs=2), "step 13 of both", seconds=500)
             process.send_signal(signal.SIGINT)
+            for number in (1, 2):
+                wait_for(partial(has_said, tmp_path, number, STOPPING), "stop", seconds=100)
+            hold.release()
             output, errors = process.communicate(timeout=500)
         assert process.returncode == 75, errors + output
         ends = {t["trial"]: t["end"] for t in trials_of(tmp_path)}
@@ -191,6 +205,15 @@ class TestOnACluster:
             assert process.returncode == 0, errors
             for name in ("s-1", "s-2", "s-3"):
                 assert metrics_of(tmp_path, name) == metrics_of(undisturbed, name)
+
+
+STOPPING = "stopping: checkpointing after this step"
+
+
+def has_said(folder: Path, number: int, text: str) -> bool:
+    """Returns whether a trial of the newest sweep has said something."""
+    sweep_folder = max((folder / "runs/sweeps").iterdir())
+    return text in (sweep_folder / f"trial_{number}.log").read_text()
 
 
 def trial(number: int, folder: Path, **varied: str) -> Trial:

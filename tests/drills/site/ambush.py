@@ -118,7 +118,17 @@ class _Ambush:
             and dist.get_rank() == self._fault["rank"]
         )
 
+    def _hold(self) -> None:
+        """Waits until the test releases all runs that it holds."""
+        mark = Path(self._fault["mark"])
+        mark.with_name(f"{mark.name}.{os.getpid()}").touch()
+        while not mark.with_name("released").exists():
+            time.sleep(0.01)
+
     def _inject(self, where: str) -> None:
+        if self._fault["action"] == "hold":
+            self._hold()
+            return
         mark = {"time": time.time(), "pid": os.getpid(), "where": where}
         try:
             with open(self._fault["mark"], "x") as file:
