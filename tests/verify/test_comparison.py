@@ -10,7 +10,7 @@ from moetrain.checks import ConfigError
 from moetrain.settings import Config
 from moetrain.settings.validation import validated
 from moetrain.verify.comparison import Difference, difference, kind_of, parts, worst
-from moetrain.verify.layouts import REFERENCE, Layout, layouts_for
+from moetrain.verify.layouts import EXCHANGES, REFERENCE, Layout, layouts_for
 from moetrain.verify.memory import needed_gib, require_memory
 from moetrain.verify.tolerance import EPS, tolerances
 from tests.test_config import compose_preset, toy
@@ -30,6 +30,7 @@ def test_all_degrees_of_four_ranks_are_tried_and_each_once() -> None:
         for la in layouts
         if la.num_ranks == 4 and la.num_micro_batches == 1
     }
+    assert {la.exchange for la in layouts} == {None, *EXCHANGES}
     assert of_four == {(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)}
     assert Layout(num_micro_batches=4) in layouts
     assert Layout(recompute="full") in layouts
@@ -113,8 +114,9 @@ def test_tolerances_grow_with_the_root_of_the_sums_and_stay_below_one_lost_token
     assert narrow.gradient < 1 / 4096
     assert narrow.gradients(size=0.0, total=1.0) == narrow.gradient
     assert narrow.gradients(size=0.01, total=1.0) == narrow.gradient + 100 * EPS
-    assert narrow.weights(steps=3, size=1.0, moved=0.0) == 3 * narrow.gradient
-    assert narrow.weights(steps=1, size=1.0, moved=0.1) == narrow.gradient + 10 * EPS
+    assert narrow.weights(steps=3, size=1.0, moved=0.0) == 0.0
+    assert narrow.weights(steps=3, size=1.0, moved=0.0, decays=True) == 3 * EPS
+    assert narrow.weights(steps=1, size=1.0, moved=0.1) == 0.1 * narrow.gradient + EPS
 
 
 @pytest.mark.parametrize(
