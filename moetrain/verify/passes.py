@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from data_pipeline.quantities import binary_size
 from moetrain.checks import ConfigError
 from moetrain.optim import learning_rate
 from moetrain.settings import Config, OptimSettings
 from moetrain.verify.absolute import reference_rates
 from moetrain.verify.layouts import REFERENCE, Layout, all_at_once, layouts_for, those_possible
+from moetrain.verify.memory import GIB, available_gib, reference_gib
 from moetrain.verify.reference.scope import unknown_settings
 from moetrain.verify.settings import VerifySettings
 from moetrain.verify.tolerance import (
@@ -103,6 +105,12 @@ def plan_passes(config: Config, settings: VerifySettings) -> Plan:
     refused = tuple(unknown_settings(config if name in NAMES else plain))
     if refused:
         not_covered.append(f"float64 reference: it can't compute {', '.join(refused)}")
+    elif (needed := reference_gib(config)) > available_gib():
+        refused = (f"train.seq_len={config.train.seq_len}",)
+        not_covered.append(
+            f"float64 reference: {refused[0]} needs {binary_size(needed * GIB)} of memory, for "
+            "attention's whole matrix: lower it, or the model's size"
+        )
     if config.schedule.name not in ("cosine", "wsd", "constant"):
         not_covered.append(f"schedule.name={config.schedule.name}: its rates are taken as they are")
     return Plan(passes=tuple(passes), reference_refuses=refused, not_covered=tuple(not_covered))

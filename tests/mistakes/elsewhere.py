@@ -318,4 +318,12 @@ MISTAKES = (
         wrong="lag = settings.durable_seconds",
         test="tests/launch/test_simulate.py",
     ),
+    Mistake(
+        name="attention crosses document ends",
+        file="moetrain/train/micro_batch.py",
+        right="documents=Documents.of(starts[number], device=device) if mask_documents else None",
+        wrong="documents=None",
+        test="tests/verify/test_reference.py",
+        verify=True,
+    ),
 )
