@@ -108,13 +108,14 @@ def summed_tolerances(model: ModelSettings, *, num_terms: int) -> Tolerances:
 class AdamErrors:
     """What one AdamW update may be off by, given what its gradients may be off by.
 
-    With m and v the means of gradients g_k and of their squares, weighted with a_k and b_k, and d
-    the error of a gradient's element: m is off by at most sum a_k · d, and sqrt(v), as a weighted
-    Euclidean norm, by at most sqrt(sum b_k · d²). By Cauchy and Schwarz
-    sum a_k · |g_k| <= spread · sqrt(v), with spread² = sum a_k² / b_k. So the update
-    u = m / (sqrt(v) + eps) is off by at most (1 + |u|) · d / (sqrt(v) + eps), and never by more
-    than spread + |u|: that is where an element's gradient is nothing but rounding and its sign is
-    open. An element that never had a gradient has no error.
+    With m and v the means of gradients g_k and of their squares, weighted with a_k and b_k, let
+    each g_k be off by a share t of its size. Then sqrt(v), a weighted Euclidean norm, is off by at
+    most t · sqrt(v), and m by t · sum a_k · |g_k|, which by Cauchy and Schwarz is at most
+    t · spread · sqrt(v) with spread² = sum a_k² / b_k. So with d = t · sqrt(v), spread over the
+    elements of a tensor evenly, the update u = m / (sqrt(v) + eps) of an element is off by at most
+    (spread + |u|) · d / (sqrt(v) + eps), and never by more than spread + |u|: that is where a
+    gradient is nothing but rounding and its sign is open. An element that never had a gradient has
+    no error.
     """
 
     settings: OptimSettings
@@ -142,5 +143,5 @@ class AdamErrors:
         u = (m.double() / corrected1 / scale).abs()
         each = error / corrected2 / elements**0.5
         largest = spread * corrected2 / corrected1 + u
-        off = torch.minimum(largest, (1 + u) * each / scale) + 4 * EPS * u
+        off = largest * (each / scale).clamp_max(1.0) + 4 * EPS * u
         return lr * float(off[root > 0].norm()), *moments

@@ -199,11 +199,15 @@ class _Comparison:
         if not skipped:
             self._decay *= 1 - trial.rates[step] * optim.weight_decay
             self._updates += 1
-        if trial.grows and step not in (0, len(trial.rates) - 1):
+        is_last = step == len(trial.rates) - 1
+        # Of steps that grow apart the last one says all; the first is the compute dtype's.
+        writes = trial.records is not None and (is_last or step == 0 or not trial.grows)
+        compares = trial.against is not None and (is_last or not trial.grows)
+        if not (writes or compares):
             return
         weights = dict(_gathered(self._model))
         state = _state(self._model, self._optimizer)
-        if trial.records is not None:
+        if writes and trial.records is not None:
             update = Update(
                 before=self._before,
                 weights=weights,
@@ -217,8 +221,7 @@ class _Comparison:
                 lr=0.0 if skipped else trial.rates[step],
                 tolerances=trial.tolerances,
             )
-        # Of steps that grow apart the last one says all.
-        if trial.against is not None and (not trial.grows or step == len(trial.rates) - 1):
+        if compares and trial.against is not None:
             theirs = records.load(trial.against, records.after_file(step))
             note = "" if trial.grows else f" after step {step + 1}"
             steps = step + 1 if trial.grows else 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,8 @@ def what_it_sees(found: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {', '.join(columns)}" for name, columns in seen.items())
 
 
-def test_sees(code: Path, test: str) -> bool:
-    """Returns whether a test, one of its cases, or a fast test of a file fails on the code.
+def failing_test(code: Path, test: str) -> str | None:
+    """Returns the first test that fails on the code in a folder: of a file its fast ones, or one.
 
     Raises RuntimeError for a test that isn't there, or that was skipped.
     """
@@ -54,7 +55,8 @@ def test_sees(code: Path, test: str) -> bool:
     )  # fmt: skip
     if said.returncode not in (0, 1) or (said.returncode == 0 and " passed" not in said.stdout):
         raise RuntimeError(f"{test} ended with {said.returncode}: {said.stdout}{said.stderr}")
-    return said.returncode == 1
+    found = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", said.stdout, re.MULTILINE)
+    return found[0] if said.returncode == 1 else None
 
 
 def _run(code: Path, *words: str, cwd: Path, timeout: int) -> subprocess.CompletedProcess[str]:
