@@ -71,9 +71,8 @@ def judge(mistake: Mistake, code: Path, run: Path, *, only: str | None) -> tuple
 
 def require_passing(code: Path, mistakes: list[Mistake]) -> None:
     """Raises RuntimeError where a test fails without any mistake: it would see all of them."""
-    for test in dict.fromkeys(mistake.test for mistake in mistakes):
-        if failed := failing_test(code, test):
-            raise RuntimeError(f"{failed} fails on the code as it is")
+    if failed := failing_test(code, *dict.fromkeys(mistake.test for mistake in mistakes)):
+        raise RuntimeError(f"{failed} fails on the code as it is")
 
 
 def machine() -> str:

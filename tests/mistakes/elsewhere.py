@@ -274,7 +274,7 @@ MISTAKES = (
         file="moetrain/checkpoint/folders.py",
         right="key=lambda s: (s.attempt, s.step), reverse=True",
         wrong="key=lambda s: (s.step, s.attempt), reverse=True",
-        test="tests/checkpoint/test_store.py",
+        test="tests/checkpoint/test_folders.py",
     ),
     Mistake(
         name="imported experts are not transposed",

@@ -43,20 +43,25 @@ def what_it_sees(found: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {', '.join(columns)}" for name, columns in seen.items())
 
 
-def failing_test(code: Path, test: str) -> str | None:
-    """Returns the first test that fails on the code in a folder: of a file its fast ones, or one.
+def failing_test(code: Path, *tests: str) -> str | None:
+    """Returns the first of some tests that fails on the code in a folder; of a file, its fast ones.
 
-    Raises RuntimeError for a test that isn't there, or that was skipped.
+    Raises RuntimeError for a test that isn't there, or where all are skipped.
     """
-    which = "" if "::" in test else "not slow"
-    said = _run(
-        code, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, test,
-        cwd=code, timeout=600,
-    )  # fmt: skip
-    if said.returncode not in (0, 1) or (said.returncode == 0 and " passed" not in said.stdout):
-        raise RuntimeError(f"{test} ended with {said.returncode}: {said.stdout}{said.stderr}")
-    found = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", said.stdout, re.MULTILINE)
-    return found[0] if said.returncode == 1 else None
+    named = [test for test in tests if "::" in test]
+    for which, chosen in (("", named), ("not slow", [t for t in tests if t not in named])):
+        if not chosen:
+            continue
+        said = _run(
+            code, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, *chosen,
+            cwd=code, timeout=1200,
+        )  # fmt: skip
+        if said.returncode not in (0, 1) or (said.returncode == 0 and " passed" not in said.stdout):
+            raise RuntimeError(f"{chosen} ended with {said.returncode}: {said.stdout}{said.stderr}")
+        if said.returncode == 1:
+            found = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", said.stdout, re.MULTILINE)
+            return found[0] if found else chosen[0]
+    return None
 
 
 def _run(code: Path, *words: str, cwd: Path, timeout: int) -> subprocess.CompletedProcess[str]:
