@@ -196,3 +196,27 @@ def test_an_adam_update_is_off_by_more_where_a_gradient_is_next_to_nothing() -> 
     assert of(even) == pytest.approx(10 * 2 * 1e-4, rel=0.02)
     assert of(uneven) > 1.9, "the sign of the first element is open"
     assert of(torch.zeros(5)) == 0.0
+
+
+def test_an_optimizer_of_an_extension_has_no_pass_and_the_others_have_their_reference() -> None:
+    given = config()
+    object.__setattr__(given.optim, "name", "of_an_extension")
+    plan = passes.plan_passes(given, VerifySettings(num_ranks=1))
+    assert [part.name for part in plan.passes] == ["layouts", "compute dtype"]
+    assert plan.reference_refuses == ()
+    (said,) = plan.not_covered
+    assert said.startswith("optimizer pass: optim.name=of_an_extension")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "once", "rounds", "most"),
+    [(None, True, 1, 2.0), ("each", False, 1, 2.0), ("2 rounds", True, 2, 2.0),
+     ("recomputed", True, 1, 1.0)],
+)  # fmt: skip
+def test_a_layout_forces_its_way_of_the_exchange(
+    exchange: str | None, once: bool, rounds: int, most: float
+) -> None:
+    layout = Layout(num_ranks=2, expert_degree=2, exchange=exchange)
+    found = layout.of(config()).parallel.exchange
+    assert (found.send_once, found.num_rounds, found.max_load) == (once, rounds, most)
+    assert str(layout).endswith("replicate 1" if exchange is None else f"exchange {exchange}")
