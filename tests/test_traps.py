@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRAPS = (*range(1, 13), 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+TRAPS = (*range(1, 13), 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 33)
 
 
 def guards() -> dict[int, set[str]]:

@@ -37,13 +37,14 @@ def require_memory(config: Config, *, num_ranks: int, available: float | None = 
 def needed_gib(config: Config, *, num_ranks: int) -> float:
     """Returns an upper estimate of what all ranks of the largest layout, and files, take.
 
-    In float32: with every rank a replica, weights and gradients of each; the gathered copies
-    that FSDP, the comparison and the reference's files make; and the activations of the whole
-    batch, which are in memory at once where it isn't split into micro-batches.
+    In float32: weights, gradients and Adam's moments; the copies of weights and moments that each
+    rank gathers to compare them; or five in float64 in the reference; what FSDP gathers; and the
+    activations of the whole batch, which are in memory at once where it isn't split into
+    micro-batches.
     """
     model, train = config.model, config.train
     weights = 4 * total_parameters(model)
-    copies = max(2 * num_ranks + 2, 6) + 2
+    copies = max(3 * num_ranks + 4, 10) + 2
     tokens = train.global_batch_size * train.seq_len
     copies_of_token = model.top_k + model.num_shared_experts
     inner = copies_of_token * (5 * model.ffn_hidden_dim + 4 * model.dim)
@@ -52,6 +53,23 @@ def needed_gib(config: Config, *, num_ranks: int) -> float:
     layer = 4 * tokens * (inner + outer)
     head = 4 * 3 * min(tokens, model.loss_chunk_size * num_ranks) * model.vocab_size
     return (copies * weights + model.num_layers * layer + head) / GIB + num_ranks * RANK_GIB
+
+
+def reference_gib(config: Config) -> float:
+    """Returns an upper estimate of what the float64 reference takes, on one sequence at a time.
+
+    It has attention's whole matrix: scores, probabilities and the gradient of one of them.
+    """
+    model, seq_len = config.model, config.train.seq_len
+    attention = 3 * model.num_heads * seq_len**2
+    inner = model.top_k * 5 * model.ffn_hidden_dim + 5 * model.num_shared_experts * (
+        model.ffn_hidden_dim
+    )
+    inner = max(inner, 5 * (model.dense_ffn_hidden_dim or 0))
+    layer = attention + seq_len * (inner + 20 * model.dim)
+    head = 4 * seq_len * model.vocab_size
+    numbers = 5 * total_parameters(model) + model.num_layers * layer + head
+    return 8 * numbers / GIB + RANK_GIB
 
 
 def available_gib() -> float:

@@ -1,27 +1,29 @@
-"""What one rank of a layout does: it trains on the batches and compares with the reference.
+"""What one rank of a layout does: it trains on the batches and compares with a reference.
 
-The model, its sharding and the step are those of training. The reference writes its first
-gradients, its weights and its routing into the folder of the verification; every rank of
-another layout reads them there, so that nothing large passes between processes.
+The model, its sharding and the step are those of training. What others compare with is written
+into a folder (`records.py`); every rank of another layout reads it there, so that nothing large
+passes between processes.
 """
 
 import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from data_pipeline import Batch
 from data_pipeline.extensions import load_recorded
+from moetrain.checkpoint.blocks import held
 from moetrain.model import Transformer
 from moetrain.parallel import plain_name
 from moetrain.settings import Resolved
@@ -30,38 +32,58 @@ from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.objective import build_objective
 from moetrain.train.step import train_step
 from moetrain.train.step_report import StepReport, build_metrics
-from moetrain.verify.comparison import KINDS, Difference, difference, kind_of, norm, parts, worst
+from moetrain.verify import records
+from moetrain.verify.comparison import Difference, worst
 from moetrain.verify.ranks import Tell
+from moetrain.verify.records import GRADIENTS, REPORTS, Tensors, Update
+from moetrain.verify.routing import RoutingWatch
 from moetrain.verify.tolerance import Tolerances
 
 CPU = torch.device("cpu")
-GRADIENTS, WEIGHTS, MOVED, REPORTS = "gradients.pt", "weights.pt", "moved.pt", "reports.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One layout to try, and the folder of the verification with its batches."""
+    """One layout to try, with the folders of its batches and records."""
 
     config: Resolved
     """Resolved in the layout."""
-    folder: Path
-    num_steps: int
+    batches: Path
+    rates: tuple[float, ...]
+    """The learning rate of each step."""
     tolerances: Tolerances
-    is_reference: bool
+    tie_tolerance: float
+    """How far scores of experts may be apart, of a token's largest, for rounding to decide."""
+    against: Path | None
+    """The records to compare with; None: nothing."""
+    records: Path | None
+    """Where to write records for others to compare with; None: nowhere."""
     timeout_seconds: float
+    one_by_one: Path | None = None
+    """Records whose weights every step begins from, so that each step is compared by itself."""
+    skipped_step: int | None = None
+    """A step whose gradient is made infinite on one rank."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether each step begins from weights that are further apart."""
+        return self.one_by_one is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one rank found. Differences are by column; the reference has none."""
+    """What one rank found. Differences are by column; there are none without a reference."""
 
     losses: list[float]
     grad_norms: list[float]
+    """Of the steps that were not skipped."""
     differences: dict[str, Difference]
     near_ties: int
     """Choices of experts, over all steps and layers, that differ by rounding alone."""
     digest: str
     """Of all gathered weights: equal on every rank, so that replicas are bit-equal."""
+    chosen_again: tuple[int, ...] = ()
+    """Layers whose backward pass chose experts a second time."""
 
 
 def write_batches(folder: Path, batches: list[Batch]) -> None:
@@ -73,6 +95,13 @@ def write_batches(folder: Path, batches: list[Batch]) -> None:
         np.savez(folder / f"batch_{step}.npz", **arrays)
 
 
+def read_batch(folder: Path, step: int, sequences: range | None = None) -> Batch:
+    """Returns a step's global batch, or some of its sequences."""
+    with np.load(folder / f"batch_{step}.npz") as whole:
+        part = slice(None) if sequences is None else slice(sequences.start, sequences.stop)
+        return Batch(**{name: whole[name][part] for name in whole.files})
+
+
 def run_trial(trial: Trial, tell: Tell) -> Measured:
     """Trains as one rank of an already joined world; all ranks of the layout call it."""
     logging.disable(logging.WARNING)  # an unbalanced first step is no news here
@@ -82,116 +111,158 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
         config, device=CPU, timeout_seconds=trial.timeout_seconds
     )
     mine = meshes.share.sequences(config.train.global_batch_size)
-    initial = dict(_gathered(model)) if trial.is_reference else {}
+    comparison = _Comparison(trial, model, optimizer)
     clip = gradients.clip
-    found: dict[str, Difference | None] = {}
 
     def look_and_clip() -> float:
         # Before clipping, so that a wrong scale shows where it is and not in every tensor; at the
         # first step only, because from the second on all gradients follow from other weights.
         if step == 0:
-            found.update(_gradients(trial, model))
+            comparison.of_gradients()
+        if step == trial.skipped_step:
+            _make_infinite(model)
         return clip()
 
     gradients.clip = look_and_clip  # type: ignore[method-assign]
-    watch = RoutingWatch(trial)
+    watch = RoutingWatch(
+        seq_len=config.train.seq_len,
+        against=trial.against,
+        records=trial.records,
+        tolerance=trial.tie_tolerance,
+    )
     metrics = build_metrics(config.observe)
     reports: list[StepReport] = []
-    for step in range(trial.num_steps):
+    for step, rate in enumerate(trial.rates):
         tell(step)
         reports.append(
             train_step(
-                watch.begin(step, _read(trial, step, mine), first_sequence=mine.start),
+                watch.begin(
+                    step,
+                    _read(trial, step, mine),
+                    first_sequence=mine.start,
+                    grows=trial.grows,
+                ),
                 model=model,
                 objective=build_objective(config.train),
                 optimizer=optimizer,
                 gradients=gradients,
                 meshes=meshes,
-                learning_rate=config.optim.lr,
+                learning_rate=rate,
                 metrics=metrics,
+                begin=watch.enter,
             )
         )
         watch.end()
-    weights, digest = _weights(trial, model, initial)
-    figures = [_figures(report) for report in reports]
-    if trial.is_reference:
-        torch.save(figures, trial.folder / REPORTS)
-    else:
-        found |= {"weights": weights} | _reports(trial, figures)
+        comparison.after(step, skipped=reports[-1].skipped)
+    comparison.of_reports([_figures(report) for report in reports])
     return Measured(
         losses=[report.loss for report in reports],
-        grad_norms=[report.grad_norm for report in reports],
-        differences={column: found[column] for column in found if found[column]},  # type: ignore[misc]
+        grad_norms=[r.grad_norm for s, r in enumerate(reports) if s != trial.skipped_step],
+        differences=comparison.worst(),
         near_ties=watch.near_ties,
-        digest=digest,
+        digest=_digest(dict(_gathered(model))),
+        chosen_again=tuple(sorted(watch.chosen_again)),
     )
 
 
-class RoutingWatch:
-    """Observes each router's choice, and resolves near-ties as in the reference.
+class _Comparison:
+    """One rank's view: writes records, compares with those of the reference, step by step."""
 
-    Two experts whose scores are equal up to rounding may be chosen differently in two layouts.
-    Neither choice is wrong, but the gradients then differ by that token's part. So where a layout's
-    scores equal the reference's up to rounding, and its router would choose as the reference did
-    from the reference's scores, the reference's choice is taken and counted; otherwise the choice
-    stays, and shows as a difference.
-    """
+    def __init__(self, trial: Trial, model: Transformer, optimizer: Optimizer) -> None:
+        self._trial, self._model, self._optimizer = trial, model, optimizer
+        self._before: Tensors = {} if trial.records is None else dict(_gathered(model))
+        self._found: dict[str, list[Difference]] = {}
+        self._decay, self._updates = 1.0, 0
 
-    def __init__(self, trial: Trial) -> None:
-        self.near_ties = 0
-        self._trial = trial
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # scores and choices, by layer
-        self._step = 0
+    def worst(self) -> dict[str, Difference]:
+        """Returns the worst difference of each column that was compared."""
+        found = {column: worst(differences) for column, differences in self._found.items()}
+        return {column: difference for column, difference in found.items() if difference}
 
-    def begin(
-        self, step: int, batches: list[MicroBatch], *, first_sequence: int
-    ) -> list[MicroBatch]:
-        """Returns a step's micro-batches, observed; `first_sequence` is the index in the global
-        batch of the first one's first sequence."""
-        self._step = step
-        self._seen = {} if self._trial.is_reference else _load(self._trial, f"routing_{step}.pt")
-        token, watched = first_sequence * self._trial.config.train.seq_len, []
-        for batch in batches:
-            watched.append(replace(batch, choose=partial(self._choose, token)))
-            token += batch.tokens.numel()
-        return watched
+    def of_gradients(self) -> None:
+        """Looks at the gradients before clipping."""
+        own = {}
+        for name, parameter in self._model.named_parameters():
+            gradient = parameter.grad
+            own[plain_name(name)] = _full(
+                torch.zeros_like(parameter) if gradient is None else gradient
+            )
+        if self._trial.records is not None:
+            torch.save(own, self._trial.records / GRADIENTS)
+        if self._trial.against is not None:
+            reference = records.load(self._trial.against, GRADIENTS)
+            self._add(records.compare_gradients(own, reference, tolerances=self._trial.tolerances))
 
-    def end(self) -> None:
-        """Writes the reference's choices to a file."""
-        if self._trial.is_reference:
-            torch.save(self._seen, self._trial.folder / f"routing_{self._step}.pt")
+    def after(self, step: int, *, skipped: bool) -> None:
+        """Looks at weights and state after a step: each one's, or the last one's."""
+        trial, optim = self._trial, self._trial.config.optim
+        if not skipped:
+            self._decay *= 1 - trial.rates[step] * optim.weight_decay
+            self._updates += 1
+        is_last = step == len(trial.rates) - 1
+        # Of steps that grow apart the last one says all; the first is the compute dtype's.
+        writes = trial.records is not None and (is_last or step == 0 or not trial.grows)
+        compares = trial.against is not None and (is_last or not trial.grows)
+        if not (writes or compares):
+            return
+        weights = dict(_gathered(self._model))
+        state = _state(self._model, self._optimizer)
+        if writes and trial.records is not None:
+            update = Update(
+                before=self._before,
+                weights=weights,
+                decay=self._decay,
+                state=state,
+                updates=self._updates,
+            )
+            records.write_update(
+                *(trial.records, step, update),
+                optim=optim,
+                lr=0.0 if skipped else trial.rates[step],
+                tolerances=trial.tolerances,
+            )
+        if compares and trial.against is not None:
+            theirs = records.load(trial.against, records.after_file(step))
+            note = "" if trial.grows else f" after step {step + 1}"
+            steps = step + 1 if trial.grows else 1
+            for column, found in (
+                ("weights", records.compare_weights(
+                    weights, theirs, steps=steps, tolerances=trial.tolerances, note=note
+                )),
+                ("state", records.compare_state(
+                    state, theirs, tolerances=trial.tolerances, note=note
+                )),
+            ):  # fmt: skip
+                self._found.setdefault(column, []).extend(found)
+        if trial.one_by_one is not None:
+            theirs = records.load(trial.one_by_one, records.after_file(step))
+            _take_weights(self._model, theirs["weights"])
+            self._before, self._decay = dict(_gathered(self._model)), 1.0
 
-    def _choose(
-        self, first_token: int, layer: int, scores: Tensor, rule: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Returns what tokens choose by scores [tokens, experts]; the first has its place in the
-        global batch."""
-        chosen = rule(scores)
-        if self._trial.is_reference:
-            self._seen[layer] = scores.detach().clone(), chosen.clone()
-            return chosen
-        rows = slice(first_token, first_token + len(scores))
-        their_scores, theirs = (t[rows] for t in self._seen[layer])
-        differs = (chosen.sort(-1).values != theirs.sort(-1).values).any(-1)
-        apart = (scores - their_scores).abs().amax(-1)
-        allowed = self._trial.tolerances.forward * (self._step + 1)
-        # The rule must be the same one: given the reference's scores, it makes its choice.
-        again = rule(their_scores)
-        alike = (again.sort(-1).values == theirs.sort(-1).values).all(-1)
-        near = differs & alike & (apart <= allowed * their_scores.abs().amax(-1))
-        self.near_ties += int(near.sum())
-        return torch.where(near.unsqueeze(-1), theirs, chosen)
+    def of_reports(self, figures: list[Tensors]) -> None:
+        """Looks at the figures of all steps."""
+        if self._trial.records is not None:
+            torch.save(figures, self._trial.records / REPORTS)
+        if self._trial.against is not None:
+            reference = records.load(self._trial.against, REPORTS)
+            self._add(
+                records.compare_reports(
+                    figures, reference, tolerances=self._trial.tolerances, grows=self._trial.grows
+                )
+            )
+
+    def _add(self, found: dict[str, Difference | None]) -> None:
+        for column, difference in found.items():
+            if difference is not None:
+                self._found.setdefault(column, []).append(difference)
 
 
 def _read(trial: Trial, step: int, sequences: range) -> list[MicroBatch]:
     """Returns some sequences of a step's global batch, in micro-batches."""
     first = step * trial.config.train.global_batch_size
     samples = range(first + sequences.start, first + sequences.stop)
-    with np.load(trial.folder / f"batch_{step}.npz") as whole:
-        part = slice(sequences.start, sequences.stop)
-        batch = Batch(**{name: whole[name][part] for name in whole.files})
     return MicroBatch.cut(
-        batch,
+        read_batch(trial.batches, step, sequences),
         trial.config.train.micro_batch_size,
         device=CPU,
         mask_documents=trial.config.data.mask_documents,
@@ -211,81 +282,50 @@ def _full(tensor: Tensor) -> Tensor:
     return whole.clone()  # on one rank it is the parameter itself, which the next step moves
 
 
-def _gradients(trial: Trial, model: Transformer) -> dict[str, Difference | None]:
-    """Returns the worst difference of each kind's gradients; the reference writes its own."""
-    reference = {} if trial.is_reference else _load(trial, GRADIENTS)
-    written: dict[str, Tensor] = {}
-    found: dict[str, list[Difference]] = {kind: [] for kind in KINDS}
-    total = math.hypot(*(norm(gradient) for gradient in reference.values()))
+def _state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensors]:
+    """Returns the optimizer's tensors whole, by key and plain name; collective."""
+    found: dict[str, Tensors] = {}
     for name, parameter in model.named_parameters():
-        name = plain_name(name)
-        gradient = parameter.grad
-        full = _full(torch.zeros_like(parameter) if gradient is None else gradient)
-        if trial.is_reference:
-            written[name] = full
-            continue
-        pairs = zip(parts(name, full), parts(name, reference[name]), strict=True)
-        for (where, ours), (_, theirs) in pairs:
-            allowed = trial.tolerances.gradients(size=norm(theirs), total=total)
-            found[kind_of(name)].append(difference(where, ours, theirs, allowed=allowed))
-    if trial.is_reference:
-        torch.save(written, trial.folder / GRADIENTS)
-    return {kind: worst(differences) for kind, differences in found.items()}
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found.setdefault(key, {})[plain_name(name)] = _full(value)
+    return found
 
 
-def _weights(
-    trial: Trial, model: Transformer, initial: dict[str, Tensor]
-) -> tuple[Difference | None, str]:
-    """Returns how far the weights are apart, beside how far they moved, and a digest of them."""
-    reference = {} if trial.is_reference else _load(trial, WEIGHTS)
-    moved: dict[str, float] = {} if trial.is_reference else _load(trial, MOVED)
-    written: dict[str, Tensor] = {}
-    digest, found = hashlib.sha256(), []
-    for name, full in _gathered(model):
+@torch.no_grad()
+def _take_weights(model: Transformer, weights: Tensors) -> None:
+    """Copies whole weights into this rank's shards."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local, offset = held(tensor)
+        block = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+        local.copy_(weights[plain_name(name)][block])
+
+
+def _make_infinite(model: Transformer) -> None:
+    """Makes one number of a gradient infinite, on the last rank only."""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None and (local := held(parameter.grad).local).numel():
+            local.view(-1)[0] = math.inf
+            return
+
+
+def _digest(weights: Tensors) -> str:
+    digest = hashlib.sha256()
+    for full in weights.values():
         digest.update(full.contiguous().view(torch.uint8).numpy().data)
-        if trial.is_reference:
-            written[name] = full
-            befores = parts(name, initial[name])
-            for (where, now), (_, before) in zip(parts(name, full), befores, strict=True):
-                moved[where] = norm(now.double() - before.double())
-            continue
-        pairs = zip(parts(name, full), parts(name, reference[name]), strict=True)
-        for (where, ours), (_, theirs) in pairs:
-            allowed = trial.tolerances.weights(
-                steps=trial.num_steps, size=norm(theirs), moved=moved[where]
-            )
-            found.append(difference(where, ours, theirs, allowed=allowed, scale=moved[where]))
-    if trial.is_reference:
-        torch.save(written, trial.folder / WEIGHTS)
-        torch.save(moved, trial.folder / MOVED)
-    return worst(found), digest.hexdigest()
+    return digest.hexdigest()
 
 
-def _figures(report: StepReport) -> dict[str, Tensor]:
+def _figures(report: StepReport) -> Tensors:
     """Returns all figures of a step's report as tensors."""
     values = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
     values |= {f"metric {name}": sums for name, sums in values.pop("metric_sums").items()}
+    if report.skipped:
+        values.pop("grad_norm")  # it isn't finite, which is why
     return {
         name: torch.as_tensor(value, dtype=torch.float64)
         for name, value in values.items()
         if value is not None
     }
-
-
-def _reports(trial: Trial, figures: list[dict[str, Tensor]]) -> dict[str, Difference | None]:
-    """Returns the worst difference of the losses, counts and entropies, and that of the norms."""
-    found: dict[str, list[Difference]] = {"loss": [], "grad_norm": []}
-    for step, (ours, theirs) in enumerate(zip(figures, _load(trial, REPORTS), strict=True)):
-        for name, value in ours.items():
-            is_norm = name == "grad_norm"
-            limit = trial.tolerances.gradient if is_norm else trial.tolerances.forward
-            found["grad_norm" if is_norm else "loss"].append(
-                difference(
-                    f"{name} of step {step + 1}", value, theirs[name], allowed=limit * (step + 1)
-                )
-            )
-    return {column: worst(differences) for column, differences in found.items()}
-
-
-def _load(trial: Trial, name: str) -> Any:
-    return torch.load(trial.folder / name, mmap=True, weights_only=True)

@@ -5,12 +5,15 @@ import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from data_pipeline import DataSettings, GlobalBatches, ShardFolder
+from data_pipeline.shards.index import ShardEntry
+from data_pipeline.shards.maps import ShardMaps
 from tests.data_pipeline.conftest import in_child
 from tests.data_pipeline.numbered import write_many
 
@@ -77,6 +80,36 @@ def test_the_soft_limit_is_raised_for_shards_and_for_nothing_else(tmp_path: Path
         assert num_open() > 300  # all stay open where they may
 
     require_in_child(work)
+
+
+class Opened:
+    """A folder of shards of one byte; says which were opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+
+    def open(self, name: str, *, size: int, sha256: str) -> BinaryIO:
+        self.names.append(name)
+        (self.folder / name).write_bytes(b"x")
+        return (self.folder / name).open("rb")
+
+
+def test_the_map_that_was_used_least_recently_is_released(tmp_path: Path) -> None:
+    files: Any = Opened(tmp_path)
+    maps = ShardMaps(files, most=2, at_once=1)
+
+    def read(name: str) -> None:
+        maps.bytes_of(
+            ShardEntry(
+                file=name, size=1, sha256="0" * 64, num_documents=1, num_tokens=1, num_bytes=1,
+                documents="", documents_sha256="0" * 64,
+            )
+        )  # fmt: skip
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        read(name)
+    assert files.names == ["a", "b", "c", "b"]
 
 
 @pytest.mark.slow

@@ -33,6 +33,10 @@ def test_a_router_of_a_users_own_is_told_to_be_exact_or_not(tmp_path: Path) -> N
     )  # fmt: skip
     assert said.returncode == 0, said.stdout + said.stderr
     assert "layouts train alike" in said.stdout
+    assert "as the float64 reference" not in said.stdout
+    (left_out,) = [line for line in said.stdout.splitlines() if "it can't compute" in line]
+    for name in ("router.name=lab_noisy", "function=lab_relu2", "objective=lab_plain"):
+        assert name in left_out
     said = verify(folder, "extensions=[lab]", "model.router.name=lab_of_batch")
     assert said.returncode == 1, said.stdout + said.stderr
     assert "1 rank: expert 1, shard 1, replicate 1" not in said.stdout.split("FAIL")[-1]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.sweeps.table import Result, Trial, varied_settings, write_table
+from launch.sweeps.table import Result, Trial, result_of, varied_settings, write_table
 from tests.launch.test_launching import TINY, kinds, reached, wait_for
 from tests.support.held_run import PASS_HOLD, Hold, hold_environment
 from tests.support.ray_head import RayHead, ray_head
@@ -241,3 +241,26 @@ class TestTable:
         assert [line.split()[0] for line in lines[2:]] == ["3", "2", "1", "5", "4"]
         assert "tokens/s" not in lines[1], "no column without a figure"
         assert (tmp_path / "table.txt").read_text().splitlines() == lines
+
+
+def test_trials_are_ordered_by_validation_and_their_speed_is_the_median(tmp_path: Path) -> None:
+    losses = {1: (2.0, None), 2: (3.0, 2.5), 3: (1.0, 2.1), 4: (1.5, None)}
+    results = []
+    for number, (loss, validation) in losses.items():
+        folder = tmp_path / f"run_{number}"
+        folder.mkdir()
+        records = [
+            {"step": step, "train/cross_entropy": loss, "perf/tokens_per_second": speed}
+            for step, speed in ((1, 10.0), (2, 400.0), (3, 100.0))
+        ]
+        if validation is not None:
+            records[-1]["validation/loss"] = validation
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "metrics.jsonl").write_text(lines)
+        trial = Trial(number=number, varied={}, command=(), run_dir=folder, num_workers=1)
+        results.append(result_of(trial, 0))
+    assert {result.tokens_per_second for result in results} == {100.0}
+    write_table(results, tmp_path)
+    lines_of_table = (tmp_path / "trials.jsonl").read_text().splitlines()
+    # Those that were validated first, by that loss; then the others by theirs.
+    assert [json.loads(line)["trial"] for line in lines_of_table] == [3, 2, 4, 1]

@@ -115,3 +115,52 @@ def test_allocating_state_changes_no_weight_and_makes_every_tensor(
 def test_a_rate_that_is_not_finite_cannot_come_out_of_a_schedule() -> None:
     for name in ("cosine", "wsd", "constant"):
         assert all(math.isfinite(r) for r in curve(1, name=name, warmup_steps=0))
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.trap(33)
+def test_adamw_equals_the_formula_over_three_steps() -> None:
+    """Algorithm 2 of arXiv 1711.05101, on a matrix, on stacked experts and on a norm's vector."""
+    torch.manual_seed(0)
+    settings = OptimSettings(lr=0.01, weight_decay=0.5, betas=(0.8, 0.6), eps=1e-3)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (2, 3, 4), (4,))]
+    optimizer = build_optimizer(weights, settings)
+    expected = [w.detach().double() for w in weights]
+    m, v = ([torch.zeros_like(w) for w in expected] for _ in range(2))
+    for step in (1, 2, 3):
+        for i, weight in enumerate(weights):
+            weight.grad = torch.randn(weight.shape)
+            g = weight.grad.double()
+            m[i] = 0.8 * m[i] + 0.2 * g
+            v[i] = 0.6 * v[i] + 0.4 * g**2
+            update = m[i] / (1 - 0.8**step) / ((v[i] / (1 - 0.6**step)).sqrt() + 1e-3)
+            decay = 0.0 if weight.ndim == 1 else 0.5
+            expected[i] = expected[i] - 0.01 * (update + decay * expected[i])
+        optimizer.step()
+    for weight, exact in zip(weights, expected, strict=True):
+        # Three steps of two roundings of the weight, and ten roundings of an update of about 0.01.
+        allowed = 3 * (2 * EPS * float(exact.abs().max()) + 10 * EPS * 0.02)
+        assert (weight.detach().double() - exact).abs().max() < allowed
+
+
+@pytest.mark.trap(33)
+def test_sgd_with_momentum_equals_the_formula_over_three_steps() -> None:
+    torch.manual_seed(0)
+    settings = OptimSettings(name="sgd", lr=0.1, weight_decay=0.5, momentum=0.9)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (2, 3, 4), (4,))]
+    optimizer = build_optimizer(weights, settings)
+    expected = [w.detach().double() for w in weights]
+    sums = [torch.zeros_like(w) for w in expected]
+    for _ in range(3):
+        for i, weight in enumerate(weights):
+            weight.grad = torch.randn(weight.shape)
+            decay = 0.0 if weight.ndim == 1 else 0.5
+            sums[i] = 0.9 * sums[i] + weight.grad.double() + decay * expected[i]
+            expected[i] = expected[i] - 0.1 * sums[i]
+        optimizer.step()
+    for weight, exact, moved in zip(weights, expected, sums, strict=True):
+        # Three steps, each of two roundings of the weight and four of the buffer.
+        largest = float(exact.abs().max()) + float(moved.abs().max())
+        assert (weight.detach().double() - exact).abs().max() < 3 * 4 * EPS * largest

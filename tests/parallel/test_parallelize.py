@@ -172,6 +172,25 @@ def test_in_bfloat16_the_router_and_everything_stored_stay_float32() -> None:
         assert ours == pytest.approx(theirs, rel=4 * 2**-8)
 
 
+def gradients_in_bfloat16(*seeds: int) -> dict[str, Any]:
+    """Returns the gradients of the text of each rank's seed, summed over ranks."""
+    model, _ = build(dtype=torch.bfloat16)
+    tokens = text(seeds[dist.get_rank()])
+    output = model(tokens[:, :-1], tokens[:, 1:])
+    assert isinstance(output, LossSums)
+    output.cross_entropy.backward()
+    return whole_gradients(model)
+
+
+@pytest.mark.trap(33)
+def test_gradients_add_up_over_ranks_in_float32() -> None:
+    """Each rank's are of bfloat16. Their sum has more bits, which a sum in bfloat16 would drop."""
+    together = run_ranks(gradients_in_bfloat16, 2, 0, 1)[0]
+    first, second = (run_ranks(gradients_in_bfloat16, 1, seed)[0] for seed in (0, 1))
+    for name, gradient in together.items():
+        assert (gradient == first[name] + second[name]).all(), name
+
+
 def all_tokens_to_one_rank() -> dict[str, Any]:
     """Every token chooses the experts of the last rank; returns gradients' sums by expert."""
     model, _ = build(expert=2)

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from moetrain.checks import ConfigError
-from moetrain.settings import Config
+from moetrain.settings import Config, OptimSettings
 from moetrain.settings.validation import validated
+from moetrain.verify import passes
 from moetrain.verify.comparison import Difference, difference, kind_of, parts, worst
-from moetrain.verify.layouts import REFERENCE, Layout, layouts_for
-from moetrain.verify.memory import needed_gib, require_memory
-from moetrain.verify.tolerance import EPS, tolerances
+from moetrain.verify.layouts import EXCHANGES, REFERENCE, Layout, layouts_for
+from moetrain.verify.memory import needed_gib, reference_gib, require_memory
+from moetrain.verify.settings import VerifySettings
+from moetrain.verify.tolerance import EPS, AdamErrors, tolerances
 from tests.test_config import compose_preset, toy
 
 
@@ -30,6 +32,7 @@ def test_all_degrees_of_four_ranks_are_tried_and_each_once() -> None:
         for la in layouts
         if la.num_ranks == 4 and la.num_micro_batches == 1
     }
+    assert {la.exchange for la in layouts} == {None, *EXCHANGES}
     assert of_four == {(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)}
     assert Layout(num_micro_batches=4) in layouts
     assert Layout(recompute="full") in layouts
@@ -113,8 +116,9 @@ def test_tolerances_grow_with_the_root_of_the_sums_and_stay_below_one_lost_token
     assert narrow.gradient < 1 / 4096
     assert narrow.gradients(size=0.0, total=1.0) == narrow.gradient
     assert narrow.gradients(size=0.01, total=1.0) == narrow.gradient + 100 * EPS
-    assert narrow.weights(steps=3, size=1.0, moved=0.0) == 3 * narrow.gradient
-    assert narrow.weights(steps=1, size=1.0, moved=0.1) == narrow.gradient + 10 * EPS
+    assert narrow.weights(steps=3, size=1.0, moved=0.0) == 0.0
+    assert narrow.weights(steps=3, size=1.0, moved=0.0, decays=True) == 3 * EPS
+    assert narrow.weights(steps=1, size=1.0, moved=0.1) == 0.1 * narrow.gradient + EPS
 
 
 @pytest.mark.parametrize(
@@ -134,3 +138,85 @@ def test_a_model_too_large_is_refused_with_overrides_that_fit(name: str) -> None
 def test_the_estimate_counts_a_replica_for_every_rank() -> None:
     four, eight = (needed_gib(config(), num_ranks=n) for n in (4, 8))
     assert eight > four
+
+
+def test_the_reference_is_left_out_where_attentions_matrix_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short, long = (reference_gib(config(train__seq_len=n)) for n in (256, 1024))
+    assert short < 1 < 16 * short
+    assert long > short
+    monkeypatch.setattr(passes, "available_gib", lambda: short / 2)
+    plan = passes.plan_passes(config(), VerifySettings(num_ranks=1))
+    assert plan.reference_refuses == ("train.seq_len=256",)
+    (said,) = [reason for reason in plan.not_covered if "float64 reference" in reason]
+    assert "of memory" in said
+
+
+def test_the_passes_take_the_users_optimizer_decay_and_schedule() -> None:
+    given = config(
+        optim__weight_decay=0.3, optim__betas=(0.5, 0.6), schedule__name="wsd",
+        schedule__warmup_steps=60,
+    )  # fmt: skip
+    layouts, optimizer, dtype = passes.plan_passes(given, VerifySettings(num_steps=3)).passes
+    assert (layouts.config.optim.name, layouts.config.optim.weight_decay) == ("sgd", 0.3)
+    assert optimizer.config.optim == given.optim
+    # The middle of the warm-up, of the stable part, and of the decay over the last 120 of 600.
+    assert passes.schedule_steps(given, 3) == (30, 300, 500)
+    last = 0.1 + 0.9 * 99 / 120
+    assert layouts.rates == pytest.approx([0.1 * share for share in (31 / 60, 1.0, last)])
+    assert optimizer.rates == pytest.approx([3e-4 * share for share in (31 / 60, 1.0, last)])
+    assert layouts.reference_rates == pytest.approx(layouts.rates, rel=1e-12)
+    assert (optimizer.skipped_step, layouts.skipped_step) == (1, None)
+    assert (dtype.dtype, len(dtype.rates)) == ("bfloat16", 1)
+    assert dtype.tolerances_of(dtype.of_equal_terms[0]).gradient < 1e-6 < dtype.tolerances.gradient
+
+
+def test_what_no_pass_covers_is_named() -> None:
+    given = config(train__dtype="float32", model__router__force_balance=True)
+    plan = passes.plan_passes(given, VerifySettings(num_ranks=1))
+    assert [part.name for part in plan.passes] == ["layouts", "optimizer"]
+    assert [reason.split(":")[0] for reason in plan.not_covered] == [
+        "compute-dtype pass",
+        "float64 reference",
+    ]
+
+
+def test_an_adam_update_is_off_by_more_where_a_gradient_is_next_to_nothing() -> None:
+    settings = OptimSettings(lr=1.0, betas=(0.9, 0.9), eps=1e-12)
+    errors = AdamErrors(settings=settings, updates=1, gradient=1e-4)
+    even, uneven = torch.ones(100), torch.ones(100)
+    uneven[0] = 1e-9
+
+    def of(g: torch.Tensor) -> float:
+        total = float(g.norm()) * 0.1**0.5
+        return errors.of(0.1 * g, 0.1 * g**2, lr=1.0, total=total)[0]
+
+    # Each of 100 elements by twice a relative error of 1e-4 / sqrt(100) · sqrt(100).
+    assert of(even) == pytest.approx(10 * 2 * 1e-4, rel=0.02)
+    assert of(uneven) > 1.9, "the sign of the first element is open"
+    assert of(torch.zeros(5)) == 0.0
+
+
+def test_an_optimizer_of_an_extension_has_no_pass_and_the_others_have_their_reference() -> None:
+    given = config()
+    object.__setattr__(given.optim, "name", "of_an_extension")
+    plan = passes.plan_passes(given, VerifySettings(num_ranks=1))
+    assert [part.name for part in plan.passes] == ["layouts", "compute dtype"]
+    assert plan.reference_refuses == ()
+    (said,) = plan.not_covered
+    assert said.startswith("optimizer pass: optim.name=of_an_extension")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "once", "rounds", "most"),
+    [(None, True, 1, 2.0), ("each", False, 1, 2.0), ("2 rounds", True, 2, 2.0),
+     ("recomputed", True, 1, 1.0)],
+)  # fmt: skip
+def test_a_layout_forces_its_way_of_the_exchange(
+    exchange: str | None, once: bool, rounds: int, most: float
+) -> None:
+    layout = Layout(num_ranks=2, expert_degree=2, exchange=exchange)
+    found = layout.of(config()).parallel.exchange
+    assert (found.send_once, found.num_rounds, found.max_load) == (once, rounds, most)
+    assert str(layout).endswith("replicate 1" if exchange is None else f"exchange {exchange}")

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from moetrain.settings.validation import validated
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.verify import __main__ as command
 from moetrain.verify.__main__ import VerifyConfig
+from moetrain.verify.routing import RoutingWatch
 from moetrain.verify.tolerance import tolerances
-from moetrain.verify.trial import RoutingWatch, Trial
 from tests.support.runs import tiny_values, write_shards
 from tests.test_config import compose_preset
 
@@ -44,10 +43,10 @@ def verify(
     )  # fmt: skip
 
 
-def rows(table: str) -> list[list[str]]:
-    """Returns the cells of the rows between the table's two rules."""
-    body = table.split("─\n")[1]
-    return [line.split() for line in body.splitlines() if not line.startswith("─")]
+def rows(said: str) -> list[list[list[str]]]:
+    """Returns of each pass the cells of the rows between its table's two rules."""
+    bodies = said.split("─\n")[1::2]
+    return [[r.split() for r in body.splitlines() if not r.startswith("─")] for body in bodies]
 
 
 @pytest.mark.trap(1, 2, 3)
@@ -56,14 +55,17 @@ def test_all_layouts_of_a_tiny_model_agree_in_one_table(tmp_path: Path) -> None:
     said = verify("+model=toy", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "synthetic tokens of seed 0 (data/stdlib-bytes is not built)" in said.stdout
-    results = rows(said.stdout)
-    assert [row[-1] for row in results] == ["reference", *["pass"] * 6]
-    assert [row[:6] for row in results[4:6]] == [
-        ["2", "2", "2", "1", "1", "no"],
-        ["2", "1", "1", "2", "1", "no"],
+    layouts, optimizer, dtype = rows(said.stdout)
+    for results, number in ((layouts, 10), (optimizer, 2), (dtype, 3)):
+        assert [row[-1] for row in results] == ["reference", *["pass"] * (number - 1)]
+    assert [row[:7] for row in layouts[4:7]] == [
+        ["2", "2", "2", "1", "1", "no", "as"],
+        ["2", "1", "1", "2", "1", "no", "–"],
+        ["2", "2", "2", "1", "1", "no", "each"],
     ]
-    assert "pass      all 7 layouts train alike" in said.stdout
-    assert "[7/7] 2 ranks" in said.stderr, "progress"
+    assert "pass      all 15 layouts train alike, and as the float64 reference" in said.stdout
+    assert "covered   optimizer: 2 steps of AdamW in float32" in said.stdout
+    assert "[15/15] compute dtype: 2 ranks" in said.stderr, "progress"
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
@@ -90,6 +92,7 @@ def test_an_expert_gradient_of_the_wrong_scale_fails_in_its_column_alone(tmp_pat
     assert said.returncode == 1, said.stderr
     found = json.loads(said.stdout)
     assert not found["passed"]
+    assert all(part["float64_reference"] for part in found["passes"])
     spread = [r for r in found["layouts"] if r["layout"]["expert_degree"] > 1]
     assert spread
     for result in found["layouts"]:
@@ -115,6 +118,9 @@ def test_the_users_own_text_is_taken_where_it_is_built(tmp_path: Path) -> None:
     found = json.loads(said.stdout)
     assert found["passed"]
     assert found["text"] == "text of shards"
+    assert [part["name"] for part in found["passes"]] == ["layouts", "optimizer", "compute dtype"]
+    assert all(part["float64_reference"] for part in found["passes"])
+    assert found["not_covered"] == []
     assert len(found["layouts"]) == 3
     assert found["layouts"][1]["layout"]["num_micro_batches"] == 4
     losses = [r["losses"] for r in found["layouts"]]
@@ -163,10 +169,6 @@ class TestRoutingWatch:
         values["model"]["router"] = {}
         config = resolve(validated(values, Config), num_workers=1, now=datetime(2026, 1, 1))
         limits = tolerances(config.model, seq_len=32, num_tokens=64)
-        trial = Trial(
-            config=config, folder=folder, num_steps=1, tolerances=limits, is_reference=True,
-            timeout_seconds=1.0,
-        )  # fmt: skip
         torch.manual_seed(0)
         text = torch.randint(0, 257, (2, 33))
         batch = MicroBatch(
@@ -175,7 +177,7 @@ class TestRoutingWatch:
             valid=torch.ones(2, 32, dtype=torch.bool),
         )
 
-        def forward(trial: Trial) -> tuple[list[torch.Tensor], int]:
+        def forward(*, writes: bool) -> tuple[list[torch.Tensor], int]:
             """Returns the choices of both layers, and how many near-ties were followed."""
             torch.manual_seed(1)
             model, chosen = Transformer(config.model), []
@@ -185,13 +187,18 @@ class TestRoutingWatch:
                 with torch.no_grad():
                     moe.router.weight[2] = moe.router.weight[1]
                 moe.router.register_forward_hook(lambda _, __, found: chosen.append(found.experts))
-            watch = RoutingWatch(trial)
+            watch = RoutingWatch(
+                seq_len=32,
+                against=None if writes else folder,
+                records=folder if writes else None,
+                tolerance=limits.forward,
+            )
             (watched,) = watch.begin(0, [batch], first_sequence=0)
             watched.through(model)
             watch.end()
             return chosen, watch.near_ties
 
-        own, ties = forward(trial)
+        own, ties = forward(writes=True)
         assert ties == 0
         file = folder / "routing_0.pt"
         seen = torch.load(file, weights_only=True)
@@ -206,7 +213,7 @@ class TestRoutingWatch:
             scores[flipped, other] += 1e-6 * size[flipped, 0]
         seen[1] = (scores + apart * size, experts)
         torch.save(seen, file)
-        chosen, ties = forward(replace(trial, is_reference=False))
+        chosen, ties = forward(writes=False)
         assert torch.equal(chosen[0], own[0])
         return (chosen[1], own[1], experts), ties
 

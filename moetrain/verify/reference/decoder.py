@@ -1,0 +1,213 @@
+"""The decoder on one sequence: plain products, a mask of seq × seq, a loop over the experts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.settings import ModelSettings
+from moetrain.verify.reference.weights import Weights, stream
+
+Choose = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, scores [seq, experts], the reference's own choice [seq, top_k]) → choice."""
+TINY = 1e-20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One sequence of a batch."""
+
+    tokens: Tensor
+    targets: Tensor
+    valid: Tensor
+    """Which targets count, as float64."""
+    documents: Tensor | None
+    """The number of each token's document, [seq]; None: attention crosses their ends."""
+    noise_seed: int | None
+    """The seed of the sample's jitter; None: no jitter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """Sums over one sequence's valid tokens in one layer."""
+
+    counts: Tensor
+    """Assignments of each expert, without a gradient."""
+    probabilities: Tensor
+    z: Tensor
+    entropy: Tensor
+
+
+def losses(
+    weights: Weights, biases: Weights, model: ModelSettings, sequence: Sequence, choose: Choose
+) -> tuple[Tensor, list[Routed]]:
+    """Returns the summed cross-entropy over valid tokens, and each MoE layer's sums."""
+    length = len(sequence.tokens)
+    positions, seen = _places(sequence, length)
+    rotary = _rotary(model, positions)
+    x = weights["embedding.weight"][sequence.tokens]
+    routed = []
+    for layer in range(model.num_layers):
+        at = f"layers.{layer}"
+        y = _rms_norm(x, weights[f"{at}.attention_norm.weight"], model.norm_eps)
+        x = x + _attention(weights, f"{at}.attention", model, y, rotary, seen)
+        y = _rms_norm(x, weights[f"{at}.feed_forward_norm.weight"], model.norm_eps)
+        at += ".feed_forward"
+        moe_layer = layer - (model.num_layers - model.num_moe_layers)
+        if moe_layer < 0:
+            x = x + _dense(weights, at, y)
+            continue
+        seed = sequence.noise_seed
+        z, sums = _mixture(
+            *(weights, biases[f"{at}.router.bias"], at, model, y, sequence.valid),
+            noise_seed=None if seed is None else stream(seed, "jitter", moe_layer),
+            choose=lambda scores, own, layer=layer: choose(layer, scores, own),  # type: ignore[misc]
+        )
+        x = x + z
+        routed.append(sums)
+    x = _rms_norm(x, weights["norm.weight"], model.norm_eps)
+    logits = x @ weights["head.weight"].T
+    target = logits.gather(1, sequence.targets[:, None])[:, 0]
+    return (sequence.valid * (logits.logsumexp(1) - target)).sum(), routed
+
+
+def _places(sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
+    """Returns each token's position, from 0 in its document, and whom it attends to [seq, seq]."""
+    places = torch.arange(length)
+    seen = places[None, :] <= places[:, None]
+    if sequence.documents is None:
+        return places, seen
+    same = sequence.documents[None, :] == sequence.documents[:, None]
+    first = torch.stack([places[row].min() for row in same])
+    return places - first, seen & same
+
+
+def _rotary(model: ModelSettings, positions: Tensor) -> tuple[Tensor, Tensor]:
+    # The angles are float32 by definition, as in transformers: at position 4096 the rounding of an
+    # angle is more than the float32 sums lose.
+    pairs = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
+    angles = positions.float()[:, None] * (1.0 / model.rope_theta**pairs)
+    return angles.double().cos(), angles.double().sin()  # [seq, head_dim / 2]
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (i, i + head_dim / 2) of [heads, seq, head_dim]."""
+    cos, sin = rotary
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def _attention(
+    weights: Weights,
+    at: str,
+    model: ModelSettings,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    seen: Tensor,
+) -> Tensor:
+    def heads(name: str, number: int) -> Tensor:
+        y = x @ weights[f"{at}.{name}_proj.weight"].T
+        norm = weights.get(f"{at}.{name}_norm.weight")
+        if norm is not None and len(norm) == y.shape[1]:  # over all heads
+            y = _rms_norm(y, norm, model.norm_eps)
+        y = y.view(len(x), number, model.head_dim).transpose(0, 1)  # [heads, seq, head_dim]
+        if norm is not None and len(norm) == model.head_dim != number * model.head_dim:
+            y = _rms_norm(y, norm, model.norm_eps)
+        return y
+
+    q = _rotate(heads("q", model.num_heads), rotary)
+    k = _rotate(heads("k", model.num_kv_heads), rotary)
+    v = heads("v", model.num_kv_heads)
+    out = []
+    for head in range(model.num_heads):
+        group = head * model.num_kv_heads // model.num_heads
+        scores = q[head] @ k[group].T / math.sqrt(model.head_dim)
+        out.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[group])
+    return torch.cat(out, 1) @ weights[f"{at}.o_proj.weight"].T
+
+
+def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """All matrices [hidden, dim]."""
+    g = x @ gate.T
+    return (g * g.sigmoid() * (x @ up.T)) @ down
+
+
+def _dense(weights: Weights, at: str, x: Tensor) -> Tensor:
+    gate, up, down = (weights[f"{at}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return _swiglu(x, gate, up, down.T)
+
+
+def _mixture(
+    weights: Weights,
+    bias: Tensor,
+    at: str,
+    model: ModelSettings,
+    x: Tensor,
+    valid: Tensor,
+    *,
+    noise_seed: int | None,
+    choose: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Routed]:
+    router = model.router
+    seen = x
+    if noise_seed is not None:
+        generator = torch.Generator().manual_seed(noise_seed)
+        factors = torch.empty(x.shape, dtype=torch.float32)
+        factors.uniform_(1 - router.jitter_noise, 1 + router.jitter_noise, generator=generator)
+        seen = x * factors.double()
+    logits = seen @ weights[f"{at}.router.weight"].T  # [seq, experts]
+    if router.score_function == "softmax":
+        scores = probabilities = logits.softmax(1)
+        selection = logits if not bias.any() else scores + bias
+    else:
+        scores = logits.sigmoid()
+        probabilities = scores / (scores.sum(1, keepdim=True) + TINY)
+        selection = scores + bias
+    selection = selection.detach()
+    chosen = choose(selection, _best(selection, model))  # [seq, top_k]
+    gates = scores.gather(1, chosen)
+    if router.normalize_gates:
+        gates = gates / (gates.sum(1, keepdim=True) + TINY)
+    gates = gates * router.routed_scaling_factor
+    y = torch.zeros_like(x)
+    for expert in range(model.num_experts):
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        matrices = (weights[f"{at}.experts.{part}"][expert] for part in ("gate", "up", "down"))
+        part = _swiglu(x[token], *matrices) * gates[token, slot][:, None]
+        y = y.index_add(0, token, part)
+    if model.num_shared_experts:
+        y = y + _dense(weights, f"{at}.shared_experts", x)
+    counts = torch.zeros(model.num_experts, dtype=torch.float64)
+    for choice in chosen.T:
+        counts = counts.index_add(0, choice, valid)
+    with torch.no_grad():
+        entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(1)
+    return y, Routed(
+        counts=counts,
+        probabilities=valid @ probabilities,
+        z=valid @ logits.logsumexp(1).square(),
+        entropy=valid @ entropy,
+    )
+
+
+def _best(scores: Tensor, model: ModelSettings) -> Tensor:
+    """Returns the top k of the experts in each token's best groups."""
+    groups, size = model.router.num_groups, model.num_experts // model.router.num_groups
+    if groups == 1:
+        return scores.topk(model.top_k).indices
+    # DeepSeek-V2 (softmax): a group's best expert; V3 (sigmoid): the sum of its two best.
+    taken = 1 if model.router.score_function == "softmax" else min(2, size)
+    allowed = torch.full_like(scores, -math.inf)
+    for token, row in enumerate(scores.view(len(scores), groups, size)):
+        of_group = row.sort(1, descending=True).values[:, :taken].sum(1)
+        for group in of_group.topk(model.router.top_groups).indices.tolist():
+            part = slice(group * size, (group + 1) * size)
+            allowed[token, part] = scores[token, part]
+    return allowed.topk(model.top_k).indices

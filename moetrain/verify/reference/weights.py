@@ -1,0 +1,102 @@
+"""The initial weights by the rule of docs/architecture.md: each is drawn from a seed of its name.
+
+The numbers are float32, as the run's: what the reference adds in float64 starts from equal bits.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from moetrain.settings import ModelSettings
+
+Weights = dict[str, Tensor]
+
+
+def stream(seed: int, *names: object) -> int:
+    """Returns the 63-bit seed of a random stream: of the SHA-256 of its path."""
+    digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") // 2
+
+
+def initial_weights(model: ModelSettings, seed: int) -> Weights:
+    """Returns all parameters in float64, of their float32 values."""
+    weights = {}
+    for name, shape in _shapes(model).items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape, dtype=torch.float64)
+        elif len(shape) == 3:
+            experts = [
+                _drawn(model, name, shape[1:], stream(seed, name, expert))
+                for expert in range(shape[0])
+            ]
+            weights[name] = torch.stack(experts)
+        else:
+            weights[name] = _drawn(model, name, shape, stream(seed, name, None))
+    return weights
+
+
+def zero_biases(model: ModelSettings) -> Weights:
+    """Returns the selection biases of the layers with a router."""
+    first = model.num_layers - model.num_moe_layers
+    return {
+        f"layers.{layer}.feed_forward.router.bias": torch.zeros(
+            model.num_experts, dtype=torch.float64
+        )
+        for layer in range(first, model.num_layers)
+    }
+
+
+def _drawn(model: ModelSettings, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Normal of std 1 / sqrt(dim), cut at three of them; what writes into the residual stream is
+    divided by sqrt(2 · layers), because so many of them add up there."""
+    std = 1 / math.sqrt(model.dim)
+    writes = name.endswith(("attention.o_proj.weight", "down_proj.weight", "experts.down"))
+    if writes:
+        std = std / math.sqrt(2 * model.num_layers)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(shape)
+    torch.nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return values.double()
+
+
+def _shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
+    dim, hidden = model.dim, model.ffn_hidden_dim
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (model.vocab_size, dim)}
+    for layer in range(model.num_layers):
+        at = f"layers.{layer}"
+        shapes |= {
+            f"{at}.attention_norm.weight": (dim,),
+            f"{at}.attention.q_proj.weight": (queries, dim),
+            f"{at}.attention.k_proj.weight": (keys, dim),
+            f"{at}.attention.v_proj.weight": (keys, dim),
+            f"{at}.attention.o_proj.weight": (dim, queries),
+            f"{at}.feed_forward_norm.weight": (dim,),
+        }
+        # A word, whatever its type: "none" or "per_head" may come beside the two truth values.
+        if (qk_norm := str(model.qk_norm)) not in ("False", "none"):
+            each = qk_norm == "per_head"
+            shapes[f"{at}.attention.q_norm.weight"] = (model.head_dim if each else queries,)
+            shapes[f"{at}.attention.k_norm.weight"] = (model.head_dim if each else keys,)
+        at += ".feed_forward"
+        if layer < model.num_layers - model.num_moe_layers:
+            wide = model.dense_ffn_hidden_dim if model.num_experts > 1 else hidden
+            assert wide is not None, "config.check demands it"
+            shapes |= _dense(at, dim, wide)
+            continue
+        shapes[f"{at}.router.weight"] = (model.num_experts, dim)
+        for part in ("gate", "up", "down"):
+            shapes[f"{at}.experts.{part}"] = (model.num_experts, hidden, dim)
+        if model.num_shared_experts:
+            shapes |= _dense(f"{at}.shared_experts", dim, model.num_shared_experts * hidden)
+    return shapes | {"norm.weight": (dim,), "head.weight": (model.vocab_size, dim)}
+
+
+def _dense(at: str, dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{at}.gate_proj.weight": (hidden, dim),
+        f"{at}.up_proj.weight": (hidden, dim),
+        f"{at}.down_proj.weight": (dim, hidden),
+    }
