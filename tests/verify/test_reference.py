@@ -15,6 +15,7 @@ from moetrain.settings import Config, OptimSettings, ParallelSettings, ScheduleS
 from moetrain.settings.validation import validated
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.step import train_step
+from moetrain.verify.reference import scope
 from moetrain.verify.reference.optimizers import Optimizer, rate
 from moetrain.verify.reference.scope import unknown_settings
 from moetrain.verify.reference.training import Reference
@@ -74,15 +75,14 @@ def test_its_optimizers_are_torchs_in_float64(name: str) -> None:
         torch.testing.assert_close(weight, theirs[weight_name].detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_what_it_cannot_compute_is_named_and_not_guessed() -> None:
+def test_what_it_cannot_compute_is_named_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unknown_settings(config()) == []
     assert unknown_settings(config(model__qk_norm=True, optim__momentum=0.9)) == []
     forced = unknown_settings(config(model__router__force_balance=True))
     assert forced == ["model.router.force_balance=True"]
-    strange = config()
     # A setting of the model that came after the reference was written.
-    object.__setattr__(strange.model, "qk_norm", "new")
-    assert unknown_settings(strange) == ["model.qk_norm=new"]
+    monkeypatch.setattr(scope, "MODEL", scope.MODEL - {"clip_qkv"})
+    assert unknown_settings(config(model__clip_qkv=2.0)) == ["model.clip_qkv=2.0"]
 
 
 def batch() -> Batch:
@@ -136,6 +136,18 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
+GLM = {
+    "model__qk_norm": True, "model__qk_norm_scope": "head", "model__clip_qkv": 1.0,
+    "model__attention_bias": True, "model__partial_rotary_factor": 0.5,
+    "model__tie_embeddings": True, "model__rope_scaling__type": "yarn",
+    "model__rope_scaling__factor": 4.0, "model__rope_scaling__original_max_seq_len": 8,
+}  # fmt: skip
+LLAMA = {
+    "model__rope_scaling__type": "llama3", "model__rope_scaling__factor": 8.0,
+    "model__rope_scaling__original_max_seq_len": 8,
+}  # fmt: skip
+
+
 @pytest.mark.trap(3, 12, 33)
 @pytest.mark.parametrize(
     "changes",
@@ -146,8 +158,10 @@ DEEPSEEK = {
             "model__router__normalize_gates": False,
         },
         {"model__router__load_balance_scope": "sequence", **DEEPSEEK},
+        GLM,
+        LLAMA,
     ],
-    ids=["global_batch", "micro_batch", "sequence, as in DeepSeek"],
+    ids=["global_batch", "micro_batch", "sequence, as in DeepSeek", "all of attention", "llama3"],
 )
 def test_a_step_of_training_equals_it_within_float32(changes: dict[str, Any]) -> None:
     given = config(

@@ -68,7 +68,8 @@ def losses(
         x = x + z
         routed.append(sums)
     x = _rms_norm(x, weights["norm.weight"], model.norm_eps)
-    logits = x @ weights["head.weight"].T
+    head = weights["embedding.weight" if model.tie_embeddings else "head.weight"]
+    logits = x @ head.T
     target = logits.gather(1, sequence.targets[:, None])[:, 0]
     return (sequence.valid * (logits.logsumexp(1) - target)).sum(), routed
 
@@ -87,17 +88,49 @@ def _places(sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
 def _rotary(model: ModelSettings, positions: Tensor) -> tuple[Tensor, Tensor]:
     # The angles are float32 by definition, as in transformers: at position 4096 the rounding of an
     # angle is more than the float32 sums lose.
-    pairs = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
-    angles = positions.float()[:, None] * (1.0 / model.rope_theta**pairs)
-    return angles.double().cos(), angles.double().sin()  # [seq, head_dim / 2]
+    rotated = int(model.head_dim * model.partial_rotary_factor)
+    pairs = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+    frequencies = _scaled(1.0 / model.rope_theta**pairs, model)
+    angles = (positions.float()[:, None] * frequencies).double()
+    scale = 1.0
+    if model.rope_scaling.type == "yarn":
+        default = 0.1 * math.log(model.rope_scaling.factor) + 1
+        scale = model.rope_scaling.attention_factor or default
+    return angles.cos() * scale, angles.sin() * scale  # [seq, rotated / 2]
+
+
+def _scaled(frequencies: Tensor, model: ModelSettings) -> Tensor:
+    """Returns the frequencies of rotary positions, scaled one by one."""
+    scaling = model.rope_scaling
+    if scaling.type == "none":
+        return frequencies
+    length, scaled = float(scaling.original_max_seq_len or 0), []
+    ends = [
+        len(frequencies) * math.log(length / (2 * math.pi * turns)) / math.log(model.rope_theta)
+        for turns in ((scaling.beta_fast, scaling.beta_slow) if scaling.type == "yarn" else ())
+    ]
+    for index, frequency in enumerate(frequencies.tolist()):
+        kept = 0.0  # linear: all are divided
+        if scaling.type == "llama3":
+            turns = length * frequency / (2 * math.pi)
+            kept = (turns - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+        elif scaling.type == "yarn":
+            first = max(0, math.floor(ends[0]))
+            last = min(2 * len(frequencies) - 1, math.ceil(ends[1]))
+            kept = 1 - (index - first) / max(0.001, last - first)
+        kept = min(1.0, max(0.0, kept))
+        scaled.append(kept * frequency + (1 - kept) * frequency / scaling.factor)
+    return torch.tensor(scaled)
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (i, i + head_dim / 2) of [heads, seq, head_dim]."""
+    """Turns the pairs (i, i + rotated / 2) of [heads, seq, head_dim]; the rest stays."""
     cos, sin = rotary
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,12 +147,16 @@ def _attention(
 ) -> Tensor:
     def heads(name: str, number: int) -> Tensor:
         y = x @ weights[f"{at}.{name}_proj.weight"].T
-        norm = weights.get(f"{at}.{name}_norm.weight")
-        if norm is not None and len(norm) == y.shape[1]:  # over all heads
-            y = _rms_norm(y, norm, model.norm_eps)
+        if model.attention_bias:
+            y = y + weights[f"{at}.{name}_proj.bias"]
+        has_norm, whole = model.qk_norm and name != "v", model.qk_norm_scope == "whole"
+        if has_norm and whole:
+            y = _rms_norm(y, weights[f"{at}.{name}_norm.weight"], model.norm_eps)
         y = y.view(len(x), number, model.head_dim).transpose(0, 1)  # [heads, seq, head_dim]
-        if norm is not None and len(norm) == model.head_dim != number * model.head_dim:
-            y = _rms_norm(y, norm, model.norm_eps)
+        if has_norm and not whole:
+            y = _rms_norm(y, weights[f"{at}.{name}_norm.weight"], model.norm_eps)
+        if model.clip_qkv is not None:
+            y = torch.where(y.abs() > model.clip_qkv, y.sign() * model.clip_qkv, y)
         return y
 
     q = _rotate(heads("q", model.num_heads), rotary)

@@ -11,7 +11,8 @@ MODEL = {
     "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_dim", "num_experts",
     "top_k", "vocab_size", "max_seq_len", "rope_theta", "norm_eps", "pad_vocab_to_multiple_of",
     "num_shared_experts", "num_dense_layers", "dense_ffn_hidden_dim", "loss_chunk_size",
-    "router", "experts",
+    "router", "experts", "qk_norm", "qk_norm_scope", "clip_qkv", "attention_bias",
+    "tie_embeddings", "partial_rotary_factor", "rope_scaling",
 }  # fmt: skip
 ROUTER = {
     "score_function", "normalize_gates", "routed_scaling_factor", "num_groups", "top_groups",
@@ -21,7 +22,6 @@ ROUTER = {
 EXPERTS = {"backend", "recompute"}
 OPTIM = {"lr", "weight_decay", "betas", "eps", "momentum", "clip_grad_norm", "restart_from"}
 CHOICES = {
-    "model.qk_norm": (False, True, "none", "whole", "per_head"),
     "model.experts.function": ("swiglu",),
     "model.router.name": ("top_k",),
     "optim.name": ("adamw", "sgd"),

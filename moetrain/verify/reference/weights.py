@@ -25,7 +25,8 @@ def initial_weights(model: ModelSettings, seed: int) -> Weights:
     weights = {}
     for name, shape in _shapes(model).items():
         if len(shape) == 1:
-            weights[name] = torch.ones(shape, dtype=torch.float64)
+            start = 0.0 if name.endswith(".bias") else 1.0
+            weights[name] = torch.full(shape, start, dtype=torch.float64)
         elif len(shape) == 3:
             experts = [
                 _drawn(model, name, shape[1:], stream(seed, name, expert))
@@ -75,9 +76,12 @@ def _shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
             f"{at}.attention.o_proj.weight": (dim, queries),
             f"{at}.feed_forward_norm.weight": (dim,),
         }
-        # A word, whatever its type: "none" or "per_head" may come beside the two truth values.
-        if (qk_norm := str(model.qk_norm)) not in ("False", "none"):
-            each = qk_norm == "per_head"
+        if model.attention_bias:
+            shapes[f"{at}.attention.q_proj.bias"] = (queries,)
+            shapes[f"{at}.attention.k_proj.bias"] = (keys,)
+            shapes[f"{at}.attention.v_proj.bias"] = (keys,)
+        if model.qk_norm:
+            each = model.qk_norm_scope == "head"
             shapes[f"{at}.attention.q_norm.weight"] = (model.head_dim if each else queries,)
             shapes[f"{at}.attention.k_norm.weight"] = (model.head_dim if each else keys,)
         at += ".feed_forward"
@@ -91,7 +95,9 @@ def _shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
             shapes[f"{at}.experts.{part}"] = (model.num_experts, hidden, dim)
         if model.num_shared_experts:
             shapes |= _dense(f"{at}.shared_experts", dim, model.num_shared_experts * hidden)
-    return shapes | {"norm.weight": (dim,), "head.weight": (model.vocab_size, dim)}
+    if not model.tie_embeddings:
+        shapes["head.weight"] = (model.vocab_size, dim)
+    return shapes | {"norm.weight": (dim,)}
 
 
 def _dense(at: str, dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
