@@ -21,6 +21,7 @@ from launch.submit.__main__ import training_arguments
 from launch.submit.job import entrypoint
 from moetrain.checks import ConfigError
 from tests.launch.test_launching import TINY, alive, kinds, rank_pids, reached, wait_for
+from tests.support.held_run import PASS_HOLD, Hold, hold_environment
 from tests.support.ray_head import RayHead, ray_head
 from tests.support.runs import events_of, metrics_of, write_shards
 
@@ -36,9 +37,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder in which a `Hold` holds the head's runs."""
+    return tmp_path_factory.mktemp("held")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, held: Path) -> Iterator[RayHead]:
     home = tmp_path_factory.mktemp("home")
-    with ray_head(num_cpus=4, PYTHONPATH=str(ROOT), HOME=str(home)) as started:
+    with ray_head(num_cpus=4, HOME=str(home), **hold_environment(held)) as started:
         yield started
 
 
@@ -152,14 +159,20 @@ class TestExitCodes:
         shards: Path,
         undisturbed: list[dict[str, Any]],
         how: str,
+        held: Path,
     ) -> None:
-        with submitted(head, tmp_path, *overrides(shards), at(head)) as process:
+        hold = Hold(held, step=13)
+        with submitted(head, tmp_path, *overrides(shards, PASS_HOLD), at(head)) as process:
             job = submission(process)
-            wait_for(reached(tmp_path, 13), "step 13", seconds=120)
+            wait_for(hold.is_held, "step 13", seconds=120)
             if how == "Ctrl-C":
                 process.send_signal(signal.SIGINT)
             else:
-                post(head, f"/api/jobs/{job}/stop")  # the command starts too slowly for 60 steps
+                post(head, f"/api/jobs/{job}/stop")
+            assert process.stdout is not None
+            text = "stopping: checkpointing after this step"
+            assert next((line for line in process.stdout if text in line), None)
+            hold.release()
             output, errors = process.communicate(timeout=100)
         assert process.returncode == 75, errors + output
         last = events_of(tmp_path)[-1]
