@@ -209,8 +209,8 @@ MISTAKES = (
     Mistake(
         name="keys are not normalised",
         file="moetrain/model/attention.py",
-        right="self.k_norm(self.k_proj(x))",
-        wrong="self.k_proj(x)",
+        right="self._heads(self.k_proj(x), self.k_norm)",
+        wrong="self._heads(self.k_proj(x))",
         test="tests/model/test_transformer.py",
     ),
     Mistake(

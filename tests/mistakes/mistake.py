@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("moetrain", "launch", "data_pipeline", "conf", "tests", "examples", "docs")
+SOURCES = ("moetrain", "launch", "data_pipeline", "conf", "tests", "examples", "docs", "benchmarks")
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md")
 
 
