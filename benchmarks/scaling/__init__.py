@@ -1,0 +1,1 @@
+"""How costs grow: `python -m benchmarks.scaling`; see docs/scale.md."""
