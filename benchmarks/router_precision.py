@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain import api
 from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.manifest import read_manifest
@@ -76,4 +77,5 @@ def differing(ours: Tensor, theirs: Tensor) -> float:
 
 
 if __name__ == "__main__":
+    ignore_broken_pipes()
     sys.exit(main())

@@ -40,7 +40,6 @@ def environment_at_torch(module: str, **environ: str) -> list[str]:
         "moetrain.training",
         "moetrain.train.rank",  # of whatever launcher
         "launch.on_ray.cluster",  # what a Ray worker loads for a rank
-        "launch.submit.__main__",
         "webdataset_after_data_pipeline",
         "benchmarks.train_step",
         "tests.conftest",
