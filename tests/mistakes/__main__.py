@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from tests.mistakes import elsewhere, of_training
 from tests.mistakes.judges import ask_verify, failing_test, what_it_sees
 from tests.mistakes.mistake import Mistake, copy_sources
@@ -83,4 +84,5 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
+    ignore_broken_pipes()
     sys.exit(main())
