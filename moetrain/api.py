@@ -29,7 +29,7 @@ from moetrain.huggingface.tokenizer import tokenizer_of_run
 from moetrain.model import MoELayer, Transformer
 from moetrain.model.router import Routing
 from moetrain.optim import learning_rate
-from moetrain.parallel import Gradients, Meshes, join_ranks
+from moetrain.parallel import Gradients, Meshes, begin_micro_batch, join_ranks
 from moetrain.parallel.parallelize import initialise
 from moetrain.settings import Config, ModelSettings, Resolved
 from moetrain.settings.validation import asking_for_extensions, validated, validated_run
@@ -225,6 +225,7 @@ class Training:
                 num_steps=config.train.num_steps,
                 settings=config.schedule,
             ),
+            begin_micro_batch=partial(begin_micro_batch, self.model, config.parallel),
         )
         self.num_steps += 1
         return report

@@ -35,6 +35,7 @@ from moetrain.settings import (
     ResolvedTrain,
 )
 from moetrain.train.changes import function_settings
+from moetrain.train.memory import fitting_communication
 
 SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # removed where these are saved
 MICRO_BATCH_TOKENS = 16_384  # the most in a micro-batch of open size
@@ -144,6 +145,11 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
             f"does not divide by the {parts} workers: use {lower} or {lower + parts}",
         )
     share = train.global_batch_size // parts
+    open_settings = [
+        name
+        for name in ("reduce_gradients", "gather_weights")
+        if getattr(config.parallel, name) == "auto"
+    ]
     micro = train.micro_batch_size or _fitting_micro_batch(share, seq_len=train.seq_len)
     if share % micro:
         raise ConfigError(
@@ -153,13 +159,14 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
             f"{train.global_batch_size} over {parts} workers): use one of "
             f"{divisors(share)}",
         )
-    return Resolved(
+    resolved = Resolved(
         **vars(config)
         | {
             "train": ResolvedTrain(**vars(train) | {"micro_batch_size": micro}),
             "parallel": ResolvedParallel(
                 **vars(config.parallel)
                 | {"expert_degree": topology.expert, "data_shard_degree": topology.data_shard}
+                | {name: "micro_batch" for name in open_settings}
             ),
             "run": ResolvedRun(
                 **vars(config.run)
@@ -179,6 +186,11 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
             "launch": ResolvedLaunch(**vars(config.launch) | {"num_workers": num_workers}),
         }
     )
+    if not open_settings:
+        return resolved
+    fitting = fitting_communication(resolved, undecided=open_settings)
+    parallel = replace(resolved.parallel, **fitting)  # type: ignore[arg-type]  # two strings
+    return replace(resolved, parallel=parallel)
 
 
 def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
@@ -208,6 +220,9 @@ def refit(resolved: Resolved, num_workers: int) -> Resolved | None:
             "expert_degree": expert,
             "data_shard_degree": None,
             "data_replicate_degree": replicate,
+            # Each rank holds more than before.
+            "gather_weights": "auto",
+            "reduce_gradients": "auto",
         }
         train = replace(
             resolved.train, micro_batch_size=max(d for d in divisors(share) if d <= micro)

@@ -2,6 +2,7 @@
 
 from moetrain.kernels.assignments import (
     Assignments,
+    HostCounts,
     gather_rows,
     group_assignments,
     sum_assignments,
@@ -17,6 +18,7 @@ from moetrain.kernels.megablocks_ops import unavailable_because
 __all__ = [
     "Assignments",
     "ExpertFunction",
+    "HostCounts",
     "compute_experts",
     "expert_function",
     "expert_swiglu",

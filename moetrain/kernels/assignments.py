@@ -14,6 +14,21 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+class HostCounts:
+    """The assignments in each group, as numbers on the host."""
+
+    def __init__(self, counts: "Tensor | list[int]") -> None:
+        """`counts` [groups]: numbers that the caller has, or a tensor, read when first needed."""
+        self._counts = counts
+
+    def read(self) -> list[int]:
+        """Returns the numbers; the first call waits for the device where they are a tensor."""
+        if isinstance(self._counts, Tensor):
+            self._counts = self._counts.tolist()
+        counts: list[int] = self._counts
+        return counts
+
+
 class Assignments(NamedTuple):
     """Which rows go to which groups: one assignment for each row and each group that takes it."""
 
@@ -32,6 +47,8 @@ class Assignments(NamedTuple):
     """The assignments of each row, if all rows have equally many: known without a host sync."""
     slot: Tensor
     """The choice of each assignment, [assignments] int64: an index into the flat [rows, slots]."""
+    host: HostCounts
+    """`counts` on the host."""
 
 
 def group_assignments(
@@ -40,12 +57,14 @@ def group_assignments(
     num_groups: int,
     num_assignments: int | None = None,
     order: Int64[Tensor, " all_slots"] | None = None,
+    host: HostCounts | None = None,
 ) -> Assignments:
     """Returns one assignment for each row and each group that it chose, grouped, in stable order.
 
     A choice of `num_groups` is an empty slot. Where there may be any, the caller must pass
     `num_assignments`, the number of choices that aren't empty, so that the host needn't wait for
-    the device. `order` is the stable order of the flat choices, if the caller has it already.
+    the device. `order` is the stable order of the flat choices and `host` the counts, if the caller
+    has them already.
     """
     rows, slots = choices.shape
     flat = choices.reshape(-1)
@@ -53,15 +72,16 @@ def group_assignments(
     # bincount would synchronise on CUDA.
     counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=flat.device)
     counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_groups]
+    host = host or HostCounts(counts)
     if num_assignments is None:
         by_row = torch.empty_like(slot)
         by_row[slot] = torch.arange(slot.numel(), device=slot.device)
         offsets = torch.arange(0, rows * slots + 1, slots, device=flat.device)
-        return Assignments(slot // slots, counts, by_row, offsets, slots, slot)
+        return Assignments(slot // slots, counts, by_row, offsets, slots, slot, host)
     by_row = torch.argsort(slot)  # slots are numbered row by row; empty ones leave gaps
     offsets = torch.zeros(rows + 1, dtype=torch.int64, device=flat.device)
     torch.cumsum((choices < num_groups).sum(1), 0, out=offsets[1:])
-    return Assignments(slot // slots, counts, by_row, offsets, None, slot)
+    return Assignments(slot // slots, counts, by_row, offsets, None, slot, host)
 
 
 def gather_rows(
@@ -87,29 +107,15 @@ def add_up(values: Tensor, assignments: Assignments, weights: Tensor | None = No
         return values.new_zeros(rows, values.shape[1])
     if weights is not None:
         weights = weights.to(values.dtype)
-    if values.device.type == "cpu":  # one pass, no temporary
-        by_row = None if weights is None else weights[assignments.by_row]
-        return F.embedding_bag(
-            assignments.by_row,
-            values,
-            assignments.offsets,
-            mode="sum",
-            per_sample_weights=by_row,
-            include_last_offset=True,
-        )
-    if weights is not None and assignments.per_row is not None:
-        # For each row a product of [1, its assignments] and [its assignments, dim]: no weighted
-        # temporary.
-        terms = values[assignments.by_row].view(rows, assignments.per_row, -1)
-        return torch.bmm(weights[assignments.by_row].view(rows, 1, -1), terms).squeeze(1)
-    if weights is not None:
-        values = values * weights.unsqueeze(1)
-    if assignments.per_row is not None:
-        return values[assignments.by_row].view(rows, assignments.per_row, -1).sum(1)
-    # segment_reduce adds in the dtype of its input, and would round at each step in bfloat16.
-    exact = values[assignments.by_row].to(torch.promote_types(values.dtype, torch.float32))
-    total = torch.segment_reduce(exact, "sum", offsets=assignments.offsets, axis=0, initial=0)
-    return total.to(values.dtype)
+    # One pass, in float32 at least, and no temporary of the values' size.
+    return F.embedding_bag(
+        assignments.by_row,
+        values,
+        assignments.offsets,
+        mode="sum",
+        per_sample_weights=None if weights is None else weights[assignments.by_row],
+        include_last_offset=True,
+    )
 
 
 class _GatherRows(torch.autograd.Function):
@@ -143,6 +149,7 @@ class _SumAssignments(torch.autograd.Function):
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Returns the dot product of each row of `a` with that of `b`, [rows], at least float32."""
-    if a.dtype in (torch.float32, torch.float64):
+    if a.is_cpu and a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)  # no temporary
-    return (a * b).sum(1, dtype=torch.float32)
+    # On CUDA a batch of products is limited to 65,535.
+    return (a * b).sum(1, dtype=torch.promote_types(a.dtype, torch.float32))

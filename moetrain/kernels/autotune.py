@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from moetrain.kernels.assignments import Assignments, group_assignments
+from moetrain.kernels.assignments import Assignments, HostCounts, group_assignments
 from moetrain.kernels.expert_swiglu import Backend
 
 REPEATS = 5
@@ -56,7 +56,9 @@ class ExpertShape:
         row = index.expand(self.rows * self.choices)
         counts, offsets = index.expand(self.experts), index.expand(self.rows + 1)
         weight = number.expand(self.experts, self.hidden, self.dim)
-        assignments = Assignments(row, counts, row, offsets, self.choices, row)
+        assignments = Assignments(
+            row, counts, row, offsets, self.choices, row, HostCounts([0] * self.experts)
+        )
         return number.expand(self.rows, self.dim), assignments, weight, weight, weight
 
     def problem(self) -> tuple[Tensor, Tensor, Assignments, Tensor, Tensor, Tensor]:

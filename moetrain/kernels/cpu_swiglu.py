@@ -27,7 +27,7 @@ def cpu_swiglu(
     recompute: bool,
 ) -> Float[Tensor, "rows dim"]:
     """Computes `expert_swiglu` on a CPU, by dense products on slices."""
-    sizes = assignments.counts.tolist()
+    sizes = assignments.host.read()
     if sum(sizes) != assignments.row.numel():
         raise ValueError(
             f"counts add up to {sum(sizes)}, but there are {assignments.row.numel()} assignments"

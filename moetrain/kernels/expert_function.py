@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.kernels.assignments import Assignments, gather_rows, sum_assignments
-from moetrain.kernels.expert_swiglu import expert_swiglu, grouped_mm_refuses
+from moetrain.kernels.expert_swiglu import (
+    expert_swiglu,
+    grouped_mm_refuses,
+    without_assignments,
+)
 from moetrain.registries import EXPERT_FUNCTIONS
 from moetrain.settings.model import ExpertsSettings
 
@@ -85,6 +89,8 @@ def compute_experts(
             preferred=preferred,
             recompute=recompute,
         )
+    if not assignments.row.numel():
+        return without_assignments(x, gates, assignments, gate, up, down)
     if backend == "megablocks":
         raise ValueError(
             "backend='megablocks' computes swiglu alone: use backend='auto' for another function"
@@ -134,7 +140,7 @@ def _one_by_one(
     gates = (None,) * len(ups) if gate is None else gate.unbind()
     parts = []
     for rows, g, u, d in zip(
-        gather_rows(x, assignments).split(assignments.counts.tolist()),
+        gather_rows(x, assignments).split(assignments.host.read()),
         gates,
         ups,
         downs,

@@ -46,12 +46,14 @@ def expert_swiglu(
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"rows and weights must be of one dtype, not {names}: cast them")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if not assignments.row.numel():
+        return without_assignments(x, gates, assignments, gate, up, down)
     if backend == "auto":
         backend = _serving(x, assignments, gate, up, down, preferred=preferred)
     if backend == "cpu":
         return cpu_swiglu(x, gates, assignments, gate, up, down, recompute=recompute)
-    if backend not in GROUPED:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     compute = GROUPED[backend]
     if recompute and torch.is_grad_enabled():
         result: Tensor = checkpoint(
@@ -67,6 +69,21 @@ def expert_swiglu(
         )
         return result
     return compute(x, gates, assignments, gate, up, down)
+
+
+def without_assignments(
+    x: Tensor, gates: Tensor, assignments: Assignments, *weights: Tensor | None
+) -> Tensor:
+    """Returns zeros, with a zero gradient for every argument, without calling any backend.
+
+    A rank whose experts get nothing comes here: kernels would be launched on empty grids, Triton
+    would autotune on empty inputs, and some grouped products of torch assert that there are rows.
+    """
+    nothing = x[assignments.row].sum() + gates.sum()
+    for weight in weights:
+        if weight is not None:
+            nothing = nothing + weight[:0].sum()
+    return torch.zeros_like(x) + nothing.to(x.dtype)
 
 
 def _serving(

@@ -31,7 +31,7 @@ INSTALL = "`make kernels` installs what is needed (the pip line is in docs/kerne
 
 
 class _Libraries(NamedTuple):
-    ops: Any
+    kernels: Any
     stk: Any
     interpreted: bool
     """Whether Triton built the kernels for its interpreter, which runs them on CPU tensors."""
@@ -46,7 +46,6 @@ def _libraries() -> _Libraries:
         except ImportError:
             sys.modules["megablocks_ops"] = megablocks_ops_in_torch
         import megablocks.backend.kernels as kernels
-        import megablocks.ops as ops
         import stk
         import stk.ops
         from triton.runtime.interpreter import InterpretedFunction
@@ -55,7 +54,7 @@ def _libraries() -> _Libraries:
     if interpreted:  # no device, so no autotuning
         for kernel in copying:
             kernel.configs = kernel.configs[-1:]
-    return _Libraries(ops, stk, interpreted)
+    return _Libraries(kernels, stk, interpreted)
 
 
 @functools.cache
@@ -108,7 +107,8 @@ def megablocks_swiglu(
     rounded to `x`'s dtype once. Any `dim` and `hidden` are served exactly: what isn't a multiple
     of 128 is padded with zeros, which copies the weights (as does a non-contiguous weight).
     Float32 products are TF32 on CUDA, unless TRITON_F32_DEFAULT=ieee is set.
-    Synchronises with the device once, because shapes depend on the number of padded rows.
+    Shapes depend on the number of padded rows: it synchronises with the device once, in the forward
+    pass, where the host doesn't know the counts of `assignments` yet.
 
     Raises ValueError, with the reason and the way out, where the backend can't run (see
     `unavailable_because`), for dtypes that the kernels don't multiply, and for sizes past their
@@ -116,9 +116,7 @@ def megablocks_swiglu(
     """
     if reason := megablocks_refuses(x, assignments, gate, up, down):
         raise ValueError(reason)
-    if not assignments.row.numel():
-        return _without_assignments(x, gates, assignments, gate, up, down)
-    ops, stk, _ = _libraries()
+    stk = _libraries().stk
     experts, hidden, dim = gate.shape
     width = _rounded_up(hidden)
     gate, up, down = (_stacked(weight, hidden=width) for weight in (gate, up, down))
@@ -139,7 +137,8 @@ def megablocks_swiglu(
         top_k, weights = assignments.per_row, gates.index_select(0, assignments.by_row)
         rows = x.contiguous()
 
-    gathered = ops.padded_gather(_padded(rows, (0, -dim % BLOCK)), *places, top_k)
+    padded = _Padding(places, sum(map(_rounded_up, assignments.host.read())), top_k)
+    gathered = _PaddedGather.apply(_padded(rows, (0, -dim % BLOCK)), padded)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         blocks = _block_indices(
             padded_bins // BLOCK, height=gathered.shape[0] // BLOCK, width=width // BLOCK
@@ -152,10 +151,73 @@ def megablocks_swiglu(
     passed = stk.ops.sdd(gathered, up.t(), topology).data
     inner = stk.Matrix(shape, F.silu(opened) * passed, *blocks)
     outputs = stk.ops.dsd(inner, down)  # [padded rows, dim]
-    out = ops.padded_scatter(outputs, *places[:2], weights, *places[2:], top_k)[:, :dim]
+    out = _PaddedScatter.apply(outputs, weights, padded)[:, :dim]  # type: ignore[no-untyped-call]
     if assignments.per_row is None:
         out = sum_assignments(out, assignments)
     return out  # type: ignore[no-any-return]
+
+
+class _Padding(NamedTuple):
+    """Where rows are among the padded ones of all experts."""
+
+    places: list[Tensor]
+    """What MegaBlocks calls indices, bin_ids, bins and padded_bins; int32."""
+    num_rows: int
+    top_k: int
+
+
+# MegaBlocks' own autograd functions ask the device for the number of padded rows, once in the
+# forward and once in the backward pass: a host sync each. Its kernels don't.
+
+
+def _padded_rows(x: Tensor, weights: Tensor | None, padded: _Padding) -> Tensor:
+    """Returns the rows [padded rows, dim], scaled by weights if given, and zeros between them."""
+    indices, *others = padded.places
+    out = x.new_zeros(padded.num_rows, x.shape[1])
+    _libraries().kernels._padded_copy[(len(indices),)](
+        *(x, out, indices, others[0], weights, *others[1:]),
+        NUM_COLUMNS=x.shape[1],
+        A_TO_B=True,
+        TOP_K=padded.top_k,
+        SCALE=weights is not None,
+    )
+    return out
+
+
+def _summed_rows(x: Tensor, weights: Tensor | None, padded: _Padding) -> Tensor:
+    """Returns each row's sum of its padded rows, scaled by weights if given."""
+    indices, bin_ids, *bins = padded.places
+    kernels = _libraries().kernels
+    out: Tensor = kernels.padded_scatter(x, indices, bin_ids, weights, *bins, padded.top_k)
+    return out
+
+
+class _PaddedGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padded: _Padding) -> Tensor:
+        ctx.padded = padded
+        return _padded_rows(x, None, padded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed_rows(grad.contiguous(), None, ctx.padded), None
+
+
+class _PaddedScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, padded: _Padding) -> Tensor:
+        ctx.padded = padded
+        ctx.save_for_backward(x, weights)
+        return _summed_rows(x, weights, padded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, weights), padded = ctx.saved_tensors, ctx.padded
+        grad = grad.contiguous()
+        of_weights = _libraries().kernels.padded_scatter_wgrad(
+            x, grad, *padded.places, padded.top_k
+        )
+        return _padded_rows(grad, weights, padded), of_weights, None
 
 
 def megablocks_refuses(
@@ -200,18 +262,6 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 def _rounded_up(size: Any) -> Any:
     """Returns a size, or a tensor of sizes, rounded up to whole blocks."""
     return (size + BLOCK - 1) // BLOCK * BLOCK
-
-
-def _without_assignments(
-    x: Tensor, gates: Tensor, assignments: Assignments, gate: Tensor, up: Tensor, down: Tensor
-) -> Tensor:
-    """Returns zeros, through products without rows, so that every argument gets a zero gradient.
-
-    The kernels would be launched on empty grids, and Triton would autotune on empty inputs.
-    """
-    rows = x[assignments.row]  # [0, dim]
-    outputs = (F.silu(rows @ gate[0].t()) * (rows @ up[0].t())) @ down[0]
-    return torch.zeros_like(x).index_add(0, assignments.row, outputs * gates.to(x.dtype)[:, None])
 
 
 def _stacked(weight: Tensor, *, hidden: int) -> Tensor:

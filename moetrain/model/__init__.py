@@ -1,7 +1,7 @@
 """The decoder on a single device: it knows no ranks and imports no torch.distributed."""
 
 from moetrain.model.attention import Attention
-from moetrain.model.choice import Choice, Choose
+from moetrain.model.choice import Choice, Choose, Memo
 from moetrain.model.cost import (
     active_parameters,
     embedding_parameters,
@@ -31,6 +31,7 @@ __all__ = [
     "LocalExchange",
     "LocalKeyValues",
     "LossSums",
+    "Memo",
     "MoELayer",
     "Routing",
     "RoutingStatistics",

@@ -1,6 +1,7 @@
 """A layer's choice of experts in one forward pass: how it is made, and its result."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,6 +9,10 @@ Rule = Callable[[Tensor], Tensor]
 """A router's rule: selection scores [tokens, experts] → chosen experts [tokens, top_k]."""
 Choose = Callable[[int, Tensor, Rule], Tensor]
 """Chooses in a router's place: (number of the layer, scores, its rule) → chosen experts."""
+
+
+Memo = dict[str, Any]
+"""What a layer's first forward pass has found out, for its recomputation."""
 
 
 class Choice:
@@ -29,6 +34,8 @@ class Choice:
         """The layer's number in the model."""
         self.noise_seeds = noise_seeds
         """A seed of the router's jitter for each sequence; None: no jitter."""
+        self.memo: Memo = {}
+        """The layer's exchange keeps what it learned on the host, which a recomputation reuses."""
         self._choose = choose
         self._experts: Tensor | None = None
 

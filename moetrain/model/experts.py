@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from moetrain.kernels import Assignments, ExpertFunction, compute_experts, expert_function
+from moetrain.model.choice import Memo
 from moetrain.model.token_exchange import TokenExchange
 from moetrain.settings.model import ModelSettings
 
@@ -53,6 +54,7 @@ class Experts(nn.Module):
         gates: Float[Tensor, "tokens top_k"],
         *,
         exchange: TokenExchange,
+        memo: Memo | None = None,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Runs `exchange` with these experts and returns its output; no token is dropped.
@@ -77,7 +79,7 @@ class Experts(nn.Module):
                 recompute=self.settings.recompute,
             )
 
-        return exchange.run(x, experts, gates, compute=compute, beside=beside)
+        return exchange.run(x, experts, gates, compute=compute, memo=memo, beside=beside)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -45,12 +45,14 @@ class MoELayer(nn.Module):
         `valid` has a sequence's tokens in its last dimension; flattened, it has one value per row
         of x. `choice` is the router's, and is passed with the batch.
         """
+        choice = choice or Choice(0)
         routing = self.router(x, valid, choice)
         y = self.experts(
             x,
             routing.experts,
             routing.gates,
             exchange=self.exchange,
+            memo=choice.memo,
             beside=None if self.shared_experts is None else partial(self.shared_experts, x),
         )
         return y, routing.statistics

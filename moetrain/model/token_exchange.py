@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from moetrain.kernels import Assignments, group_assignments
+from moetrain.model.choice import Memo
 
 Compute = Callable[[Tensor, Tensor, Assignments], Tensor]
 """The local experts: (rows [rows, dim], gates [assignments], assignments) → [rows, dim]."""
@@ -23,12 +24,14 @@ class TokenExchange(ABC):
         gates: Float[Tensor, "tokens top_k"],
         *,
         compute: Compute,
+        memo: Memo | None = None,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Returns for each token the sum of its experts' outputs, weighted by its gates.
 
         `compute` applies the local experts to their rows. No token is dropped. The result of
-        `beside` is added; it is called while the dispatch is in flight.
+        `beside` is added; it is called while the dispatch is in flight. A recomputation passes the
+        first pass's `memo`, and then needs no host synchronisation.
         """
 
 
@@ -45,9 +48,14 @@ class LocalExchange(TokenExchange):
         gates: Float[Tensor, "tokens top_k"],
         *,
         compute: Compute,
+        memo: Memo | None = None,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Groups the tokens by expert and computes."""
-        assignments = group_assignments(experts, num_groups=self.num_experts)
+        memo = {} if memo is None else memo
+        assignments = group_assignments(
+            experts, num_groups=self.num_experts, host=memo.get("counts")
+        )
+        memo["counts"] = assignments.host
         y = compute(x, gates.flatten().index_select(0, assignments.slot), assignments)
         return y if beside is None else y + beside()

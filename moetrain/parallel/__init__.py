@@ -5,11 +5,13 @@ from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.gradients import Gradients
 from moetrain.parallel.kernel_choice import settle_backend
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
-from moetrain.parallel.parallelize import parallelize, reshard
+from moetrain.parallel.parallelize import parallelize
 from moetrain.parallel.recompute import plain_name
 from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks
+from moetrain.parallel.sharding import begin_micro_batch, reshard
 from moetrain.parallel.topology import (
     TOKEN_AXES,
+    WEIGHT_AXES,
     RankShare,
     Topology,
     degree_choices,
@@ -22,6 +24,7 @@ __all__ = [
     "COMPUTING_PHASES",
     "STEP_PHASES",
     "TOKEN_AXES",
+    "WEIGHT_AXES",
     "Activity",
     "AllToAllExchange",
     "Doing",
@@ -30,6 +33,7 @@ __all__ = [
     "RankShare",
     "Topology",
     "any_rank",
+    "begin_micro_batch",
     "build_meshes",
     "degree_choices",
     "divisors",

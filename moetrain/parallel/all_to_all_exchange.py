@@ -3,21 +3,33 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.kernels import Assignments, gather_rows, group_assignments, sum_assignments
-from moetrain.model import Compute, TokenExchange
+from moetrain.kernels import (
+    Assignments,
+    HostCounts,
+    gather_rows,
+    group_assignments,
+    sum_assignments,
+)
+from moetrain.model import Compute, Memo, TokenExchange
 from moetrain.parallel.activity import Activity
 from moetrain.settings import ExchangeSettings
 
 log = logging.getLogger(__name__)
+
+Counts = npt.NDArray[np.int64]
+# Its name before torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 IMBALANCE_TO_WARN_OF = 3.0  # assignments received over the fair share
 
@@ -26,7 +38,8 @@ class AllToAllExchange(TokenExchange):
     """Dropless exchange over the ranks of `group`, which hold the experts in order of rank.
 
     There is one host synchronisation per layer: reading how many rows go where. Every rank reads
-    the whole matrix of counts, so all ranks agree on sizes and rounds before a token is sent. A
+    the whole matrix of counts, by expert, so that all ranks agree on sizes and rounds before a
+    token is sent, and the experts know their loads. A recomputation counts and reads nothing. A
     rank that has no tokens, or whose experts receive none, still enters every collective.
     """
 
@@ -56,15 +69,19 @@ class AllToAllExchange(TokenExchange):
         gates: Float[Tensor, "tokens top_k"],
         *,
         compute: Compute,
+        memo: Memo | None = None,
         beside: Callable[[], Tensor] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Dispatches the tokens, computes the local experts, and combines the outputs."""
-        counting = _Counting(x, experts, exchange=self)
+        memo = {} if memo is None else memo
+        counting = None if "plan" in memo else _Counting(x, experts, exchange=self)
         once = self._sends_once(experts.shape[1])
         goes_to = self._ranks_of(experts) if once else experts
         # Neither sort nor scatter needs the counts: they run while the all-gather is in flight.
         order = torch.argsort(goes_to.flatten(), stable=True)
-        plan = self._plan(counting.read())
+        if counting is not None:
+            memo["plan"] = self._plan(counting.read())
+        plan: _Plan = memo["plan"]
         if plan.once:
             sent, metadata = self._pack_once(experts, gates, goes_to, order, plan)
         else:
@@ -75,7 +92,7 @@ class AllToAllExchange(TokenExchange):
 
         def depart(step: _Round, rows: Tensor, metadata: Tensor) -> Callable[[], Tensor]:
             travelling = [self._transfer(t, step.send, step.receive) for t in (rows, metadata)]
-            return lambda: self._compute(plan, compute, *(t.wait() for t in travelling))
+            return lambda: self._compute(step, compute, *(t.wait() for t in travelling))
 
         # A recomputed round starts only when its result is needed: the checkpointed function must
         # contain the dispatch, which the backward pass repeats. So the next round's dispatch
@@ -95,27 +112,37 @@ class AllToAllExchange(TokenExchange):
         begin = depart_again if plan.recomputes else depart
         finish = begin(*legs[0])
         extra = None if beside is None else beside()
-        home = []
-        for step, following in zip(plan.rounds, [*legs[1:], None], strict=True):
-            # The next round's dispatch is in flight while this round computes.
-            ready, finish = finish, begin(*following) if following else finish
-            home.append(self._transfer(ready(), step.receive, step.send))
+        home: list[_Transfer] = []
+        try:
+            for step, following in zip(plan.rounds, [*legs[1:], None], strict=True):
+                # The next round's dispatch is in flight while this round computes.
+                ready, finish = finish, begin(*following) if following else finish
+                home.append(self._transfer(ready(), step.receive, step.send))
+        except Exception:
+            # Recomputation ends by an exception of torch's, once it has what the backward pass
+            # needs: that is in the last round, while results of earlier ones travel. Their buffers
+            # must not be freed, and used again, before they have arrived.
+            for transfer in home:
+                with suppress(RuntimeError):  # of a lost peer, as the exception already is
+                    transfer.finish()
+            raise
         results = [transfer.wait() for transfer in home]
         y = sum_assignments(torch.cat(results) if len(results) > 1 else results[0], sent)
         return y if extra is None else y + extra
 
-    def _plan(self, table: list[list[int]]) -> "_Plan":
+    def _plan(self, table: Counts) -> "_Plan":
         """Returns the plan that follows from the table of counts; all ranks compute it alike."""
-        agreed = {tuple(row[: len(_HEADER)]) for row in table}
-        if len(agreed) > 1:
+        headers = table[:, : len(_HEADER)]
+        if (headers != headers[0]).any():
             raise RuntimeError(
                 f"{self.name} on rank {dist.get_rank()}: the ranks don't agree on "
-                f"({', '.join(_HEADER)}): {[row[: len(_HEADER)] for row in table]}"
+                f"({', '.join(_HEADER)}): {headers.tolist()}"
             )
-        counts = [row[len(_HEADER) :] for row in table]  # of each source rank
-        rows = [row[: self.degree] for row in counts]  # a token once per rank
-        assignments = [row[self.degree :] for row in counts]  # a token once per expert
-        load = [sum(column) for column in zip(*assignments, strict=True)]
+        counts = table[:, len(_HEADER) :]  # of each source rank
+        rows, by_expert = counts[:, : self.degree], counts[:, self.degree :]
+        by_expert = by_expert.reshape(self.degree, self.degree, self.local_experts)
+        assignments = by_expert.sum(2)  # from rank to rank, a token once per expert
+        load = assignments.sum(0).tolist()
         fair_share = sum(load) / self.degree
         needed = math.ceil(max(load) / max(1.0, self.settings.max_load * fair_share))
         num_rounds = max(1, needed, self.settings.num_rounds)
@@ -124,21 +151,25 @@ class AllToAllExchange(TokenExchange):
 
         # With several rounds, each assignment is sent by itself: the counts don't say how many
         # assignments a round would hold if a token's assignments shared one row.
-        once = num_rounds == 1 and self._sends_once(table[0][_HEADER.index("top_k")])
+        once = num_rounds == 1 and self._sends_once(int(headers[0, _HEADER.index("top_k")]))
         matrix = rows if once else assignments
-        rounds = [
-            _Round(
-                send=[_part(n, index, num_rounds) for n in matrix[self.rank]],
-                receive=[_part(row[self.rank], index, num_rounds) for row in matrix],
+        # An expert's assignments follow the experts' before it: how many of the first n are its.
+        ends = by_expert[:, self.rank].cumsum(1)  # [source rank, local expert]
+        rounds, received = [], np.zeros_like(ends)
+        for index in range(num_rounds):
+            start, end = (i * matrix // num_rounds for i in (index, index + 1))
+            before, sizes = received, end - start
+            received = ends if once else np.minimum(ends, end[:, self.rank, None])
+            here = (received - before).sum(0)
+            rounds.append(
+                _Round(
+                    send=sizes[self.rank].tolist(),
+                    receive=sizes[:, self.rank].tolist(),
+                    experts=np.diff(here, prepend=0).tolist(),
+                    once=once,
+                )
             )
-            for index in range(num_rounds)
-        ]
-        return _Plan(
-            rounds=rounds,
-            once=once,
-            assignments=load[self.rank],
-            recomputes=num_rounds > self.settings.num_rounds,
-        )
+        return _Plan(rounds=rounds, once=once, recomputes=num_rounds > self.settings.num_rounds)
 
     def _sends_once(self, top_k: int) -> bool:
         return self.settings.send_once and self.local_experts > 1 and top_k > 1
@@ -186,7 +217,7 @@ class AllToAllExchange(TokenExchange):
         if len(plan.rounds) == 1:
             return assignments
         # Of the n assignments for a rank, assignment i is in the first round r with
-        # (r + 1) · n // rounds > i, as in `_part`. This is computed on the device: uploading a
+        # (r + 1) · n // rounds > i, as in `_plan`. This is computed on the device: uploading a
         # table from the host would synchronise.
         num_assignments, num_rounds = assignments.row.numel(), len(plan.rounds)
         of_rank = assignments.counts.view(self.degree, -1).sum(1)
@@ -204,13 +235,14 @@ class AllToAllExchange(TokenExchange):
             by_row=place[assignments.by_row],
         )
 
-    def _compute(self, plan: "_Plan", compute: Compute, rows: Tensor, metadata: Tensor) -> Tensor:
+    def _compute(self, step: "_Round", compute: Compute, rows: Tensor, metadata: Tensor) -> Tensor:
         """Applies the local experts to the rows that arrived."""
         gates, choices = metadata.chunk(2, 1)
         assignments = group_assignments(
             choices.detach().long(),
             num_groups=self.local_experts,
-            num_assignments=plan.assignments if plan.once else None,
+            num_assignments=sum(step.experts) if step.once else None,
+            host=HostCounts(step.experts),
         )
         return compute(rows, gates.flatten().index_select(0, assignments.slot), assignments)
 
@@ -241,36 +273,41 @@ class _Counting:
         degree, ranks = exchange.degree, experts // exchange.local_experts
         header = (x.shape[1], x.element_size(), experts.shape[1])
         once = torch.zeros(len(experts), degree, dtype=torch.int64, device=x.device)
-        assignments = torch.zeros(degree, dtype=torch.int64, device=x.device)
+        by_expert = torch.zeros(exchange.num_experts, dtype=torch.int64, device=x.device)
+        chosen = experts.flatten()
         mine = torch.cat(
             (
                 *(ranks.new_full((1,), number) for number in header),  # on the device: no transfer
                 once.scatter_(1, ranks, 1).sum(0),
-                assignments.scatter_add_(0, ranks.flatten(), torch.ones_like(ranks.flatten())),
+                by_expert.scatter_add_(0, chosen, torch.ones_like(chosen)),
             )
         )
         self.activity = exchange.activity
         self.name = f"counts of the {exchange.name} on rank {dist.get_rank()}"
-        self.table = mine.new_empty(degree, len(mine))
+        self.table = mine.new_empty(degree * len(mine))
+        self.degree = degree
         with _named(self.name):
-            self.work = dist.all_gather(
-                list(self.table.unbind()), mine, group=exchange.group, async_op=True
-            )
+            self.work = _all_gather(self.table, mine, group=exchange.group, async_op=True)
 
-    def read(self) -> list[list[int]]:
+    def read(self) -> Counts:
         """Returns one row of counts for each rank: the layer's one host synchronisation."""
         with _named(self.name), self.activity.collective(self.name):
             self.work.wait()
             # On CUDA, `wait` only orders streams; the host blocks here.
-            table: list[list[int]] = self.table.tolist()
+            table: Counts = self.table.cpu().numpy().reshape(self.degree, -1)
         return table
 
 
 class _Round(NamedTuple):
-    """One part of the rows: how many are sent to and received from each rank."""
+    """One part of the rows."""
 
     send: list[int]
+    """How many go to each rank."""
     receive: list[int]
+    """How many come from each rank."""
+    experts: list[int]
+    """The assignments of each local expert among those that come."""
+    once: bool
 
 
 class _Plan(NamedTuple):
@@ -279,14 +316,8 @@ class _Plan(NamedTuple):
     rounds: list[_Round]
     once: bool
     """Whether a token is sent once per rank, or once per expert."""
-    assignments: int
-    """Token–expert assignments that this rank computes, in all rounds."""
     recomputes: bool
     """Whether the rounds keep no activations, and are recomputed in the backward pass."""
-
-
-def _part(rows: int, index: int, parts: int) -> int:
-    return (index + 1) * rows // parts - index * rows // parts
 
 
 class _Transfer:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -17,9 +16,10 @@ from moetrain.parallel.activity import Activity
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.recompute import plain_name, recompute
+from moetrain.parallel.sharding import HIDDEN_DIM, shard
 from moetrain.settings import ExchangeSettings, ParallelSettings
 
-EXPERT_DIM, HIDDEN_DIM = 0, 1  # of an expert weight, [experts, hidden, dim]
+EXPERT_DIM = 0  # of an expert weight, [experts, hidden, dim]
 
 
 def parallelize(
@@ -56,15 +56,14 @@ def spread_experts(
     moe: MoELayer, meshes: Meshes, settings: ExchangeSettings, *, layer: int, activity: Activity
 ) -> None:
     """Gives each rank of the expert axis its experts, and the layer an exchange to reach all."""
-    axis = meshes.expert["expert"]
-    if axis.size() == 1:
+    if (axis := meshes.expert_axis) is None:
         return
     for name, weight in list(moe.experts.named_parameters()):
         spread = distribute_tensor(weight.data, axis, [Shard(EXPERT_DIM)])
         setattr(moe.experts, name, nn.Parameter(spread))
     moe.exchange = AllToAllExchange(
         num_experts=moe.router.num_experts,
-        group=meshes.expert_group,
+        group=axis.get_group(),
         layer=layer,
         settings=settings,
         activity=activity,
@@ -83,47 +82,6 @@ def tell_of_layer(block: nn.Module, number: int, activity: Activity) -> None:
 
     block.register_forward_pre_hook(forward)
     block.register_forward_hook(returned)
-
-
-def shard(model: Transformer, meshes: Meshes, *, compute_dtype: torch.dtype) -> None:
-    """Shards experts over the expert-shard axis, and everything else over all sharding ranks."""
-    # FSDP doesn't cast inputs: activations get the embedding's dtype, and the rotary table must
-    # stay float32.
-    policy, exact = (
-        MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for dtype in (compute_dtype, torch.float32)
-    )
-    expert_mesh = meshes.expert["data_replicate", "expert_shard"]
-    for block in model.layers:
-        for moe in block.modules():
-            if not isinstance(moe, MoELayer):
-                continue
-            fully_shard(
-                moe.experts,
-                mesh=expert_mesh,
-                mp_policy=policy,
-                # Along the hidden dimension: a rank has the same rows of each of its experts.
-                shard_placement_fn=lambda _: Shard(HIDDEN_DIM),
-            )
-            if compute_dtype != torch.float32:
-                fully_shard(moe.router, mesh=meshes.dense, mp_policy=exact)
-        fully_shard(block, mesh=meshes.dense, mp_policy=policy)
-    fully_shard(model, mesh=meshes.dense, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Sums, not means: after the exchange an expert's gradient already covers the tokens of
-            # the whole expert axis, and a mean over the remaining axes would scale it differently.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees gathered weights, so that the model's parameters are this rank's shards again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @torch.no_grad()

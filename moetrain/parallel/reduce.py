@@ -10,9 +10,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def any_rank(flag: bool, *, device: torch.device) -> bool:
-    """Returns on every rank whether the flag is set on any of them."""
-    flags = torch.tensor(int(flag), device=device)
+def any_rank(flag: bool) -> bool:
+    """Returns on every rank whether the flag is set on any of them.
+
+    The ranks' hosts agree, over gloo: a collective on the GPU would wait until it is idle.
+    """
+    if dist.get_world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
     dist.all_reduce(flags)
     return bool(flags.item())
 

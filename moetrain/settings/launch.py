@@ -55,6 +55,9 @@ class ClusterSettings:
     gpus_per_node: PositiveInt = 8
     peak_tflops_per_gpu: PositiveFloat | None = None
     """Peak dense FLOPS in the training dtype, for the utilisation; None: it isn't reported."""
+    memory_gib_per_gpu: PositiveFloat | None = None
+    """Memory of a GPU, from which `auto` settings that trade memory for speed follow; None: they
+    take the least memory."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables that every rank gets."""
     spot_warnings: Annotated[str, AfterValidator(one_of("none", "aws", "gcp"))] = "none"

@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 
 from moetrain.checks import one_of
 
+EVERY = ("micro_batch", "step")
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ExchangeSettings:
@@ -38,4 +40,12 @@ class ParallelSettings:
     pipeline_degree: PositiveInt = 1
     recompute: Annotated[str, AfterValidator(one_of("none", "full"))] = "none"
     """`full`: keep only each block's input for the backward pass, and the choice of experts."""
+    gather_weights: Annotated[str, AfterValidator(one_of("auto", *EVERY))] = "auto"
+    """How often the ranks that shard the weights gather them, where a step has several
+    micro-batches: in every `micro_batch`, or once a `step`, which keeps them in memory. `auto`:
+    once a step where memory is known to allow it (cluster.memory_gib_per_gpu)."""
+    reduce_gradients: Annotated[str, AfterValidator(one_of("auto", *EVERY))] = "auto"
+    """How often gradients are summed over ranks: in every `micro_batch`, or once a `step`, which
+    keeps unsharded float32 gradients until the last one. `auto` as above. The sums are the same up
+    to the order of their terms."""
     exchange: ExchangeSettings = ExchangeSettings()

@@ -7,13 +7,15 @@ it.
 
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, PositiveInt
+from pydantic import AfterValidator, ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import DataSettings
+from moetrain.checks import one_of
 from moetrain.settings.launch import LaunchSettings
-from moetrain.settings.parallel import ParallelSettings
+from moetrain.settings.parallel import EVERY, ParallelSettings
 from moetrain.settings.train import FolderName, RunSettings, TrainSettings
 from moetrain.settings.tree import Config
 
@@ -36,10 +38,12 @@ class ResolvedTrain(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ResolvedParallel(ParallelSettings):
-    """A layout: its degrees multiply to the number of ranks."""
+    """A layout: its degrees multiply to the number of ranks; nothing in it is `auto`."""
 
     expert_degree: PositiveInt = field()
     data_shard_degree: PositiveInt = field()
+    gather_weights: Annotated[str, AfterValidator(one_of(*EVERY))] = "micro_batch"
+    reduce_gradients: Annotated[str, AfterValidator(one_of(*EVERY))] = "micro_batch"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -322,7 +322,7 @@ def build_model(
         dtype=dtype,
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
-    gradients = Gradients(model.parameters(), meshes, max_norm=config.optim.clip_grad_norm)
+    gradients = Gradients(model.parameters(), max_norm=config.optim.clip_grad_norm)
     return model, optimizer, gradients, meshes
 
 

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from moetrain.kinds import EventKind
 from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
-from moetrain.parallel import BETWEEN_STEPS, any_rank
+from moetrain.parallel import BETWEEN_STEPS, any_rank, begin_micro_batch
 from moetrain.train.control import Outcome
 from moetrain.train.means import RunningMeans
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
@@ -54,7 +55,7 @@ def train(trainer: Trainer) -> Outcome:
     while state.step < settings.num_steps:
         control.heartbeat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
-        if any_rank(leaves, device=trainer.device):
+        if any_rank(leaves):
             break
         report = take_step(trainer, stopwatch)
         for callback in callbacks:
@@ -73,7 +74,7 @@ def train(trainer: Trainer) -> Outcome:
             with stopwatch.saving(), tally.saving(state.step):
                 save(trainer)
             saved_step = state.step
-            if any_rank(control.move_requested, device=trainer.device):
+            if any_rank(control.move_requested):
                 break
         tally.sign(state.step)
     if state.step > saved_step:
@@ -108,6 +109,7 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         objective=trainer.objective,
         meshes=trainer.meshes,
         learning_rate=_learning_rate(trainer),
+        begin_micro_batch=partial(begin_micro_batch, trainer.model, config.parallel),
         begin=trainer.control.activity.begin,
         data_counts=[*tokens_by_source(batch, num_sources=len(sources)), batch.num_corrupt],
         metrics=trainer.metrics if _records(trainer, state.step + 1) else {},

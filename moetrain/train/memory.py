@@ -1,14 +1,16 @@
 """The expected peak memory of a rank, from the settings alone.
 
 An upper estimate of live tensors. It covers the float32 shards of weights, gradients and optimizer
-state; the weights that FSDP gathers, of the embedding, the head and one layer, with that layer's
-gradients; the activations of a micro-batch; and the chunk of logits. It adds them up as if all were
-at their peak at once, as gradients and activations are with several micro-batches. It doesn't cover
-an expert load above the mean, the exchange's messages in flight, memory held by the allocator
-(`memory/peak_gib` of a CPU run counts that), and on a CPU the process itself.
+state; the weights that FSDP gathers, of the embedding, the head and two layers, with one layer's
+gradients, or of the whole model where they are kept for a step; the activations of a micro-batch;
+and the chunk of logits. It adds them up as if all were at their peak at once, as gradients and
+activations are with several micro-batches. It doesn't cover an expert load above the mean, the
+exchange's messages in flight, memory held by the allocator (`memory/peak_gib` of a CPU run counts
+that), and on a CPU the process itself.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 from moetrain.model import (
     embedding_parameters,
@@ -21,6 +23,8 @@ from moetrain.settings import Resolved
 
 PROCESS_GIB = 0.5
 """Resident memory of a rank's process before it holds a model, with torch on a CPU."""
+MOST_OF_MEMORY = 0.8
+"""The rest is for an expert load above the mean, messages in flight and fragmentation."""
 MASTER = 4  # bytes per float32 number, as weights, gradients and moments are kept
 
 
@@ -39,6 +43,24 @@ class RankMemory:
     def total(self) -> float:
         """All of it."""
         return float(sum(asdict(self).values()))
+
+
+def fitting_communication(config: Resolved, *, undecided: Sequence[str]) -> dict[str, str]:
+    """Returns how often weights are gathered and gradients reduced, for the `undecided` of the two.
+
+    Once a step where there are several micro-batches and that fits into most of a GPU's memory,
+    one after the other in the order given.
+    """
+    parts = config.parallel.data_shard_degree * config.parallel.data_replicate_degree
+    several = config.train.global_batch_size > parts * config.train.micro_batch_size
+    room = MOST_OF_MEMORY * (config.cluster.memory_gib_per_gpu or 0.0) * 2**30
+    choice = dict.fromkeys(undecided, "micro_batch")
+    for name in undecided:
+        larger = choice | {name: "step"}
+        asked = replace(config, parallel=replace(config.parallel, **larger))  # type: ignore[arg-type]  # two strings
+        if several and expected_memory(asked, on_cpu=False).total <= room:
+            choice = larger
+    return choice
 
 
 def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
@@ -62,11 +84,18 @@ def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
     if model.is_moe:
         of_experts = 3 * model.num_experts * model.ffn_hidden_dim * model.dim
         layer -= of_experts * (1 - 1 / experts)
+    whole = root + layer * model.num_layers
+    # The layer that computes and the next one, and the gradients of the first.
+    gathered = width * root + layer * (3 * width + MASTER)
+    if parallel.gather_weights == "step":
+        gathered += width * (whole - root)
+    if parallel.reduce_gradients == "step":
+        gathered += MASTER * whole
     return RankMemory(
         weights=local,
         gradients=local,
         optimizer=local * state_size(config.optim),
-        gathered=width * root + layer * (2 * width + MASTER),
+        gathered=gathered,
         activations=sum(kept)
         + head_activations(model, tokens=tokens, width=width, norm=3 if on_cpu else 2),
     )

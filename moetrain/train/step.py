@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moetrain.model import LossSums, Transformer, load_balance_loss
-from moetrain.parallel import TOKEN_AXES, Gradients, Meshes
+from moetrain.parallel import TOKEN_AXES, WEIGHT_AXES, Gradients, Meshes
 from moetrain.train.micro_batch import MicroBatch, Schedule, one_after_another
 from moetrain.train.objective import Objective, Pretraining, local_balance_sums
 from moetrain.train.step_report import Metric, StepReport
@@ -29,12 +29,14 @@ def train_step(
     schedule: Schedule = one_after_another,
     data_counts: Sequence[int] = (),
     metrics: Mapping[str, Metric] = NO_METRICS,
+    begin_micro_batch: Callable[[bool], None] = lambda last: None,
     begin: Callable[[str], None] = lambda phase: None,
 ) -> StepReport:
     """Takes one step; every rank calls it with its part of the same global batch.
 
-    `data_counts` has the same length on every rank, and `metrics` are the same. `begin` is called
-    with the name of each phase of the step.
+    `data_counts` has the same length on every rank, and `metrics` are the same.
+    `begin_micro_batch` is called before each, with whether it is the last; `begin` with the name of
+    each phase of the step.
     """
     begin("counting tokens")
     valid = torch.stack([batch.valid.sum() for batch in micro_batches]).sum()
@@ -45,6 +47,7 @@ def train_step(
 
     def forward(batch: MicroBatch) -> Tensor:
         begin("forward")
+        begin_micro_batch(batch is micro_batches[-1])
         output = batch.through(model)
         loss = loss_of(output, batch)
         sums.add(loss, output, batch, model=model)
@@ -56,8 +59,8 @@ def train_step(
 
     schedule(micro_batches, forward, backward)
     begin("summing up")
-    norm = gradients.clip()
-    report = sums.report(model=model, meshes=meshes, num_tokens=counted, grad_norm=norm)
+    report = sums.report(model=model, meshes=meshes, num_tokens=counted, gradients=gradients)
+    gradients.clip(report.grad_norm)
     begin("optimizer")
     if not report.skipped:
         for group in optimizer.param_groups:
@@ -121,14 +124,20 @@ class _Sums:
                 self._of_metrics[name] = before + found.flatten().to(self._sums)
 
     def report(
-        self, *, model: Transformer, meshes: Meshes, num_tokens: Tensor, grad_norm: float
+        self, *, model: Transformer, meshes: Meshes, num_tokens: Tensor, gradients: Gradients
     ) -> StepReport:
-        # Counts are exact: float64 holds integers up to 2**53.
+        # The end of a step: one collective, and one wait for the device. Counts are exact: float64
+        # holds integers up to 2**53.
         own = list(self._of_metrics.values())
-        all_sums = torch.cat((self._data_counts, self._sums, *own))
+        of_tokens = torch.cat((self._data_counts, self._sums, *own))
+        sums, squares = meshes.sum_together(
+            (of_tokens, TOKEN_AXES), (gradients.square_sum(), WEIGHT_AXES)
+        )
+        ends = torch.cat((squares, num_tokens.double().view(1), sums)).cpu()
+        grad_norm, num_counted = ends[0].sqrt().item(), int(ends[1].item())
         sizes = [len(self._data_counts), len(self._sums), *map(len, own)]
-        data_counts, sums, *own = meshes.sum(all_sums, over=TOKEN_AXES).cpu().split(sizes)
-        num_counted, (layers, experts) = int(num_tokens.item()), self._shape
+        data_counts, sums, *own = ends[2:].split(sizes)
+        layers, experts = self._shape
         tokens = max(1, num_counted)
         loss, cross_entropy, z, entropy, balance = sums[:SCALARS].tolist()
         counts, probabilities = sums[SCALARS:].view(2, layers, experts)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from data_pipeline import Batch
 from data_pipeline.extensions import load_recorded
 from moetrain.checkpoint.blocks import held
 from moetrain.model import Transformer
-from moetrain.parallel import plain_name
+from moetrain.parallel import begin_micro_batch, plain_name
 from moetrain.settings import Resolved
 from moetrain.train.build import build_model
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
@@ -112,18 +113,18 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
     )
     mine = meshes.share.sequences(config.train.global_batch_size)
     comparison = _Comparison(trial, model, optimizer)
-    clip = gradients.clip
+    square_sum = gradients.square_sum
 
-    def look_and_clip() -> float:
+    def look_and_sum() -> Tensor:
         # Before clipping, so that a wrong scale shows where it is and not in every tensor; at the
         # first step only, because from the second on all gradients follow from other weights.
         if step == 0:
             comparison.of_gradients()
         if step == trial.skipped_step:
             _make_infinite(model)
-        return clip()
+        return square_sum()
 
-    gradients.clip = look_and_clip  # type: ignore[method-assign]
+    gradients.square_sum = look_and_sum  # type: ignore[method-assign]
     watch = RoutingWatch(
         seq_len=config.train.seq_len,
         against=trial.against,
@@ -148,6 +149,7 @@ def run_trial(trial: Trial, tell: Tell) -> Measured:
                 gradients=gradients,
                 meshes=meshes,
                 learning_rate=rate,
+                begin_micro_batch=partial(begin_micro_batch, model, config.parallel),
                 metrics=metrics,
                 begin=watch.enter,
             )

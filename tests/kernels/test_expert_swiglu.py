@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import held_memory
-from moetrain.kernels import Assignments, expert_swiglu, group_assignments, unavailable_because
+from moetrain.kernels import (
+    Assignments,
+    HostCounts,
+    expert_swiglu,
+    group_assignments,
+    unavailable_because,
+)
 
 BACKENDS = ["cpu", "grouped_mm"]
 NAMES = ("x", "gates", "gate", "up", "down")
@@ -212,6 +218,7 @@ def test_dtypes_that_differ_or_have_no_products_are_refused(backend: str) -> Non
 
 def test_counts_that_lie_are_refused() -> None:
     assignments, tensors = problem(*choices("random"))
-    assignments = assignments._replace(counts=assignments.counts + 1)
+    counts = assignments.counts + 1
+    assignments = assignments._replace(counts=counts, host=HostCounts(counts))
     with pytest.raises(ValueError, match="but there are 74 assignments"):
         swiglu(assignments, tensors, backend="cpu")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.kernels import Assignments, group_assignments, megablocks_ops_in_torch
+from moetrain.kernels import Assignments, HostCounts, group_assignments, megablocks_ops_in_torch
 from moetrain.kernels.megablocks_ops import (
     PACKAGES,
     _libraries,
@@ -281,7 +281,8 @@ def test_sizes_past_the_kernels_offsets_are_refused(
 ) -> None:
     one = torch.zeros(1, device=DEVICE)  # expanded: the shapes take no memory
     nowhere = torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(rows)
-    assignments = Assignments(nowhere, nowhere[:1].expand(experts), nowhere, nowhere, 1, nowhere)
+    counts = nowhere[:1].expand(experts)
+    assignments = Assignments(nowhere, counts, nowhere, nowhere, 1, nowhere, HostCounts(counts))
     weight = one.expand(experts, hidden, dim)
     with pytest.raises(ValueError, match=reason + r".*backend='grouped_mm'"):
         megablocks_swiglu(

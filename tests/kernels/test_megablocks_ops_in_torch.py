@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moetrain.kernels import Assignments
+from moetrain.kernels import Assignments, HostCounts
 from moetrain.kernels import megablocks_ops_in_torch as in_torch
 from moetrain.kernels.megablocks_ops import (
     _block_indices,
@@ -118,7 +118,8 @@ def test_the_package_needs_none_of_the_libraries(monkeypatch: pytest.MonkeyPatch
     assert reason is not None
     assert reason.startswith("triton, stanford-stk, megablocks not installed: `make kernels`")
     first, weight = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 8, 8)
-    assignments = Assignments(first, first + 1, first, torch.tensor([0, 1]), 1, first)
+    host, offsets = HostCounts([1]), torch.tensor([0, 1])
+    assignments = Assignments(first, first + 1, first, offsets, 1, first, host)
     with pytest.raises(ValueError, match="backend='megablocks' can't run here: triton"):
         megablocks_swiglu(torch.zeros(1, 8), torch.zeros(1), assignments, weight, weight, weight)
 

@@ -18,7 +18,7 @@ MISTAKES = (
         file="moetrain/parallel/parallelize.py",
         right="module.set_gradient_divide_factor(1.0)",
         wrong=(
-            "module.set_gradient_divide_factor(1.0 / meshes.expert['expert'].size() "
+            "module.set_gradient_divide_factor(1.0 / meshes.topology.expert "
             "if type(module).__name__.endswith('Experts') else 1.0)"
         ),
         test=TRAJECTORY,
@@ -27,8 +27,8 @@ MISTAKES = (
     Mistake(
         name="clip norm of the dense part only",
         file="moetrain/parallel/gradients.py",
-        right="torch._foreach_norm(local)",
-        wrong="torch._foreach_norm([g for g in local if g.ndim < 3])",
+        right="torch._foreach_norm(self._local())",
+        wrong="torch._foreach_norm([g for g in self._local() if g.ndim < 3])",
         test=NORM,
         verify=True,
     ),

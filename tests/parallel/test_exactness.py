@@ -12,7 +12,14 @@ from torch import Tensor
 
 from moetrain.model import Transformer
 from moetrain.optim import build_optimizer
-from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
+from moetrain.parallel import (
+    WEIGHT_AXES,
+    Gradients,
+    build_meshes,
+    parallelize,
+    plain_name,
+    resolve_topology,
+)
 from moetrain.settings import OptimSettings, ParallelSettings
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.step import train_step
@@ -55,12 +62,13 @@ def text(seed: int = 0) -> Tensor:
 def norm_and_gradients(expert: int, replicate: int) -> dict[str, Any]:
     """Returns the norm that clipping found, and all gradients, whole, before and after it."""
     model, meshes = build(expert=expert, replicate=replicate)
-    gradients = Gradients(model.parameters(), meshes, max_norm=0.25)
+    gradients = Gradients(model.parameters(), max_norm=0.25)
     tokens = share(text())
     (model(tokens[:, :-1], tokens[:, 1:]).cross_entropy / (SEQUENCES * SEQ_LEN)).backward()
     named = {n: grad_of(p) for n, p in model.named_parameters()}
     before = {n: g.copy() for n, g in gathered(named).items()}  # not a view of what is clipped
-    norm = gradients.clip()
+    norm = meshes.sum(gradients.square_sum(), over=WEIGHT_AXES).sqrt().item()
+    gradients.clip(norm)
     return {"norm": norm, "before": before, "after": gathered(named)}
 
 
@@ -168,7 +176,7 @@ def train_with_mask(
     if chosen:
         for moe in model.moe_layers():
             moe.router.select = lambda scores: torch.tensor([chosen]).expand(len(scores), 2)
-    gradients = Gradients(model.parameters(), meshes, max_norm=None)
+    gradients = Gradients(model.parameters(), max_norm=None)
     optimizer = build_optimizer(model.parameters(), OptimSettings(name="sgd", lr=0.1))
     seen: dict[str, Any] = {}
     optimizer.register_step_pre_hook(

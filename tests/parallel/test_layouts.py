@@ -133,7 +133,7 @@ def train_steps(
     optimizer = build_optimizer(
         model.parameters(), OptimSettings(name="sgd", lr=0.3, weight_decay=0.1)
     )
-    gradients = Gradients(model.parameters(), meshes, max_norm=MAX_NORM)
+    gradients = Gradients(model.parameters(), max_norm=MAX_NORM)
     seen: dict[str, Any] = {}
 
     def remember_gradients(*_: object) -> None:

@@ -11,18 +11,25 @@ from moetrain.model import LossSums, Transformer
 from moetrain.model.router import Router
 from moetrain.optim import build_optimizer
 from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
-from moetrain.settings import OptimSettings, ParallelSettings
+from moetrain.parallel.all_to_all_exchange import _Counting, _Transfer
+from moetrain.settings import ExchangeSettings, OptimSettings, ParallelSettings
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.step import train_step
 from tests.parallel.test_layouts import CPU, MODEL
-from tests.support.ranks import run_ranks
+from tests.support.ranks import replace_in_rank, run_ranks
 from tests.support.tensors import sharded
 
 
 def build(
-    *, expert: int = 1, recompute: str = "none", dtype: torch.dtype = torch.float32, seed: int = 0
+    *,
+    expert: int = 1,
+    recompute: str = "none",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    num_rounds: int = 1,
 ) -> tuple[Transformer, Any]:
-    parallel = ParallelSettings(expert_degree=expert, recompute=recompute)
+    exchange = ExchangeSettings(num_rounds=num_rounds)
+    parallel = ParallelSettings(expert_degree=expert, recompute=recompute, exchange=exchange)
     topology = resolve_topology(
         parallel, world_size=dist.get_world_size(), num_experts=MODEL.num_experts,
         ffn_hidden_dim=MODEL.ffn_hidden_dim, ranks_per_node=8,
@@ -106,6 +113,41 @@ def test_recomputation_never_routes_again(world: int, expert: int) -> None:
         assert (value == plain["gradients"][name]).all(), name
 
 
+def exchanges(recompute: str, num_rounds: int) -> dict[str, int]:
+    """Returns how often counts were gathered, and transfers started and waited for, in a step."""
+    model, _ = build(expert=2, recompute=recompute, num_rounds=num_rounds)
+    made = {"counted": 0, "started": 0, "waited for": 0}
+
+    def counting(owner: Any, method: str, name: str) -> None:
+        real = getattr(owner, method)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            made[name] += 1
+            return real(*arguments, **named)
+
+        replace_in_rank(owner, method, counted)
+
+    counting(_Counting, "read", "counted")
+    counting(_Transfer, "start", "started")
+    counting(_Transfer, "finish", "waited for")
+    tokens = text(dist.get_rank())
+    model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.backward()
+    return made
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3])
+def test_recomputation_counts_nothing_again_and_leaves_no_transfer_in_flight(
+    num_rounds: int,
+) -> None:
+    layers = MODEL.num_moe_layers
+    for recompute in ("none", "full"):
+        for made in run_ranks(exchanges, 2, recompute, num_rounds):
+            assert made["counted"] == layers
+            assert made["started"] == made["waited for"]
+            # Rows, metadata and results of each round, and their gradients.
+            assert made["started"] >= 6 * num_rounds * layers
+
+
 def tied_logits(recompute: str) -> dict[str, Any]:
     """Returns gradients and counts where all of a router's logits are equal."""
     model, _ = build(expert=2, recompute=recompute)
@@ -140,7 +182,7 @@ def train_in(dtype_name: str) -> dict[str, Any]:
         lambda m, args, out: seen.update(weight=str(m.weight.dtype), gates=str(out.gates.dtype))
     )
     optimizer = build_optimizer(model.parameters(), OptimSettings(lr=0.01))
-    gradients = Gradients(model.parameters(), meshes, max_norm=1.0)
+    gradients = Gradients(model.parameters(), max_norm=1.0)
     losses = []
     for step in range(5):
         tokens = text(step * 2 + dist.get_rank())

@@ -40,7 +40,7 @@ def step_and_skip() -> list[dict[str, Any]]:
         router=dataclasses.replace(model.settings.router, bias_update_rate=0.01),
     )
     optimizer = build_optimizer(model.parameters(), OptimSettings(lr=0.01))
-    gradients = Gradients(model.parameters(), meshes, max_norm=1.0)
+    gradients = Gradients(model.parameters(), max_norm=1.0)
     tokens = text()
     batch = MicroBatch(
         tokens=tokens[:, :-1], targets=tokens[:, 1:], valid=torch.ones(4, 16, dtype=torch.bool)

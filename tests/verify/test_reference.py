@@ -111,7 +111,7 @@ def trained(given: Config) -> dict[str, Any]:
         compute_dtype=torch.float32,
     )  # fmt: skip
     optimizer = build_optimizer(model.parameters(), given.optim)
-    gradients = Gradients(model.parameters(), meshes, max_norm=given.optim.clip_grad_norm)
+    gradients = Gradients(model.parameters(), max_norm=given.optim.clip_grad_norm)
     figures = []
     for step in range(2):
         seeds = noise_seeds(given, range(4 * step, 4 * step + 4))

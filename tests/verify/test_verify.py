@@ -79,7 +79,7 @@ def test_an_expert_gradient_of_the_wrong_scale_fails_in_its_column_alone(tmp_pat
     right, wrong = (
         "module.set_gradient_divide_factor(1.0)",
         "module.set_gradient_divide_factor(\n"
-        "                float(meshes.expert['expert'].size())\n"
+        "                float(meshes.topology.expert)\n"
         "                if type(module).__name__.endswith('Experts') else 1.0\n"
         "            )",
     )
