@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from moetrain.device_copies import to_device
+
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
@@ -38,8 +40,8 @@ class Documents:
         positions = torch.arange(starts.numel()) - firsts.repeat_interleave(lengths)
         return Documents(
             runs=[(len(list(run)), length) for length, run in groupby(lengths.tolist())],
-            positions=positions.view_as(starts).to(device),
-            cu_seqlens=bounds.int().to(device),
+            positions=to_device(positions.view_as(starts), device),
+            cu_seqlens=to_device(bounds.int(), device),
         )
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from data_pipeline import Batch
+from moetrain.device_copies import to_device
 from moetrain.model import Choose, Documents, LossSums, Transformer, random_stream
 from moetrain.registries import ROUTERS
 from moetrain.settings import Config
@@ -39,7 +42,11 @@ class MicroBatch:
         """Returns a rank's slice of a batch as micro-batches of `size` sequences, on the device."""
         starts = torch.from_numpy(batch.document_starts).split(size)
         arrays = (batch.tokens, batch.targets, batch.loss_mask)
-        pieces = zip(*(torch.from_numpy(a).to(device).split(size) for a in arrays), strict=True)
+
+        def on_device(array: npt.NDArray[Any]) -> tuple[Tensor, ...]:
+            return to_device(torch.from_numpy(array), device).split(size)
+
+        pieces = zip(*(on_device(a) for a in arrays), strict=True)
         return [
             MicroBatch(
                 tokens=x,

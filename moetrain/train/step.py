@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moetrain.device_copies import to_device
 from moetrain.model import LossSums, Transformer, load_balance_loss
 from moetrain.parallel import TOKEN_AXES, WEIGHT_AXES, Gradients, Meshes
 from moetrain.train.micro_batch import MicroBatch, Schedule, one_after_another
@@ -73,9 +74,11 @@ def train_step(
 
 @torch.no_grad()
 def _update_router_biases(model: Transformer, expert_counts: Tensor) -> None:
-    if rate := model.settings.router.bias_update_rate:
-        for layer, counts in zip(model.moe_layers(), expert_counts, strict=True):
-            layer.router.update_bias(counts.to(layer.router.bias.device), rate=rate)
+    rate, layers = model.settings.router.bias_update_rate, model.moe_layers()
+    if rate and layers:
+        on_device = to_device(expert_counts, layers[0].router.bias.device)
+        for layer, counts in zip(layers, on_device, strict=True):
+            layer.router.update_bias(counts, rate=rate)
 
 
 SCALARS = 5  # loss, cross-entropy, z, entropy, balance
@@ -94,7 +97,7 @@ class _Sums:
     ) -> None:
         self._metrics = metrics
         self._of_metrics: dict[str, Tensor] = {}
-        self._data_counts = torch.tensor(data_counts, dtype=torch.float64, device=device)
+        self._data_counts = to_device(torch.tensor(data_counts, dtype=torch.float64), device)
         self._shape = (model.settings.num_moe_layers, model.settings.num_experts)
         # The scalars, as below; then counts and probabilities of every expert.
         self._sums = torch.zeros(

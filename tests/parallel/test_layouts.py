@@ -4,6 +4,7 @@ SGD in float32 on real gloo ranks: Adam would hide a wrong scale.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ import torch.distributed as dist
 
 from moetrain.model import Documents, Transformer, initial_values
 from moetrain.optim import build_optimizer
-from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
+from moetrain.parallel import (
+    Gradients,
+    begin_micro_batch,
+    build_meshes,
+    parallelize,
+    plain_name,
+    resolve_topology,
+)
 from moetrain.settings import (
     ExchangeSettings,
     ModelSettings,
@@ -68,12 +76,16 @@ class Layout:
     recompute: str = "none"
     exchange: str = "once"
     recompute_experts: bool = False
+    gather: str = "micro_batch"
+    reduce: str = "micro_batch"
 
     def __str__(self) -> str:
         return (
             f"world{self.world}-expert{self.expert}-replicate{self.replicate}"
             f"-micro{self.micro_batch}-recompute_{self.recompute}-{self.exchange.replace(' ', '_')}"
             f"{'-recompute_experts' if self.recompute_experts else ''}"
+            f"{'-gathered_once' if self.gather == 'step' else ''}"
+            f"{'-reduced_once' if self.reduce == 'step' else ''}"
         )
 
 
@@ -103,6 +115,10 @@ LAYOUTS = [
     Layout(2, expert=2, exchange="three rounds", recompute_experts=True),
     Layout(4, expert=2, exchange="bounded"),
     Layout(2, expert=2, exchange="bounded", recompute="full"),
+    Layout(2, micro_batch=1, reduce="step"),
+    Layout(4, expert=2, micro_batch=1, gather="step"),
+    Layout(4, expert=2, replicate=2, micro_batch=1, gather="step", reduce="step"),
+    Layout(4, expert=2, micro_batch=1, recompute="full", gather="step", reduce="step"),
 ]
 
 
@@ -116,6 +132,8 @@ def train_steps(
         data_replicate_degree=layout.replicate,
         recompute=layout.recompute,
         exchange=EXCHANGES[layout.exchange],
+        gather_weights=layout.gather,
+        reduce_gradients=layout.reduce,
     )
     experts = dataclasses.replace(settings.experts, recompute=layout.recompute_experts)
     settings = dataclasses.replace(settings, experts=experts)
@@ -178,6 +196,7 @@ def train_steps(
             gradients=gradients,
             meshes=meshes,
             learning_rate=0.3,
+            begin_micro_batch=partial(begin_micro_batch, model, parallel),
         )
         figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
         reports.append(figures | figures.pop("metric_sums"))  # an extension's, by their names

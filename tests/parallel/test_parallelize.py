@@ -1,16 +1,26 @@
 """Sharding, initialisation, recomputation and mixed precision of the parallel model."""
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.model import LossSums, Transformer
 from moetrain.model.router import Router
 from moetrain.optim import build_optimizer
-from moetrain.parallel import Gradients, build_meshes, parallelize, plain_name, resolve_topology
+from moetrain.parallel import (
+    Gradients,
+    begin_micro_batch,
+    build_meshes,
+    parallelize,
+    plain_name,
+    resolve_topology,
+)
 from moetrain.parallel.all_to_all_exchange import _Counting, _Transfer
 from moetrain.settings import ExchangeSettings, OptimSettings, ParallelSettings
 from moetrain.train.micro_batch import MicroBatch
@@ -27,9 +37,13 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     num_rounds: int = 1,
+    replicate: int = 1,
 ) -> tuple[Transformer, Any]:
     exchange = ExchangeSettings(num_rounds=num_rounds)
-    parallel = ParallelSettings(expert_degree=expert, recompute=recompute, exchange=exchange)
+    parallel = ParallelSettings(
+        expert_degree=expert, recompute=recompute, exchange=exchange,
+        data_replicate_degree=replicate,
+    )  # fmt: skip
     topology = resolve_topology(
         parallel, world_size=dist.get_world_size(), num_experts=MODEL.num_experts,
         ffn_hidden_dim=MODEL.ffn_hidden_dim, ranks_per_node=8,
@@ -200,6 +214,75 @@ def train_in(dtype_name: str) -> dict[str, Any]:
         losses.append(report.cross_entropy)
     stored = {str(p.dtype) for p in model.parameters()} | {str(b.dtype) for b in model.buffers()}
     return {"losses": losses, "stored": stored, **seen}
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = str(func).split(".")[1]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(expert: int, replicate: int, recompute: str, every: str) -> dict[str, int]:
+    """Returns how often each kind of collective runs in a step of three micro-batches."""
+    settings = ParallelSettings(
+        expert_degree=expert, data_replicate_degree=replicate, recompute=recompute,
+        gather_weights=every, reduce_gradients=every,
+    )  # fmt: skip
+    model, meshes = build(expert=expert, recompute=recompute, replicate=replicate)
+    optimizer = build_optimizer(model.parameters(), OptimSettings(name="sgd", lr=0.01))
+    batches = [
+        MicroBatch(
+            tokens=tokens[:, :-1], targets=tokens[:, 1:], valid=torch.ones(4, 16, dtype=torch.bool)
+        )
+        for tokens in map(text, range(3))
+    ]
+    # The balance loss of each micro-batch: that of the global batch counts in a pass before.
+    router = dataclasses.replace(MODEL.router, load_balance_scope="micro_batch")
+    model.settings = dataclasses.replace(model.settings, router=router)
+    with CountCollectives() as watched:
+        train_step(
+            batches,
+            model=model,
+            optimizer=optimizer,
+            gradients=Gradients(model.parameters(), max_norm=1.0),
+            meshes=meshes,
+            learning_rate=0.01,
+            begin_micro_batch=partial(begin_micro_batch, model, settings),
+        )
+    return watched.counts
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_weights_are_gathered_and_gradients_reduced_once_a_step_where_settings_say_so(
+    recompute: str,
+) -> None:
+    """Four ranks: two shards of each expert, four of everything else."""
+    modules = 1 + 2 * MODEL.num_layers  # the root, blocks, experts
+    counts = MODEL.num_layers * 3  # of the exchange, in each layer and micro-batch
+    each = run_ranks(collectives, 4, 2, 1, recompute, "micro_batch")[0]
+    once = run_ranks(collectives, 4, 2, 1, recompute, "step")[0]
+    assert each["_reduce_scatter_base_"] == 3 * modules
+    assert once["_reduce_scatter_base_"] == modules
+    assert once["_allgather_base_"] == modules + counts
+    assert each["_allgather_base_"] > 3 * modules + counts
+    # Tokens of the batch, and the figures and the norm at the end: no axis of one rank takes any.
+    assert each["allreduce_"] == once["allreduce_"] == 2
+
+
+def test_replicas_sum_gradients_over_their_axis_and_one_rank_alone_over_none() -> None:
+    modules = 1 + 2 * MODEL.num_layers
+    found = run_ranks(collectives, 4, 2, 2, "none", "step")[0]
+    assert found["allreduce_"] == 2 + modules
+    alone = run_ranks(collectives, 1, 1, 1, "none", "micro_batch")[0]
+    assert alone == {}
 
 
 @pytest.mark.trap(9)
