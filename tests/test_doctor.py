@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moetrain.doctor import examination
 from moetrain.doctor.__main__ import DoctorCommand, DoctorSettings, main, text
-from moetrain.doctor.examination import auto_choice, examine
-from moetrain.kernels import expert_swiglu
+from moetrain.doctor.examination import advice, auto_choice, examine
+from moetrain.kernels import expert_swiglu, known_answer
 from moetrain.kernels.megablocks_ops import unavailable_because
 
 
@@ -57,7 +57,7 @@ def test_a_backend_that_raises_and_one_that_is_wrong_are_told_apart(
             raise RuntimeError("no such instruction")
         return expert_swiglu(*tensors, backend=backend) * (1 + 1e-4)
 
-    monkeypatch.setattr(examination, "expert_swiglu", broken)
+    monkeypatch.setattr(known_answer, "expert_swiglu", broken)
     monkeypatch.setattr(examination, "unavailable_because", lambda device: "not today")
     assert main(DoctorCommand(doctor=DoctorSettings(format="text"))) == 1
     printed = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_a_backend_that_raises_and_one_that_is_wrong_are_told_apart(
 def test_a_backend_whose_gradient_is_missing_does_not_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(examination, "expert_swiglu", lambda x, *_, backend: x * 1.0)
+    monkeypatch.setattr(known_answer, "expert_swiglu", lambda x, *_, backend: x * 1.0)
     result = examination._tried("cpu", "cpu")
     assert not result["works"]
     assert "appears to not have been used" in str(result["reason"])
@@ -81,7 +81,7 @@ def test_a_result_that_is_not_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch)
     def broken(*tensors: Any, backend: str) -> Tensor:
         return expert_swiglu(*tensors, backend=backend) * float("nan")
 
-    monkeypatch.setattr(examination, "expert_swiglu", broken)
+    monkeypatch.setattr(known_answer, "expert_swiglu", broken)
     result = examination._tried("cpu", "cpu")
     assert not result["works"]
     assert "off by nan" in str(result["reason"])
@@ -104,6 +104,21 @@ def test_auto_takes_what_works_on_the_device(
     works: list[str], device: str, choice: str | None
 ) -> None:
     assert auto_choice(works, device=device) == choice
+
+
+def test_an_a100_without_megablocks_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, findings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    told = advice(["grouped_mm", "cpu"])
+    assert told is not None
+    assert "bfloat16 on compute capability 8.0" in told
+    assert "`make kernels`" in told
+    assert told in text(findings | {"advice": told})
+    assert advice(["megablocks", "grouped_mm"]) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert advice(["grouped_mm"]) is None
 
 
 def test_the_command_prints_one_json_object() -> None:

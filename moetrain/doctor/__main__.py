@@ -64,6 +64,8 @@ def text(findings: dict[str, Any]) -> str:
         )
         lines.append(f"  {backend['name']:<13}{where:<16}{result}")
     lines.append(f"  {'auto':<13}takes {findings['auto'] or 'none: no backend works here'}")
+    if findings["advice"]:
+        lines.append(f"  {findings['advice']}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from moetrain.kernels.expert_function import (
     compute_experts,
     expert_function,
 )
-from moetrain.kernels.expert_swiglu import expert_swiglu, refuses
+from moetrain.kernels.expert_swiglu import expert_swiglu, refuses, slow_because
 from moetrain.kernels.megablocks_ops import unavailable_because
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "gather_rows",
     "group_assignments",
     "refuses",
+    "slow_because",
     "sum_assignments",
     "unavailable_because",
 ]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.kernels.assignments import Assignments, gather_rows, sum_assignments
 from moetrain.kernels.cpu_swiglu import cpu_swiglu
-from moetrain.kernels.megablocks_ops import megablocks_refuses, megablocks_swiglu
+from moetrain.kernels.megablocks_ops import INSTALL, megablocks_refuses, megablocks_swiglu
 from moetrain.settings.model import BACKENDS
 
 Backend = Callable[[Tensor, Tensor, Assignments, Tensor, Tensor, Tensor], Tensor]
@@ -110,6 +110,22 @@ def refuses(
     if backend == "grouped_mm":
         return grouped_mm_refuses(x, gate)
     return None  # the cpu backend takes any shape; it is slow on a GPU
+
+
+def slow_because(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Returns why a GPU has no fast backend but MegaBlocks', with the way to it; None if it has.
+
+    `capability` is the GPU's compute capability, `dtype` that of the products.
+    """
+    if capability >= (9, 0) and dtype == torch.bfloat16:
+        return None
+    what = (
+        f"{str(dtype).removeprefix('torch.')} on compute capability {capability[0]}.{capability[1]}"
+    )
+    return (
+        f"torch has no grouped product for {what}: F.grouped_mm multiplies expert by expert there, "
+        f"and waits for the device each time (pytorch#186620). MegaBlocks' kernels don't: {INSTALL}"
+    )
 
 
 def grouped_mm_refuses(x: Tensor, gate: Tensor) -> str | None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data_pipeline.atomic_files import write_file
 from data_pipeline.locks import locked
-from moetrain.kernels import expert_swiglu, refuses
+from moetrain.kernels import expert_swiglu, refuses, slow_because
 from moetrain.kernels.autotune import ExpertShape, machine, seconds_of_backends
+from moetrain.kernels.known_answer import answer_of
 from moetrain.model import Transformer
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.reduce import gather_objects, said_by_first_rank
@@ -43,13 +45,30 @@ def settle_backend(
     """Sets one backend for all experts of a model, where the setting is `auto`.
 
     All ranks call it, before the first step. `num_tokens` is the size of a rank's micro-batch, in
-    `dtype`; `among` are the backends to try, by default those for the kind of device.
+    `dtype`; `among` are the backends to try, by default those for the kind of device. A backend
+    that gives a wrong answer on a rank is left out with a warning. Raises RuntimeError for one that
+    the settings name.
     """
     settings = model.settings
+    if not settings.is_moe or settings.experts.function != "swiglu":
+        return
+    named = settings.experts.backend
+    if named != "auto":
+        if device.type == "cuda" and (
+            reason := answer_of(named, device=device, dtype=dtype).reason
+        ):
+            raise RuntimeError(
+                f"model.experts.backend={named}: {reason} ({machine(device)}); use auto, or another"
+            )
+        return
+    loops = None
+    if device.type == "cuda":
+        loops = slow_because(torch.cuda.get_device_capability(device), dtype)
     if among is None:
-        among = ("cpu",) if device.type == "cpu" else ("megablocks", "grouped_mm")
-    has_choice = settings.is_moe and settings.experts.function == "swiglu"
-    if not has_choice or settings.experts.backend != "auto" or len(among) == 1:
+        # Where torch's grouped product is a loop, the one of `cpu` waits for the device once.
+        among = ("megablocks", "grouped_mm", *(["cpu"] if loops else []))
+        among = ("cpu",) if device.type == "cpu" else among
+    if len(among) == 1:
         return  # the same on all ranks, so that none waits in a collective below
     degree = meshes.topology.expert
     rows, choices = num_tokens, settings.top_k
@@ -70,16 +89,33 @@ def settle_backend(
         candidates = {name: functools.partial(expert_swiglu, backend=name) for name in names}
         return seconds_of_backends(shape, candidates, clock=clock)
 
-    outline = shape.outline()
     backend = backend_of_all_ranks(
-        [name for name in among if refuses(name, *outline) is None],
+        _able(among, shape),
         key=shape.key,
         device=machine(device),
         measured=measured,
         cache=default_cache(),
     )
+    if loops and backend != "megablocks" and dist.get_rank() == 0:
+        logger.warning("model.experts.backend=auto takes %s: %s", backend, loops)
     for moe in model.moe_layers():
         moe.experts.preferred_backend = backend
+
+
+def _able(among: Sequence[str], shape: ExpertShape) -> list[str]:
+    """Returns the backends that serve a shape here, and that answer rightly."""
+    outline, able = shape.outline(), []
+    for name in among:
+        if refuses(name, *outline) is not None:
+            continue
+        if reason := answer_of(name, device=shape.device, dtype=shape.dtype).reason:
+            logger.warning(
+                "backend %s is left out on rank %d (%s): %s",
+                *(name, dist.get_rank(), machine(shape.device), reason),
+            )
+            continue
+        able.append(name)
+    return able
 
 
 def backend_of_all_ranks(

@@ -44,7 +44,8 @@ class MicroBatch:
         arrays = (batch.tokens, batch.targets, batch.loss_mask)
 
         def on_device(array: npt.NDArray[Any]) -> tuple[Tensor, ...]:
-            return to_device(torch.from_numpy(array), device).split(size)
+            whole = to_device(torch.from_numpy(array), device)
+            return tuple(whole.split(size))
 
         pieces = zip(*(on_device(a) for a in arrays), strict=True)
         return [

@@ -10,6 +10,7 @@ asynchronous collective that nobody waits for, a group of one rank.
 
 import collections
 import contextlib
+import importlib
 import json
 import sys
 import traceback
@@ -134,7 +135,7 @@ def fake_device() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         return q * 1.0 + (k.sum() + v.sum())  # CPU builds have no kernel to ask for a shape
 
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
 
 
 def on_gpu(x: Any) -> bool:
@@ -171,7 +172,7 @@ def count_reads() -> None:
                 return torch.ones(self.shape, dtype=self.dtype)
         return self
 
-    Tensor.item, Tensor.tolist, Tensor.cpu = item, as_list, cpu  # type: ignore[method-assign, assignment]
+    Tensor.item, Tensor.tolist, Tensor.cpu = item, as_list, cpu  # type: ignore[assignment]
     pinned: set[int] = set()
 
     def pin_memory(self: Tensor) -> Tensor:
@@ -191,18 +192,18 @@ def count_reads() -> None:
                 return torch.empty(self.shape, dtype=self.dtype, device=target)
         return real_to(self, *arguments, **named)
 
-    Tensor.pin_memory, Tensor.to = pin_memory, to  # type: ignore[method-assign, assignment]
+    Tensor.pin_memory, Tensor.to = pin_memory, to  # type: ignore[assignment]
     real_tensor = torch.tensor
 
-    def tensor(data: Any, *arguments: Any, device: Any = None, **named: Any) -> Tensor:
+    def tensor(data: Any, *, device: Any = None, **named: Any) -> Tensor:
         if device is not None and torch.device(device).type == GPU:
             copies.append(f"holds the host {where()}")
             with unset_fake_temporarily():
                 shape = real_tensor(data, **named)
             return torch.zeros(shape.shape, dtype=shape.dtype, device=device)
-        return real_tensor(data, *arguments, device=device, **named)
+        return real_tensor(data, device=device, **named)
 
-    torch.tensor = tensor
+    torch.tensor = tensor  # type: ignore[assignment]
 
 
 def count_collectives(world: int) -> None:
@@ -241,6 +242,9 @@ def count_collectives(world: int) -> None:
 class Operators(TorchDispatchMode):
     """Notes operators that need values on the host."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith(("aten.nonzero", "aten._local_scalar_dense", "aten.masked_select")) and (
@@ -259,15 +263,14 @@ def main() -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
     import moetrain.parallel.all_to_all_exchange as exchange
-    import moetrain.train.build as building
     from moetrain.config import resolve
     from moetrain.kernels import HostCounts
     from moetrain.parallel import begin_micro_batch
     from moetrain.settings import Config
     from moetrain.train.step import train_step
 
-    # The package's attribute of this name is the function.
-    parallelizing: Any = sys.modules["moetrain.parallel.parallelize"]
+    building: Any = importlib.import_module("moetrain.train.build")
+    parallelizing: Any = importlib.import_module("moetrain.parallel.parallelize")
 
     def outside(function: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -321,8 +324,8 @@ def main() -> None:
             )
             made = list(groups)
             for _ in range(2):  # the first allocates the optimizer's state
-                for seen in (reads, copies, collectives, in_flight):
-                    seen.clear()
+                for lists in (reads, copies, collectives, in_flight):
+                    lists.clear()
                 with Operators():
                     report = train_step(
                         micro_batches(config),
@@ -336,7 +339,7 @@ def main() -> None:
                     )
         tensors = [*model.parameters(), *model.buffers()]
         tensors += [t for s in optimizer.state.values() for t in s.values() if t.ndim]
-        seen = {
+        found = {
             "skipped": report.skipped,
             "devices": sorted({f"{t.device.type} {t.dtype}" for t in tensors}),
             "groups": made,
@@ -345,7 +348,7 @@ def main() -> None:
             "collectives": collections.Counter(collectives),
             "left in flight": [work.what for work in in_flight if not work.waited],
         }
-        print(json.dumps(seen), flush=True)
+        print(json.dumps(found), flush=True)
 
 
 def micro_batches(config: Any) -> Any:

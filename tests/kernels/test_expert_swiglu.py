@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import held_memory
 from moetrain.kernels import (
@@ -14,6 +15,7 @@ from moetrain.kernels import (
     HostCounts,
     expert_swiglu,
     group_assignments,
+    slow_because,
     unavailable_because,
 )
 
@@ -222,3 +224,50 @@ def test_counts_that_lie_are_refused() -> None:
     assignments = assignments._replace(counts=counts, host=HostCounts(counts))
     with pytest.raises(ValueError, match="but there are 74 assignments"):
         swiglu(assignments, tensors, backend="cpu")
+
+
+class GroupedProducts(TorchDispatchMode):
+    """Remembers shapes and strides of the operands of grouped products."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.operands: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::_grouped_mm":
+            self.operands.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradients_of_grouped_weights_have_the_layout_that_takes_empty_experts() -> None:
+    """Hopper's kernel asserts on an empty expert in every other layout of this product."""
+    assignments, tensors = problem(*choices("random"))
+    x, gates, *weights = tensors
+    with GroupedProducts() as products:
+        y = expert_swiglu(x, gates, assignments, *weights, backend="grouped_mm")
+        y.sum().backward()
+    of_weights = [(a, b) for a, b in products.operands if b.ndim == 2]
+    assert len(of_weights) == 3
+    for a, b in of_weights:
+        assert a.stride(0) == 1, "the left operand is transposed"
+        assert b.stride(1) == 1, "the right one isn't"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "slow"),
+    [
+        ((8, 0), torch.bfloat16, True),
+        ((8, 9), torch.bfloat16, True),
+        ((9, 0), torch.bfloat16, False),
+        ((10, 0), torch.bfloat16, False),
+        ((9, 0), torch.float32, True),
+    ],
+)
+def test_where_torch_has_no_grouped_kernel_the_way_to_a_fast_one_is_said(
+    capability: tuple[int, int], dtype: torch.dtype, slow: bool
+) -> None:
+    reason = slow_because(capability, dtype)
+    assert (reason is not None) == slow
+    if reason:
+        assert f"compute capability {capability[0]}.{capability[1]}" in reason
+        assert "make kernels" in reason

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moetrain.kernels import Assignments
+from moetrain.kernels.expert_swiglu import GROUPED
 from moetrain.model import Transformer
 from moetrain.parallel import build_meshes, parallelize, resolve_topology, settle_backend
 from moetrain.parallel.kernel_choice import backend_of_all_ranks, default_cache, fastest
@@ -56,9 +59,26 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def settled(slow: Sequence[str], cache_homes: Sequence[str], degree: int) -> tuple[Any, ...]:
-    """Returns a rank's choice, which backend computes, looks at its clock, and an output."""
+def settled(
+    slow: Sequence[str], cache_homes: Sequence[str], degree: int, wrong_on: int | None = None
+) -> tuple[Any, ...]:
+    """Returns a rank's choice, which backend computes, looks at its clock, and an output.
+
+    On the rank `wrong_on`, grouped_mm leaves what it doesn't write as it finds it.
+    """
     rank = dist.get_rank()
+    if rank == wrong_on:
+        right = GROUPED["grouped_mm"]
+
+        def wrong(x: Tensor, gates: Tensor, assignments: Assignments, *weights: Tensor) -> Tensor:
+            empty = assignments.counts == 0
+            for weight in weights:
+                weight.register_hook(
+                    lambda grad: grad.masked_fill(empty[:, None, None], float("nan"))
+                )
+            return right(x, gates, assignments, *weights)
+
+        GROUPED["grouped_mm"] = wrong  # type: ignore[index]  # a mapping for everybody else
     os.environ["XDG_CACHE_HOME"] = cache_homes[rank]
     parallel = ParallelSettings(expert_degree=degree)
     topology = resolve_topology(
@@ -83,6 +103,14 @@ def settled(slow: Sequence[str], cache_homes: Sequence[str], degree: int) -> tup
         logits = model(tokens)
     computed_by = "grouped_mm" if "aten._grouped_mm" in operators.names else "cpu"
     return backend, computed_by, clock.looks, logits.double().sum().item()
+
+
+def test_a_backend_that_answers_wrongly_on_a_rank_is_taken_by_none(tmp_path: Path) -> None:
+    homes = [str(tmp_path / str(rank)) for rank in range(2)]
+    right = run_ranks(settled, 2, ["cpu", "cpu"], homes, 2)
+    assert [choice for choice, *_ in right] == ["grouped_mm"] * 2
+    wrong = run_ranks(settled, 2, ["cpu", "cpu"], homes, 2, 1)
+    assert [choice for choice, *_ in wrong] == ["cpu"] * 2
 
 
 @pytest.mark.parametrize(("first", "degree"), [("cpu", 1), ("grouped_mm", 2)])
@@ -133,17 +161,17 @@ def agreed(able: Sequence[Sequence[str]], failure: str) -> str:
         return str(error)
 
 
-MEGABLOCKS, GROUPED = "megablocks", "grouped_mm"
+MEGABLOCKS, TORCHS = "megablocks", "grouped_mm"
 
 
 @pytest.mark.parametrize(
     ("able", "chosen"),
     [
-        ([(MEGABLOCKS, GROUPED)] * 2, GROUPED),
-        ([(MEGABLOCKS, GROUPED), (GROUPED,)], GROUPED),
-        ([(MEGABLOCKS,), (MEGABLOCKS, GROUPED)], MEGABLOCKS),
-        ([(MEGABLOCKS,), (GROUPED,)], "cpu"),
-        ([(), (MEGABLOCKS, GROUPED)], "cpu"),
+        ([(MEGABLOCKS, TORCHS)] * 2, TORCHS),
+        ([(MEGABLOCKS, TORCHS), (TORCHS,)], TORCHS),
+        ([(MEGABLOCKS,), (MEGABLOCKS, TORCHS)], MEGABLOCKS),
+        ([(MEGABLOCKS,), (TORCHS,)], "cpu"),
+        ([(), (MEGABLOCKS, TORCHS)], "cpu"),
     ],
 )
 def test_a_backend_that_a_rank_cannot_run_is_nobodys(
@@ -153,12 +181,12 @@ def test_a_backend_that_a_rank_cannot_run_is_nobodys(
 
 
 def test_where_the_first_rank_fails_all_do_and_without_room_all_take_grouped_mm() -> None:
-    both = [(MEGABLOCKS, GROUPED)] * 2
+    both = [(MEGABLOCKS, TORCHS)] * 2
     assert run_ranks(agreed, 2, both, "no backend runs") == [
         "no backend runs",
         "rank 0: RuntimeError: no backend runs",
     ]
-    assert run_ranks(agreed, 2, both, "memory") == [GROUPED] * 2
+    assert run_ranks(agreed, 2, both, "memory") == [TORCHS] * 2
 
 
 def told_of_devices() -> str:

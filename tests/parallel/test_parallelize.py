@@ -220,7 +220,7 @@ class CountCollectives(TorchDispatchMode):
     """Counts collectives by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,7 +257,8 @@ def collectives(expert: int, replicate: int, recompute: str, every: str) -> dict
             learning_rate=0.01,
             begin_micro_batch=partial(begin_micro_batch, model, settings),
         )
-    return watched.counts
+    counts: dict[str, int] = watched.counts
+    return counts
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
