@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moetrain.kernels.attention import fused_attention
 from moetrain.model.documents import Documents, attend_documents
 from moetrain.model.key_value_exchange import KeyValueExchange, LocalKeyValues
 from moetrain.model.rotary import rotate
@@ -41,6 +41,9 @@ class Attention(nn.Module):
             for dim in (query_dim, kv_dim)
         )
         self.exchange: KeyValueExchange = LocalKeyValues()
+        named = settings.attention_kernel
+        self.kernel: str | None = None if named == "auto" else named
+        """The kernel of a GPU that it takes if that serves the shape; the same on all ranks."""
 
     def forward(
         self,
@@ -53,7 +56,9 @@ class Attention(nn.Module):
         q = rotate(self._heads(self.q_proj(x), self.q_norm), *rotary)
         k = rotate(self._heads(self.k_proj(x), self.k_norm), *rotary)
         v = self._heads(self.v_proj(x))
-        y = self.exchange.run(q, k, v, attend=partial(attend, documents=documents))
+        y = self.exchange.run(
+            q, k, v, attend=partial(attend, documents=documents, kernel=self.kernel)
+        )
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
         return out
 
@@ -75,14 +80,9 @@ def attend(
     v: Float[Tensor, "batch kv_heads seq head_dim"],
     *,
     documents: Documents | None,
+    kernel: str | None = None,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     """Returns causal attention, within documents if they are given."""
-    grouped = k.shape[1] != q.shape[1]
-    if grouped and q.device.type == "cpu":
-        # With enable_gqa the CPU falls back to the unfused kernel and its full score matrix.
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        grouped = False
     if documents is not None:
-        return attend_documents(q, k, v, documents)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return attend_documents(q, k, v, documents, kernel=kernel)
+    return fused_attention(q, k, v, kernel=kernel)

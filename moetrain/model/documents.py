@@ -11,11 +11,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from moetrain.device_copies import to_device
+from moetrain.kernels.attention import fused_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,10 @@ def attend_documents(
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
     documents: Documents,
+    *,
+    kernel: str | None = None,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Returns causal attention within each document.
+    """Returns causal attention within each document, by `kernel` where it serves that.
 
     In half precision on CUDA it uses torch's variable-length kernel, else one call for each run of
     equal lengths. Measured on a CPU, that takes as long as attention over whole sequences where
@@ -71,18 +73,14 @@ def attend_documents(
         sizes = [count * length for count, length in documents.runs]
         runs = zip(documents.runs, *(x.split(sizes) for x in packed), strict=True)
         y = torch.cat(
-            [
-                _attend(*(x.unflatten(0, shape) for x in run), grouped=grouped)
-                for shape, *run in runs
-            ]
+            [_attend(*(x.unflatten(0, shape) for x in run), kernel=kernel) for shape, *run in runs]
         )
     return y.view(q.shape[0], q.shape[2], *y.shape[1:]).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, kernel: str | None) -> Tensor:
     """Returns the causal attention of [documents, length, heads, head_dim], as [tokens, …]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    y = fused_attention(*(x.transpose(1, 2) for x in (q, k, v)), kernel=kernel)
     return y.transpose(1, 2).flatten(0, 1)
 
 

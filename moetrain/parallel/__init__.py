@@ -3,7 +3,7 @@
 from moetrain.parallel.activity import BETWEEN_STEPS, COMPUTING_PHASES, STEP_PHASES, Activity, Doing
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
 from moetrain.parallel.gradients import Gradients
-from moetrain.parallel.kernel_choice import settle_backend
+from moetrain.parallel.kernel_choice import settle_attention, settle_backend
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize
 from moetrain.parallel.recompute import plain_name
@@ -44,5 +44,6 @@ __all__ = [
     "plain_name",
     "reshard",
     "resolve_topology",
+    "settle_attention",
     "settle_backend",
 ]

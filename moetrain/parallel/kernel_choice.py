@@ -20,9 +20,17 @@ import torch.distributed as dist
 from data_pipeline.atomic_files import write_file
 from data_pipeline.locks import locked
 from moetrain.kernels import expert_swiglu, refuses, slow_because
-from moetrain.kernels.autotune import ExpertShape, machine, seconds_of_backends
+from moetrain.kernels.attention import (
+    HALF,
+    attention_choices,
+    attention_is_wrong,
+    attention_pass,
+    has_flash3,
+    use_flash3,
+)
+from moetrain.kernels.autotune import ExpertShape, machine, measure, seconds_of_backends
 from moetrain.kernels.known_answer import answer_of
-from moetrain.model import Transformer
+from moetrain.model import Attention, Transformer
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.reduce import gather_objects, said_by_first_rank
 
@@ -118,14 +126,79 @@ def _able(among: Sequence[str], shape: ExpertShape) -> list[str]:
     return able
 
 
+def settle_attention(
+    model: Transformer,
+    *,
+    batch: int,
+    length: int,
+    by_document: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Sets one attention kernel for all layers on a GPU, where the setting is `auto`.
+
+    All ranks call it, before the first step. `batch` sequences of `length` are a rank's
+    micro-batch; `by_document` says whether attention stops at the ends of documents. A kernel that
+    gives a wrong answer on a rank is left out with a warning.
+    """
+    settings = model.settings
+    if device.type != "cuda":
+        return
+    choice = settings.attention_kernel
+    if choice == "auto":
+        heads: dict[str, Any] = {
+            "heads": settings.num_heads,
+            "kv_heads": settings.num_kv_heads,
+            "head_dim": settings.head_dim,
+        }
+        able = []
+        for name in attention_choices(
+            torch.cuda.get_device_capability(device),
+            dtype,
+            by_document=by_document,
+            has_flash3=has_flash3(),
+        ):
+            if reason := attention_is_wrong(name, **heads, device=device, dtype=dtype):
+                logger.warning("attention kernel %s is left out: %s", name, reason)
+            else:
+                able.append(name)
+
+        def measured(names: Sequence[str]) -> Mapping[str, float]:
+            shape = (batch, heads["heads"], length)
+            kv = {name: heads[name] for name in ("kv_heads", "head_dim")}
+            like: dict[str, Any] = {"rounded": dtype, "dtype": dtype, "device": device}
+            passes = {n: attention_pass(n, shape=shape, **kv, **like) for n in names}
+            return measure(passes, synchronise=torch.cuda.synchronize)
+
+        choice = backend_of_all_ranks(
+            able,
+            key=f"attention, {machine(device)}, {dtype}, {heads}, batch {batch}, length {length}, "
+            f"by document {by_document}",
+            device=machine(device),
+            measured=measured,
+            cache=default_cache(),
+            otherwise="flash" if dtype in HALF else "efficient",
+        )
+    use_flash3(choice == "flash3")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = choice
+
+
 def backend_of_all_ranks(
-    able: Sequence[str], *, key: str, device: str, measured: Measure, cache: Path | None
+    able: Sequence[str],
+    *,
+    key: str,
+    device: str,
+    measured: Measure,
+    cache: Path | None,
+    otherwise: str = "cpu",
 ) -> str:
     """Returns one backend on all ranks: the first rank's choice of those that all can run.
 
     All ranks call it, each with the backends that it can run. Only the first rank measures and
-    uses its cache. Where the ranks have no backend in common the result is `cpu`, which is slow on
-    a GPU and takes any shape. Raises RuntimeError on all ranks where the first can't choose.
+    uses its cache. Where the ranks have no backend in common the result is `otherwise`: by default
+    `cpu`, which takes any shape. Raises RuntimeError on all ranks where the first can't choose.
     """
     ranks = gather_objects((device, tuple(able)))
     common = [name for name in ranks[0][1] if all(name in names for _, names in ranks)]
@@ -139,7 +212,7 @@ def backend_of_all_ranks(
                     *(rank, other, ranks[0][0]),
                 )
         if len(common) < 2:
-            return common[0] if common else "cpu"
+            return common[0] if common else otherwise
         try:
             return fastest(common, key=key, measured=measured, cache=cache)
         except torch.OutOfMemoryError:

@@ -20,6 +20,7 @@ from moetrain.checks import one_of
 from moetrain.registries import EXPERT_FUNCTIONS, ROUTERS
 from moetrain.settings.options import checked_options
 
+ATTENTION_KERNELS = ("auto", "cudnn", "flash", "flash3", "efficient")
 BACKENDS = ("auto", "megablocks", "grouped_mm", "cpu")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -154,6 +155,8 @@ class ModelSettings:
     """Queries, keys and values are clamped to ± this before positions rotate them, as in OLMo."""
     attention_bias: bool = False
     """Biases of the query, key and value projections, as in Qwen2 and GLM-4.5."""
+    attention_kernel: Annotated[str, AfterValidator(one_of(*ATTENTION_KERNELS))] = "auto"
+    """Of a GPU; `auto` measures which is the fastest there. A CPU has one."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
     loss_chunk_size: PositiveInt = 2048

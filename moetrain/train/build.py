@@ -42,6 +42,7 @@ from moetrain.parallel import (
     build_meshes,
     parallelize,
     resolve_topology,
+    settle_attention,
     settle_backend,
 )
 from moetrain.registries import CALLBACKS, SINKS
@@ -318,6 +319,14 @@ def build_model(
         model,
         meshes,
         num_tokens=config.train.micro_batch_size * config.train.seq_len,
+        device=device,
+        dtype=dtype,
+    )
+    settle_attention(
+        model,
+        batch=config.train.micro_batch_size,
+        length=config.train.seq_len,
+        by_document=config.data.mask_documents,
         device=device,
         dtype=dtype,
     )

@@ -36,6 +36,7 @@ reads: list[str] = []
 copies: list[str] = []
 collectives: list[str] = []
 groups: list[int] = []
+attended: list[str] = []
 in_flight: list["Work"] = []
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -132,7 +133,9 @@ def fake_device() -> None:
     )
     backend_registration._setup_privateuseone_for_python_backend(GPU, backend_module=module)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        grouped = "grouped" if options["enable_gqa"] else f"{k.shape[1]} of {q.shape[1]}"
+        attended.append(f"{q.dtype} {grouped}")
         return q * 1.0 + (k.sum() + v.sum())  # CPU builds have no kernel to ask for a shape
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
@@ -280,7 +283,7 @@ def main() -> None:
         return run
 
     building.build_meshes = outside(building.build_meshes)
-    building.settle_backend = lambda *_, **__: None
+    building.settle_backend = building.settle_attention = lambda *_, **__: None
     parallelizing.compute_local_shape_and_global_offset = outside(
         parallelizing.compute_local_shape_and_global_offset
     )
@@ -318,6 +321,7 @@ def main() -> None:
 
         exchange._Counting.read, HostCounts.read = read, read_counts
         groups.clear()
+        attended.clear()
         with MODE:
             model, optimizer, gradients, meshes = building.build_model(
                 config, device=torch.device(GPU, 0), timeout_seconds=10.0
@@ -343,6 +347,7 @@ def main() -> None:
             "skipped": report.skipped,
             "devices": sorted({f"{t.device.type} {t.dtype}" for t in tensors}),
             "groups": made,
+            "attention": sorted(set(attended)),
             "reads": collections.Counter(reads),
             "copies": collections.Counter(copies),
             "collectives": collections.Counter(collectives),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 WORLD, LAYERS, MICRO_BATCHES = 8, 2, 2
 MODEL: dict[str, Any] = {
@@ -141,6 +142,14 @@ def test_an_axis_of_one_rank_takes_no_collective_and_other_axes_one_group_each(
     if case == "replicas":
         expected = [1, 2, 4]
     assert sorted(steps[case]["groups"]) == expected
+
+
+def test_grouped_queries_stay_grouped_where_a_fused_kernel_takes_them(
+    steps: dict[str, Any],
+) -> None:
+    """In float32 a GPU's fused kernels take none, and the unfused one holds all scores."""
+    assert steps["plain"]["attention"] == ["torch.bfloat16 grouped"]
+    assert steps["documents, float32"]["attention"] == ["torch.float32 4 of 4"]
 
 
 def test_weights_travel_once_a_step_where_settings_say_so(steps: dict[str, Any]) -> None:

@@ -7,6 +7,12 @@ import pytest
 import torch
 
 from moetrain.kernels import Assignments, expert_swiglu, refuses, unavailable_because
+from moetrain.kernels.attention import (
+    attention_choices,
+    attention_is_wrong,
+    fused_attention,
+    has_flash3,
+)
 from moetrain.kernels.autotune import ExpertShape, seconds_of_backends
 from tests.kernels.test_expert_swiglu import choices, dense_loop, problem, swiglu
 
@@ -61,3 +67,27 @@ def test_backends_are_timed_on_the_device() -> None:
     seconds = seconds_of_backends(shape, candidates)
     assert set(seconds) == set(names)
     assert all(taken > 0 for taken in seconds.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_attention_kernels_answer_rightly(dtype: torch.dtype, kv_heads: int) -> None:
+    device = torch.device("cuda")
+    for name in attention_choices(
+        torch.cuda.get_device_capability(), dtype, by_document=False, has_flash3=has_flash3()
+    ):
+        assert (
+            attention_is_wrong(
+                name, heads=8, kv_heads=kv_heads, head_dim=64, device=device, dtype=dtype
+            )
+            is None
+        ), name
+
+
+def test_no_kernel_holds_the_scores_of_a_sequence() -> None:
+    q = torch.randn(1, 8, 32768, 64, device="cuda", requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 32768, 64, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fused_attention(q, k, v).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * 32768**2  # all scores: 4 times that
