@@ -116,8 +116,13 @@ class RayCluster:
                     ray.init(address=found, **quiet)
                 else:
                     closing.enter_context(only_this_user())
-                    # The ranks' own connections stay on this machine, too.
-                    public = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | dict(environment.public)
+                    # The ranks' own connections stay on this machine, too. NCCL would leave the
+                    # loopback out and guess among the others; = means exactly this interface.
+                    loopback = {
+                        "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+                        "NCCL_SOCKET_IFNAME": f"={LOOPBACK_INTERFACE}",
+                    }
+                    public = loopback | dict(environment.public)
                     with reduced(replace(environment, public=public)):
                         ray.init(
                             address="local",
@@ -144,6 +149,11 @@ class RayCluster:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
         resources = ray.cluster_resources()
         return int(resources.get("GPU") or resources.get("CPU", 1))
+
+    def gpus_per_node(self) -> int | None:
+        """Returns the GPUs of the cluster's largest node; None: there are none, or not yet."""
+        nodes = (node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+        return int(max(nodes, default=0)) or None
 
     def has_gpus(self) -> bool:
         """Returns whether any node had a GPU at the last `look`; the driver's node may have

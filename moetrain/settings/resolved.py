@@ -12,7 +12,7 @@ from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import DataSettings
-from moetrain.settings.launch import LaunchSettings
+from moetrain.settings.launch import ClusterSettings, LaunchSettings
 from moetrain.settings.parallel import ParallelSettings
 from moetrain.settings.train import FolderName, RunSettings, TrainSettings
 from moetrain.settings.tree import Config
@@ -56,6 +56,13 @@ class ResolvedLaunch(LaunchSettings):
     num_workers: PositiveInt = field()
 
 
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ResolvedCluster(ClusterSettings):
+    """The machines with their number of GPUs."""
+
+    gpus_per_node: PositiveInt = field()
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Resolved(Config):
     """A whole configuration with nothing left open."""
@@ -65,6 +72,7 @@ class Resolved(Config):
     parallel: ResolvedParallel = field()
     data: ResolvedData = field()
     launch: ResolvedLaunch = field()
+    cluster: ResolvedCluster = field()
 
     @property
     def run_dir(self) -> Path:

@@ -26,6 +26,7 @@ from moetrain.observe import ProgressDisplay
 from moetrain.settings import (
     ModelSettings,
     Resolved,
+    ResolvedCluster,
     ResolvedData,
     ResolvedLaunch,
     ResolvedParallel,
@@ -106,6 +107,7 @@ def supervised(nodes: Nodes, folder: Path, *, device: str = "cpu", **launch: Any
         parallel=ResolvedParallel(expert_degree=1, data_shard_degree=3),
         data=ResolvedData(dir="shards"),
         launch=ResolvedLaunch(num_workers=3, **launch),
+        cluster=ResolvedCluster(gpus_per_node=8),
     )
     return Supervisor(
         config,
