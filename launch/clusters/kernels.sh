@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # A triton that came with torch stays.
 "$python" -c 'import triton' 2> /dev/null \
-  || "${pip[@]}" install --quiet --no-deps -c "$root/constraints.txt" triton
+  || "${pip[@]}" install --quiet --no-deps -c "$root/constraints.txt" triton==3.7.1
 "${pip[@]}" install --quiet -c "$root/constraints.txt" setuptools packaging
 
 # MegaBlocks pins old versions of torch and numpy without need, hence --no-deps and no isolated
