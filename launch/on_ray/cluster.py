@@ -290,7 +290,7 @@ class RayCluster:
         self.end_workers(list(idle.values()))
         asked = [
             actor.prepare.remote(
-                str(log_dir / f"rank_{rank:03d}.log"),
+                str(rank_log(log_dir, rank)),
                 address=node.address,
                 is_alone=len(shares) == 1,
                 environ=self._environment.secrets_of(rank),
@@ -343,6 +343,11 @@ class RayCluster:
             self.give_back()
         ray.shutdown()
         self._closing.close()
+
+
+def rank_log(log_dir: Path, rank: int) -> Path:
+    """Returns the file that a rank writes to."""
+    return log_dir / f"rank_{rank:03d}.log"
 
 
 def _rank_resources(on_gpu: bool) -> dict[str, float]:

@@ -5,13 +5,14 @@ Owns watching. Leaves starting, ending and restarting to `supervisor.py`.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.failure import Failure
 from launch.on_ray.answers import answer, answered
 from launch.on_ray.cluster import Worker
+from launch.supervision.cause import Ended, LogTails, cause_of, is_explained
 from launch.supervision.hang import culprits
 from launch.supervision.pulse import UNRESPONSIVE, NodeWatch, Pulse
 from moetrain.kinds import FailureKind
@@ -48,19 +49,22 @@ class Attempt:
         own_node: str,
         display: ProgressDisplay,
         log_dir: Path,
+        logs: LogTails,
         hang_timeout_seconds: float,
         stop_requested: Callable[[], bool],
         leaving: Callable[[], dict[str, str]],
         may_grow: Callable[[], bool],
     ) -> None:
-        """`running` are the ranks' pending results. `leaving` returns the ids of nodes that will be
-        preempted, and why; `may_grow` returns whether a larger layout has room."""
+        """`running` are the ranks' pending results, `logs` what they write. `leaving` returns the
+        ids of nodes that will be preempted, and why; `may_grow` returns whether a larger layout has
+        room."""
         self._pending = dict(running)
         self._pulse = Pulse(list(running.values()))
         self._nodes = nodes
         self._own_node = own_node
         self._display = display
         self._log_dir = log_dir
+        self._logs = logs
         self._hang_timeout = hang_timeout_seconds
         self._stop_requested = stop_requested
         self._leaving = leaving
@@ -144,30 +148,31 @@ class Attempt:
             tell(worker.actor)
 
     def _cause(self, worker: Worker, first: Failure) -> Failure:
-        """Returns the cause of the first failure seen: a lost peer is only a symptom.
+        """Returns the cause of the first failure seen, which may be only a symptom.
 
-        Waits a moment for the other ranks: one may know the cause, and those that return are
-        `idle`.
+        Waits a moment for the other ranks, until all have ended: one may know the cause, and those
+        that return are `idle`.
         """
-        found = [(worker, first)]
+        found = [(worker, self._ended(worker, first))]
         began = time.monotonic()
         while self._pending:
-            known = any(failure.kind != FailureKind.peer for _, failure in found)
+            known = is_explained(one for _, one in found)
             if time.monotonic() > began + (IDLE_SECONDS if known else CAUSE_SECONDS):
                 break
             for reference in answered(list(self._pending), timeout=0.1):
                 other, result = self._pending.pop(reference), answer(reference)
                 if isinstance(result, Failure):
-                    found.append((other, result))
-        self.idle = [other for other, failure in found if failure.kind == FailureKind.peer]
-        source, failure = min(found, key=lambda pair: pair[1].kind == FailureKind.peer)
-        return Failure(
-            kind=failure.kind,
-            reason=f"{_named(source)}: {failure.reason}",
-            step=self._pulse.step,
-            node=None
-            if failure.kind in (FailureKind.peer, FailureKind.error)
-            else source.node.address,
+                    found.append((other, self._ended(other, result)))
+        self.idle = [other for other, one in found if one.failure.kind == FailureKind.peer]
+        return replace(cause_of([one for _, one in found]), step=self._pulse.step)
+
+    def _ended(self, worker: Worker, failure: Failure) -> Ended:
+        return Ended(
+            rank=worker.rank,
+            address=worker.node.address,
+            name=_named(worker),
+            failure=failure,
+            log=self._logs.of(worker.rank),
         )
 
     def _lost_node(self) -> Failure | None:

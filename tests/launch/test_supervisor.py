@@ -18,6 +18,7 @@ from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node, Share
 from launch.supervision import attempt, supervisor
 from launch.supervision.attempt import Attempt, Moved
+from launch.supervision.cause import LogTails
 from launch.supervision.pulse import NodeWatch
 from launch.supervision.supervisor import Supervisor
 from moetrain.checkpoint.remote.of_run import take_over
@@ -244,6 +245,7 @@ def test_a_move_that_is_called_off_too_late_is_a_move(
         own_node=local_ray.own_node,
         display=display(),
         log_dir=tmp_path,
+        logs=LogTails({}),
         hang_timeout_seconds=60,
         stop_requested=lambda: False,
         leaving=dict,
