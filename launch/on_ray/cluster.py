@@ -282,7 +282,7 @@ class RayCluster:
                 actor = RankActor.options(  # type: ignore[attr-defined]
                     num_cpus=1,
                     num_gpus=1 if on_gpu else 0,
-                    max_concurrency=4,  # training, and polls at the same time
+                    max_concurrency=5,  # training, and polls at the same time
                     runtime_env={"env_vars": env} if env else None,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group),
                 ).remote()

@@ -23,6 +23,7 @@ POLL_SECONDS = 0.5
 CAUSE_SECONDS = 3.0  # for the rank behind a lost connection to fail itself
 IDLE_SECONDS = 2.0  # for ranks that lost a peer to return, to be reused
 CLUSTER_LOOK_SECONDS = 2.0
+ANSWER_SECONDS = 2.0  # for ranks to tell their stacks
 GROW_AFTER_LOOKS = 3  # for which a larger layout must have had room
 
 
@@ -200,6 +201,7 @@ class Attempt:
         if not silent:
             return None
         stacks = self._stacks(working.values())
+        in_flight = _texts({w.actor.collectives.remote(): w.rank for w in working.values()})
         doing = {rank: self._pulse.doing(rank) for rank in silent}
         unresponsive = {rank for rank, said in silent.items() if said.startswith(UNRESPONSIVE)}
         found_culprits = culprits(doing, stacks, unresponsive=unresponsive)
@@ -211,7 +213,8 @@ class Attempt:
         lines = [f"no progress for {self._pulse.timeout(self._hang_timeout):.0f} s: {what}\n"]
         for rank, worker in sorted(working.items()):
             said = silent.get(rank) or f"in {self._pulse.doing(rank)}"
-            lines.append(f"===== {_named(worker)} {said}\n{stacks.get(rank, 'no stacks')}\n")
+            lines.append(f"===== {_named(worker)} {said}\n{in_flight.get(rank, '')}")
+            lines.append(f"{stacks.get(rank, 'no stacks')}\n")
         path.write_text("\n".join(lines))
         nodes = {working[rank].node.address for rank in found_culprits}
         return Failure(
@@ -225,11 +228,7 @@ class Attempt:
     def _stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
         """Returns the ranks' stacks: as they report them, else read from outside."""
         workers = list(workers)
-        asked = {w.actor.stacks.remote(): w for w in workers}
-        stacks = {}
-        for reference in answered(list(asked), timeout=2.0, wait_for_all=True):
-            if isinstance(text := answer(reference), str):
-                stacks[asked[reference].rank] = text
+        stacks = _texts({w.actor.stacks.remote(): w.rank for w in workers})
         unresponsive = [w for w in workers if w.rank not in stacks]
         return stacks | self._nodes.stacks(unresponsive)
 
@@ -238,6 +237,13 @@ class Attempt:
             self._display.update(content)
         else:
             self._display.say(content)
+
+
+def _texts(asked: dict[Any, int]) -> dict[int, str]:
+    """Returns by rank what ranks answer in time."""
+    found = answered(list(asked), timeout=ANSWER_SECONDS, wait_for_all=True)
+    answers = {asked[reference]: answer(reference) for reference in found}
+    return {rank: text for rank, text in answers.items() if isinstance(text, str)}
 
 
 def _named(worker: Worker) -> str:
