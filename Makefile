@@ -34,15 +34,8 @@ toy: $(INSTALLED)
 	@$(BIN)/python -m data_pipeline.build corpus=stdlib tokenizer=bytes to=data/stdlib-bytes
 	@$(BIN)/python -m moetrain +model=toy run.name=$(RUN) launch.mode=ray launch.num_workers=2
 
-# MegaBlocks pins old versions of torch and numpy without need, hence --no-deps and no isolated
-# build. Its compiled module fails on CUDA 13 and needs a GPU to build: hiding the CUDA toolkit from
-# torch skips it. A triton that came with torch stays.
-$(KERNELS): $(INSTALLED) constraints.txt
-	@mkdir -p .venv/no_toolkit
-	@echo 'import torch.utils.cpp_extension as extension; extension.CUDA_HOME = None' > .venv/no_toolkit/sitecustomize.py
-	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools packaging
-	@PYTHONWARNINGS=ignore PYTHONPATH=$(CURDIR)/.venv/no_toolkit $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --no-deps megablocks stanford-stk
+$(KERNELS): $(INSTALLED) constraints.txt launch/clusters/kernels.sh
+	@launch/clusters/kernels.sh $(BIN)/python
 	@touch $(KERNELS)
 
 kernels: $(KERNELS)

@@ -81,7 +81,8 @@ class ExternalRank:
     launcher: Launcher
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int | None
+    """Its number on its machine; None: nothing says."""
     local_world_size: int
 
 
@@ -157,19 +158,51 @@ def _rank_of(
         raise ConfigError(
             launcher.rank, rank, f"isn't a rank of {size} ({launcher.world_size}={size})"
         )
-    # RANK and WORLD_SIZE are often set for Slurm's tasks by hand, without the others.
-    local = task and task.world_size == size
-    local_rank, local_size = (
-        (task.local_rank, task.local_world_size) if task and local else (0, size)
-    )
-    if launcher.local_rank in environ:
-        local_rank = _number(environ, launcher.local_rank)
-    if launcher.local_world_size in environ:
-        local_size = _number(environ, launcher.local_world_size)
+    # RANK and WORLD_SIZE are often set by hand for Slurm's tasks or an MPI's ranks, without the
+    # others. What counts other processes than these says nothing about them.
+    local_rank, local_size = None, size
+    if task and task.world_size == size:
+        local_rank, local_size = task.local_rank, task.local_world_size
+    same = [mpi for mpi in MPI if environ.get(mpi.world_size) == str(size)]
+    for one in (*same, launcher):
+        if one.local_rank in environ:
+            local_rank = _number(environ, one.local_rank)
+        if one.local_world_size in environ:
+            local_size = _number(environ, one.local_world_size)
     return ExternalRank(
         launcher=launcher, rank=rank, world_size=size, local_rank=local_rank,
         local_world_size=local_size,
     )  # fmt: skip
+
+
+def visible_device(rank: ExternalRank, environ: Mapping[str, str], *, num_devices: int) -> int:
+    """Returns which of the CUDA devices that this process sees is its rank's.
+
+    A launcher may show each rank its own device only (Slurm's --gpus-per-task), which then has the
+    number 0. Raises ConfigError where two ranks would get one device, or a rank one that isn't
+    there.
+    """
+    if num_devices <= 1:
+        return 0
+    if rank.local_rank is None:
+        raise ConfigError(
+            rank.launcher.local_rank,
+            "(missing)",
+            f"each of {rank.world_size} ranks sees {num_devices} GPUs, and nothing says which is "
+            "its own: set LOCAL_RANK for each rank, its number on its machine from 0 on (torchrun, "
+            "srun and mpirun count by themselves), or show each rank one GPU by "
+            "CUDA_VISIBLE_DEVICES",
+        )
+    if rank.local_rank >= num_devices:
+        shown = environ.get("CUDA_VISIBLE_DEVICES")
+        which = f" (CUDA_VISIBLE_DEVICES={shown})" if shown else ""
+        raise ConfigError(
+            rank.launcher.local_rank,
+            rank.local_rank,
+            f"this rank sees {num_devices} GPUs{which}: start at most {num_devices} ranks on a "
+            "machine, or show each rank one GPU (srun --gpus-per-task=1)",
+        )
+    return rank.local_rank
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
 from data_pipeline import DataSettings
-from launch.external import ExternalRank, meeting_point
+from launch.external import ExternalRank, meeting_point, visible_device
 from launch.failure import classify
+from launch.plan import num_gpus
 from launch.run_folder import (
     begin_attempt,
     close_run,
@@ -27,11 +27,11 @@ from launch.run_folder import (
 from launch.run_lock import lock_run
 from launch.signals import StopRequest, stops_at_once
 from moetrain.exit_codes import DONE, FAILED, STOPPED
-from moetrain.parallel import join_ranks
 from moetrain.redaction import redacted_text
 from moetrain.settings import Resolved
 from moetrain.train.control import Control, RankPlace
-from moetrain.train.rank import rank_device, run_rank
+from moetrain.train.rank import join, run_rank
+from moetrain.train.rank_environment import set_environment
 
 
 def run_external(
@@ -43,6 +43,15 @@ def run_external(
 ) -> NoReturn:
     """Trains as one of the ranks that another launcher has started, and ends the process."""
     rank, leads = external.rank, external.rank == 0
+    place = RankPlace(
+        rank=rank,
+        world_size=external.world_size,
+        device_index=visible_device(external, os.environ, num_devices=num_gpus(config.run.device)),
+        local_world_size=external.local_world_size,
+        rendezvous="env://",
+        attempt=0,  # not known before the ranks meet
+    )
+    set_environment(config, place)
     # Only the first rank checks, builds shards and names the run. A mistake ends it with exit code
     # 2 before the others can meet it, and the launcher ends them.
     prepared = None
@@ -54,7 +63,7 @@ def run_external(
     if leads:
         kept.enter_context(lock_run(config.run_dir))
     try:
-        device_index = _meet(config, external)
+        _meet(config, external, place)
     except (RuntimeError, OSError) as error:
         print(f"moetrain: {_no_meeting(external, error)}", file=sys.stderr)
         _leave(FAILED)
@@ -75,14 +84,7 @@ def run_external(
     kept.enter_context(logging_to(config.run_dir, rank=rank))
     control = Control()
     stop = StopRequest(on_stop=control.request_stop)
-    place = RankPlace(
-        rank=rank,
-        world_size=external.world_size,
-        device_index=device_index,
-        local_world_size=external.local_world_size,
-        rendezvous="env://",
-        attempt=attempt,
-    )
+    place = replace(place, attempt=attempt)
     code = FAILED
     try:
         with stop.on_signals(), _saying(control):
@@ -118,22 +120,10 @@ def _saying(control: Control) -> Iterator[None]:
         watcher.join()
 
 
-def _meet(config: Resolved, external: ExternalRank) -> int:
-    """Joins the ranks of another launcher; returns the index of this rank's device."""
-    for name, value in config.cluster.env.items():
-        os.environ.setdefault(name, value)  # gloo chooses its interface when it joins
+def _meet(config: Resolved, external: ExternalRank, place: RankPlace) -> None:
+    """Joins the ranks of another launcher."""
     os.environ |= meeting_point(external, os.environ, arguments=sys.argv[1:])
-    # Slurm may expose only its own GPU to a task.
-    visible = torch.cuda.device_count() if config.run.device != "cpu" else 0
-    index = 0 if visible == 1 else external.local_rank
-    join_ranks(
-        rank=external.rank,
-        world_size=external.world_size,
-        rendezvous="env://",
-        device=rank_device(config.run.device, index=index),
-        timeout_seconds=config.launch.hang_timeout_seconds,
-    )
-    return index
+    join(config, place)
 
 
 def _no_meeting(external: ExternalRank, error: Exception) -> str:

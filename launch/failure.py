@@ -14,7 +14,11 @@ from moetrain.train.loop import TrainingError
 
 _NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU, in a plain RuntimeError
 # Another attempt may get another device; a bug fails at the same step again.
-_DEVICE_SIGNS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "HIP error")
+_DEVICE_SIGNS = (
+    "CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "HIP error",
+    "Triton Error [CUDA]", "Cuda failure", "unhandled cuda error",
+)  # fmt: skip
+_NO_DEVICE_MEMORY = ("CUDA out of memory", "OutOfMemoryError")
 _COLLECTIVE_SIGNS = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "rendezvous")
 
 
@@ -38,11 +42,22 @@ class Failure:
     """The address of the node that failed; None: not a node's failure."""
     silent_seconds: float | None = None
     """How long there was no progress before, if that is how it was detected."""
+    is_sudden: bool = False
+    """Whether the process ended without a word to its launcher."""
 
     @property
     def is_final(self) -> bool:
         """Whether another attempt would fail in the same way."""
         return self.kind == FailureKind.error
+
+
+def device_failure(text: str) -> FailureKind | None:
+    """Returns what a message says of the device of the process that writes it; None: nothing."""
+    if any(sign in text for sign in _NO_DEVICE_MEMORY):
+        return FailureKind.memory
+    if any(sign in text for sign in _DEVICE_SIGNS):
+        return FailureKind.memory if "out of memory" in text.lower() else FailureKind.died
+    return None
 
 
 def classify(error: BaseException) -> Failure:
@@ -57,9 +72,11 @@ def classify(error: BaseException) -> Failure:
         return Failure(kind=FailureKind.memory, reason=reason)
     if isinstance(error, DataError | CheckpointError | ConfigError | TrainingError):
         return Failure(kind=FailureKind.error, reason=str(error))
+    if (kind := device_failure(str(error))) is not None:  # NCCL's errors have it, too
+        return Failure(kind=kind, reason=reason)
     if isinstance(error, dist.DistError):
         return Failure(kind=FailureKind.peer, reason=reason)
-    if isinstance(error, torch.AcceleratorError) or any(s in str(error) for s in _DEVICE_SIGNS):
+    if isinstance(error, torch.AcceleratorError):
         return Failure(kind=FailureKind.died, reason=reason)
     if isinstance(error, ConnectionError | TimeoutError) or is_passing(error):
         return Failure(kind=FailureKind.service, reason=reason)

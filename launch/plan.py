@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipeline.settings import home_folder
 from launch.environment import for_ranks
-from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point
+from launch.external import TORCHRUN, ExternalRank, external_rank, meeting_point, visible_device
 from launch.folders import require_ray_folder, settle_temporary_folder
 from moetrain.checks import ConfigError
 from moetrain.settings import LaunchSettings
@@ -21,6 +21,8 @@ class Plan:
     num_workers: int
     external: ExternalRank | None = None
     """This process as a rank of another launcher."""
+    gpus_per_node: int | None = None
+    """The GPUs of a machine of these ranks; None: there are none, or not yet."""
 
 
 def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
@@ -35,14 +37,14 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
     for_ranks(os.environ, cluster_env={}, pass_env=settings.pass_env)  # refuses what isn't set
     if external := external_rank(os.environ):
         if settings.mode == "auto" and not _drives_cluster(settings, external):
-            return _external(external, wanted)
+            return _external(external, wanted, num_gpus=num_gpus(device))
         _require_first(external, settings)
     if settings.mode == "inline":
         if wanted not in (None, 1):
             raise ConfigError(
                 "launch.num_workers", wanted, "launch.mode=inline runs one rank: use 1, or ray"
             )
-        return Plan(mode="inline", num_workers=1)
+        return Plan(mode="inline", num_workers=1, gpus_per_node=num_gpus(device) or None)
     if address := cluster_address(settings):
         from launch.on_ray.cluster import RayCluster
 
@@ -50,14 +52,18 @@ def choose_plan(settings: LaunchSettings, *, device: str) -> Plan:
         # shards are built.
         cluster = RayCluster.connect(address, allow_unauthenticated=settings.allow_unauthenticated)
         wanted = wanted or cluster.fitting_workers()
-    wanted = wanted or _local_workers(device)
+        gpus_per_node = cluster.gpus_per_node() if device != "cpu" else None
+    else:
+        gpus_per_node = num_gpus(device) or None
+        wanted = wanted or gpus_per_node or min(2, len(os.sched_getaffinity(0)))
     alone = settings.mode == "auto" and wanted == 1 and not address
     if not alone and not address:
         require_ray_folder()
-    return Plan(mode="inline" if alone else "ray", num_workers=wanted)
+    mode = "inline" if alone else "ray"
+    return Plan(mode=mode, num_workers=wanted, gpus_per_node=gpus_per_node)
 
 
-def _external(external: ExternalRank, wanted: int | None) -> Plan:
+def _external(external: ExternalRank, wanted: int | None, *, num_gpus: int) -> Plan:
     started, counted = external.world_size, external.launcher.world_size
     if wanted not in (None, started):
         raise ConfigError(
@@ -66,7 +72,10 @@ def _external(external: ExternalRank, wanted: int | None) -> Plan:
             f"the launcher above has started {started} ranks ({counted}): leave it open",
         )
     meeting_point(external, os.environ, arguments=sys.argv[1:])  # refuses what has none
-    return Plan(mode="external", num_workers=started, external=external)
+    visible_device(external, os.environ, num_devices=num_gpus)  # refuses what would share one
+    # As many ranks as a machine has GPUs, of which each may see one only.
+    gpus = external.local_world_size if num_gpus else None
+    return Plan(mode="external", num_workers=started, external=external, gpus_per_node=gpus)
 
 
 def _drives_cluster(settings: LaunchSettings, external: ExternalRank) -> bool:
@@ -132,9 +141,9 @@ def is_ray_copy(folder: Path) -> bool:
     return {"runtime_resources", "working_dir_files"} <= set(folder.parts)
 
 
-def _local_workers(device: str) -> int:
+def num_gpus(device: str) -> int:
+    """Returns the number of CUDA devices that ranks on this machine can use with a `run.device`."""
     import torch  # takes seconds: `moetrain submit` doesn't wait for it
 
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return min(2, len(os.sched_getaffinity(0)))
+    usable = device != "cpu" and torch.cuda.is_available()
+    return torch.cuda.device_count() if usable else 0

@@ -28,6 +28,7 @@ from moetrain.settings import (
     Config,
     ParallelSettings,
     Resolved,
+    ResolvedCluster,
     ResolvedData,
     ResolvedLaunch,
     ResolvedParallel,
@@ -38,6 +39,7 @@ from moetrain.train.changes import function_settings
 from moetrain.train.memory import fitting_communication
 
 SECRETS_MAY_BE_IN = ("cluster.env", "data.dir")  # removed where these are saved
+GPUS_PER_NODE = 8  # where neither the settings nor the machines say
 MICRO_BATCH_TOKENS = 16_384  # the most in a micro-batch of open size
 
 
@@ -121,19 +123,23 @@ def _check_schedule(config: Config) -> None:
         )
 
 
-def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
+def resolve(
+    config: Config, *, num_workers: int, now: datetime, gpus_per_node: int | None = None
+) -> Resolved:
     """Returns the configuration with all open settings filled in.
 
     These are degrees, micro-batch size, run name, and absolute paths (ranks may run elsewhere).
-    Raises ConfigError where so many workers can't run it.
+    `gpus_per_node` is what the machines have, as far as it is known. Raises ConfigError where so
+    many workers can't run it.
     """
     check(config)
+    ranks_per_node = config.cluster.gpus_per_node or gpus_per_node or GPUS_PER_NODE
     topology = resolve_topology(
         config.parallel,
         world_size=num_workers,
         num_experts=config.model.num_experts,
         ffn_hidden_dim=config.model.ffn_hidden_dim,
-        ranks_per_node=config.cluster.gpus_per_node,
+        ranks_per_node=ranks_per_node,
     )
     train = config.train
     parts = topology.num_batch_ranks
@@ -184,6 +190,7 @@ def resolve(config: Config, *, num_workers: int, now: datetime) -> Resolved:
                 }
             ),
             "launch": ResolvedLaunch(**vars(config.launch) | {"num_workers": num_workers}),
+            "cluster": ResolvedCluster(**vars(config.cluster) | {"gpus_per_node": ranks_per_node}),
         }
     )
     if not open_settings:

@@ -23,7 +23,12 @@ def train(config: Config) -> int:
     try:
         check(config)
         plan = choose_plan(config.launch, device=config.run.device)
-        resolved = resolve(config, num_workers=plan.num_workers, now=datetime.now())
+        resolved = resolve(
+            config,
+            num_workers=plan.num_workers,
+            now=datetime.now(),
+            gpus_per_node=plan.gpus_per_node,
+        )
         if config.dry_run:
             return dry_run(resolved, plan, data=config.data)
         return start(

@@ -281,6 +281,21 @@ def layout(config: Config) -> tuple[int | None, ...]:
     )
 
 
+@pytest.mark.parametrize(("given", "found", "degree"), [
+    (None, 4, 4), (2, 4, 2), (None, None, 8),
+])  # fmt: skip
+def test_experts_stay_inside_a_machine_as_large_as_it_is(
+    given: int | None, found: int | None, degree: int
+) -> None:
+    wished = toy(model__num_experts=8, train__global_batch_size=16, cluster__gpus_per_node=given)
+    config = resolve(validated(wished, Config), num_workers=16, now=NOW, gpus_per_node=found)
+    assert config.parallel.expert_degree == degree
+    assert config.cluster.gpus_per_node == degree
+    smaller = refit(config, 8)
+    assert smaller is not None
+    assert smaller.cluster == config.cluster
+
+
 def test_fewer_ranks_keep_the_global_batch_and_the_expert_degree_where_it_divides() -> None:
     wished = toy(
         model__ffn_hidden_dim=192, parallel__expert_degree=4, train__global_batch_size=48,

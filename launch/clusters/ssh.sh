@@ -6,8 +6,8 @@
 #   launch/clusters/ssh.sh status
 #   launch/clusters/ssh.sh tunnel                   the dashboard and job server on 127.0.0.1:8265
 #   launch/clusters/ssh.sh stop                     stop the jobs, which save, and then Ray
-# Every host needs moetrain in an environment at the same path, and a folder that all of them see
-# (run.dir=/shared/runs). See docs/cluster.md.
+# Every host needs moetrain in an environment at the same path, with GPUs also the experts' kernels
+# (`make kernels`), and a folder that all of them see (run.dir=/shared/runs). See docs/cluster.md.
 set -euo pipefail
 
 # --- Change these, or set them in the environment. ----------------------------------------------

@@ -65,7 +65,7 @@ def answer(reference: Any) -> Any:
         preempted = bool(getattr(error, "preempted", False))
         if SUDDENLY in str(error) and not preempted:
             reason = "its process ended suddenly: it was killed or crashed"
-            return Failure(kind=FailureKind.died, reason=reason)
+            return Failure(kind=FailureKind.died, reason=reason, is_sudden=True)
         if "ModuleNotFoundError" in str(error):
             reason = str(error).strip().splitlines()[-1]
             return Failure(

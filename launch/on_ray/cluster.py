@@ -116,8 +116,13 @@ class RayCluster:
                     ray.init(address=found, **quiet)
                 else:
                     closing.enter_context(only_this_user())
-                    # The ranks' own connections stay on this machine, too.
-                    public = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE} | dict(environment.public)
+                    # The ranks' own connections stay on this machine, too. NCCL would leave the
+                    # loopback out and guess among the others; = means exactly this interface.
+                    loopback = {
+                        "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+                        "NCCL_SOCKET_IFNAME": f"={LOOPBACK_INTERFACE}",
+                    }
+                    public = loopback | dict(environment.public)
                     with reduced(replace(environment, public=public)):
                         ray.init(
                             address="local",
@@ -144,6 +149,11 @@ class RayCluster:
         """Returns the number of ranks that the cluster has room for: its GPUs, else its CPUs."""
         resources = ray.cluster_resources()
         return int(resources.get("GPU") or resources.get("CPU", 1))
+
+    def gpus_per_node(self) -> int | None:
+        """Returns the GPUs of the cluster's largest node; None: there are none, or not yet."""
+        nodes = (node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+        return int(max(nodes, default=0)) or None
 
     def has_gpus(self) -> bool:
         """Returns whether any node had a GPU at the last `look`; the driver's node may have
@@ -272,7 +282,7 @@ class RayCluster:
                 actor = RankActor.options(  # type: ignore[attr-defined]
                     num_cpus=1,
                     num_gpus=1 if on_gpu else 0,
-                    max_concurrency=4,  # training, and polls at the same time
+                    max_concurrency=5,  # training, and polls at the same time
                     runtime_env={"env_vars": env} if env else None,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group),
                 ).remote()
@@ -280,7 +290,7 @@ class RayCluster:
         self.end_workers(list(idle.values()))
         asked = [
             actor.prepare.remote(
-                str(log_dir / f"rank_{rank:03d}.log"),
+                str(rank_log(log_dir, rank)),
                 address=node.address,
                 is_alone=len(shares) == 1,
                 environ=self._environment.secrets_of(rank),
@@ -333,6 +343,11 @@ class RayCluster:
             self.give_back()
         ray.shutdown()
         self._closing.close()
+
+
+def rank_log(log_dir: Path, rank: int) -> Path:
+    """Returns the file that a rank writes to."""
+    return log_dir / f"rank_{rank:03d}.log"
 
 
 def _rank_resources(on_gpu: bool) -> dict[str, float]:

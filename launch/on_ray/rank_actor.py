@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from launch.failure import Failure, classify
+from moetrain.parallel.flight_recorder import unfinished_collectives
 from moetrain.redaction import RedactingFormatter, redacted_text
 from moetrain.settings import Resolved
 from moetrain.train.control import Control, Outcome, RankPlace
@@ -81,6 +82,11 @@ class RankActor:
 
     def move(self, wanted: bool) -> None:
         self._control.request_move(wanted)
+
+    def collectives(self) -> str:
+        """Returns the collectives in flight; apart from `stacks`, because asking a hung device may
+        hang."""
+        return "".join(f"in flight: {line}\n" for line in unfinished_collectives())
 
     def stacks(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}

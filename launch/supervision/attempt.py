@@ -5,13 +5,14 @@ Owns watching. Leaves starting, ending and restarting to `supervisor.py`.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.failure import Failure
 from launch.on_ray.answers import answer, answered
 from launch.on_ray.cluster import Worker
+from launch.supervision.cause import Ended, LogTails, cause_of, is_explained
 from launch.supervision.hang import culprits
 from launch.supervision.pulse import UNRESPONSIVE, NodeWatch, Pulse
 from moetrain.kinds import FailureKind
@@ -22,6 +23,7 @@ POLL_SECONDS = 0.5
 CAUSE_SECONDS = 3.0  # for the rank behind a lost connection to fail itself
 IDLE_SECONDS = 2.0  # for ranks that lost a peer to return, to be reused
 CLUSTER_LOOK_SECONDS = 2.0
+ANSWER_SECONDS = 2.0  # for ranks to tell their stacks
 GROW_AFTER_LOOKS = 3  # for which a larger layout must have had room
 
 
@@ -48,19 +50,22 @@ class Attempt:
         own_node: str,
         display: ProgressDisplay,
         log_dir: Path,
+        logs: LogTails,
         hang_timeout_seconds: float,
         stop_requested: Callable[[], bool],
         leaving: Callable[[], dict[str, str]],
         may_grow: Callable[[], bool],
     ) -> None:
-        """`running` are the ranks' pending results. `leaving` returns the ids of nodes that will be
-        preempted, and why; `may_grow` returns whether a larger layout has room."""
+        """`running` are the ranks' pending results, `logs` what they write. `leaving` returns the
+        ids of nodes that will be preempted, and why; `may_grow` returns whether a larger layout has
+        room."""
         self._pending = dict(running)
         self._pulse = Pulse(list(running.values()))
         self._nodes = nodes
         self._own_node = own_node
         self._display = display
         self._log_dir = log_dir
+        self._logs = logs
         self._hang_timeout = hang_timeout_seconds
         self._stop_requested = stop_requested
         self._leaving = leaving
@@ -144,30 +149,31 @@ class Attempt:
             tell(worker.actor)
 
     def _cause(self, worker: Worker, first: Failure) -> Failure:
-        """Returns the cause of the first failure seen: a lost peer is only a symptom.
+        """Returns the cause of the first failure seen, which may be only a symptom.
 
-        Waits a moment for the other ranks: one may know the cause, and those that return are
-        `idle`.
+        Waits a moment for the other ranks, until all have ended: one may know the cause, and those
+        that return are `idle`.
         """
-        found = [(worker, first)]
+        found = [(worker, self._ended(worker, first))]
         began = time.monotonic()
         while self._pending:
-            known = any(failure.kind != FailureKind.peer for _, failure in found)
+            known = is_explained(one for _, one in found)
             if time.monotonic() > began + (IDLE_SECONDS if known else CAUSE_SECONDS):
                 break
             for reference in answered(list(self._pending), timeout=0.1):
                 other, result = self._pending.pop(reference), answer(reference)
                 if isinstance(result, Failure):
-                    found.append((other, result))
-        self.idle = [other for other, failure in found if failure.kind == FailureKind.peer]
-        source, failure = min(found, key=lambda pair: pair[1].kind == FailureKind.peer)
-        return Failure(
-            kind=failure.kind,
-            reason=f"{_named(source)}: {failure.reason}",
-            step=self._pulse.step,
-            node=None
-            if failure.kind in (FailureKind.peer, FailureKind.error)
-            else source.node.address,
+                    found.append((other, self._ended(other, result)))
+        self.idle = [other for other, one in found if one.failure.kind == FailureKind.peer]
+        return replace(cause_of([one for _, one in found]), step=self._pulse.step)
+
+    def _ended(self, worker: Worker, failure: Failure) -> Ended:
+        return Ended(
+            rank=worker.rank,
+            address=worker.node.address,
+            name=_named(worker),
+            failure=failure,
+            log=self._logs.of(worker.rank),
         )
 
     def _lost_node(self) -> Failure | None:
@@ -195,6 +201,7 @@ class Attempt:
         if not silent:
             return None
         stacks = self._stacks(working.values())
+        in_flight = _texts({w.actor.collectives.remote(): w.rank for w in working.values()})
         doing = {rank: self._pulse.doing(rank) for rank in silent}
         unresponsive = {rank for rank, said in silent.items() if said.startswith(UNRESPONSIVE)}
         found_culprits = culprits(doing, stacks, unresponsive=unresponsive)
@@ -206,7 +213,8 @@ class Attempt:
         lines = [f"no progress for {self._pulse.timeout(self._hang_timeout):.0f} s: {what}\n"]
         for rank, worker in sorted(working.items()):
             said = silent.get(rank) or f"in {self._pulse.doing(rank)}"
-            lines.append(f"===== {_named(worker)} {said}\n{stacks.get(rank, 'no stacks')}\n")
+            lines.append(f"===== {_named(worker)} {said}\n{in_flight.get(rank, '')}")
+            lines.append(f"{stacks.get(rank, 'no stacks')}\n")
         path.write_text("\n".join(lines))
         nodes = {working[rank].node.address for rank in found_culprits}
         return Failure(
@@ -220,11 +228,7 @@ class Attempt:
     def _stacks(self, workers: Iterable[Worker]) -> dict[int, str]:
         """Returns the ranks' stacks: as they report them, else read from outside."""
         workers = list(workers)
-        asked = {w.actor.stacks.remote(): w for w in workers}
-        stacks = {}
-        for reference in answered(list(asked), timeout=2.0, wait_for_all=True):
-            if isinstance(text := answer(reference), str):
-                stacks[asked[reference].rank] = text
+        stacks = _texts({w.actor.stacks.remote(): w.rank for w in workers})
         unresponsive = [w for w in workers if w.rank not in stacks]
         return stacks | self._nodes.stacks(unresponsive)
 
@@ -233,6 +237,13 @@ class Attempt:
             self._display.update(content)
         else:
             self._display.say(content)
+
+
+def _texts(asked: dict[Any, int]) -> dict[int, str]:
+    """Returns by rank what ranks answer in time."""
+    found = answered(list(asked), timeout=ANSWER_SECONDS, wait_for_all=True)
+    answers = {asked[reference]: answer(reference) for reference in found}
+    return {rank: text for rank, text in answers.items() if isinstance(text, str)}
 
 
 def _named(worker: Worker) -> str:

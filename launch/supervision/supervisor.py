@@ -12,10 +12,11 @@ from functools import cache
 
 from launch.failure import ClusterError, Failure, RunFailed
 from launch.on_ray.answers import WorkersLost
-from launch.on_ray.cluster import RayCluster, Worker
+from launch.on_ray.cluster import RayCluster, Worker, rank_log
 from launch.placement import Node, Share, choose_nodes
 from launch.supervision.attempt import Attempt, Moved
 from launch.supervision.budget import NODES_OWN, Budget
+from launch.supervision.cause import LogTails
 from launch.supervision.pulse import NodeWatch
 from moetrain.checkpoint.manifest import is_passing
 from moetrain.checkpoint.remote.of_run import take_over
@@ -214,12 +215,14 @@ class Supervisor:
         self._report_left_out(shares)
         workers: list[Worker] = []
         idle: list[Worker] = []
+        log_dir = self._run_dir / "logs"
+        logs = LogTails({rank: rank_log(log_dir, rank) for rank in range(world_size)})
         try:
             workers = self._cluster.start_workers(
                 shares,
                 survivors=self._usable_survivors(config),
                 on_gpu=self._on_gpu,
-                log_dir=self._run_dir / "logs",
+                log_dir=log_dir,
                 interrupted=lambda: self._interruption(shares),
             )
             rendezvous = self._cluster.rendezvous(workers, lambda: self._interruption(shares))
@@ -248,7 +251,8 @@ class Supervisor:
                 nodes=self._nodes,
                 own_node=self._cluster.own_node,
                 display=self._display,
-                log_dir=self._run_dir / "logs",
+                log_dir=log_dir,
+                logs=logs,
                 hang_timeout_seconds=config.launch.hang_timeout_seconds,
                 stop_requested=self._stop_requested,
                 leaving=self._leaving,

@@ -19,6 +19,7 @@ from moetrain.settings.optim import OptimSettings, ScheduleSettings
 from moetrain.settings.parallel import ExchangeSettings, ParallelSettings
 from moetrain.settings.resolved import (
     Resolved,
+    ResolvedCluster,
     ResolvedData,
     ResolvedLaunch,
     ResolvedParallel,
@@ -41,6 +42,7 @@ __all__ = [
     "OptimSettings",
     "ParallelSettings",
     "Resolved",
+    "ResolvedCluster",
     "ResolvedData",
     "ResolvedLaunch",
     "ResolvedParallel",

@@ -52,7 +52,9 @@ class ClusterSettings:
     """What ranks should know about the machines."""
 
     name: str = "local"
-    gpus_per_node: PositiveInt = 8
+    gpus_per_node: PositiveInt | None = None
+    """The ranks of a machine, in which experts exchange tokens. None: the GPUs that the machine or
+    the Ray cluster has; 8 where there are none yet."""
     peak_tflops_per_gpu: PositiveFloat | None = None
     """Peak dense FLOPS in the training dtype, for the utilisation; None: it isn't reported."""
     memory_gib_per_gpu: PositiveFloat | None = None

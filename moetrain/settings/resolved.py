@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.settings import DataSettings
 from moetrain.checks import one_of
-from moetrain.settings.launch import LaunchSettings
+from moetrain.settings.launch import ClusterSettings, LaunchSettings
 from moetrain.settings.parallel import EVERY, ParallelSettings
 from moetrain.settings.train import FolderName, RunSettings, TrainSettings
 from moetrain.settings.tree import Config
@@ -60,6 +60,13 @@ class ResolvedLaunch(LaunchSettings):
     num_workers: PositiveInt = field()
 
 
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ResolvedCluster(ClusterSettings):
+    """The machines with their number of GPUs."""
+
+    gpus_per_node: PositiveInt = field()
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Resolved(Config):
     """A whole configuration with nothing left open."""
@@ -69,6 +76,7 @@ class Resolved(Config):
     parallel: ResolvedParallel = field()
     data: ResolvedData = field()
     launch: ResolvedLaunch = field()
+    cluster: ResolvedCluster = field()
 
     @property
     def run_dir(self) -> Path:

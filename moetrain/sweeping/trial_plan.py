@@ -144,7 +144,12 @@ def resolved_as_trial(config: Config, elsewhere: ExternalLauncher | None = None)
             f"({external.launcher.rank}, {external.launcher.world_size}), and a sweep starts runs: "
             "start it without that launcher, on a Ray cluster for several nodes",
         )
-    return resolve(config, num_workers=plan.num_workers, now=datetime.now())
+    return resolve(
+        config,
+        num_workers=plan.num_workers,
+        now=datetime.now(),
+        gpus_per_node=plan.gpus_per_node,
+    )
 
 
 def _resolved_there(config: Config, num_workers: int | None) -> Resolved:

@@ -17,14 +17,14 @@ from moetrain.settings import Resolved
 from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, Outcome, RankPlace, collective_timeout
 from moetrain.train.loop import train
+from moetrain.train.rank_environment import rank_device, set_environment
 
 LAST_UPLOAD_SECONDS = 30.0  # for a last upload after the run has failed
 
 
 def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
     """Trains as one rank of a resolved configuration, to the end or until a stop is requested."""
-    for name, value in config.cluster.env.items():
-        os.environ.setdefault(name, value)
+    set_environment(config, place)
     load_recorded(config.run.extensions, where=f"rank {place.rank} on {platform.node()}")
     device = rank_device(config.run.device, index=place.device_index)
     if device.type == "cpu":
@@ -34,13 +34,7 @@ def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
         keep_freed_memory()
     control.heartbeat("joining the other ranks", 0)
     if not dist.is_initialized():  # an external launcher may have joined the ranks already
-        join_ranks(
-            rank=place.rank,
-            world_size=place.world_size,
-            rendezvous=place.rendezvous,
-            device=device,
-            timeout_seconds=collective_timeout(config.launch.hang_timeout_seconds),
-        )
+        join(config, place)
     control.heartbeat("building the model", 0)
     trainer = build_trainer(config, place, control, device=device)
     try:
@@ -55,6 +49,17 @@ def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
     if trainer.uploader is not None:
         finish_upload(trainer.uploader, control, step=outcome.step)
     return outcome
+
+
+def join(config: Resolved, place: RankPlace) -> None:
+    """Joins the other ranks; the environment must be set before."""
+    join_ranks(
+        rank=place.rank,
+        world_size=place.world_size,
+        rendezvous=place.rendezvous,
+        device=rank_device(config.run.device, index=place.device_index),
+        timeout_seconds=collective_timeout(config.launch.hang_timeout_seconds),
+    )
 
 
 def finish_upload(uploader: Uploader, control: Control, *, step: int) -> None:
@@ -75,13 +80,6 @@ def leave_ranks() -> None:
     """Destroys the process group of training, so that the process can join another one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def rank_device(name: str, *, index: int) -> torch.device:
-    """Returns the device of a setting for a rank, by its index on its machine."""
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", index)
-    return torch.device("cpu")
 
 
 def keep_freed_memory() -> None:

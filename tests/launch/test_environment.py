@@ -86,6 +86,7 @@ from launch.on_ray.cluster import RayCluster
 
 environment = for_ranks(os.environ, cluster_env={"FI_PROVIDER": "efa"}, pass_env=["MY_FLAG"])
 cluster = RayCluster.connect(sys.argv[1] or None, num_workers=2, environment=environment)
+gpus = cluster.gpus_per_node()
 cluster.look()
 (node,) = cluster.nodes(on_gpu=False)
 shares = [Share(node=node, num_ranks=2)]
@@ -98,11 +99,13 @@ told = ray.get(workers[0].actor.__ray_call__.remote(
     lambda self: str(dict(ray.get_runtime_context().runtime_env))))
 shown = told + str(ray._private.state.actors()) + str(ray._private.state.jobs())
 cluster.disconnect()
-print(json.dumps([environs, shown, dict(os.environ)]))
+print(json.dumps([environs, shown, dict(os.environ), gpus]))
 """
 
 
-def ranks(address: str, folder: Path, **environ: str) -> tuple[list[dict[str, str]], str]:
+def ranks(
+    address: str, folder: Path, *, gpus: int | None = None, **environ: str
+) -> tuple[list[dict[str, str]], str]:
     """Returns the environments of two real ranks, and all that Ray tells of them."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
@@ -113,6 +116,7 @@ def ranks(address: str, folder: Path, **environ: str) -> tuple[list[dict[str, st
     assert done.returncode == 0, done.stderr
     answer: list[Any] = json.loads(done.stdout)
     assert answer[2]["SESSION_COOKIE"] == "c00kie"  # the command itself has all it had
+    assert answer[3] == gpus, "of a node"
     return answer[0], answer[1]
 
 
@@ -133,14 +137,18 @@ def check_ranks(environs: list[dict[str, str]], shown: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_on_this_machine(tmp_path: Path) -> None:
-    check_ranks(*ranks("", tmp_path))
+    environs, shown = ranks("", tmp_path)
+    check_ranks(environs, shown)
+    for environ in environs:  # their connections stay on this machine
+        assert environ["GLOO_SOCKET_IFNAME"] == "lo"
+        assert environ["NCCL_SOCKET_IFNAME"] == "=lo"
 
 
 @pytest.mark.slow
 def test_ranks_on_a_cluster(tmp_path: Path) -> None:
     """Its nodes have nothing of the command's environment, and Ray shows whatever it is given."""
     token = "c" * 64
-    with head(tmp_path, port=17321, token=token, num_cpus=2) as address:
-        environs, shown = ranks(address, tmp_path, RAY_AUTH_TOKEN=token)
+    with head(tmp_path, port=17321, token=token, num_cpus=2, num_gpus=4) as address:
+        environs, shown = ranks(address, tmp_path, gpus=4, RAY_AUTH_TOKEN=token)
         check_ranks(environs, shown)
         assert "NCCL_DEBUG" in shown  # so that secrets would be found there as well

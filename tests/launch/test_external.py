@@ -12,6 +12,7 @@ from launch.external import (
     meeting_point,
     slurm_port,
     tasks_by_node,
+    visible_device,
 )
 from launch.plan import choose_plan
 from moetrain.checks import ConfigError
@@ -31,7 +32,7 @@ MPI = {
 }  # fmt: skip
 
 
-def numbers(rank: ExternalRank | None) -> tuple[int, ...] | None:
+def numbers(rank: ExternalRank | None) -> tuple[int | None, ...] | None:
     if rank is None:
         return None
     return (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size)
@@ -89,6 +90,60 @@ def test_slurms_pmi_is_slurm_and_mpiruns_own_is_not() -> None:
     assert rank.launcher is SLURM
     inside = TASK | {"SLURM_STEP_NUM_TASKS": "2"} | MPI | {"OMPI_COMM_WORLD_SIZE": "8"}
     assert numbers(external_rank(inside)) == (1, 8, 1, 2)
+
+
+BY_HAND = {"RANK": "3", "WORLD_SIZE": "5"}
+MPIS = {
+    "OMPI_COMM_WORLD_SIZE": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "num_devices", "device"),
+    [
+        (BY_HAND | {"LOCAL_RANK": "3"}, 8, 3),
+        (BY_HAND | {"LOCAL_RANK": "3"}, 1, 0),  # --gpus-per-task: each sees its own
+        (BY_HAND | {"LOCAL_RANK": "3"}, 0, 0),  # on a CPU
+        (BY_HAND, 0, 0),
+        (BY_HAND, 1, 0),
+        (BY_HAND | MPIS, 2, 1),
+        (BY_HAND | MPIS | {"LOCAL_RANK": "0"}, 2, 0),  # what is given by hand leads
+        (BY_HAND | TASK | {"SLURM_LOCALID": "1"}, 2, 1),
+        (TASK | {"SLURM_LOCALID": "2"}, 4, 2),
+        (MPI, 2, 1),
+    ],
+)
+def test_each_rank_of_a_machine_takes_a_device_of_its_own(
+    environ: dict[str, str], num_devices: int, device: int
+) -> None:
+    rank = external_rank(environ)
+    assert rank is not None
+    assert visible_device(rank, environ, num_devices=num_devices) == device
+
+
+@pytest.mark.parametrize(
+    ("environ", "num_devices", "said"),
+    [
+        (BY_HAND, 4, "LOCAL_RANK=(missing): each of 5 ranks sees 4 GPUs"),
+        # Counts of other processes: one task, in whose shell all of these ranks were started.
+        (BY_HAND | BATCH, 4, "LOCAL_RANK=(missing): each of 5 ranks sees 4 GPUs"),
+        (BY_HAND | MPIS | {"OMPI_COMM_WORLD_SIZE": "2"}, 4, "LOCAL_RANK=(missing)"),
+        (
+            BY_HAND | {"LOCAL_RANK": "3", "CUDA_VISIBLE_DEVICES": "0,1"},
+            2,
+            "LOCAL_RANK=3: this rank sees 2 GPUs (CUDA_VISIBLE_DEVICES=0,1): start at most 2",
+        ),
+        (TASK | {"SLURM_LOCALID": "2"}, 2, "SLURM_LOCALID=2: this rank sees 2 GPUs"),
+    ],
+)
+def test_a_rank_without_a_device_of_its_own_is_refused_with_the_way_out(
+    environ: dict[str, str], num_devices: int, said: str
+) -> None:
+    rank = external_rank(environ)
+    assert rank is not None
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        visible_device(rank, environ, num_devices=num_devices)
 
 
 def test_mpiruns_ranks_are_taken_with_a_place_to_meet_and_refused_without() -> None:
@@ -160,6 +215,19 @@ def test_each_task_of_srun_is_planned_as_a_rank(monkeypatch: pytest.MonkeyPatch)
     assert (plan.mode, plan.num_workers, numbers(plan.external)) == ("external", 5, (3, 5, 0, 2))
     with pytest.raises(ConfigError, match=r"^launch.num_workers=4: .* 5 ranks"):
         choose_plan(LaunchSettings(address="local", num_workers=4), device="cpu")
+
+
+def test_a_machine_has_as_many_gpus_as_torchrun_has_started_ranks_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given(monkeypatch, BY_HAND | {
+        "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1",
+    })  # fmt: skip
+    assert choose_plan(LaunchSettings(), device="auto").gpus_per_node is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # each sees its own
+    assert choose_plan(LaunchSettings(), device="auto").gpus_per_node == 2
+    assert choose_plan(LaunchSettings(), device="cpu").gpus_per_node is None
 
 
 @pytest.mark.parametrize(

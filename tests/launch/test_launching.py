@@ -411,6 +411,7 @@ def test_a_hung_rank_is_reported_and_replaced(
     # The other rank waits in whichever collective came next: of the step, or of its report.
     waiting, stopped = report.read_text().split("===== rank ")[1:]
     assert "in run_rank" in waiting
+    assert re.search(r"in flight: gloo:\S+ \(number \d+ of group", waiting)
     assert "process state: T (stopped)" in stopped
     assert "run_rank" in stopped, "the stack of a stopped process, too"
     assert metrics_of(tmp_path) == undisturbed

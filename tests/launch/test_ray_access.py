@@ -46,7 +46,9 @@ print(json.dumps(said))
 
 
 @contextlib.contextmanager
-def head(folder: Path, *, port: int, token: str | None, num_cpus: int = 1) -> Iterator[str]:
+def head(
+    folder: Path, *, port: int, token: str | None, num_cpus: int = 1, num_gpus: int = 0
+) -> Iterator[str]:
     """Runs the head node of a cluster as `ray start` does; yields its true address."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token" if token else "disabled"}
@@ -56,7 +58,7 @@ def head(folder: Path, *, port: int, token: str | None, num_cpus: int = 1) -> It
         [
             Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}",
             f"--ray-client-server-port={port + 1}", "--include-dashboard=false",
-            f"--num-cpus={num_cpus}",
+            f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}",
             "--object-store-memory=100000000", f"--temp-dir=/tmp/ray-{os.getpid()}-{port}",
             "--log-color=false",
             "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",

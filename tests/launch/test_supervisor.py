@@ -18,6 +18,7 @@ from launch.on_ray.cluster import RayCluster, Worker
 from launch.placement import Node, Share
 from launch.supervision import attempt, supervisor
 from launch.supervision.attempt import Attempt, Moved
+from launch.supervision.cause import LogTails
 from launch.supervision.pulse import NodeWatch
 from launch.supervision.supervisor import Supervisor
 from moetrain.checkpoint.remote.of_run import take_over
@@ -26,6 +27,7 @@ from moetrain.observe import ProgressDisplay
 from moetrain.settings import (
     ModelSettings,
     Resolved,
+    ResolvedCluster,
     ResolvedData,
     ResolvedLaunch,
     ResolvedParallel,
@@ -106,6 +108,7 @@ def supervised(nodes: Nodes, folder: Path, *, device: str = "cpu", **launch: Any
         parallel=ResolvedParallel(expert_degree=1, data_shard_degree=3),
         data=ResolvedData(dir="shards"),
         launch=ResolvedLaunch(num_workers=3, **launch),
+        cluster=ResolvedCluster(gpus_per_node=8),
     )
     return Supervisor(
         config,
@@ -242,6 +245,7 @@ def test_a_move_that_is_called_off_too_late_is_a_move(
         own_node=local_ray.own_node,
         display=display(),
         log_dir=tmp_path,
+        logs=LogTails({}),
         hang_timeout_seconds=60,
         stop_requested=lambda: False,
         leaving=dict,

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 CLUSTERS = ROOT / "launch/clusters"
 SCHEMAS = Path(__file__).parent / "schemas"
 AWS = ["aws-p4d", "aws-p4de"]
-SCRIPTS = ["ssh.sh", "slurm.sbatch"]
+SCRIPTS = ["ssh.sh", "slurm.sbatch", "kernels.sh"]
 
 
 def read(name: str) -> Any:
@@ -276,7 +276,46 @@ def test_the_training_commands_in_the_files_are_valid(
         if name == "skypilot"
         else kuberay()[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
     )
-    assert nodes * config.cluster.gpus_per_node == workers + 8, "one spare node"
+    assert nodes * 8 == workers + 8, "one spare node"
+
+
+def installs() -> dict[str, str]:
+    """Returns the commands by which the files make an environment on machines with GPUs."""
+    docker = re.search(
+        r"```dockerfile\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL
+    )
+    assert docker is not None
+    aws = {name: "\n".join(read(name)["setup_commands"]) for name in AWS}
+    return aws | {"skypilot": read("skypilot")["setup"], "kuberay": docker[1]}
+
+
+@pytest.mark.parametrize("name", installs())
+def test_whoever_installs_moetrain_for_gpus_installs_the_experts_kernels(name: str) -> None:
+    before, _, kernels = installs()[name].partition("[remote]")
+    assert re.search(r"install .*constraints\.txt", before)
+    assert "launch/clusters/kernels.sh" in kernels
+
+
+def test_the_kernels_are_installed_as_tested_and_without_what_they_would_pin(
+    tmp_path: Path,
+) -> None:
+    """pip's part is recorded here; `make kernels` runs the same script, in CI for real."""
+    pip = tmp_path / "pip"
+    pip.write_text(
+        f'#!/usr/bin/env bash\necho "$PYTHONPATH|$*" >> {tmp_path}/asked\n'
+        f'[ -z "$PYTHONPATH" ] || cp "$PYTHONPATH/sitecustomize.py" {tmp_path} || true\n'
+    )
+    pip.chmod(0o755)
+    subprocess.run(
+        [CLUSTERS / "kernels.sh", sys.executable], check=True, cwd=tmp_path,
+        env={**os.environ, "PIP": str(pip), "PYTHONPATH": ""},
+    )  # fmt: skip
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert all(f"-c {ROOT}/constraints.txt" in line for line in asked)
+    hidden, _, last = asked[-1].partition("|")
+    assert {"--no-deps", "--no-build-isolation", "megablocks", "stanford-stk"} <= set(last.split())
+    assert "CUDA_HOME = None" in (tmp_path / "sitecustomize.py").read_text()
+    assert not Path(hidden).exists(), "it leaves nothing behind"
 
 
 # --- conf/cluster/ ---
@@ -287,7 +326,7 @@ def test_a_cluster_choice_has_the_machine_and_its_environment(name: str) -> None
     cluster = validated(compose_preset(f"cluster={name}"), Config).cluster
     assert cluster.name == name
     assert (cluster.gpus_per_node, cluster.peak_tflops_per_gpu) == (8, 312.0)
-    assert cluster.env == {"NCCL_NET": "AWS Libfabric"}
+    assert cluster.env == {"NCCL_NET": "AWS Libfabric", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
     assert cluster.spot_warnings == "aws"
 
 
@@ -299,3 +338,4 @@ def test_the_interface_is_named_once_and_must_be(name: str) -> None:
     env = validated(chosen, Config).cluster.env
     assert env["GLOO_SOCKET_IFNAME"] == "ens5"
     assert env["NCCL_SOCKET_IFNAME"] == "=ens5"
+    assert env["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
