@@ -116,7 +116,7 @@ class SplitWriter:
             self._open.hash.add(number, digest)
             self._close_shard()
         shard = self._open or self._open_shard()
-        payload = memoryview(np.ascontiguousarray(tokens)).cast("B")
+        payload = np.ascontiguousarray(tokens).data.cast("B")
         npy = _npy_header(tokens)
         size = len(npy) + len(payload)
         header = _member_header(b"%09d.npy" % number, size)
@@ -174,7 +174,8 @@ class SplitWriter:
 
 def _member_header(name: bytes, size: int) -> bytes:
     """The tar header of a file with this name and size."""
-    assert len(name) <= 100 and size < _MOST_TAR_BYTES, f"{name!r} of {size} bytes"
+    assert len(name) <= 100, name
+    assert size < _MOST_TAR_BYTES, f"{name!r} of {size} bytes"
     digits = b"%011o" % size
     checksum = b"%06o\0" % (_CONSTANT_SUM + sum(name) + sum(digits))
     return b"".join(
