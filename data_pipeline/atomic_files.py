@@ -30,7 +30,7 @@ def new_file(path: Path, *, durable: bool = True, replace: bool = True) -> Itera
     rename wins.
     """
     # A unique name: another machine may be writing the same file.
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    new = unfinished_name(path)
     try:
         with open(new, "xb") as file:
             if replace:
@@ -62,6 +62,11 @@ def remove_leftovers(folder: Path) -> None:
         with suppress(OSError):  # another process does the same
             if leftover.stat().st_mtime < time.time() - _KILLED_SECONDS:
                 leftover.unlink()
+
+
+def unfinished_name(path: Path) -> Path:
+    """A free name for a folder or file that will be renamed to `path` when it is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
 
 
 def name_folder(unnamed: Path, path: Path) -> None:

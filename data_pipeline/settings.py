@@ -94,6 +94,13 @@ class OnChanged(StrEnum):
     rebuild = "rebuild"
 
 
+class BuildOn(StrEnum):
+    """Where a large text is built: by processes of this machine, or by tasks of a Ray cluster."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Packing(StrEnum):
     """How documents become sequences: cut from one long stream, or packed with few cuts."""
 
@@ -191,7 +198,10 @@ class BuildSettings:
     path of a `tokenizer.json`, or `bpe:N` (N ids, trained on the text itself); `end_of_document`
     names the token of a `tokenizer.json` that ends a document. `validation_fraction` is the share
     of documents held out, `shard_tokens` the number of tokens at which a shard is full.
-    `num_processes` tokenise; default: one per core if the tokenizer is slow enough to need them.
+    `num_processes` work: in a large text each builds parts of its own, in a smaller one they
+    tokenise; default: one per core, or none in a small text if the tokenizer is fast. With
+    `on=ray` the parts of a large text are built by tasks of the Ray cluster at `ray_address`, at
+    most `num_processes` at a time; default: on all of its cores.
     `on_corrupt` says what happens to unreadable input, `on_changed` what happens to existing shards
     whose text has changed. `extensions` are the user's own modules, which may register tokenizers
     and data sources; `corpus_options` are such a source's settings.
@@ -210,6 +220,8 @@ class BuildSettings:
     validation_fraction: Fraction = 0.05
     shard_tokens: Count = 2**24
     num_processes: Count | None = None
+    on: BuildOn = BuildOn.local
+    ray_address: str | None = None
     on_corrupt: OnCorrupt = OnCorrupt.fail
     on_changed: OnChanged = OnChanged.fail
     extensions: list[str] = field(default_factory=list)

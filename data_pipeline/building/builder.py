@@ -5,15 +5,18 @@ skip. Leaves each step to the file that is named for it.
 """
 
 import errno
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.building.baselines import BaselineCounter
+from data_pipeline.building.baselines import baselines_of
 from data_pipeline.building.bpe_training import trained_tokenizer
-from data_pipeline.building.encoding import Encoder, num_encoding_processes, require_guarded_script
+from data_pipeline.building.encoding import (
+    Encoder,
+    num_cores,
+    num_encoding_processes,
+    require_guarded_script,
+)
 from data_pipeline.building.existing import (
     NamedBy,
     build_demands,
@@ -23,12 +26,17 @@ from data_pipeline.building.existing import (
     refusing_place,
     tokenizer_given,
 )
-from data_pipeline.building.splits import split_of
+from data_pipeline.building.parted_build import JoinedSource, parts_of, written_sources
+from data_pipeline.building.parts import Job, Part
+from data_pipeline.building.ray_workers import ray_workers
+from data_pipeline.building.source_writing import write_documents
 from data_pipeline.building.text_record import SourceText, write_text_record
-from data_pipeline.corpora.corpus import Corpus, Document, kept_documents
+from data_pipeline.building.workers import Workers, started_workers
+from data_pipeline.corpora.corpus import Corpus, kept_documents
+from data_pipeline.corpora.data_source import DATA_SOURCES
 from data_pipeline.corpora.raw_documents import FAILURES, LeftOut, counts_text
-from data_pipeline.progress import ByteCounter, byte_progress, tell
-from data_pipeline.settings import BuildSettings, DataError, sources_of
+from data_pipeline.progress import byte_progress, tell
+from data_pipeline.settings import BuildOn, BuildSettings, DataError, sources_of
 from data_pipeline.shards.index import (
     FORMAT_VERSION,
     SPLITS,
@@ -39,26 +47,12 @@ from data_pipeline.shards.index import (
 )
 from data_pipeline.shards.reader import ShardFolder
 from data_pipeline.shards.unfinished import (
-    DocumentHash,
-    FinishedDocuments,
-    FinishedShard,
     TextChanged,
     UnfinishedBuild,
     hidden_folder,
     unfinished_build,
 )
-from data_pipeline.shards.writer import SplitWriter
-from data_pipeline.tokenizers.tokenizer import Tokenizer, TokenizerEntry, token_dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Item:
-    """A document in progress: its number in its source, its split, and whether it is finished."""
-
-    number: int
-    split: str
-    document: Document
-    is_finished: bool
+from data_pipeline.tokenizers.tokenizer import TOKENIZERS, Tokenizer, TokenizerEntry, token_dtype
 
 
 def build_shards(
@@ -90,17 +84,24 @@ def build_shards(
         existing = existing_shards(settings, progress=progress, say=say, named_by=named_by)
         if existing is not None:
             return existing
-        other = unfinished.claim(build_demands(settings, tokenizer))
+        demands = build_demands(settings, tokenizer)
+        parts = parts_of(corpora, shard_tokens=settings.shard_tokens)
+        if parts is not None:
+            demands["parts"] = len(parts)
+        other = unfinished.claim(demands)
         if other is not None:
             say(f"{unfinished.path} was of a build with {other}; beginning anew")
         if unfinished.num_finished():
             say(f"resuming in {unfinished.path}: {unfinished.num_finished()} shards are finished")
         try:
-            _write(unfinished, corpora, tokenizer, settings, progress=progress)
+            _write(unfinished, corpora, parts, tokenizer, settings, progress=progress)
         except TextChanged:
             say("the text isn't what the finished shards were made of; beginning anew")
-            unfinished.discard()
-            _write(unfinished, corpora, tokenizer, settings, progress=progress)
+            corpora = corpora_of(settings, named_by=named_by)
+            parts = parts_of(corpora, shard_tokens=settings.shard_tokens)
+            if parts is None:  # else each part says whether it is of the text as it is
+                unfinished.discard()
+            _write(unfinished, corpora, parts, tokenizer, settings, progress=progress)
         except DataError as error:
             if not unfinished.num_finished():
                 unfinished.discard()
@@ -121,6 +122,7 @@ def build_shards(
 def _write(
     unfinished: UnfinishedBuild,
     corpora: dict[str, Corpus],
+    parts: list[Part] | None,
     tokenizer: Tokenizer | None,
     settings: BuildSettings,
     *,
@@ -129,19 +131,18 @@ def _write(
     """Writes all unfinished shards; raises TextChanged if the finished ones no longer match."""
     if tokenizer is None:
         tokenizer = trained_tokenizer(unfinished, corpora, settings, progress=progress)
-    num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
-    num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
-    seen: set[bytes] = set()
-    with (
-        Encoder(tokenizer, num_processes=num_processes) as encoder,
-        byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
-    ):
-        sources, texts = list[SourceEntry](), dict[str, SourceText]()
-        for name, corpus in corpora.items():
-            entry, texts[name] = _write_source(
-                unfinished, name, corpus, encoder, settings, seen=seen, counter=counter
-            )
-            sources.append(entry)
+    if parts is None:
+        written = _in_one_piece(unfinished, corpora, tokenizer, settings, progress=progress)
+    else:
+        written = _in_parts(unfinished, parts, tokenizer, settings, progress=progress)
+    sources = [
+        _source_entry(name, corpora[name], source, settings) for name, source in written.items()
+    ]
+    for entry in sources:
+        if entry.splits["train"].num_documents == 0:
+            unfinished.discard()
+            left_out = written[entry.name].left_out
+            raise DataError(_nothing_to_train_on(entry, left_out, settings))
     if tokenizer.definition is not None:
         (unfinished.shards / TOKENIZER_NAME).write_text(tokenizer.definition, encoding="utf-8")
     index = Index(
@@ -151,50 +152,104 @@ def _write(
         dtype=token_dtype(tokenizer.vocab_size).name,
         sources=tuple(sources),
     )
+    texts = {
+        name: SourceText(files=corpora[name].files, documents_hash=source.documents_hash)
+        for name, source in written.items()
+    }
     write_text_record(unfinished.shards, texts)
     write_index(index, unfinished.shards)
 
 
-def _write_source(
+def _in_one_piece(
     unfinished: UnfinishedBuild,
-    name: str,
-    corpus: Corpus,
-    encoder: Encoder,
+    corpora: dict[str, Corpus],
+    tokenizer: Tokenizer,
     settings: BuildSettings,
     *,
-    seen: set[bytes],
-    counter: ByteCounter,
-) -> tuple[SourceEntry, SourceText]:
-    """Writes the shards of one source, after those that are finished."""
-    finished = {split: unfinished.finished(f"{name}-{split}") for split in SPLITS}
-    left_out, baselines, documents_hash = LeftOut(), BaselineCounter(), DocumentHash()
-    documents = kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen)
-    items = _items(documents, finished, validation_fraction=settings.validation_fraction)
-    to_encode = ((item, None if item.is_finished else item.document.content) for item in items)
-    with ExitStack() as open_files:
-        writers = {
-            split: open_files.enter_context(
-                SplitWriter(
-                    unfinished.shards,
-                    source=name,
-                    split=split,
-                    shard_tokens=settings.shard_tokens,
-                    finished=finished[split],
-                    keep=unfinished.keep,
-                )
+    progress: bool,
+) -> dict[str, JoinedSource]:
+    """Writes the shards of a small text: this process reads and writes, others tokenise."""
+    num_processes = num_encoding_processes(tokenizer, asked=settings.num_processes)
+    num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
+    seen: set[bytes] = set()
+    sources = {}
+    with (
+        Encoder(tokenizer, num_processes=num_processes) as encoder,
+        byte_progress("building", num_bytes=num_bytes, shown=progress) as counter,
+    ):
+        for name, corpus in corpora.items():
+            left_out = LeftOut()
+            written = write_documents(
+                kept_documents(corpus.raw_documents(), left_out=left_out, seen=seen),
+                folder=unfinished.shards,
+                source=name,
+                encoder=encoder,
+                shard_tokens=settings.shard_tokens,
+                validation_fraction=settings.validation_fraction,
+                finished={split: unfinished.finished(f"{name}-{split}") for split in SPLITS},
+                keep=unfinished.keep,
+                counter=counter,
             )
-            for split in SPLITS
-        }
-        for item, tokens in encoder.encoded(to_encode):
-            content = item.document.content
-            documents_hash.add(item.number, item.document.digest)
-            if tokens is not None:
-                writers[item.split].write(
-                    tokens, content=content, number=item.number, digest=item.document.digest
-                )
-            baselines.add(content, split=item.split)
-            counter.advance(len(content))
-    source = SourceEntry(
+            sources[name] = JoinedSource(
+                left_out=left_out,
+                splits=written.splits,
+                baselines=baselines_of([written.baselines]),
+                documents_hash=written.documents_hash,
+            )
+            if written.splits["train"].num_documents == 0:
+                break  # nothing more is of use
+    return sources
+
+
+def _in_parts(
+    unfinished: UnfinishedBuild,
+    parts: list[Part],
+    tokenizer: Tokenizer,
+    settings: BuildSettings,
+    *,
+    progress: bool,
+) -> dict[str, JoinedSource]:
+    """Writes the shards of a large text: each worker those of its parts."""
+    on_ray = settings.on is BuildOn.ray
+    num_processes = settings.num_processes or num_cores()
+    num_workers = min(num_processes, len(parts))
+    each = num_processes // num_workers
+    job = Job(
+        folder=unfinished.path,
+        tokenizer=(tokenizer.name, tokenizer.definition, tokenizer.end_of_document),
+        extensions=_modules(tokenizer, settings),
+        shard_tokens=settings.shard_tokens,
+        validation_fraction=settings.validation_fraction,
+        on_corrupt=settings.on_corrupt,
+        # Of a text with fewer parts than cores, each part is encoded by several.
+        encoding_processes=each if each > 1 and tokenizer.needs_processes and not on_ray else 0,
+    )
+    workers: AbstractContextManager[Workers] = (
+        ray_workers(job, address=settings.ray_address, num_tasks=settings.num_processes)
+        if on_ray
+        else started_workers(job, num_workers=num_workers)
+    )
+    with workers as started:
+        return written_sources(unfinished, job, parts, started, progress=progress)
+
+
+def _modules(tokenizer: Tokenizer, settings: BuildSettings) -> tuple[str, ...]:
+    """The modules of extensions that registered the tokenizer and the data sources."""
+    modules = [
+        DATA_SOURCES.module_of(source.corpus)
+        for source in sources_of(settings).values()
+        if source.corpus in DATA_SOURCES.names()
+    ]
+    if tokenizer.definition is None:
+        modules.append(TOKENIZERS.module_of(tokenizer.name))
+    return tuple(dict.fromkeys(module for module in modules if module))
+
+
+def _source_entry(
+    name: str, corpus: Corpus, source: JoinedSource, settings: BuildSettings
+) -> SourceEntry:
+    left_out = source.left_out
+    return SourceEntry(
         name=name,
         description=corpus.description,
         language=sources_of(settings)[name].language,
@@ -203,29 +258,9 @@ def _write_source(
         left_out_examples={reason: tuple(named) for reason, named in left_out.examples.items()},
         unknown_endings=left_out.unknown_endings,
         ending_examples={end: tuple(named) for end, named in left_out.ending_examples.items()},
-        splits={split: writer.entry() for split, writer in writers.items()},
-        baselines=baselines.baselines(),
+        splits=source.splits,
+        baselines=source.baselines,
     )
-    if source.splits["train"].num_documents == 0:
-        unfinished.discard()
-        raise DataError(_nothing_to_train_on(source, left_out, settings))
-    return source, SourceText(files=corpus.files, documents_hash=documents_hash.hexdigest())
-
-
-def _items(
-    documents: Iterator[Document],
-    finished: dict[str, tuple[FinishedShard, ...]],
-    *,
-    validation_fraction: float,
-) -> Iterator[_Item]:
-    """The documents of a source; raises TextChanged if those in finished shards have changed."""
-    done = {split: FinishedDocuments(shards) for split, shards in finished.items()}
-    for number, document in enumerate(documents):
-        split = split_of(document.digest, validation_fraction=validation_fraction)
-        is_finished = done[split].take(number, document.digest)
-        yield _Item(number=number, split=split, document=document, is_finished=is_finished)
-    for each in done.values():
-        each.end()
 
 
 def _nothing_to_train_on(source: SourceEntry, left_out: LeftOut, settings: BuildSettings) -> str:

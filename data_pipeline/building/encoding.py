@@ -31,7 +31,7 @@ _BATCH_BYTES = 256 * 1024
 _BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD = 4  # per process, so that none waits for the writer
 
-_UNGUARDED = (
+UNGUARDED = (
     'A script that builds shards must do so below `if __name__ == "__main__":`, since each '
     "process that tokenises imports it; or give num_processes=1, and there are none"
 )
@@ -52,7 +52,7 @@ def require_guarded_script() -> None:
     """
     # The check that `multiprocessing` itself uses.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise DataError(_UNGUARDED)
+        raise DataError(UNGUARDED)
 
 
 class Encoder:
@@ -82,7 +82,7 @@ class Encoder:
                     None if tokenizer.definition else TOKENIZERS.module_of(tokenizer.name),
                 ),
             )
-            self._started = _submitted(self._pool, int)  # any work starts the first process
+            self._started = submitted(self._pool, int)  # any work starts the first process
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +115,7 @@ class Encoder:
             if self._started.exception() is not None:
                 raise ChildProcessError(
                     "no process that tokenises could begin; what ended it stands above. "
-                    + _UNGUARDED
+                    + UNGUARDED
                 ) from error
             raise ChildProcessError(
                 "a process that tokenises was killed, as for want of memory; give fewer with "
@@ -132,7 +132,7 @@ class Encoder:
             if self._pool is None:
                 yield from _in_order(tags, *_encoded(contents, tokenizer=self._tokenizer))
                 continue
-            ahead.append((tags, _submitted(self._pool, _encoded_in_process, contents)))
+            ahead.append((tags, submitted(self._pool, _encoded_in_process, contents)))
             if len(ahead) >= self._num_ahead:
                 tags, future = ahead.popleft()
                 yield from _in_order(tags, *future.result())
@@ -144,8 +144,11 @@ def num_encoding_processes(tokenizer: Tokenizer, *, asked: int | None) -> int:
     """How many processes tokenise besides the caller: `asked`, else as many as are useful."""
     if asked is not None:
         return asked if asked > 1 else 0
-    if not tokenizer.needs_processes:
-        return 0
+    return num_cores() if tokenizer.needs_processes else 0
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that a container or a job may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -187,7 +190,7 @@ def _encoded(contents: list[bytes], *, tokenizer: Tokenizer) -> tuple[_Tokens, l
     return np.concatenate(parts), ends  # one array: many would take longer to send than to make
 
 
-def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any) -> Future[Any]:
+def submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any) -> Future[Any]:
     """Submits work. A process started by this ignores stop signals from the beginning.
 
     A scheduler's SIGTERM and a Ctrl-C are sent to the whole process group, to which a new process
@@ -201,9 +204,7 @@ def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_process(
-    name: str, definition: str | None, end_of_document: int, extension: str | None
-) -> None:
+def start_process() -> None:
     """Ignores stop signals, and ends this process when the parent ends, killed or not."""
     os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM are sent to the whole process group
     for signum in (signal.SIGUSR1, signal.SIGHUP):  # and Slurm's warning to each of a job
@@ -222,6 +223,12 @@ def _start_process(
     threading.Thread(target=end_after_parent, daemon=True).start()
     # One process per core is enough; the package `tokenizers` would start as many threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _start_process(
+    name: str, definition: str | None, end_of_document: int, extension: str | None
+) -> None:
+    start_process()
     load_extensions([extension] if extension else [])
     _of_process.append(
         tokenizer_again(name, definition=definition, end_of_document=end_of_document)

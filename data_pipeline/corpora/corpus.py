@@ -9,8 +9,9 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from data_pipeline.corpora.corpus_files import (
     is_shard_folder,
 )
 from data_pipeline.corpora.data_source import DATA_SOURCES, open_data_source
+from data_pipeline.corpora.pieces import Piece, cut_files, num_lines_in
 from data_pipeline.corpora.raw_documents import (
     FAILURES,
     LeftOut,
@@ -33,7 +35,7 @@ from data_pipeline.corpora.raw_documents import (
     counts_text,
     shown,
 )
-from data_pipeline.corpora.text_files import read_documents, refused, text_size
+from data_pipeline.corpora.text_files import read_documents, read_lines, refused
 from data_pipeline.settings import DataError, OnCorrupt, plain_source_name
 from data_pipeline.storage import without_secrets
 
@@ -68,6 +70,35 @@ class Corpus(Protocol):
     @property
     def num_bytes(self) -> int:
         """Roughly how many bytes of text it holds, as an estimate of the work."""
+        ...
+
+    def parts(self, part_bytes: int) -> "Sequence[Corpus]":
+        """The same documents as several corpora, to be read one after the other.
+
+        Each has about `part_bytes` of text, more where a file can't be cut. They depend only on the
+        corpus and `part_bytes`, and can be sent to another process.
+        """
+        ...
+
+    @property
+    def state(self) -> str:
+        """Its files, or what it has of them, with their sizes and times."""
+        ...
+
+    @property
+    def begins_inside(self) -> bool:
+        """Whether it is a part whose first line isn't the first of its file."""
+        ...
+
+    def num_lines(self, *, before: bool = False) -> int:
+        """How many lines of its last file a part has, if the next part has the following ones.
+
+        Or how many lines of its first file come `before` it.
+        """
+        ...
+
+    def after_lines(self, num_lines: int) -> "Corpus":
+        """The same part, with the number of lines before its first, which messages need."""
         ...
 
     def raw_documents(self) -> Iterator[RawDocument]:
@@ -129,14 +160,20 @@ def open_corpus(
 
 
 def kept_documents(
-    raw: Iterable[RawDocument], *, left_out: LeftOut, seen: set[bytes] | None = None
+    raw: Iterable[RawDocument],
+    *,
+    left_out: LeftOut,
+    seen: set[bytes] | None = None,
+    is_repeated: Callable[[bytes], bool] | None = None,
 ) -> Iterator[Document]:
     """Yields documents that are text and not duplicates, in order; counts the others in `left_out`.
 
     `seen` holds the digests of the documents kept so far and is updated: sources that share one
-    have no document in common. None: a set of its own.
+    have no document in common. None: a set of its own. Or `is_repeated` says of each text in turn,
+    by its digest, whether it repeats an earlier one.
     """
     seen = set() if seen is None else seen
+    is_repeated = is_repeated or partial(_add_to, seen)
     for document in raw:
         if isinstance(document, Unread):
             left_out.add(document.reason, document.where, f"{document.why}; {document.way_out}")
@@ -144,13 +181,18 @@ def kept_documents(
             left_out.add(Reason.not_utf8, document.where)
         elif not content or document.text.isspace():
             left_out.add(Reason.empty, document.where)
-        elif (digest := hashlib.sha256(content).digest()) in seen:
+        elif is_repeated(digest := hashlib.sha256(content).digest()):
             left_out.add(Reason.duplicate, document.where)
         else:
-            seen.add(digest)
             if document.unknown_ending:
                 left_out.add_unknown_ending(document.unknown_ending, document.where)
             yield Document(content=content, text=document.text, digest=digest)
+
+
+def _add_to(seen: set[bytes], digest: bytes) -> bool:
+    num_before = len(seen)
+    seen.add(digest)
+    return len(seen) == num_before
 
 
 def _utf8(text: str) -> bytes | None:
@@ -167,6 +209,9 @@ class _Files:
     found: FoundFiles
     on_corrupt: OnCorrupt
     text_field: str
+    pieces: tuple[Piece, ...] = ()
+    """What of the files it has, if it is a part of a corpus."""
+    num_lines_before: int = 0
 
     @property
     def files(self) -> tuple[CorpusFile, ...]:
@@ -174,7 +219,7 @@ class _Files:
 
     @property
     def num_bytes(self) -> int:
-        return sum(text_size(file.name, file.size) for file in self.files)
+        return sum(piece.num_bytes for piece in self.pieces or map(Piece, self.files))
 
     def check_names(self) -> None:
         """Raises DataError for files that are known to be unreadable, before anything is read."""
@@ -185,14 +230,63 @@ class _Files:
             if known is not None:
                 self._check(known)
 
+    def parts(self, part_bytes: int) -> Sequence[Corpus]:
+        return [
+            replace(
+                self,
+                root=self.root.absolute(),
+                found=FoundFiles(
+                    files=tuple(piece.file for piece in pieces),
+                    passed_over=() if number else self.found.passed_over,
+                ),
+                pieces=pieces,
+            )
+            for number, pieces in enumerate(cut_files(self.root, self.files, part_bytes))
+        ]
+
+    @property
+    def begins_inside(self) -> bool:
+        return bool(self.pieces) and self.pieces[0].begin > 0
+
+    @property
+    def state(self) -> str:
+        return repr(self.pieces or self.files)
+
+    def num_lines(self, *, before: bool = False) -> int:
+        if before:
+            first = self.pieces[0]
+            return num_lines_in(self.root / first.file.name, begin=0, end=first.begin)
+        last = self.pieces[-1]
+        if last.end is None:
+            return 0
+        return num_lines_in(self.root / last.file.name, begin=last.begin, end=last.end)
+
+    def after_lines(self, num_lines: int) -> Corpus:
+        return replace(self, num_lines_before=num_lines)
+
     def raw_documents(self) -> Iterator[RawDocument]:
         yield from self.found.passed_over
-        for file in self.files:
-            path = self.root / file.name
-            for document in read_documents(path, where=file.name, field=self.text_field):
+        before = self.num_lines_before
+        for piece in self.pieces or map(Piece, self.files):
+            name = piece.file.name
+            path = self.root / name
+            documents = (
+                read_documents(path, where=name, field=self.text_field)
+                if piece.end is None
+                else read_lines(
+                    path,
+                    where=name,
+                    field=self.text_field,
+                    begin=piece.begin,
+                    end=piece.end,
+                    num_before=before,
+                )
+            )
+            for document in documents:
                 if isinstance(document, Unread):
                     self._check(document)
                 yield document
+            before = 0
 
     def _check(self, unread: Unread) -> None:
         """Raises DataError for something unreadable, unless it is to be skipped."""

@@ -63,6 +63,32 @@ class SourceCorpus:
         """Roughly how many bytes of text it holds."""
         return self.source.num_bytes
 
+    def parts(self, part_bytes: int) -> "list[SourceCorpus]":
+        """Only itself: nothing is known of what it reads."""
+        return [self]
+
+    @property
+    def state(self) -> str:
+        """Its version."""
+        return repr(self.files)
+
+    @property
+    def begins_inside(self) -> bool:
+        """It has no lines."""
+        return False
+
+    def num_lines(self, *, before: bool = False) -> int:
+        """It has no lines."""
+        return 0
+
+    def after_lines(self, num_lines: int) -> "SourceCorpus":
+        """Itself."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What a user's class holds, such as a connection, can't be sent to another process.
+        return open_data_source, (self.name, dict(self.options))
+
     def raw_documents(self) -> Iterator[RawDocument]:
         """Yields each document's text."""
         for where, text in self.source.documents():

@@ -8,7 +8,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from io import BufferedReader
 from itertools import chain, islice
@@ -45,8 +45,22 @@ def json_lines(file: BufferedReader, where: str, field: str) -> Iterator[RawDocu
 
     An array of objects, despite the file's name, is read as one too.
     """
-    is_array = _ARRAY_OF_OBJECTS.match(file.peek(1))
-    return map(_demanded, (_elements if is_array else _lines)(file, where, field))
+    return map(_demanded, (_elements if is_array(file) else _lines)(file, where, field))
+
+
+def json_lines_between(
+    file: BufferedReader, where: str, field: str, *, begin: int, end: int, num_before: int
+) -> Iterator[RawDocument]:
+    """The documents of the lines that begin at `begin` ≤ byte < `end`, after `num_before` lines."""
+    if begin:
+        file.seek(begin - 1)
+        file.readline()  # the rest of a line that begins before
+    return map(_demanded, _lines(_LinesBefore(file, end), where, field, first=num_before + 1))
+
+
+def is_array(file: BufferedReader) -> bool:
+    """Whether a file of JSON lines, read from its beginning, is an array of objects instead."""
+    return _ARRAY_OF_OBJECTS.match(file.peek(1)) is not None
 
 
 def json_values(file: BufferedReader, where: str, field: str) -> Iterator[RawDocument]:
@@ -146,8 +160,22 @@ def _rejoined(beginning: bytes, rest: BufferedReader) -> BufferedReader:
     return BufferedReader(_Rejoined(beginning, rest))
 
 
-def _lines(file: BinaryIO, where: str, field: str) -> Iterator[RawDocument]:
-    for number, line in enumerate(file, start=1):
+class _LinesBefore:
+    """The lines of a file that begin before a byte."""
+
+    def __init__(self, file: BufferedReader, end: int) -> None:
+        self._file, self._left = file, end - file.tell()
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self._left > 0 and (line := self._file.readline()):
+            self._left -= len(line)
+            yield line
+
+
+def _lines(
+    file: Iterable[bytes], where: str, field: str, *, first: int = 1
+) -> Iterator[RawDocument]:
+    for number, line in enumerate(file, start=first):
         if not line.isspace():
             place = f"{where}, line {number}"
             try:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 _NUM_EXAMPLES = 3
+_FIELDS = ("num", "examples", "why", "unknown_endings", "ending_examples")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 
@@ -99,6 +100,22 @@ class LeftOut:
     def add_unknown_ending(self, ending: str, where: str) -> None:
         """Counts a document that is read as plain text."""
         _count(self.unknown_endings, self.ending_examples, shown(ending), where)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def add_record(self, record: Mapping[str, Any]) -> None:
+        """Adds what was left out of the next part of the corpus, as its `record()`."""
+        for num, examples in (("num", "examples"), ("unknown_endings", "ending_examples")):
+            for key, number in record[num].items():
+                ours: dict[str, int] = getattr(self, num)
+                ours[key] = ours.get(key, 0) + number
+            for key, places in record[examples].items():
+                named: list[str] = getattr(self, examples).setdefault(key, [])
+                named += places[: _NUM_EXAMPLES - len(named)]
+        for reason, why in record["why"].items():
+            self.why.setdefault(reason, why)
 
 
 def _count(num: dict[str, int], examples: dict[str, list[str]], key: str, where: str) -> None:

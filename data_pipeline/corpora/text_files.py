@@ -18,7 +18,13 @@ from typing import BinaryIO
 from data_pipeline.corpora.arrow_tables import table_texts
 from data_pipeline.corpora.compression import DamagedError, split_compression, uncompressed
 from data_pipeline.corpora.html_text import html_text
-from data_pipeline.corpora.json_documents import json_by_content, json_lines, json_values
+from data_pipeline.corpora.json_documents import (
+    is_array,
+    json_by_content,
+    json_lines,
+    json_lines_between,
+    json_values,
+)
 from data_pipeline.corpora.raw_documents import RawDocument, Reason, Text, Unread
 
 _Reader = Callable[[BufferedReader, str, str], Iterator[RawDocument]]
@@ -97,6 +103,31 @@ def read_documents(path: Path, *, where: str, field: str) -> Iterator[RawDocumen
         return
     with file:
         yield from _documents(file, path.name, where, field, path=path)
+
+
+def read_lines(
+    path: Path, *, where: str, field: str, begin: int, end: int, num_before: int
+) -> Iterator[RawDocument]:
+    """The documents of a file of lines (`has_lines`) that begin at `begin` ≤ byte < `end`.
+
+    `num_before` lines come before them in the file.
+    """
+    with path.open("rb") as file:
+        yield from json_lines_between(
+            file, where, field, begin=begin, end=end, num_before=num_before
+        )
+
+
+def has_lines(path: Path) -> bool:
+    """Whether each line of a file is a document, so that it can be read from any of them."""
+    ending, compression = _ending(path.name)
+    if compression or _READERS.get(ending) is not json_lines:
+        return False
+    try:
+        with path.open("rb") as file:
+            return not is_array(file)
+    except OSError:
+        return False  # reading it says why
 
 
 def refused(name: str, *, where: str) -> Unread | None:

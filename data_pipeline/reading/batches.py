@@ -23,7 +23,8 @@ from data_pipeline.reading.mixture import (
 from data_pipeline.reading.packing import PackingReport, Pieces
 from data_pipeline.reading.sources import open_source
 from data_pipeline.settings import DataError, DataSettings
-from data_pipeline.shards.reader import Documents, ShardFolder
+from data_pipeline.shards.documents import Documents
+from data_pipeline.shards.reader import ShardFolder
 
 
 @dataclass(frozen=True, kw_only=True)

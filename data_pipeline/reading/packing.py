@@ -8,13 +8,16 @@ one after the other; the rest of it is padding.
 """
 
 import bisect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.settings import Packing
+from data_pipeline.settings import CacheSettings, Packing
+from data_pipeline.shards.node_arrays import ArrayWriter, NodeArrays
 
 _Integers = NDArray[np.int64]
 
@@ -66,11 +69,22 @@ class PackedDocuments(Protocol):
         ...
 
 
-def packed(starts: _Integers, *, seq_len: int, packing: Packing) -> PackedDocuments:
-    """Sequences of documents whose starts in one joined stream are `starts` [documents + 1]."""
+def packed(
+    starts: _Integers,
+    *,
+    seq_len: int,
+    packing: Packing,
+    node: NodeArrays | None = None,
+    made_of: object = None,
+) -> PackedDocuments:
+    """Sequences of documents whose starts in one joined stream are `starts` [documents + 1].
+
+    What has to be computed beforehand is kept by `node`; `made_of` stands for the starts. None: in
+    memory.
+    """
     if packing is Packing.stream:
         return StreamPacking(starts, seq_len=seq_len)
-    return BestFitPacking(starts, seq_len=seq_len)
+    return BestFitPacking(starts, seq_len=seq_len, node=node, made_of=made_of)
 
 
 class StreamPacking:
@@ -101,8 +115,14 @@ class StreamPacking:
 
     def report(self) -> PackingReport:
         """The result of packing."""
-        first, last = self._starts[:-1] // self._seq_len, (self._starts[1:] - 1) // self._seq_len
-        return _report(self._starts, first != last, self.num_sequences, self._seq_len)
+
+        def is_cut(starts: _Integers) -> NDArray[np.bool_]:
+            cut: NDArray[np.bool_] = (
+                starts[:-1] // self._seq_len != (starts[1:] - 1) // self._seq_len
+            )
+            return cut
+
+        return _report(self._starts, is_cut, self.num_sequences, self._seq_len)
 
 
 class BestFitPacking:
@@ -117,27 +137,41 @@ class BestFitPacking:
     than with one stream, and `shuffle_window` bounds their number less tightly here.
     """
 
-    def __init__(self, starts: _Integers, *, seq_len: int) -> None:
+    def __init__(
+        self,
+        starts: _Integers,
+        *,
+        seq_len: int,
+        node: NodeArrays | None = None,
+        made_of: object = None,
+    ) -> None:
         self._starts = starts
         self._seq_len = seq_len
-        documents, offsets, sequences = [], [], []
-        self.num_sequences = 0
-        for first in range(0, len(starts) - 1, _GROUP):
-            lengths = np.diff(starts[first : first + _GROUP + 1])
-            document, number = _counted(-(-lengths // seq_len))
-            offset = number * seq_len
-            bins = best_fit(np.minimum(lengths[document] - offset, seq_len), capacity=seq_len)
-            order = np.argsort(bins, kind="stable")
-            documents.append(first + document[order])
-            offsets.append(offset[order])
-            sequences.append(self.num_sequences + bins[order])
-            self.num_sequences += int(bins.max()) + 1
-        self._documents = np.concatenate([np.zeros(0, np.int64), *documents])  # [pieces]
-        self._offsets = np.concatenate([np.zeros(0, np.int64), *offsets])
-        # Where the pieces of each sequence begin, [sequences + 1].
-        self._firsts = np.concatenate([np.zeros(0, np.int64), *sequences]).searchsorted(
-            np.arange(self.num_sequences + 1)
+        node = node or NodeArrays(cache=CacheSettings(), least_length=sys.maxsize)
+        arrays = node.arrays(
+            dict.fromkeys(("documents", "offsets", "firsts"), "<i8"),
+            length=len(starts),
+            made_of=["best fit 1", _GROUP, seq_len, made_of],
+            write=self._pack,
         )
+        self._documents, self._offsets = arrays["documents"], arrays["offsets"]  # [pieces]
+        self._firsts = arrays["firsts"]  # where the pieces of each sequence begin, [sequences + 1]
+        self.num_sequences = len(self._firsts) - 1
+
+    def _pack(self, writer: ArrayWriter) -> None:
+        num_pieces = 0
+        writer.append(firsts=np.zeros(1, np.int64))
+        for first in range(0, len(self._starts) - 1, _GROUP):
+            lengths = np.diff(self._starts[first : first + _GROUP + 1])
+            document, number = _counted(-(-lengths // self._seq_len))
+            offset = number * self._seq_len
+            bins = best_fit(
+                np.minimum(lengths[document] - offset, self._seq_len), capacity=self._seq_len
+            )
+            order = np.argsort(bins, kind="stable")
+            ends = num_pieces + np.cumsum(np.bincount(bins))
+            num_pieces += len(bins)
+            writer.append(documents=first + document[order], offsets=offset[order], firsts=ends)
 
     def pieces(self, positions: _Integers) -> Pieces:
         """The content of the sequences at stored positions [rows]."""
@@ -158,8 +192,12 @@ class BestFitPacking:
 
     def report(self) -> PackingReport:
         """The result of packing."""
-        cut = np.diff(self._starts) > self._seq_len
-        return _report(self._starts, cut, self.num_sequences, self._seq_len)
+        return _report(
+            self._starts,
+            lambda starts: np.diff(starts) > self._seq_len,
+            self.num_sequences,
+            self._seq_len,
+        )
 
 
 def best_fit(lengths: _Integers, *, capacity: int) -> _Integers:
@@ -230,14 +268,23 @@ def _counted(counts: _Integers) -> tuple[_Integers, _Integers]:
 
 
 def _report(
-    starts: _Integers, cut: NDArray[np.bool_], num_sequences: int, seq_len: int
+    starts: _Integers,
+    is_cut: Callable[[_Integers], NDArray[np.bool_]],
+    num_sequences: int,
+    seq_len: int,
 ) -> PackingReport:
-    lengths = np.diff(starts)
+    """Counts piece by piece: there may be billions of documents."""
+    num_cut_documents = num_cut_tokens = 0
+    for first in range(0, len(starts) - 1, _GROUP):
+        some = starts[first : first + _GROUP + 1]
+        cut = is_cut(some)
+        num_cut_documents += int(cut.sum())
+        num_cut_tokens += int(np.diff(some)[cut].sum())
     return PackingReport(
         num_sequences=num_sequences,
-        num_documents=len(lengths),
+        num_documents=len(starts) - 1,
         num_tokens=int(starts[-1]),
-        num_cut_documents=int(cut.sum()),
-        num_cut_tokens=int(lengths[cut].sum()),
+        num_cut_documents=num_cut_documents,
+        num_cut_tokens=num_cut_tokens,
         num_padding=num_sequences * seq_len - int(starts[-1]),
     )

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from data_pipeline.reading.order import Order
 from data_pipeline.reading.packing import PackedDocuments, Pieces, packed
 from data_pipeline.settings import DataError, DataSettings
-from data_pipeline.shards.reader import Documents, ShardFolder
+from data_pipeline.shards.documents import Documents
+from data_pipeline.shards.reader import ShardFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,13 @@ def open_source(
             f"fewer than one sequence of seq_len={seq_len}; use more text or shorter sequences"
             f"{others if len(folder.sources) > 1 else ''}"
         )
-    sequences = packed(documents.starts, seq_len=seq_len, packing=data.packing)
+    sequences = packed(
+        documents.starts,
+        seq_len=seq_len,
+        packing=data.packing,
+        node=documents.node,
+        made_of=documents.made_of,
+    )
     order = Order(
         num_samples=sequences.num_sequences,
         seed=seed,

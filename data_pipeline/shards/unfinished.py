@@ -9,6 +9,9 @@ of a shard to `shards`, and which documents are in it to `builder`.
       settings.json     the settings that decide the shards
       trained.json      the tokenizer, if the build trains one
       records/          one FinishedShard for each shard that is complete and on disk
+      hashes/           of a large text: the digests of its documents, part by part
+      parts/            and a folder for each part whose shards are complete and on disk
+      moves.json        which shards of parts are on their way to `shards`
       shards/           becomes NAME
       replaced/         the previous NAME, for a moment
 """
@@ -17,10 +20,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
@@ -54,6 +58,14 @@ class DocumentHash:
     def add(self, number: int, digest: bytes) -> None:
         """Adds the document with this number in its source, by the SHA-256 of its content."""
         self._hash.update(number.to_bytes(8, "big") + digest)
+
+    def add_many(self, number: int, digests: bytes) -> None:
+        """Adds the documents from this number on, by their joined digests."""
+        rows = np.empty((len(digests) // 32, 40), np.uint8)
+        numbers = np.arange(number, number + len(rows)).astype(">u8")
+        rows[:, :8] = numbers.view(np.uint8).reshape(-1, 8)
+        rows[:, 8:] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+        self._hash.update(rows.data)
 
     def hexdigest(self) -> str:
         """The hash of everything that was added."""
@@ -107,6 +119,9 @@ class UnfinishedBuild:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shards = path / "shards"
+        self.hashes = path / "hashes"
+        self.parts = path / "parts"
+        self._moves = path / "moves.json"
         self._records = path / "records"
         self._settings = path / "settings.json"
         self._trained = path / "trained.json"
@@ -131,6 +146,7 @@ class UnfinishedBuild:
             self.discard()
             write_file(self._settings, json.dumps(wanted, indent=1))
             return ", ".join(f"{key}={found.get(key)!r}" for key in differing) if found else None
+        self.take_back()
         self._remove_half_written()
         return None
 
@@ -171,14 +187,31 @@ class UnfinishedBuild:
 
     def num_finished(self) -> int:
         """The number of finished shards, of all sources and splits."""
-        return len(list(self._records.glob("*.json")))
+        of_parts = len(list(self.parts.glob("[!.]*/*.tar")))
+        return len(list(self._records.glob("*.json"))) + of_parts
+
+    def move(self, shards: dict[str, str]) -> None:
+        """Moves the shards of parts, by their paths in `parts`, to their names in the folder."""
+        write_file(self._moves, json.dumps(shards))
+        for place, name in shards.items():
+            (self.parts / place).rename(self.shards / name)
+
+    def take_back(self) -> None:
+        """Moves shards back to their parts, if a build was stopped after it moved some."""
+        if not self._moves.exists():
+            return
+        for place, name in json.loads(self._moves.read_bytes()).items():
+            with suppress(FileNotFoundError):
+                (self.shards / name).rename(self.parts / place)
+        self._moves.unlink()
 
     def discard(self) -> None:
         """Discards all finished work; the build starts anew, with the same settings."""
         shutil.rmtree(self._replaced, ignore_errors=True)
         self._trained.unlink(missing_ok=True)
         # The records are removed first: a record must never exist without its shard.
-        for folder in (self._records, self.shards):
+        self._moves.unlink(missing_ok=True)
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             sync(self.path)
@@ -196,10 +229,16 @@ class UnfinishedBuild:
 
     def close(self) -> None:
         """Removes the folder, unless a later start can resume from it."""
-        if self.shards.exists() and (self.num_finished() or self._trained.exists()):
+        is_begun = self.num_finished() or self._moves.exists() or self._trained.exists()
+        if self.shards.exists() and (is_begun or any(self.hashes.glob("*.json"))):
+            self.take_back()
             self._remove_half_written()
         else:
             shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self._records, self.hashes, self.parts, self.shards
 
     def _record(self, stem: str) -> Path:
         return self._records / f"{stem}.json"
@@ -214,8 +253,10 @@ class UnfinishedBuild:
         return shard if size == shard.entry.size else None
 
     def _remove_half_written(self) -> None:
-        for folder in (self._records, self.shards):
+        for folder in self._folders:
             folder.mkdir(exist_ok=True)
+        for unnamed in self.parts.glob(".*.new"):
+            shutil.rmtree(unnamed, ignore_errors=True)
         finished = {path.stem for path in self._records.glob("*.json")}
         for path in self.shards.iterdir():
             if path.name.removesuffix(".tar").removesuffix(".documents.npy") not in finished:

@@ -294,6 +294,46 @@ def test_members_are_what_numpy_saves(tmp_path: Path, dtype: str) -> None:
             assert file.read() == saved.getvalue()
 
 
+def test_shards_are_byte_for_byte_what_webdataset_writes(tmp_path: Path) -> None:
+    from webdataset.writer import TarWriter
+
+    kept: list[FinishedShard] = []
+    # Of all lengths of a member's last block, and one that is written in pieces; and of numbers
+    # with more digits than a name usually has.
+    numbers = [0, 7, 123_456_789, 12_345_678_901]
+    sizes = [*range(1, 600, 7), 3 * 2**20]
+    expected = io.BytesIO()
+    with (
+        SplitWriter(
+            tmp_path, source="a", split="train", shard_tokens=10**9, keep=kept.append
+        ) as writer,
+        TarWriter(expected, mtime=0) as tar,
+    ):
+        for place, size in enumerate(sizes):
+            number = numbers[place % 4] + place
+            tokens = np.arange(size).astype("<u2")
+            saved = io.BytesIO()
+            np.save(saved, tokens)
+            writer.write(tokens, content=b"a", number=number, digest=bytes(32))
+            tar.write({"__key__": f"{number:09d}", "npy": saved.getvalue()})
+    content = (tmp_path / kept[0].entry.file).read_bytes()
+    assert content == expected.getvalue()
+    assert kept[0].entry.size == len(content)
+    assert kept[0].entry.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_tar_lists_a_shard(folder: ShardFolder) -> None:
+    shard = folder.source("corpus").splits["train"].shards[0]
+    listed = subprocess.run(
+        ["tar", "--list", "--verbose", "--file", str(folder.path / shard.file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert listed.stderr == ""
+    assert len(listed.stdout.splitlines()) == shard.num_documents
+
+
 def test_document_longer_than_a_shard_has_one_to_itself(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", num_documents=3)
     (tmp_path / "corpus" / "0001.txt").write_text("x" * 20_000)

@@ -1,7 +1,10 @@
 """However many shards a folder has, a bounded number of them is open at a time."""
 
+import mmap
 import os
+import re
 import resource
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +18,7 @@ from data_pipeline import DataSettings, GlobalBatches, ShardFolder
 from data_pipeline.shards.index import ShardEntry
 from data_pipeline.shards.maps import ShardMaps
 from tests.data_pipeline.conftest import in_child
-from tests.data_pipeline.numbered import write_many
+from tests.data_pipeline.numbered import write_many, write_numbered
 
 
 def num_open() -> int:
@@ -52,6 +55,59 @@ def read_all(folder: ShardFolder) -> GlobalBatches:
         batch = batches.read(first, rank=0, num_ranks=1)
         assert (batch.targets == expected).all()
     return batches
+
+
+def advised_for_random_reads(folder: Path) -> dict[str, bool]:
+    """Of each shard that this process has mapped, whether the kernel knows that."""
+    found, name = {}, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            path = Path(line.split(maxsplit=5)[5]) if len(line.split()) > 5 else Path()
+            name = path.name if path.parent == folder else None
+        elif name is not None and line.startswith("VmFlags:"):
+            found[name] = "rr" in line.split()
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_every_map_is_advised_for_random_reads(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path / "shards", {"en": [100] * 30}, documents_per_shard=4)
+    batches = GlobalBatches(folder, seq_len=64, global_batch_size=40, seed=0, data=DataSettings())
+    batches.read(0, rank=0, num_ranks=1)
+    found = advised_for_random_reads(folder.path)
+    assert set(found) == {shard.file for shard in folder.source("en").splits["train"].shards}
+    assert all(found.values())
+
+
+def num_bytes_read() -> int:
+    """From the disk, by this process."""
+    (line,) = re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    return int(line)
+
+
+def uncache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_cold_batch_reads_little_more_than_its_documents(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path / "shards", {"en": [600] * 1500}, documents_per_shard=1500)
+    (shard,) = folder.source("en").splits["train"].shards
+    path = folder.path / shard.file
+    uncache(path)
+    before = num_bytes_read()
+    path.read_bytes()
+    if num_bytes_read() - before < shard.size:
+        pytest.skip("this file system keeps the file in memory, or doesn't count what is read")
+    uncache(path)
+    batches = GlobalBatches(folder, seq_len=600, global_batch_size=20, seed=0, data=DataSettings())
+    before = num_bytes_read()
+    batches.read(0, rank=0, num_ranks=1)
+    # A document of 2,400 bytes lies in two pages, and a sequence in two documents at most.
+    assert num_bytes_read() - before <= 20 * 2 * 2 * mmap.PAGESIZE
+    assert shard.size > 20 * 20 * 2 * mmap.PAGESIZE
 
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from data_pipeline import BuildSettings, DataError, build_shards
 from data_pipeline.settings import SourceSettings
-from data_pipeline.shards.unfinished import hidden_folder
+from data_pipeline.shards.unfinished import FinishedShard, UnfinishedBuild, hidden_folder
 from data_pipeline.tokenizers.tokenizer import ByteTokenizer
 from tests.data_pipeline.conftest import build, contents, damaged, in_child, write_corpus
 
@@ -131,9 +131,21 @@ def stop_when(
     assert not (tmp_path / "to").exists()
 
 
-def stop_after(tmp_path: Path, shard: str, sources: dict[str, Path], **settings: object) -> None:
-    record = tmp_path / HIDDEN / "records" / f"{shard}.json"
-    stop_when(tmp_path, record.exists, sources, **settings)
+def stop_after(tmp_path: Path, stem: str, sources: dict[str, Path], **settings: object) -> None:
+    """Kills a build once a shard is finished."""
+    keep = UnfinishedBuild.keep
+
+    def kept(self: UnfinishedBuild, shard: FinishedShard) -> None:
+        keep(self, shard)
+        if shard.entry.file == f"{stem}.tar":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        UnfinishedBuild.keep = kept  # in the child alone
+        build(sources, tmp_path / "to", **settings)
+
+    assert os.waitpid(in_child(work), 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "to").exists()
 
 
 def test_documents_of_finished_shards_are_not_tokenised_again(
