@@ -18,13 +18,13 @@ from torch import Tensor
 
 from moetrain.checkpoint.blocks import dtype_of
 from moetrain.checkpoint.manifest import (
-    Block,
     CheckpointError,
     FileEntry,
     Manifest,
     TensorEntry,
     read_manifest,
 )
+from moetrain.checkpoint.stored_blocks import Block, BlocksError, StoredBlocks
 
 Item = TypeVar("Item")
 
@@ -147,8 +147,9 @@ class CheckpointReader:
     before. Raises CheckpointError where the checkpoint doesn't hold what is requested.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.manifest: Manifest = read_manifest(folder)
+    def __init__(self, folder: Path, *, manifest: Manifest | None = None) -> None:
+        """`manifest` is the folder's, where it has been read already."""
+        self.manifest: Manifest = read_manifest(folder) if manifest is None else manifest
         self._folder = folder
         self._open: dict[str, Any] = {}
 
@@ -180,7 +181,7 @@ class CheckpointReader:
     def read_into(self, name: str, target: Tensor, *, offset: tuple[int, ...]) -> None:
         """Fills a tensor with the part of a saved one that begins at `offset`."""
         wanted, filled = Block(offset, tuple(target.shape)), 0
-        for file, saved in self._entry(name).blocks.items():
+        for file, saved in self._meeting(name, wanted):
             if (both := overlap(wanted, saved)) is None:
                 continue
             ours, theirs = both
@@ -196,6 +197,16 @@ class CheckpointReader:
                 f"{self._folder} holds {filled} of the {target.numel()} elements of {name} from "
                 f"{list(offset)} to {[o + s for o, s in zip(offset, target.shape, strict=True)]}"
             )
+
+    def _meeting(self, name: str, wanted: Block) -> list[tuple[str, Block]]:
+        """Returns the blocks that may overlap a part of a tensor."""
+        blocks = self._entry(name).blocks
+        if not isinstance(blocks, StoredBlocks):
+            return list(blocks.items())
+        try:
+            return list(blocks.meeting(wanted))
+        except BlocksError as error:
+            raise CheckpointError(f"{self._folder}: the blocks of {name}: {error}") from error
 
     def _slice(
         self, file: str, name: str, index: tuple[slice, ...], *, whole: tuple[int, ...]

@@ -5,6 +5,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moetrain.checkpoint.blocks import as_block, held, parts_at, places_to_write
 from moetrain.checkpoint.manifest import (
     MANIFEST,
-    Block,
     CheckpointError,
     Manifest,
     TensorEntry,
@@ -30,6 +30,7 @@ from moetrain.checkpoint.manifest import (
     verify_files,
 )
 from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.stored_blocks import Block
 from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter, overlap
 from moetrain.model import Transformer
 from moetrain.optim import allocate_state, build_optimizer
@@ -116,7 +117,8 @@ def write_tiles(
         with TensorFileWriter(folder / file, entries) as writer:
             for name, block in here.items():
                 writer.write(name, tensors[name][index_of(block)])
-                manifest.tensors[name].blocks[file] = block
+                whole = manifest.tensors[name]
+                manifest.tensors[name] = replace(whole, blocks={**whole.blocks, file: block})
         manifest.files[file] = writer.entry
     (folder / MANIFEST).write_text(manifest_text(manifest))
     return folder
