@@ -163,11 +163,14 @@ def test_a_block_of_many_ranks_takes_a_number_and_a_rank_parses_only_its_own_ten
     more = (tmp_path / "large" / folder.name / "manifest.json").stat().st_size - size
     a_file_of_the_head = 100
     assert more / (640 - 64) < 32 * 8 + a_file_of_the_head  # cuts and number, with commas
-    parsed = []
-    loads = json.loads
-    monkeypatch.setattr(
-        json, "loads", lambda text, *a, **k: (parsed.append(len(text)), loads(text, *a, **k))[1]
-    )
+    parsed: list[int] = []
+    decode = json.JSONDecoder.decode
+
+    def counting(decoder: json.JSONDecoder, text: str) -> Any:
+        parsed.append(len(text))
+        return decode(decoder, text)
+
+    monkeypatch.setattr(json.JSONDecoder, "decode", counting)
     found = read_manifest(folder)
     head = sum(parsed)
     found.tensors["t3"].blocks["rank_00017.safetensors"]
