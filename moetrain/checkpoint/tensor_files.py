@@ -79,6 +79,7 @@ class TensorFileWriter:
             }
             self._left[name] = size
             begin += size
+        self._names, self._place = list(self._left), 0
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that tensors are aligned to 8 bytes
         self._hash, self._size = xxhash.xxh3_128(), 0
@@ -90,8 +91,12 @@ class TensorFileWriter:
 
         Raises ValueError where it is out of order, too long, or not of the declared dtype or shape.
         """
-        due = next((n for n, left in self._left.items() if left or n == name), None)
-        if due is None or name != due:
+        while self._place < len(self._names) and not self._left[self._names[self._place]]:
+            if self._names[self._place] == name:
+                break
+            self._place += 1
+        due = self._names[self._place] if self._place < len(self._names) else None
+        if name != due:
             raise ValueError(f"{self._path}: {name} is written, but {due or 'nothing'} is due")
         dtype, shape = self._entries[name]
         if tensor.dtype != dtype or tensor.ndim != len(shape) or tensor.shape[1:] != shape[1:]:
