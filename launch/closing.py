@@ -2,15 +2,17 @@
 
 import os
 import shlex
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from data_pipeline import ShardFolder
 from data_pipeline.commands.shell import as_typed, text_setting
 from data_pipeline.quantities import duration
 from launch.external import external_rank
-from moetrain.observe import Account, final_loss, read_metrics, run_account
+from moetrain.observe import Account, FinalLoss, iterate_numbers, run_account
 from moetrain.settings import Resolved
 from moetrain.train.control import Outcome
 from moetrain.train.resume import training_on
@@ -23,13 +25,18 @@ WORTH_TELLING_SECONDS = 600.0  # runs at least this long print their effective t
 def closing_lines(
     config: Resolved, outcome: Outcome, shards: ShardFolder, run_dir: Path
 ) -> Iterator[str]:
-    records = read_metrics(run_dir / "metrics.jsonl")
-    known = {k: v for record in records for k, v in record.items()} | dict(outcome.last)
+    known, training, speeds = dict[str, Any](), FinalLoss(), array("d")
+    for record in iterate_numbers(run_dir / "metrics.jsonl"):
+        known |= record
+        training.add(record)
+        if speed := record.get("perf/tokens_per_second"):
+            speeds.append(speed)
+    known |= outcome.last
     if not outcome.finished:
         yield f"stopped   at step {outcome.step} of {config.train.num_steps}, saved"
     if "validation/loss" in known:
         yield f"loss      {known['validation/loss']:.3f} nats/token on held-out text"
-    elif (loss := final_loss(records)) is not None:
+    elif (loss := training.value) is not None:
         yield f"loss      {loss:.3f} nats/token in training, over the last tenth of the steps"
     for source, baselines in shards.baselines.items():
         if bits := known.get(f"validation/{source}/bits_per_byte"):
@@ -40,7 +47,6 @@ def closing_lines(
                 if figure
             ]
             yield f"          {bits:.3f} bits per byte of {source}; {', '.join(beside)}"
-    speeds = [s for r in records if (s := r.get("perf/tokens_per_second"))]
     if speeds:
         yield f"speed     {median(speeds):,.0f} tokens/s (median)"
     if line := effective_line(run_account(run_dir)):

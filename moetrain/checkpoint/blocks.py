@@ -5,6 +5,7 @@ Maps a distributed tensor's local part to its place in the global tensor. Knows 
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moetrain.checkpoint.manifest import Block, CheckpointError, TensorEntry
+from moetrain.checkpoint.manifest import CheckpointError, FileEntry, Manifest, TensorEntry
+from moetrain.checkpoint.stored_blocks import Block
 
 
 class LocalBlock(NamedTuple):
@@ -134,3 +136,29 @@ class Staging:
 def as_block(part: LocalBlock) -> Block:
     """Returns the place of a part in its tensor."""
     return Block(part.offset, tuple(part.local.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a rank has written: its file, and the blocks in it."""
+
+    file: str
+    entry: FileEntry
+    blocks: dict[str, Block]
+
+
+def complete(manifest: Manifest, parts: list[Written]) -> Manifest:
+    """Returns the manifest with what all ranks have written.
+
+    Raises CheckpointError where that isn't all of a tensor.
+    """
+    blocks: dict[str, dict[str, Block]] = {name: {} for name in manifest.tensors}
+    for part in parts:
+        for name, block in part.blocks.items():
+            blocks[name][part.file] = block
+    for name, entry in manifest.tensors.items():
+        written = sum(math.prod(block.shape) for block in blocks[name].values())
+        if written != math.prod(entry.shape):
+            raise CheckpointError(f"{written} of the {math.prod(entry.shape)} elements of {name}")
+    tensors = {name: replace(e, blocks=blocks[name]) for name, e in manifest.tensors.items()}
+    return replace(manifest, tensors=tensors, files={part.file: part.entry for part in parts})

@@ -9,7 +9,9 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from moetrain.checkpoint.manifest import (
     folder_name,
     manifest_text,
     read_manifest,
+    read_summary,
     step_of,
     verify_all,
 )
@@ -31,6 +34,7 @@ ATTEMPT = "attempt"
 _CLAIM = ".attempt_"
 _NAME_CHARACTERS = 255
 """No valid name is longer; messages cut longer ones off."""
+_SETTLED_SECONDS = 5.0
 _LEFTOVER = re.compile(r"(?:staged|replaced|deleted)_.*attempt_(\d+)")
 
 
@@ -97,34 +101,18 @@ def candidates(directory: Path) -> list[Path]:
     return [directory / folder_name(save.step) for save in (*line, *beside)]
 
 
-def saves(directory: Path, *, known: dict[Path, tuple[int, Save]] | None = None) -> list[Save]:
-    """Returns the checkpoints of a directory, in no particular order.
-
-    `known` is a cache of manifests between calls, by modification time: those of many ranks take
-    seconds to read.
-    """
-    known = {} if known is None else known
-    found = []
-    for folder in directory.glob("step_*"):
-        if step_of(folder.name) is not None:
-            with contextlib.suppress(CheckpointError, OSError):
-                changed = (folder / MANIFEST).stat().st_mtime_ns
-                if known.get(folder, (None,))[0] != changed:
-                    manifest = read_manifest(folder)
-                    known[folder] = changed, Save(manifest.step, manifest.attempt)
-                found.append(known[folder][1])
-    return found
+def saves(directory: Path) -> list[Save]:
+    """Returns the checkpoints of a directory, in no particular order."""
+    return [said for _, said in _said(directory) if isinstance(said, Save)]
 
 
 def broken(directory: Path) -> list[tuple[str, str]]:
-    """Returns the name of each folder that looks like a checkpoint but isn't one, and why."""
-    found = []
-    for folder in sorted(directory.glob("step_*")):
-        if step_of(folder.name) is not None:
-            try:
-                read_manifest(folder)
-            except CheckpointError as error:
-                found.append((folder.name, str(error)))
+    """Returns the name of each folder that looks like a checkpoint but isn't one, and why.
+
+    Only summaries are read: a checkpoint whose blocks or files are damaged is found by its use, and
+    by `moetrain checkpoint verify=…`.
+    """
+    found = [(folder.name, said) for folder, said in _said(directory) if isinstance(said, str)]
     try:
         name = read_latest(directory)
     except OSError as error:  # a folder, say
@@ -132,6 +120,37 @@ def broken(directory: Path) -> list[tuple[str, str]]:
     if name is not None and not (step_of(name) is not None and (directory / name).is_dir()):
         found.append((LATEST, f"{directory / LATEST} names {name!r}, which is not there"))
     return found
+
+
+def _said(directory: Path) -> list[tuple[Path, Save | str]]:
+    """Returns each folder with a checkpoint's name, and which it is, or why it is none."""
+    found = []
+    for folder in sorted(directory.glob("step_*")):
+        if step_of(folder.name) is not None:
+            try:
+                of_file = (folder / MANIFEST).stat()
+                version = of_file.st_ino, of_file.st_size, of_file.st_mtime_ns
+                # Not where it may change again without another time: clocks tick a hundred times a
+                # second, and file systems on a network round to seconds.
+                settled = time.time() - of_file.st_mtime > _SETTLED_SECONDS
+                read = _read_once if settled else _read_once.__wrapped__
+                found.append((folder, read(folder, version)))
+            except OSError as error:
+                found.append((folder, f"{folder / MANIFEST} can't be read: {error}"))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _read_once(folder: Path, version: tuple[int, int, int]) -> Save | str:
+    """Returns which checkpoint a folder is, or why it is none; reads each version of it once.
+
+    A start asks several times, and a run keeps many. `version` is of the manifest's file.
+    """
+    try:
+        summary = read_summary(folder)
+    except CheckpointError as error:
+        return str(error)
+    return Save(summary.step, summary.attempt)
 
 
 def read_latest(directory: Path) -> str | None:
@@ -216,7 +235,7 @@ def _put_aside(target: Path, manifest: Manifest) -> None:
 
 def _require_older(folder: Path, manifest: Manifest) -> None:
     try:
-        owner = read_manifest(folder).attempt
+        owner = read_summary(folder).attempt
     except CheckpointError:
         return  # not a checkpoint
     if owner > manifest.attempt:

@@ -2,26 +2,36 @@
 
 Owns the manifest's format and the hashes. Knows no process group and imports no torch, so that a
 launcher can read it.
+
+The file's head has everything but the blocks of tensors, which grow with the number of ranks and
+follow it. The head has its own hash, and size and hash of what follows: it tells a complete
+manifest from a broken one, and is all that most readers read.
 """
 
 import dataclasses
 import errno
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import xxhash
 
-FORMAT_VERSION = 2
+from moetrain.checkpoint.stored_blocks import Block, StoredBlocks, blocks_line, is_count, unsound
+
+FORMAT_VERSION = 3
+_WITH_BLOCKS_INSIDE = 2
+"""The version whose manifests have the blocks among their fields, and no head."""
 MANIFEST = "manifest.json"
+_BLOCKS = b'\n"blocks": {\n'
+"""The line after the head; no field can contain it, since JSON has no line break in a string."""
 _STEP_FOLDER = re.compile(r"step_([0-9]{8,18})")
 _READ_BYTES = 8 << 20
+_HEAD_BYTES = 256 << 10
 _PASSING = {
     errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH, errno.EADDRINUSE,
@@ -43,20 +53,14 @@ def is_passing(error: BaseException | None) -> bool:
     )
 
 
-class Block(NamedTuple):
-    """A part of a tensor: its offset and its size in each dimension."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
     """Global shape and dtype of a saved tensor, and the file of each of its blocks."""
 
     shape: tuple[int, ...]
     dtype: str
-    blocks: dict[str, Block] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    """Empty in a summary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,49 +102,155 @@ def folder_name(step: int) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Returns the manifest as JSON, one line per field, its own hash last."""
-    # By hand, because there may be a million blocks and asdict copies each of them.
+    """Returns the manifest as JSON: a field a line, then the blocks of a tensor a line."""
+    numbers = {file: number for number, file in enumerate(manifest.files)}
+    lines = ",\n".join(
+        f"{json.dumps(name)}: {blocks_line(entry.blocks, entry.shape, numbers)}"
+        for name, entry in manifest.tensors.items()
+    )
+    blocks = f'"blocks": {{\n{lines}\n}}\n}}\n'
     fields = {f.name: getattr(manifest, f.name) for f in dataclasses.fields(manifest)}
-    fields["tensors"] = {name: vars(entry) for name, entry in manifest.tensors.items()}
+    fields["tensors"] = {
+        name: {"shape": entry.shape, "dtype": entry.dtype}
+        for name, entry in manifest.tensors.items()
+    }
     fields["files"] = {name: vars(entry) for name, entry in manifest.files.items()}
+    fields["format_version"] = FORMAT_VERSION
+    fields["blocks_size"] = len(blocks.encode())
+    fields["blocks_xxh3_128"] = xxhash.xxh3_128_hexdigest(blocks.encode())
     fields["xxh3_128"] = _digest_of_fields(fields)
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    head = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in fields.items())
+    return "{\n" + head + blocks
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a folder's manifest; raises CheckpointError where it is corrupted or isn't ours."""
+    """Reads a folder's manifest; raises CheckpointError where it is corrupted or isn't ours.
+
+    The blocks of a tensor are parsed when they are first asked for.
+    """
+    return _read(folder, whole=True)
+
+
+def read_summary(folder: Path) -> Manifest:
+    """Reads a manifest without the blocks of its tensors; raises CheckpointError as above.
+
+    Of the blocks only the size is checked: whoever uses a checkpoint reads its whole manifest.
+    """
+    return _read(folder, whole=False)
+
+
+def read_text(folder: Path) -> bytes:
+    """Returns a manifest's text for `parse_manifest`, in the form of today's version.
+
+    Raises CheckpointError as `read_manifest` does.
+    """
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_text())
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    manifest = parse_manifest(content, folder)
+    is_old = manifest.format_version != FORMAT_VERSION
+    return manifest_text(manifest).encode() if is_old else content
+
+
+def _read(folder: Path, *, whole: bool) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        with open(path, "rb") as file:
+            head = _read_head(file)
+            size = os.fstat(file.fileno()).st_size
+            content = head + file.read() if whole else head
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    return parse_manifest(content, folder, size=size, whole=whole)
+
+
+def _read_head(file: BinaryIO) -> bytes:
+    """Reads until after the head; the whole file where there is none."""
+    content = bytearray()
+    while piece := file.read(_HEAD_BYTES):
+        begin = max(0, len(content) - len(_BLOCKS))
+        content += piece
+        if content.find(_BLOCKS, begin) >= 0:
+            break
+    return bytes(content)
+
+
+def parse_manifest(
+    content: bytes, folder: Path, *, size: int | None = None, whole: bool = True
+) -> Manifest:
+    """Parses a manifest of `size` bytes, of which `content` has all, or the head at least.
+
+    Raises CheckpointError, which names the folder, where it is corrupted or isn't ours.
+    """
+    path = folder / MANIFEST
+    size = len(content) if size is None else size
+    end = content.find(_BLOCKS) + 1
+    try:
+        # What comes before the blocks ends in a comma.
+        fields = json.loads(content[: end - 2] + b"}" if end else content)
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
+        if version != (FORMAT_VERSION if end else _WITH_BLOCKS_INSIDE):
             raise CheckpointError(
-                f"{path}: format version {version}, but this moetrain reads {FORMAT_VERSION}"
+                f"{path}: format version {version}, but this moetrain reads "
+                f"{_WITH_BLOCKS_INSIDE} and {FORMAT_VERSION}, each in its own form"
             )
         if fields.pop("xxh3_128", None) != _digest_of_fields(fields):
             raise CheckpointError(f"{path} does not have the hash that it says itself")
-        tensors = {
-            name: TensorEntry(
-                shape=tuple(entry["shape"]),
-                dtype=entry["dtype"],
-                blocks={f: Block(*map(tuple, b)) for f, b in entry["blocks"].items()},
-            )
-            for name, entry in fields.pop("tensors").items()
+        tensors, files = fields.pop("tensors"), fields.pop("files")
+        blocks: list[Mapping[str, Block]] = [{} for _ in tensors]
+        if end:
+            there, digest = fields.pop("blocks_size"), fields.pop("blocks_xxh3_128")
+            if size - end != there:
+                raise CheckpointError(f"{path} has {size - end} bytes of blocks, not {there}")
+            if whole and xxhash.xxh3_128_hexdigest(memoryview(content)[end:]) != digest:
+                raise CheckpointError(f"{path}: its blocks do not have the hash that it says")
+            if whole:
+                blocks = [*_stored_blocks(content[end:], tensors, list(files))]
+        elif whole:
+            blocks = [
+                {f: Block(*map(tuple, b)) for f, b in entry["blocks"].items()}
+                for entry in tensors.values()
+            ]
+        entries = {
+            name: TensorEntry(shape=tuple(entry["shape"]), dtype=entry["dtype"], blocks=own)
+            for (name, entry), own in zip(tensors.items(), blocks, strict=True)
         }
-        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
-        manifest = Manifest(tensors=tensors, files=files, **fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        files = {name: FileEntry(**entry) for name, entry in files.items()}
+        manifest = Manifest(tensors=entries, files=files, **fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
+    _require_fields(manifest, folder)
+    return manifest
+
+
+def _stored_blocks(text: bytes, tensors: Mapping[str, Any], files: list[str]) -> list[StoredBlocks]:
+    """Returns the blocks of each tensor, from the lines after the head."""
+    lines = text.split(b"\n")[1:-3] if tensors else []
+    if len(lines) != len(tensors):
+        raise ValueError(f"it has blocks of {len(lines)} tensors, not of {len(tensors)}")
+    found = []
+    for line, (name, entry) in zip(lines, tensors.items(), strict=True):
+        begin = f"{json.dumps(name)}: ".encode()
+        if not line.startswith(begin):
+            raise ValueError(f"the blocks of {name} are not where they should be")
+        own = line.removeprefix(begin).removesuffix(b",")
+        found.append(StoredBlocks(own, shape=tuple(entry["shape"]), files=files))
+    return found
+
+
+def _require_fields(manifest: Manifest, folder: Path) -> None:
+    """Raises CheckpointError for fields that are none, or of another step than the folder's."""
+    path = folder / MANIFEST
     for field_name in ("step", "attempt"):
-        if not _is_count(value := getattr(manifest, field_name)):
+        if not is_count(value := getattr(manifest, field_name)):
             raise CheckpointError(f"{path}: {field_name} is {value!r}, which is no count")
     for field_name in ("state", "config", "mesh"):
         if not isinstance(value := getattr(manifest, field_name), dict):
             raise CheckpointError(f"{path}: {field_name} is {value!r}, not an object")
     if step_of(folder.name) not in (None, manifest.step):
         raise CheckpointError(f"{path} is of step {manifest.step}, not of this folder's")
-    return manifest
 
 
 def verify_all(folder: Path, manifest: Manifest) -> None:
@@ -198,42 +308,10 @@ def verify_files(
 
 
 def _unsound(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str | None:
-    """Returns what is wrong with a tensor's blocks; None where they cover it exactly once."""
-    if not isinstance(tensor.dtype, str) or not all(map(_is_count, tensor.shape)):
+    """Returns what is wrong with a tensor's entry; None where its blocks cover it exactly once."""
+    if not isinstance(tensor.dtype, str) or not all(map(is_count, tensor.shape)):
         return f"has dtype {tensor.dtype!r} and shape {tensor.shape!r}"
-    blocks = tensor.blocks.values()
-    for file, (offset, shape) in tensor.blocks.items():
-        if file not in files:
-            return f"is in {file!r}, which the manifest doesn't list"
-        if not (
-            len(offset) == len(shape) == len(tensor.shape)
-            and all(map(_is_count, (*offset, *shape)))
-            and all(o + n <= whole for o, n, whole in zip(offset, shape, tensor.shape, strict=True))
-        ):
-            return f"of shape {tensor.shape} has a block from {offset} of shape {shape}"
-    if sum(math.prod(block.shape) for block in blocks) != math.prod(tensor.shape):
-        return "has other parts in its files than make it up"
-    if len(blocks) > 1 and _meet(list(blocks), num_dims=len(tensor.shape)):
-        return "has a part that is there twice"
-    return None
-
-
-def _meet(blocks: list[Block], *, num_dims: int) -> bool:
-    """Returns whether any two blocks overlap; fast for blocks that form a grid."""
-    dim = max(range(num_dims), key=lambda d: len({block.offset[d] for block in blocks}), default=0)
-    reaching: list[Block] = []
-    for block in sorted(blocks, key=lambda b: b.offset[dim : dim + 1]):
-        reaching = [b for b in reaching if b.offset[dim] + b.shape[dim] > block.offset[dim]]
-        for other in reaching:
-            pairs = zip(block.offset, block.shape, other.offset, other.shape, strict=True)
-            if all(a < b + n and b < a + m for a, m, b, n in pairs):
-                return True
-        reaching.append(block)
-    return False
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return unsound(tensor.blocks, tensor.shape, files)
 
 
 def describe_file(path: Path) -> FileEntry:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moetrain.checkpoint.blocks import dtype_of, num_bytes
 from moetrain.checkpoint.folders import Save, commit, next_attempt, require_space, staged_folder
-from moetrain.checkpoint.manifest import Block, Manifest, TensorEntry
+from moetrain.checkpoint.manifest import Manifest, TensorEntry
+from moetrain.checkpoint.stored_blocks import Block
 from moetrain.checkpoint.tensor_files import TensorFileWriter, cut_into_files
 
 
@@ -79,7 +80,7 @@ def _write_files(
         manifest.files[file] = writer.entry
         for name in names:
             shape = tensors[name].shape
-            tensors[name].blocks[file] = Block((0,) * len(shape), shape)
+            tensors[name] = replace(tensors[name], blocks={file: Block((0,) * len(shape), shape)})
 
 
 def _pieces(entry: TensorEntry, max_piece_bytes: int) -> list[tuple[slice, ...]]:

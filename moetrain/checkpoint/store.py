@@ -5,12 +5,12 @@ counts as a checkpoint. The folder must be shared by all ranks.
 """
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from data_pipeline.atomic_files import sync
 from moetrain.checkpoint.blocks import (
     LocalBlock,
     Staging,
+    Written,
     as_block,
+    complete,
     describe,
     held,
     num_bytes,
@@ -41,13 +43,13 @@ from moetrain.checkpoint.folders import (
     to_delete,
 )
 from moetrain.checkpoint.manifest import (
-    Block,
     CheckpointError,
-    FileEntry,
     Manifest,
     folder_name,
     forget_cached,
+    parse_manifest,
     read_manifest,
+    read_text,
     require_same_tensors,
     verify_files,
 )
@@ -59,15 +61,6 @@ from moetrain.settings import CheckpointSettings
 log = logging.getLogger(__name__)
 
 ALIVE_SECONDS = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """What a rank has written: its file, and the blocks in it."""
-
-    file: str
-    entry: FileEntry
-    blocks: dict[str, Block]
 
 
 class CheckpointStore:
@@ -110,7 +103,6 @@ class CheckpointStore:
         self._names: set[str] = set()
         self._places: dict[str, tuple[int, ...]] = {}
         self._staging = Staging()
-        self._known: dict[Path, tuple[int, Save]] = {}
         self._damaged: set[Save] = set()
         """Checkpoints that did not verify when they were read back; only on the first rank."""
         self._require_shared()
@@ -189,15 +181,19 @@ class CheckpointStore:
             if self._leads:
                 self._event(EventKind.checkpoint_rejected, reason=reason, checkpoint=name)
 
-        # The first rank decides for all.
-        bad, names = self._gather(self._to_load() if self._leads else None)[0]
+        # The first rank decides for all, and reads for all: many ranks' manifest is large.
+        bad, names = self._from_first(self._to_load)
         for name, reason in bad:
             reject(name, reason)
         for name in names:
             folder = self._directory / name
             failure: CheckpointError | None = None
+            problem, text = self._from_first(partial(_read_for_all, folder))
+            if problem:
+                reject(name, problem.reason)
+                continue
             try:
-                manifest = read_manifest(folder)
+                manifest = parse_manifest(text, folder)
                 verify_files(
                     folder,
                     manifest,
@@ -215,7 +211,7 @@ class CheckpointStore:
             theirs = {n: e for n, e in manifest.tensors.items() if not unread(manifest, n)}
             require_same_tensors(describe(wanted), theirs, folder)
             try:
-                with CheckpointReader(folder) as reader:
+                with CheckpointReader(folder, manifest=manifest) as reader:
                     for tensor_name, tensor in wanted.items():
                         part = held(tensor)
                         reader.read_into(tensor_name, part.local, offset=part.offset)
@@ -260,7 +256,7 @@ class CheckpointStore:
             try:
                 if problems := [problem for _, problem in gathered if problem]:
                     raise min(problems).error()
-                manifest = _complete(manifest, [written for written, _ in gathered])
+                manifest = complete(manifest, [written for written, _ in gathered])
                 folder = commit(self._directory, staged, manifest)
                 size = sum(entry.size for entry in manifest.files.values())
                 self._event(EventKind.save, step=manifest.step, checkpoint=folder.name, bytes=size)
@@ -274,7 +270,7 @@ class CheckpointStore:
         """Deletes old checkpoints, once the newest one has been read back and is good."""
         if writing.exception() is not None:
             return  # on all ranks: there is no newer checkpoint
-        problem, old, manifest = self._gather(self._to_tidy() if self._leads else None)[0]
+        problem, old, manifest = self._from_first(self._to_tidy)
         if problem:
             raise problem.error(f"old checkpoints of {self._directory} can't be found")
         if not old:
@@ -312,7 +308,7 @@ class CheckpointStore:
         """Returns a failure, or what may be deleted and the newest checkpoint's manifest."""
         try:
             delete(self._directory, [], attempt=self._attempt)
-            found = saves(self._directory, known=self._known)
+            found = saves(self._directory)
             old = to_delete(
                 found,
                 keep_last=self._settings.keep_last,
@@ -340,6 +336,12 @@ class CheckpointStore:
         dist.all_gather_object(gathered, own, group=self._group)
         return gathered
 
+    def _from_first(self, work: Callable[[], Any]) -> Any:
+        """Returns on every rank what the first one's work returns."""
+        told = [work() if self._leads else None]
+        dist.broadcast_object_list(told, src=0, group=self._group)
+        return told[0]
+
     def _require_shared(self) -> None:
         """Raises CheckpointError where the ranks don't all see the same folder."""
         marker = self._directory / f".shared_{self._attempt}"
@@ -365,6 +367,14 @@ class CheckpointStore:
                 marker.unlink(missing_ok=True)
 
 
+def _read_for_all(folder: Path) -> tuple[RankFailure | None, bytes]:
+    """Returns a failure, or the text of a folder's manifest."""
+    try:
+        return None, read_text(folder)
+    except Exception as error:
+        return rank_failure(error), b""
+
+
 def _write_file(
     staged: Path, parts: Mapping[str, LocalBlock], *, advanced: Callable[[], None]
 ) -> Written:
@@ -380,15 +390,3 @@ def _write_file(
     sync(staged)  # on each machine that has written into it
     blocks = {name: as_block(parts[name]) for name in names}
     return Written(file=file, entry=writer.entry, blocks=blocks)
-
-
-def _complete(manifest: Manifest, parts: list[Written]) -> Manifest:
-    """Returns the manifest with what all ranks have written."""
-    for part in parts:
-        for name, block in part.blocks.items():
-            manifest.tensors[name].blocks[part.file] = block
-    for name, entry in manifest.tensors.items():
-        written = sum(math.prod(block.shape) for block in entry.blocks.values())
-        if written != math.prod(entry.shape):
-            raise CheckpointError(f"{written} of the {math.prod(entry.shape)} elements of {name}")
-    return replace(manifest, files={part.file: part.entry for part in parts})

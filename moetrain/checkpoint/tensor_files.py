@@ -18,13 +18,13 @@ from torch import Tensor
 
 from moetrain.checkpoint.blocks import dtype_of
 from moetrain.checkpoint.manifest import (
-    Block,
     CheckpointError,
     FileEntry,
     Manifest,
     TensorEntry,
     read_manifest,
 )
+from moetrain.checkpoint.stored_blocks import Block, BlocksError, StoredBlocks
 
 Item = TypeVar("Item")
 
@@ -79,6 +79,7 @@ class TensorFileWriter:
             }
             self._left[name] = size
             begin += size
+        self._names, self._place = list(self._left), 0
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that tensors are aligned to 8 bytes
         self._hash, self._size = xxhash.xxh3_128(), 0
@@ -90,8 +91,12 @@ class TensorFileWriter:
 
         Raises ValueError where it is out of order, too long, or not of the declared dtype or shape.
         """
-        due = next((n for n, left in self._left.items() if left or n == name), None)
-        if due is None or name != due:
+        while self._place < len(self._names) and not self._left[self._names[self._place]]:
+            if self._names[self._place] == name:
+                break
+            self._place += 1
+        due = self._names[self._place] if self._place < len(self._names) else None
+        if name != due:
             raise ValueError(f"{self._path}: {name} is written, but {due or 'nothing'} is due")
         dtype, shape = self._entries[name]
         if tensor.dtype != dtype or tensor.ndim != len(shape) or tensor.shape[1:] != shape[1:]:
@@ -147,8 +152,9 @@ class CheckpointReader:
     before. Raises CheckpointError where the checkpoint doesn't hold what is requested.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.manifest: Manifest = read_manifest(folder)
+    def __init__(self, folder: Path, *, manifest: Manifest | None = None) -> None:
+        """`manifest` is the folder's, where it has been read already."""
+        self.manifest: Manifest = read_manifest(folder) if manifest is None else manifest
         self._folder = folder
         self._open: dict[str, Any] = {}
 
@@ -180,7 +186,7 @@ class CheckpointReader:
     def read_into(self, name: str, target: Tensor, *, offset: tuple[int, ...]) -> None:
         """Fills a tensor with the part of a saved one that begins at `offset`."""
         wanted, filled = Block(offset, tuple(target.shape)), 0
-        for file, saved in self._entry(name).blocks.items():
+        for file, saved in self._meeting(name, wanted):
             if (both := overlap(wanted, saved)) is None:
                 continue
             ours, theirs = both
@@ -196,6 +202,16 @@ class CheckpointReader:
                 f"{self._folder} holds {filled} of the {target.numel()} elements of {name} from "
                 f"{list(offset)} to {[o + s for o, s in zip(offset, target.shape, strict=True)]}"
             )
+
+    def _meeting(self, name: str, wanted: Block) -> list[tuple[str, Block]]:
+        """Returns the blocks that may overlap a part of a tensor."""
+        blocks = self._entry(name).blocks
+        if not isinstance(blocks, StoredBlocks):
+            return list(blocks.items())
+        try:
+            return list(blocks.meeting(wanted))
+        except BlocksError as error:
+            raise CheckpointError(f"{self._folder}: the blocks of {name}: {error}") from error
 
     def _slice(
         self, file: str, name: str, index: tuple[slice, ...], *, whole: tuple[int, ...]

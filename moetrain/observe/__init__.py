@@ -13,19 +13,26 @@ from moetrain.observe.events import (
 from moetrain.observe.json_lines import append_line
 from moetrain.observe.ledger import Account, Span, account, run_account
 from moetrain.observe.metrics import (
-    EXPERT_LOAD,
+    FinalLoss,
     GuardedSink,
     MetricsFile,
     Record,
     Sink,
     by_source,
-    expert_load,
     final_loss,
     iterate_metrics,
+    iterate_numbers,
     numbers_of,
     read_metrics,
 )
 from moetrain.observe.progress import ProgressDisplay
+from moetrain.observe.stored_loads import (
+    EXPERT_LOAD,
+    StoredLoad,
+    expert_load,
+    read_load,
+    records_without_loads,
+)
 from moetrain.observe.tally import Tally, read_sign
 from moetrain.observe.wandb_sink import WandbSink
 
@@ -33,12 +40,14 @@ __all__ = [
     "EXPERT_LOAD",
     "Account",
     "EventLog",
+    "FinalLoss",
     "GuardedSink",
     "MetricsFile",
     "ProgressDisplay",
     "Record",
     "Sink",
     "Span",
+    "StoredLoad",
     "Tally",
     "WandbSink",
     "account",
@@ -49,10 +58,13 @@ __all__ = [
     "final_loss",
     "has_finished",
     "iterate_metrics",
+    "iterate_numbers",
     "model_event",
     "numbers_of",
     "read_events",
+    "read_load",
     "read_metrics",
     "read_sign",
+    "records_without_loads",
     "run_account",
 ]

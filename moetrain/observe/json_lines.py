@@ -8,13 +8,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
+_BUFFER_BYTES = 1 << 20
+"""A record of many experts has some hundred kilobytes."""
 _MAX_DEPTH = 20
 """Deeper nesting, or a cycle, is cut off there."""
 _MAX_BITS = 10_000
@@ -59,22 +61,31 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     The last line counts only with its line break. Lines without a JSON object (torn by a kill and
     closed later) are skipped with a warning.
     """
+    return ((line, record) for _, line, record in read_lines_at(path))
+
+
+def read_lines_at(
+    path: Path, *, parse: Callable[[bytes], Any] = json.loads
+) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """Each line of `read_lines`, with its offset in the file; `parse` raises ValueError."""
     try:
-        file = path.open("rb")
+        file = path.open("rb", buffering=_BUFFER_BYTES)
     except FileNotFoundError:
         return
     with file:
+        end = 0
         for number, line in enumerate(file, start=1):
+            begin, end = end, end + len(line)
             if not line.endswith(b"\n"):
                 return
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = parse(line)
             except ValueError:
                 record = None
             if isinstance(record, dict):
-                yield line, record
+                yield begin, line, record
             else:
                 logger.warning("%s, line %d isn't a JSON object; skipped", path, number)
 

@@ -6,23 +6,20 @@ one writer. The names of metrics are public and chosen where they are measured; 
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_pipeline.atomic_files import new_file
-from moetrain.observe.json_lines import append_line, read_lines
+from moetrain.observe.json_lines import append_line, read_lines, read_lines_at
+from moetrain.observe.stored_loads import parse_cut, records_without_loads
 
 Value = TypeVar("Value")
 
 Record = Mapping[str, Any]
 """Metrics by name: numbers, None for what isn't finite, and `router/expert_load`, a matrix."""
-
-EXPERT_LOAD = "router/expert_load"
 
 LAST_PART = 0.1
 """The last part of a run's steps whose training loss the run is judged by."""
@@ -94,12 +91,21 @@ class MetricsFile(Sink):
         What stays is kept byte for byte, so that the file of a run resumed from `step` equals that
         of a run that never stopped.
         """
-        if not self.path.exists():
+        if not self.path.exists() or self._ends_at(step):
             return
         with new_file(self.path) as shorter:
-            for line, record in read_lines(self.path):
+            for _, line, record in read_lines_at(self.path, parse=parse_cut):
                 if _step_of(record) <= step:
                     shorter.write(line)
+
+    def _ends_at(self, step: int) -> bool:
+        """Returns whether nothing is to be removed: there may be gigabytes to copy."""
+        kept = 0
+        for begin, line, record in read_lines_at(self.path, parse=parse_cut):
+            if begin != kept or _step_of(record) > step:
+                return False
+            kept = begin + len(line)
+        return kept == self.path.stat().st_size
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float | int | None]:
@@ -119,18 +125,6 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float | int | None]:
     return found
 
 
-def expert_load(record: Record) -> NDArray[np.float64] | None:
-    """Returns the share of a layer's tokens that each expert got, [MoE layers, experts].
-
-    NaN where a value is missing; None where the record has no such matrix.
-    """
-    try:
-        loads = np.array(record.get(EXPERT_LOAD), dtype=np.float64)
-    except (TypeError, ValueError):  # rows of unlike lengths, or no numbers
-        return None
-    return loads if loads.ndim == 2 and loads.size else None
-
-
 def by_source(values: Mapping[str, Value], measure: str) -> dict[str, Value]:
     """Returns the values of `validation/<source>/<measure>`, by source."""
     head, tail = "validation/", f"/{measure}"
@@ -146,29 +140,52 @@ def iterate_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
     return (record for _, record in read_lines(Path(path)))
 
 
+def iterate_numbers(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The records one by one without their expert loads, which are nearly all of a large file."""
+    return (record for record, _ in records_without_loads(Path(path)))
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """All whole records of a metrics file, in order; a torn last line is not one of them."""
     return list(iterate_metrics(path))
 
 
-def final_loss(records: Iterable[Record]) -> float | None:
+class FinalLoss:
     """The mean training loss over the last tenth of the steps, or the last record's.
 
-    A record has the mean since the one before it, and counts by the tokens since then. None where
-    no record has a loss.
+    A record has the mean since the one before it, and counts by the tokens since then.
     """
-    weighted: list[tuple[float, float, float]] = []
-    tokens = 0.0
-    for record in records:
-        before, tokens = tokens, record.get("train/tokens") or tokens
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._steps, self._losses, self._weights = array("d"), array("d"), array("d")
+
+    def add(self, record: Record) -> None:
+        """Takes the next record."""
+        before, self._tokens = self._tokens, record.get("train/tokens") or self._tokens
         step, loss = record.get("step"), record.get("train/cross_entropy")
-        if step is not None and loss is not None:
-            weighted.append((step, loss, max(1.0, tokens - before)))
-    if not weighted:
-        return None
-    first = (1 - LAST_PART) * weighted[-1][0]
-    last = [(loss, weight) for step, loss, weight in weighted if step > first]
-    return sum(loss * weight for loss, weight in last) / sum(weight for _, weight in last)
+        if isinstance(step, (int, float)) and isinstance(loss, (int, float)):
+            self._steps.append(step)
+            self._losses.append(loss)
+            self._weights.append(max(1.0, self._tokens - before))
+
+    @property
+    def value(self) -> float | None:
+        """The loss of the records so far; None where none of them has one."""
+        if not self._steps:
+            return None
+        first = (1 - LAST_PART) * self._steps[-1]
+        last = [n for n, step in enumerate(self._steps) if step > first]
+        weight = sum(self._weights[n] for n in last)
+        return sum(self._losses[n] * self._weights[n] for n in last) / weight
+
+
+def final_loss(records: Iterable[Record]) -> float | None:
+    """Returns the `FinalLoss` of records."""
+    loss = FinalLoss()
+    for record in records:
+        loss.add(record)
+    return loss.value
 
 
 def _step_of(record: Mapping[str, Any]) -> float:

@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.quantities import count, duration
-from moetrain.observe.metrics import Record, by_source, expert_load
+from moetrain.observe.metrics import Record, by_source
+from moetrain.observe.stored_loads import expert_load
 from moetrain.redaction import redacted_text
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.observe.metrics import EXPERT_LOAD, Record, Sink, expert_load, numbers_of
+from moetrain.observe.metrics import Record, Sink, numbers_of
+from moetrain.observe.stored_loads import EXPERT_LOAD, expert_load
 from moetrain.observe.wandb_identity import wandb_run_id
 from moetrain.redaction import redacted_arguments
 from moetrain.settings import WandbSettings

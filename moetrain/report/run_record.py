@@ -4,10 +4,11 @@ Owns merging the metrics into one series for each name, thinning long series, an
 state from its events. Leaves drawing to figures.py and words to page.py.
 """
 
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -16,15 +17,16 @@ from numpy.typing import NDArray
 from moetrain.kinds import EventKind
 from moetrain.observe import (
     Account,
+    FinalLoss,
+    StoredLoad,
     account,
     baselines_by_source,
     by_source,
-    expert_load,
-    final_loss,
-    iterate_metrics,
     model_event,
     read_events,
+    read_load,
     read_sign,
+    records_without_loads,
 )
 from moetrain.redaction import redacted_text
 
@@ -119,7 +121,7 @@ def read_run(run_dir: Path) -> RunRecord:
     config = _parsed(config_text)
     events = read_events(run_dir / "events.jsonl")
     state, reason = _state(events)
-    metrics = run_dir / "metrics.jsonl"
+    metrics = _read_metrics(run_dir / "metrics.jsonl")
     first_layer = _whole(_at(config, "model", "num_dense_layers")) or 0
     return RunRecord(
         name=str(_at(config, "run", "name") or run_dir.resolve().name),
@@ -127,57 +129,73 @@ def read_run(run_dir: Path) -> RunRecord:
         reason=reason,
         config_text=config_text,
         num_steps=_whole(_at(config, "train", "num_steps")),
-        series=_series(metrics),
-        final_loss=final_loss(iterate_metrics(metrics)),
-        expert_loads=_expert_loads(metrics, first_layer=first_layer),
+        series=metrics.series,
+        final_loss=metrics.final_loss,
+        expert_loads=_expert_loads(
+            run_dir / "metrics.jsonl", metrics.loads, first_layer=first_layer
+        ),
         events=events,
         account=account(events, sign=read_sign(run_dir)),
         baselines=baselines_by_source(events),
     )
 
 
-def _series(metrics: Path) -> dict[str, Series]:
-    points: dict[str, dict[float, float]] = {}
-    for step, record in _steps(metrics):
+class _Metrics(NamedTuple):
+    """A metrics file, read once; its loads are left in the file until it is known which to show."""
+
+    series: dict[str, Series]
+    final_loss: float | None
+    loads: dict[float, StoredLoad]
+
+
+def _read_metrics(path: Path) -> _Metrics:
+    points: dict[str, tuple[array[float], array[float]]] = {}
+    loads: dict[float, StoredLoad] = {}
+    loss = FinalLoss()
+    for record, stored in records_without_loads(path):
+        loss.add(record)
+        step = record.get("step")
+        if not isinstance(step, (int, float)):
+            continue
+        if stored is not None:
+            loads[float(step)] = stored
         for name, value in record.items():
             if isinstance(value, (int, float)):
-                points.setdefault(name, {})[step] = float(value)
-    return {name: _sorted(values) for name, values in points.items()}
+                if name not in points:
+                    points[name] = array("d"), array("d")
+                points[name][0].append(step)
+                points[name][1].append(value)
+    series = {name: _sorted(*arrays) for name, arrays in points.items()}
+    return _Metrics(series, loss.value, loads)
 
 
-def _sorted(points: Mapping[float, float]) -> Series:
-    steps = np.array(sorted(points), dtype=np.float64)
-    return Series(steps=steps, values=np.array([points[step] for step in steps]))
+def _sorted(steps: "array[float]", values: "array[float]") -> Series:
+    """Returns a series in the order of steps; of several values at one, the last counts."""
+    found, last = np.unique(np.array(steps)[::-1], return_index=True)
+    return Series(steps=found, values=np.array(values)[::-1][last])
 
 
-def _expert_loads(metrics: Path, *, first_layer: int) -> ExpertLoads | None:
-    """A second pass over the file, since only after a first is it known which records to keep."""
-    shapes = {step: loads.shape for step, loads in _loads(metrics)}
-    if not shapes:
+def _expert_loads(
+    metrics: Path, found: Mapping[float, StoredLoad], *, first_layer: int
+) -> ExpertLoads | None:
+    """Reads the loads that are shown: those of evenly chosen records."""
+    if not found:
         return None
-    shape = shapes[max(shapes)]
-    logged = sorted(step for step, found in shapes.items() if found == shape)
+    shape = found[max(found)].shape
+    logged = sorted(step for step, stored in found.items() if stored.shape == shape)
     chosen = np.unique(np.linspace(0, len(logged) - 1, MAX_LOAD_RECORDS).round().astype(int))
-    kept = {logged[i] for i in chosen}
-    rows = {step: loads for step, loads in _loads(metrics) if step in kept and loads.shape == shape}
+    rows = {}
+    for step in (logged[i] for i in chosen):
+        loads = read_load(metrics, found[step])
+        if loads is not None and loads.shape == shape:
+            rows[step] = loads.astype(np.float32)
+    if not rows:
+        return None
     return ExpertLoads(
         steps=np.array(sorted(rows)),
-        loads=np.stack([rows[step] for step in sorted(rows)]).astype(np.float32),
+        loads=np.stack([rows[step] for step in sorted(rows)]),
         layers=tuple(range(first_layer, first_layer + shape[0])),
     )
-
-
-def _loads(metrics: Path) -> Iterator[tuple[float, Floats]]:
-    for step, record in _steps(metrics):
-        if (loads := expert_load(record)) is not None:
-            yield step, loads
-
-
-def _steps(metrics: Path) -> Iterator[tuple[float, dict[str, Any]]]:
-    for record in iterate_metrics(metrics):
-        step = record.get("step")
-        if isinstance(step, (int, float)):
-            yield float(step), record
 
 
 def _state(events: list[dict[str, Any]]) -> tuple[str, str | None]:

@@ -20,7 +20,7 @@ from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus_files import is_shard_folder, is_text
 from data_pipeline.quantities import count
 from moetrain.checkpoint.folders import candidates
-from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_manifest
+from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_summary
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved
 from moetrain.train.preview import Preview, preview_of
@@ -243,10 +243,10 @@ def require_vocabulary(config: Config, tokenizer: Tokenizer | TokenizerEntry) ->
 
 
 def newest_manifest(run_dir: Path) -> Manifest | None:
-    """Returns the manifest of a run's newest readable checkpoint."""
+    """Returns the summary of a run's newest readable checkpoint: its manifest without blocks."""
     for folder in candidates(run_dir / "checkpoints"):
         try:
-            return read_manifest(folder)
+            return read_summary(folder)
         except CheckpointError:
             continue  # the ranks will skip it, with an event that says why
     return None

@@ -2,10 +2,13 @@
 
 import itertools
 import math
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +23,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moetrain.checkpoint.blocks import as_block, held, parts_at, places_to_write
 from moetrain.checkpoint.manifest import (
     MANIFEST,
-    Block,
     CheckpointError,
     Manifest,
     TensorEntry,
@@ -30,6 +32,7 @@ from moetrain.checkpoint.manifest import (
     verify_files,
 )
 from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.stored_blocks import Block
 from moetrain.checkpoint.tensor_files import CheckpointReader, TensorFileWriter, overlap
 from moetrain.model import Transformer
 from moetrain.optim import allocate_state, build_optimizer
@@ -116,7 +119,8 @@ def write_tiles(
         with TensorFileWriter(folder / file, entries) as writer:
             for name, block in here.items():
                 writer.write(name, tensors[name][index_of(block)])
-                manifest.tensors[name].blocks[file] = block
+                whole = manifest.tensors[name]
+                manifest.tensors[name] = replace(whole, blocks={**whole.blocks, file: block})
         manifest.files[file] = writer.entry
     (folder / MANIFEST).write_text(manifest_text(manifest))
     return folder
@@ -293,6 +297,35 @@ def test_what_was_not_said_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x is written, but nothing is due"):  # noqa: SIM117
         with TensorFileWriter(tmp_path / "none", {}) as writer:
             writer.write("x", rows)
+
+
+def steps_of_writing(path: Path, num_tensors: int) -> int:
+    """Returns how many instructions of the writer's own code writing many tensors takes."""
+    entries = {f"t{n}": (torch.int8, (0 if n % 3 else 2,)) for n in range(num_tensors)}
+    rows = {size: torch.zeros(size, dtype=torch.int8) for size in (0, 2)}
+    steps = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal steps
+        if not frame.f_code.co_filename.endswith("tensor_files.py"):
+            return None
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        return trace
+
+    with TensorFileWriter(path, entries) as writer:
+        sys.settrace(trace)
+        try:
+            for name, (_, shape) in entries.items():
+                writer.write(name, rows[shape[0]])
+        finally:
+            sys.settrace(None)
+    return steps
+
+
+def test_writing_a_tensor_takes_as_much_however_many_there_are(tmp_path: Path) -> None:
+    few, many = (steps_of_writing(tmp_path / str(n), n) for n in (50, 500))
+    assert many < 1.1 * 10 * few
 
 
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:

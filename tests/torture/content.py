@@ -1,6 +1,7 @@
 """What a checkpoint holds, read without any of the code under test."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 def read_plainly(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns a checkpoint's tensors, put together from its files, and its state."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = plain_manifest(folder)
     files = {file: load_file(folder / file) for file in manifest["files"]}
     tensors = {}
     for name, entry in manifest["tensors"].items():
@@ -25,6 +26,32 @@ def read_plainly(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         assert filled.all(), f"{folder}: {name} has elements that no file holds"
         tensors[name] = whole
     return tensors, manifest["state"]
+
+
+def plain_manifest(folder: Path) -> dict[str, Any]:
+    """Returns a manifest's fields, with each tensor's blocks by file in its entry."""
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    for field in ("blocks_size", "blocks_xxh3_128", "xxh3_128"):
+        del manifest[field]
+    files = list(manifest["files"])
+    for name, blocks in manifest.pop("blocks").items():
+        entry = manifest["tensors"][name]
+        entry["blocks"] = blocks if isinstance(blocks, dict) else cells(blocks, entry, files)
+    return manifest
+
+
+def cells(grid: list[Any], entry: dict[str, Any], files: list[str]) -> dict[str, Any]:
+    """Returns the blocks of a grid: where it cuts each dimension, and the file of each cell."""
+    cuts, numbers = grid
+    ends = [[*begins[1:], size] for begins, size in zip(cuts, entry["shape"], strict=True)]
+    places = itertools.product(*(range(len(begins)) for begins in cuts))
+    return {
+        files[number]: [
+            [begins[i] for begins, i in zip(cuts, place, strict=True)],
+            [e[i] - b[i] for b, e, i in zip(cuts, ends, place, strict=True)],
+        ]
+        for number, place in zip(numbers, places, strict=True)
+    }
 
 
 def digest(folder: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from tests.torture.content import plain_manifest
 from tests.torture.corruptions import Corruption, Kind, checkpoints, replace, shard, step
 
 
@@ -19,16 +20,40 @@ def sealed(edit: Callable[[dict[str, Any], Path, random.Random], None]) -> Corru
 
     def corrupt(directory: Path, draw: random.Random) -> set[int]:
         newest = checkpoints(directory)[0]
-        path = newest / "manifest.json"
-        fields = json.loads(path.read_text())
-        del fields["xxh3_128"]
+        fields = plain_manifest(newest)
         edit(fields, newest, draw)
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-        fields["xxh3_128"] = xxhash.xxh3_128_hexdigest(text.encode())
-        replace(path, json.dumps(fields).encode())
+        version = fields.get("format_version")
+        text = in_parts(fields) if version == 3 and draw.random() < 0.7 else in_one(fields)
+        replace(newest / "manifest.json", text.encode())
         return {step(newest)}
 
     return corrupt
+
+
+def in_one(fields: dict[str, Any]) -> str:
+    """Returns a manifest of version 2, which is one JSON object; other versions are kept."""
+    if fields.get("format_version") == 3:
+        fields["format_version"] = 2
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**fields, "xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())})
+
+
+def in_parts(fields: dict[str, Any]) -> str:
+    """Returns a manifest of version 3: a head of fields, and the blocks."""
+    head, blocks = dict(fields), {}
+    if isinstance(head.get("tensors"), dict):
+        blocks = {name: entry["blocks"] for name, entry in head["tensors"].items()}
+        head["tensors"] = {
+            name: {key: value for key, value in entry.items() if key != "blocks"}
+            for name, entry in head["tensors"].items()
+        }
+    lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(b)}" for n, b in blocks.items())
+    rest = f'"blocks": {{\n{lines}\n}}\n}}\n'
+    head["blocks_size"] = len(rest.encode())
+    head["blocks_xxh3_128"] = xxhash.xxh3_128_hexdigest(rest.encode())
+    text = json.dumps(head, sort_keys=True, separators=(",", ":"))
+    head["xxh3_128"] = xxhash.xxh3_128_hexdigest(text.encode())
+    return "{\n" + "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in head.items()) + rest
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -112,6 +137,30 @@ def bend_a_block(fields: dict[str, Any], folder: Path, draw: random.Random) -> N
     )  # fmt: skip
 
 
+def bend_a_grid(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
+    """A grid with other cuts, files or cells, or none."""
+    whole = json.loads((folder / "manifest.json").read_text())["blocks"]
+    names = [n for n, b in whole.items() if isinstance(b, list) and len(b[1]) > 1]
+    name = draw.choice(names)
+    cuts, files = whole[name]
+    dim = max(range(len(cuts)), key=lambda d: len(cuts[d]))
+    cut = cuts[dim]
+    bent = draw.choice(
+        (
+            [1, *cut[1:]], [*cut[:-1], cut[-1] + 1], cut[::-1], [0] * len(cut), cut[:-1], [],
+            [*cut[:-1], -1], [*cut[:-1], 2**70], [*cut[:-1], 0.5], "01", None, [*cut[:-1], 10**9],
+        )
+    )  # fmt: skip
+    others = [b if d == dim else a for d, (a, b) in enumerate(zip(cuts, [bent] * 9, strict=False))]
+    fields["tensors"][name]["blocks"] = draw.choice(
+        (
+            [others, files], [cuts, files[:-1]], [cuts, [files[0]] * len(files)], [cuts], [[], []],
+            [cuts, [*files[:-1], 10**6]], [cuts, [*files[:-1], -1]], [cuts, None],
+            [cuts[1:], files], [[*cuts, [0]], files], [], None, 7, [cuts, [str(f) for f in files]],
+        )
+    )  # fmt: skip
+
+
 def bend_a_shape(fields: dict[str, Any], folder: Path, draw: random.Random) -> None:
     entry = matrix(fields, draw)
     entry["shape"] = draw.choice(
@@ -165,7 +214,7 @@ def nest_deeply(directory: Path, draw: random.Random) -> set[int]:
 
 HOSTILE = [
     Kind("format of version 1", set_field("format_version", 1)),
-    Kind("format of another version", set_field("format_version", 3, "2", None, [])),
+    Kind("format of another version", set_field("format_version", 4, "3", None, [])),
     Kind("no format version", set_field("format_version")),
     Kind("attempt is no number", set_field("attempt", "3", None, 1.5, [], -1)),
     Kind("step is no number", set_field("step", "3", None, [], {})),
@@ -180,6 +229,7 @@ HOSTILE = [
     Kind("a part left out", sealed(leave_a_part_out)),
     Kind("a block moved", sealed(move_a_block)),
     Kind("a block bent", sealed(bend_a_block)),
+    Kind("a grid bent", sealed(bend_a_grid)),
     Kind("another shape", sealed(bend_a_shape), may_refuse=True),
     Kind("another dtype", sealed(change_a_dtype), may_refuse=True),
     Kind("a tensor forgotten", sealed(forget_a_tensor), may_refuse=True),

@@ -20,7 +20,7 @@ from moetrain.checkpoint.folders import (
     next_attempt,
     to_delete,
 )
-from moetrain.checkpoint.manifest import Manifest, folder_name, read_manifest
+from moetrain.checkpoint.manifest import Manifest, folder_name, read_manifest, read_summary
 from moetrain.checkpoint.remote.checkpoints import open_remote
 from moetrain.checkpoint.remote.download import fetch_newest, newer_saves
 from moetrain.checkpoint.remote.folder import RemoteUnavailableError
@@ -39,7 +39,7 @@ def good_save(directory: Path) -> Save | None:
     folder = newest_good(directory, rejected=lambda name, reason: None)
     if folder is None:
         return None
-    manifest = read_manifest(folder)
+    manifest = read_summary(folder)
     return Save(manifest.step, manifest.attempt)
 
 
