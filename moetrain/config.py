@@ -26,6 +26,7 @@ from moetrain.registries import (
 )
 from moetrain.settings import (
     Config,
+    ModelSettings,
     ParallelSettings,
     Resolved,
     ResolvedCluster,
@@ -54,6 +55,8 @@ def check(config: Config) -> None:
             train.seq_len,
             f"is longer than model.max_seq_len: use at most {model.max_seq_len}",
         )
+    if train.deterministic:
+        _check_deterministic(model)
     _check_schedule(config)
     every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
     if kept is not None and kept % every:
@@ -90,6 +93,21 @@ def check(config: Config) -> None:
         if reason := unavailable_because(here):
             raise ConfigError("model.experts.backend", "megablocks", f"{reason}; or use auto")
     require_no_secret_values(dataclasses.asdict(config), but=SECRETS_MAY_BE_IN)
+
+
+def _check_deterministic(model: ModelSettings) -> None:
+    """Raises ConfigError for kernels that can't give the same bits each time."""
+    if model.is_moe and model.experts.backend == "megablocks":
+        raise ConfigError(
+            "model.experts.backend", "megablocks",
+            "is tuned by measuring at each start, so that train.deterministic=true can't promise "
+            "the same bits: use auto",
+        )  # fmt: skip
+    if model.attention_kernel in ("cudnn", "flash3"):
+        raise ConfigError(
+            "model.attention_kernel", model.attention_kernel,
+            "has no deterministic backward pass in torch (train.deterministic=true): use auto",
+        )  # fmt: skip
 
 
 def _check_schedule(config: Config) -> None:

@@ -47,13 +47,15 @@ def settle_backend(
     num_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    deterministic: bool = False,
     among: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Sets one backend for all experts of a model, where the setting is `auto`.
 
     All ranks call it, before the first step. `num_tokens` is the size of a rank's micro-batch, in
-    `dtype`; `among` are the backends to try, by default those for the kind of device. A backend
+    `dtype`; `among` are the backends to try, by default those for the kind of device; of these a
+    `deterministic` run takes one that isn't tuned by measuring, and measures none. A backend
     that gives a wrong answer on a rank is left out with a warning. Raises RuntimeError for one that
     the settings name.
     """
@@ -76,7 +78,11 @@ def settle_backend(
         # Where torch's grouped product is a loop, the one of `cpu` waits for the device once.
         among = ("megablocks", "grouped_mm", *(["cpu"] if loops else []))
         among = ("cpu",) if device.type == "cpu" else among
+    if deterministic:  # the last: torch's grouped product, or its loop where that is none
+        among = tuple(name for name in among if name != "megablocks")[-1:]
     if len(among) == 1:
+        for moe in model.moe_layers():
+            moe.experts.preferred_backend = among[0]
         return  # the same on all ranks, so that none waits in a collective below
     degree = meshes.topology.expert
     rows, choices = num_tokens, settings.top_k
@@ -134,17 +140,21 @@ def settle_attention(
     by_document: bool,
     device: torch.device,
     dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> None:
     """Sets one attention kernel for all layers on a GPU, where the setting is `auto`.
 
     All ranks call it, before the first step. `batch` sequences of `length` are a rank's
     micro-batch; `by_document` says whether attention stops at the ends of documents. A kernel that
-    gives a wrong answer on a rank is left out with a warning.
+    gives a wrong answer on a rank is left out with a warning. A `deterministic` run measures none.
     """
     settings = model.settings
     if device.type != "cuda":
         return
     choice = settings.attention_kernel
+    if choice == "auto" and deterministic:
+        # The backward pass of the others adds by atomics; torch's own has a flag against that.
+        choice = "flash" if dtype in HALF else "efficient"
     if choice == "auto":
         heads: dict[str, Any] = {
             "heads": settings.num_heads,

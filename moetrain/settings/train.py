@@ -40,6 +40,9 @@ class TrainSettings:
     dtype: Annotated[str, AfterValidator(one_of("auto", "float32", "bfloat16"))] = "auto"
     """The dtype in which weights are gathered and multiplied; auto: bfloat16 on CUDA, float32 on
     CPU."""
+    deterministic: bool = False
+    """Whether a run gives the same bits each time on GPUs too, which takes slower kernels. On CPUs
+    it does anyway."""
     validate_every_steps: NonNegativeInt = 0
     """0: at the end only."""
     validation_sequences: PositiveInt | None = 1024

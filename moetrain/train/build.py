@@ -321,6 +321,7 @@ def build_model(
         num_tokens=config.train.micro_batch_size * config.train.seq_len,
         device=device,
         dtype=dtype,
+        deterministic=config.train.deterministic,
     )
     settle_attention(
         model,
@@ -329,6 +330,7 @@ def build_model(
         by_document=config.data.mask_documents,
         device=device,
         dtype=dtype,
+        deterministic=config.train.deterministic,
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
     gradients = Gradients(model.parameters(), max_norm=config.optim.clip_grad_norm)

@@ -17,7 +17,11 @@ from moetrain.settings import Resolved
 from moetrain.train.build import build_trainer
 from moetrain.train.control import Control, Outcome, RankPlace, collective_timeout
 from moetrain.train.loop import train
-from moetrain.train.rank_environment import rank_device, set_environment
+from moetrain.train.rank_environment import (
+    compute_deterministically,
+    rank_device,
+    set_environment,
+)
 
 LAST_UPLOAD_SECONDS = 30.0  # for a last upload after the run has failed
 
@@ -25,6 +29,8 @@ LAST_UPLOAD_SECONDS = 30.0  # for a last upload after the run has failed
 def run_rank(config: Resolved, place: RankPlace, control: Control) -> Outcome:
     """Trains as one rank of a resolved configuration, to the end or until a stop is requested."""
     set_environment(config, place)
+    if config.train.deterministic:
+        compute_deterministically()
     load_recorded(config.run.extensions, where=f"rank {place.rank} on {platform.node()}")
     device = rank_device(config.run.device, index=place.device_index)
     if device.type == "cpu":

@@ -25,6 +25,14 @@ ON_CUDA: Mapping[tuple[str, ...], str] = {
     ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
 }
 """What ranks with CUDA get unless the user or `cluster.env` has set it under any of its names."""
+DETERMINISTIC: Mapping[tuple[str, ...], str] = {
+    # Otherwise cuBLAS takes workspaces, and with them orders of summation, by chance.
+    ("CUBLAS_WORKSPACE_CONFIG",): ":4096:8",
+    # NCCL chooses by the size of a message and by what it measures; each has its own order.
+    ("NCCL_ALGO",): "Ring",
+    ("NCCL_PROTO",): "Simple",
+}
+"""What they get as well with `train.deterministic`."""
 DUMPS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 """Where torch writes its record of collectives when one of them times out."""
 
@@ -42,12 +50,21 @@ def set_environment(
     if rank_device(config.run.device).type != "cuda":
         return
     wanted = dict(ON_CUDA)
+    if config.train.deterministic:
+        wanted |= DETERMINISTIC
     if place.attempt:  # else the run has no name yet
         # torch appends the rank.
         wanted[DUMPS] = str(Path(config.run_dir, "logs", f"collectives_{place.attempt}_rank_"))
     for names, value in wanted.items():
         if not any(name in environ for name in names):
             environ[names[0]] = value
+
+
+def compute_deterministically() -> None:
+    """Makes torch take deterministic algorithms, and raise where an operator has none."""
+    torch.use_deterministic_algorithms(True)
+    # It would fill what it allocates with nan as well: that finds mistakes, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property that the module gets when it is imported
 
 
 def rank_device(name: str, *, index: int = 0) -> torch.device:

@@ -113,6 +113,24 @@ def test_a_backend_that_answers_wrongly_on_a_rank_is_taken_by_none(tmp_path: Pat
     assert [choice for choice, *_ in wrong] == ["cpu"] * 2
 
 
+def settled_deterministically(among: tuple[str, ...]) -> tuple[str | None, int]:
+    topology = resolve_topology(
+        ParallelSettings(), world_size=1, num_experts=4, ffn_hidden_dim=64, ranks_per_node=1
+    )
+    clock, model = Skewed("cpu"), Transformer(SMALL)
+    settle_backend(
+        model, build_meshes(topology, device=CPU), num_tokens=32, device=CPU, dtype=torch.float32,
+        deterministic=True, among=among, clock=clock,
+    )  # fmt: skip
+    return model.moe_layers()[0].experts.preferred_backend, clock.looks
+
+
+def test_a_deterministic_run_measures_nothing_and_takes_no_tuned_kernel() -> None:
+    hopper, a100 = ("megablocks", "grouped_mm"), ("megablocks", "grouped_mm", "cpu")
+    assert run_ranks(settled_deterministically, 1, hopper) == [("grouped_mm", 0)]
+    assert run_ranks(settled_deterministically, 1, a100) == [("cpu", 0)]
+
+
 @pytest.mark.parametrize(("first", "degree"), [("cpu", 1), ("grouped_mm", 2)])
 def test_all_ranks_take_the_first_ones_choice_where_another_would_measure_otherwise(
     tmp_path: Path, first: str, degree: int
