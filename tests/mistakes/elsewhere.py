@@ -13,15 +13,15 @@ MISTAKES = (
     Mistake(
         name="a document that ends a sequence counts as cut (stream)",
         file="data_pipeline/reading/packing.py",
-        right="(self._starts[1:] - 1) // self._seq_len",
-        wrong="self._starts[1:] // self._seq_len",
+        right="(starts[1:] - 1) // self._seq_len",
+        wrong="starts[1:] // self._seq_len",
         test="tests/data_pipeline/test_packing.py",
     ),
     Mistake(
         name="a document as long as a sequence counts as cut (best fit)",
         file="data_pipeline/reading/packing.py",
-        right="np.diff(self._starts) > self._seq_len",
-        wrong="np.diff(self._starts) >= self._seq_len",
+        right="np.diff(starts) > self._seq_len",
+        wrong="np.diff(starts) >= self._seq_len",
         test="tests/data_pipeline/test_packing.py",
     ),
     Mistake(

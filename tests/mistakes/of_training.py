@@ -15,7 +15,7 @@ NORM = (
 MISTAKES = (
     Mistake(
         name="expert gradients × degree",
-        file="moetrain/parallel/parallelize.py",
+        file="moetrain/parallel/sharding.py",
         right="module.set_gradient_divide_factor(1.0)",
         wrong=(
             "module.set_gradient_divide_factor(1.0 / meshes.topology.expert "
@@ -106,7 +106,7 @@ MISTAKES = (
     ),
     Mistake(
         name="mean instead of sum",
-        file="moetrain/parallel/parallelize.py",
+        file="moetrain/parallel/sharding.py",
         right="module.set_gradient_divide_factor(1.0)",
         wrong="module.set_gradient_divide_factor(float(meshes.dense.size()))",
         test=TRAJECTORY,
@@ -132,10 +132,10 @@ MISTAKES = (
     ),
     Mistake(
         name="norm over replicas twice",
-        file="moetrain/parallel/gradients.py",
-        right="self._group = meshes.group(WEIGHT_AXES)",
-        wrong="self._group = None",
-        test=NORM,
+        file="moetrain/train/step.py",
+        right="(gradients.square_sum(), WEIGHT_AXES)",
+        wrong="(gradients.square_sum(), (*WEIGHT_AXES, 'data_replicate'))",
+        test=TRAJECTORY,
         verify=True,
     ),
     Mistake(
@@ -162,7 +162,7 @@ MISTAKES = (
     ),
     Mistake(
         name="gradients reduced in the compute dtype",
-        file="moetrain/parallel/parallelize.py",
+        file="moetrain/parallel/sharding.py",
         right="param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False",
         wrong="param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False",
         test="tests/parallel/test_parallelize.py::test_gradients_add_up_over_ranks_in_float32",

@@ -75,7 +75,7 @@ def test_an_expert_gradient_of_the_wrong_scale_fails_in_its_column_alone(tmp_pat
     """A copy of the code divides the experts' gradients by the expert degree, as a mean would."""
     for package in ("moetrain", "launch", "data_pipeline", "conf"):
         shutil.copytree(ROOT / package, tmp_path / "code" / package)
-    file = tmp_path / "code/moetrain/parallel/parallelize.py"
+    file = tmp_path / "code/moetrain/parallel/sharding.py"
     right, wrong = (
         "module.set_gradient_divide_factor(1.0)",
         "module.set_gradient_divide_factor(\n"
