@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.kernels import Assignments, expert_swiglu, refuses, unavailable_because
+from moetrain.kernels import (
+    Assignments,
+    expert_swiglu,
+    group_assignments,
+    refuses,
+    sum_assignments,
+    unavailable_because,
+)
 from moetrain.kernels.attention import (
     attention_choices,
     attention_is_wrong,
@@ -91,3 +98,17 @@ def test_no_kernel_holds_the_scores_of_a_sequence() -> None:
     torch.cuda.reset_peak_memory_stats()
     fused_attention(q, k, v).sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 8 * 32768**2  # all scores: 4 times that
+
+
+def test_more_rows_than_a_batch_of_products_may_have_are_summed_exactly() -> None:
+    rows = 70_000
+    chosen = torch.arange(2 * rows, device="cuda").view(rows, 2) % 4
+    assignments = group_assignments(chosen, num_groups=4)
+    values = torch.randn(2 * rows, 8, device="cuda", requires_grad=True)
+    weights = torch.rand(2 * rows, device="cuda", requires_grad=True)
+    out = sum_assignments(values, assignments, weights)
+    exact = torch.zeros(rows, 8, device="cuda", dtype=torch.float64)
+    exact.index_add_(0, assignments.row, (values * weights[:, None]).double())
+    torch.testing.assert_close(out.double(), exact)
+    (grad,) = torch.autograd.grad(out.sum(), weights)
+    torch.testing.assert_close(grad, values.sum(1))
