@@ -105,6 +105,6 @@ def _kept_by_experts(settings: ModelSettings, *, width: int, on_cpu: bool) -> in
 
 def head_activations(settings: ModelSettings, *, tokens: int, width: int, norm: int) -> float:
     """Returns the bytes of the final norm and of the loss, which holds a chunk of the logits."""
-    chunk = min(tokens, settings.loss_chunk_size) * settings.vocab_size
+    chunk = min(tokens, settings.loss_chunk) * settings.vocab_size
     weights = settings.vocab_size * settings.dim  # the head's gradient, accumulated in float32
     return tokens * width * settings.dim * (norm + 1) + chunk * (8 + width % 4) + 8.0 * weights

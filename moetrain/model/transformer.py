@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             head,
             targets.flatten(),
             valid.flatten(),
-            chunk_size=self.settings.loss_chunk_size,
+            chunk_size=self.settings.loss_chunk,
         )
         return LossSums(cross_entropy, self._stack(statistics, x.device))
 

@@ -27,13 +27,14 @@ def parallelize(
     meshes: Meshes,
     settings: ParallelSettings,
     *,
-    seed: int,
+    seed: int | None,
     device: torch.device,
     compute_dtype: torch.dtype,
     activity: Activity | None = None,
 ) -> Transformer:
     """Returns the model, built on the meta device, sharded over the meshes and initialised.
 
+    Without a seed its weights are left to be filled, from a checkpoint or by `initialise`.
     Weights are float32, and gathered as `compute_dtype`; the router is gathered as float32.
     Gradients are sums over all ranks: the caller divides the loss by the global token count.
     `activity` receives which layer computes, and what its exchange waits for.
@@ -48,7 +49,8 @@ def parallelize(
         tell_of_layer(block, number, activity)
     shard(model, meshes, compute_dtype=compute_dtype)
     model.to_empty(device=device)
-    initialise(model, seed=seed, device=device)
+    if seed is not None:
+        initialise(model, seed=seed, device=device)
     return model
 
 

@@ -22,6 +22,7 @@ from moetrain.settings.options import checked_options
 
 ATTENTION_KERNELS = ("auto", "cudnn", "flash", "flash3", "efficient")
 BACKENDS = ("auto", "megablocks", "grouped_mm", "cpu")
+_LOSS_CHUNK_BYTES, _LOSS_CHUNK_MULTIPLE, _MAX_LOSS_CHUNK = 256 << 20, 128, 2048
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -159,8 +160,9 @@ class ModelSettings:
     """Of a GPU; `auto` measures which is the fastest there. A CPU has one."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
-    loss_chunk_size: PositiveInt = 2048
-    """Tokens whose logits are in memory at once."""
+    loss_chunk_size: PositiveInt | None = None
+    """Tokens whose logits are in memory at once. None: as many as 256 MiB hold, in float32, and
+    2,048 at most."""
     router: RouterSettings = RouterSettings()
     experts: ExpertsSettings = ExpertsSettings()
 
@@ -168,6 +170,15 @@ class ModelSettings:
         multiple = self.pad_vocab_to_multiple_of
         # The dataclass is frozen. A padded size, as after a resume, stays the same.
         object.__setattr__(self, "vocab_size", -(-self.vocab_size // multiple) * multiple)
+
+    @property
+    def loss_chunk(self) -> int:
+        """How many tokens' logits are in memory at once."""
+        if self.loss_chunk_size is not None:
+            return self.loss_chunk_size
+        fitting = _LOSS_CHUNK_BYTES // (4 * self.vocab_size)
+        whole = fitting // _LOSS_CHUNK_MULTIPLE * _LOSS_CHUNK_MULTIPLE
+        return min(_MAX_LOSS_CHUNK, max(_LOSS_CHUNK_MULTIPLE, whole))
 
     @property
     def is_moe(self) -> bool:

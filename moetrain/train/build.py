@@ -45,6 +45,7 @@ from moetrain.parallel import (
     settle_attention,
     settle_backend,
 )
+from moetrain.parallel.parallelize import initialise
 from moetrain.registries import CALLBACKS, SINKS
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
@@ -78,6 +79,7 @@ def build_trainer(
         device=device,
         timeout_seconds=timeout,
         activity=control.activity,
+        initialised=False,
     )
     shards = _opened_shards(config, place)
     leads = place.rank == 0  # the one rank whose sinks are built
@@ -102,6 +104,8 @@ def build_trainer(
         alive=control.keep_alive,
     )
     state, resumed_from = _restored(config, checkpoints, model, optimizer, shards)
+    if resumed_from is None:  # a checkpoint has every weight and buffer
+        initialise(model, seed=config.seed, device=device)
     batches = global_batches(config, shards, position=state.position)
     if resumed_from:
         _tell_of_resume(config, place, state, resumed_from, batches, event=event, say=say)
@@ -290,9 +294,11 @@ def build_model(
     device: torch.device,
     timeout_seconds: float,
     activity: Activity | None = None,
+    initialised: bool = True,
 ) -> tuple[Transformer, Optimizer, Gradients, Meshes]:
     """Returns this rank's part of the fresh model, its optimizer and gradients, and its meshes.
 
+    If `initialised` is false the weights are left to be filled.
     All ranks of the world call it. Collectives time out after `timeout_seconds`.
     """
     topology = resolve_topology(
@@ -310,7 +316,7 @@ def build_model(
         model,
         meshes,
         config.parallel,
-        seed=config.seed,
+        seed=config.seed if initialised else None,
         device=device,
         compute_dtype=dtype,
         activity=activity,

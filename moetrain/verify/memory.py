@@ -51,7 +51,7 @@ def needed_gib(config: Config, *, num_ranks: int) -> float:
     inner = max(inner, 5 * (model.dense_ffn_hidden_dim or 0))
     outer = 14 * model.dim + 4 * model.num_heads * model.head_dim
     layer = 4 * tokens * (inner + outer)
-    head = 4 * 3 * min(tokens, model.loss_chunk_size * num_ranks) * model.vocab_size
+    head = 4 * 3 * min(tokens, model.loss_chunk * num_ranks) * model.vocab_size
     return (copies * weights + model.num_layers * layer + head) / GIB + num_ranks * RANK_GIB
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.model import Transformer, chunked_cross_entropy, load_balance_loss, total_parameters
 from moetrain.settings import ModelSettings, RopeScalingSettings, RouterSettings
@@ -176,6 +178,49 @@ def test_chunked_cross_entropy_equals_torch_with_gradients(chunk_size: int) -> N
     (expected / 7).backward()
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(gradients, (grad_of(hidden), grad_of(head)))
+
+
+class _RowsOfLogits(TorchDispatchMode):
+    """Records the most rows of a product as wide as the vocabulary."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # it has no annotations
+        self.most, self._vocab_size = 0, vocab_size
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        found = function(*arguments, **(options or {}))
+        if isinstance(found, torch.Tensor) and found.shape[1:] == (self._vocab_size,):
+            self.most = max(self.most, found.shape[0])
+        return found
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 256), (500, 500)])
+def test_a_chunk_of_the_loss_is_a_number_of_bytes_unless_it_is_set(
+    given: int | None, expected: int
+) -> None:
+    settings = dataclasses.replace(
+        SMALL, dim=8, num_layers=1, num_experts=1, top_k=1, vocab_size=2**18, max_seq_len=600,
+        loss_chunk_size=given,
+    )  # fmt: skip
+    model, tokens = _initialised(settings), torch.zeros(1, 600, dtype=torch.int64)
+    with _RowsOfLogits(2**18) as seen, torch.no_grad():
+        model(tokens, tokens)
+    assert seen.most == expected
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens"),
+    [(257, 2048), (32_000, 2048), (32_768, 2048), (50_304, 1280), (151_936, 384), (256_000, 256),
+     (2**24, 128)],
+)  # fmt: skip
+def test_the_default_chunk_is_what_256_mib_hold_and_as_before_for_small_vocabularies(
+    vocab_size: int, tokens: int
+) -> None:
+    settings = dataclasses.replace(SMALL, vocab_size=vocab_size)
+    assert settings.loss_chunk == tokens
+    assert tokens == 128 or 4 * tokens * vocab_size <= 2**28
 
 
 def test_balance_loss_is_one_when_balanced_and_rises_when_an_expert_takes_all() -> None:

@@ -1,6 +1,7 @@
 """What a resumed run must restore, on real ranks; and what a run does that can't save."""
 
 import concurrent.futures
+import importlib
 import json
 import resource
 import shutil
@@ -209,6 +210,32 @@ def test_the_number_of_ranks_may_change_in_the_middle_and_no_token_comes_twice(
         for manifest in map(read_manifest, candidates(tmp_path / "moved/runs/tiny/checkpoints"))
     }
     assert worlds == {8: 1, 7: 1, 6: 4}
+
+
+def train_and_resume(begun: Resolved, resumed: Resolved) -> list[int]:
+    """Returns how many weights were initialised for a new run, and for its resume."""
+    made: list[int] = []
+    module = importlib.import_module("moetrain.parallel.parallelize")  # a function has its name
+    values = module.initial_values
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made[-1] += 1
+        return values(*arguments, **options)
+
+    with changed(module, "initial_values", counted):
+        for attempt, (config, stop) in enumerate(((begun, STOP), (resumed, None)), start=1):
+            made.append(0)
+            train_as_rank(config, stop, attempt)
+    return made
+
+
+def test_a_resume_initialises_no_weight_that_its_checkpoint_has(
+    tmp_path: Path, shards: Path
+) -> None:
+    config = tiny_config(tmp_path, shards=shards, num_workers=2)
+    for begun, resumed in run_ranks(train_and_resume, 2, config, config):
+        assert begun > 0
+        assert resumed == 0
 
 
 # ── Asynchronous saves ────────────────────────────────────────────────────────────────────────

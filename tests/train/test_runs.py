@@ -1,7 +1,6 @@
 """Whole small runs on real ranks: resume, other layouts, skipped steps, bad checkpoints."""
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -38,6 +37,7 @@ from tests.support.runs import (
     train_as_rank,
     write_shards,
 )
+from tests.torture.content import read_plainly
 
 
 @pytest.fixture(scope="module")
@@ -413,16 +413,5 @@ def assert_all_finite(folder: Path) -> None:
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
     """Returns a checkpoint's tensors, put together without any of our code."""
-    from safetensors.torch import load_file
-
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = {file: load_file(folder / file) for file in manifest["files"]}
-    tensors = {}
-    for name, entry in manifest["tensors"].items():
-        whole = torch.full(entry["shape"], torch.nan, dtype=getattr(torch, entry["dtype"]))
-        for file, (offset, shape) in entry["blocks"].items():
-            index = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-            whole[index] = files[file][name]
-        assert not whole.isnan().any(), f"{name} has elements that no file holds"
-        tensors[name] = whole
+    tensors, _ = read_plainly(folder)
     return tensors
