@@ -159,7 +159,7 @@ def build_meshes(
                 list(ranks),
                 timeout=timeout,
                 # FSDP asks a group of one rank for its size only.
-                backend="gloo" if len(ranks) == 1 else None,
+                backend="gloo" if len(ranks) == 1 and device.type == "cuda" else None,
                 use_local_synchronization=True,
             )
             assert made is not None
