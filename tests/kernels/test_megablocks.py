@@ -300,3 +300,19 @@ def test_the_stand_in_is_registered_only_where_the_compiled_module_is_missing(
     monkeypatch.setitem(sys.modules, "megablocks_ops", None)  # importing it fails
     _libraries.__wrapped__()
     assert sys.modules["megablocks_ops"] is megablocks_ops_in_torch
+
+
+def test_counts_that_the_host_has_are_not_asked_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MegaBlocks' own gather asks for the number of padded rows, forward and backward."""
+
+    def asks(*_: Any) -> Any:
+        raise AssertionError("the number of padded rows is asked of the device")
+
+    monkeypatch.setattr(_libraries().kernels, "padded_gather", asks)
+    assignments, _ = assignments_of([[0, 2], [2, 0], [0]], num_experts=3)
+    assignments = assignments._replace(host=HostCounts([3, 0, 2]))
+    tensors = inputs(3, 5, 3, 128, 128)
+    out = megablocks_swiglu(tensors[0], tensors[1], assignments, *tensors[2:])
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), tensors))
