@@ -1,5 +1,6 @@
 """The front of every command: what a user types and writes into files, composed or refused."""
 
+import pkgutil
 import re
 import shlex
 import sys
@@ -89,6 +90,27 @@ def test_names_that_look_like_numbers_are_names(front: Front) -> None:
     assert settings.checkpoint.upload_to == "file:///a=b, c"
     assert settings.cluster.env == {"X": "1e5"}
     assert settings.run.name is None
+
+
+def test_a_sweep_composes_each_combination_once_and_begins_none_before_the_last(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = []
+    place = "hydra._internal.config_loader_impl.ConfigLoaderImpl.load_sweep_config"
+    load = pkgutil.resolve_name(place)
+
+    def counted(*given: Any, **known: Any) -> Any:
+        times.append(given)
+        return load(*given, **known)
+
+    monkeypatch.setattr(place, counted)
+    code, found, said = front("-m", "optim.lr=1e-3,2e-3,3e-3", "run.dir=runs")
+    assert (code, len(found), len(times)) == (0, 3, 3), said
+    code, found, said = front("-m", "optim.lr=1e-3,2e-3", "optim.nothing=1", "run.dir=runs")
+    assert (code, found) == (2, [])
+    code, found, said = front("-m", "schedule=cosine,nothing", "run.dir=runs")
+    assert (code, found) == (2, [])
+    assert "nothing" in said
 
 
 def test_a_sweep_keeps_texts_as_typed_and_goes_with_flags_in_any_order(

@@ -22,6 +22,7 @@ from typing import IO, Protocol
 from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from launch.closing import TRIAL_VARIABLE
 from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
+from launch.sweeps.trial_server import TrialProcess, TrialServer
 from moetrain.checkpoint.remote.of_run import good_save
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.observe import has_finished, read_events
@@ -35,7 +36,7 @@ _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 @dataclass(kw_only=True)
 class _Running:
     trial: Trial
-    process: subprocess.Popen[str]
+    process: TrialProcess
     reader: threading.Thread | None
 
 
@@ -78,6 +79,7 @@ class Sweep:
         self._side_by_side = False
         self._running: list[_Running] = []
         self._stops = 0
+        self._server = TrialServer()
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -134,6 +136,7 @@ class Sweep:
 
     def close(self) -> int:
         """Prints the table of all trials and returns the exit code."""
+        self._server.close()
         results = list(self._results.values())
         print(write_table(results, self._folder), flush=True)
         return _exit_code(results, stopped=self.is_stopped)
@@ -161,26 +164,25 @@ class Sweep:
 
     def _start(self, trial: Trial) -> None:
         self._say(self._title(trial))
-        command = [sys.executable, "-m", "moetrain", *trial.command]
+        command = list(trial.command)
         if self._side_by_side and not any(a.startswith(THREADS) for a in trial.command):
             command.append(f"{THREADS}1")  # each would use all cores
-        process = subprocess.Popen(
-            command,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if self._side_by_side else None,
-            stderr=subprocess.STDOUT if self._side_by_side else None,
-            env=os.environ | _OF_A_TRIAL,
-            # In its own process group, so that a terminal's Ctrl-C reaches it only through the
-            # sweep.
-            process_group=0 if self._side_by_side else None,
-            preexec_fn=_stop_with_parent,
-        )
-        reader = None
-        if process.stdout:
+        reader, output = None, None
+        if self._side_by_side:
+            lines, output = os.pipe()
             log = (self._folder / f"trial_{trial.number}.log").open("w")
-            reader = threading.Thread(target=_relay, args=(process.stdout, trial.number, log))
+            reader = threading.Thread(target=_relay, args=(os.fdopen(lines), trial.number, log))
             reader.start()
+        process = self._server.start(
+            command,
+            environ=os.environ | _OF_A_TRIAL,
+            output=output,
+            # Side by side each has its own process group, so that a terminal's Ctrl-C reaches it
+            # only through the sweep.
+            group=0 if self._side_by_side else os.getpgrp(),
+        )
+        if output is not None:
+            os.close(output)
         self._running.append(_Running(trial=trial, process=process, reader=reader))
         if self._stops:  # a signal that arrived during its start
             process.send_signal(signal.SIGTERM)
@@ -189,6 +191,7 @@ class Sweep:
         self._running.remove(one)
         if one.reader:
             one.reader.join()
+        assert one.process.returncode is not None
         return one.process.returncode
 
     def _on_signals(self) -> AbstractContextManager[None]:
@@ -256,7 +259,7 @@ def _begin_in_job() -> None:
 
 def _relay(lines: IO[str], number: int, log: IO[str]) -> None:
     """Prints a trial's output with its number before each line, and keeps it."""
-    with log:
+    with lines, log:
         for line in lines:
             log.write(line)
             log.flush()

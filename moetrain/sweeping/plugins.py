@@ -105,7 +105,12 @@ class SweepPlugins:
         def sweeper_of(plugins: Plugins, *, config: DictConfig, **known: Any) -> Sweeper:
             if not _is_hydras_own(config):
                 self._prepare(config)
-            return sweeper(plugins, config=config, **known)
+            found = sweeper(plugins, config=config, **known)
+            if _is_basic(config.hydra.sweeper) and hasattr(found, "validate_batch_is_legal"):
+                # It would compose every combination once more. Nothing begins before all of them
+                # are composed (`command.run_command`).
+                found.validate_batch_is_legal = _is_composed_anyway  # type: ignore[method-assign]
+            return found
 
         def launcher_of(
             plugins: Plugins,
@@ -161,6 +166,10 @@ class SweepPlugins:
         require_launcher(config, self._words)
         if config.hydra.sweeper._target_ == OPTUNA:
             prepare_study(config)
+
+
+def _is_composed_anyway(batch: Sequence[Sequence[str]]) -> None:
+    pass
 
 
 def _is_basic(plugin: DictConfig) -> bool:
