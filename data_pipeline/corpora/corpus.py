@@ -131,7 +131,8 @@ def open_corpus(
     Or a data source that an extension has registered, with its `options`. `on_corrupt` says whether
     a corrupt document or file ends the reading or is skipped; one of more than `max_document_bytes`
     is corrupt. `text_field` names the text in JSON and tables. Folders that are being written,
-    `outputs`, are not part of it. Messages refer to it by the `setting` that named it, and suggest no name that another of the `sources` has.
+    `outputs`, are not part of it. Messages refer to it by the
+    `setting` that named it, and suggest no name that another of the `sources` has.
 
     Raises DataError if it doesn't exist, contains no file, or has something that can't be read.
     """
