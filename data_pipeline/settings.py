@@ -64,6 +64,9 @@ def _field_name(text: str) -> str:
 TextField = Annotated[str, AfterValidator(_field_name)]
 TEXT_FIELD = "text"
 
+# In bytes of text. While it is built, a document takes up to eight times as much memory.
+LONGEST_DOCUMENT = 2**30
+
 # Valid in file names and metric names.
 SOURCE_NAME = r"^[A-Za-z0-9_-]{1,40}$"
 
@@ -202,6 +205,7 @@ class BuildSettings:
     tokenise; default: one per core, or none in a small text if the tokenizer is fast. With
     `on=ray` the parts of a large text are built by tasks of the Ray cluster at `ray_address`, at
     most `num_processes` at a time; default: on all of its cores.
+    `max_document_bytes` is the longest document: a longer one is corrupt.
     `on_corrupt` says what happens to unreadable input, `on_changed` what happens to existing shards
     whose text has changed. `extensions` are the user's own modules, which may register tokenizers
     and data sources; `corpus_options` are such a source's settings.
@@ -219,6 +223,7 @@ class BuildSettings:
     end_of_document: str | None = None
     validation_fraction: Fraction = 0.05
     shard_tokens: Count = 2**24
+    max_document_bytes: Count = LONGEST_DOCUMENT
     num_processes: Count | None = None
     on: BuildOn = BuildOn.local
     ray_address: str | None = None

@@ -16,11 +16,13 @@ from data_pipeline.building.digests import RunWriter, num_ranges, repeated_in_ra
 
 
 def _words(num_bytes: int) -> Iterator[str]:
-    """Yields documents of that many bytes, no two alike."""
+    """Yields documents of about that many bytes, of words as frequent as those of a language."""
     random = np.random.default_rng(0)
-    letters = np.frombuffer(b"etaoin shrdlu cmfwyp", np.uint8)
+    letters = random.integers(97, 123, size=(20_000, 5), dtype=np.uint8)
+    words = [row.tobytes().decode() for row in letters]
     while True:
-        yield letters[random.integers(0, len(letters), size=num_bytes)].tobytes().decode()
+        ranks = (random.pareto(1.0, size=num_bytes // 6) * 10).astype(np.int64) % len(words)
+        yield " ".join([words[rank] for rank in ranks.tolist()])
 
 
 def _write(path: Path, num_documents: int, num_bytes: int) -> None:
@@ -77,14 +79,14 @@ CASES = (
     Case(
         name="build/documents",
         unit="documents of 300 bytes",
-        sizes=(10_000, 100_000, 400_000),
+        sizes=(10_000, 50_000, 250_000),
         prepare=_documents,
         run=partial(_build, tokenizer="bytes"),
     ),
     Case(
         name="build/megabytes",
         unit="MB, Mixtral's tokenizer",
-        sizes=(10, 50, 150),
+        sizes=(4, 16, 64),
         prepare=_megabytes,
         run=partial(_build, tokenizer="mixtral-v1"),
     ),

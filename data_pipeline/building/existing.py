@@ -13,7 +13,14 @@ from data_pipeline.building.text_record import read_text_record, text_change
 from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus import Corpus, open_corpus
 from data_pipeline.corpora.raw_documents import FAILURES
-from data_pipeline.settings import TEXT_FIELD, BuildSettings, DataError, OnChanged, sources_of
+from data_pipeline.settings import (
+    LONGEST_DOCUMENT,
+    TEXT_FIELD,
+    BuildSettings,
+    DataError,
+    OnChanged,
+    sources_of,
+)
 from data_pipeline.shards.index import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -102,7 +109,8 @@ def differing_setting(settings: BuildSettings, index: Index) -> tuple[str, Any, 
     """A setting that differs: its name, the shards' value and the wanted one; None if none does."""
     wanted, found = (encodable(asdict(entry)) for entry in (build_entry(settings), index.build))
     if not any(source.num_left_out.get(reason) for source in index.sources for reason in FAILURES):
-        del wanted["on_corrupt"]  # nothing was corrupt, so the setting made no difference
+        # Nothing was corrupt, so that these settings made no difference.
+        del wanted["on_corrupt"], wanted["max_document_bytes"]
     for key, value in wanted.items():
         # As text: the order of sources matters, which comparing dictionaries would ignore.
         if repr(found[key]) != repr(value):
@@ -157,6 +165,7 @@ def corpora_of(settings: BuildSettings, *, named_by: NamedBy) -> dict[str, Corpu
             source.corpus,
             on_corrupt=settings.on_corrupt,
             text_field=source.text_field or TEXT_FIELD,
+            max_document_bytes=settings.max_document_bytes,
             options=source.corpus_options,
             outputs=outputs,
             setting=f"sources.{name}.corpus" if settings.sources else named_by,
@@ -185,14 +194,26 @@ def build_entry(settings: BuildSettings) -> BuildEntry:
         end_of_document=settings.end_of_document,
         validation_fraction=settings.validation_fraction,
         shard_tokens=settings.shard_tokens,
+        max_document_bytes=_unusual_longest(settings),
         on_corrupt=settings.on_corrupt,
     )
+
+
+def _unusual_longest(settings: BuildSettings) -> int | None:
+    """The length of the longest document, if it isn't the default.
+
+    The default stands in no record: folders were built before there was this setting.
+    """
+    longest = settings.max_document_bytes
+    return None if longest == LONGEST_DOCUMENT else longest
 
 
 def build_demands(settings: BuildSettings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What decides the bytes of a shard, and so whether a build can be resumed."""
     sources = sources_of(settings)
+    longest = _unusual_longest(settings)
     return {
+        **({} if longest is None else {"max_document_bytes": longest}),
         "format_version": FORMAT_VERSION,
         "sources": {name: source.corpus for name, source in sources.items()},
         "corpus_options": {name: source.corpus_options for name, source in sources.items()},

@@ -8,12 +8,17 @@ removed, are trained on as they are.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.atomic_files import write_file
+from data_pipeline.building.parted_build import compared_parts, documents_hashes, parts_of
+from data_pipeline.building.parts import Job
+from data_pipeline.building.workers import Here
 from data_pipeline.corpora.corpus import Corpus, kept_documents
 from data_pipeline.corpora.corpus_files import CorpusFile
 from data_pipeline.corpora.raw_documents import LeftOut
@@ -84,7 +89,7 @@ def text_change(
     }
     if not any(touched.values()):
         return None
-    hashes = _documents_hashes(corpora, progress=progress)
+    hashes = _documents_hashes(corpora, near=folder, progress=progress)
     if other := [name for name in corpora if hashes[name] != before[name].documents_hash]:
         return "; ".join(
             f"source {name}: other text in {_named('written since', touched[name]) or 'it'}"
@@ -120,8 +125,19 @@ def _named(what: str, names: Sequence[str]) -> str:
     return f"{number} {what} ({', '.join(names[:_NUM_NAMED])}{more})"
 
 
-def _documents_hashes(corpora: Mapping[str, Corpus], *, progress: bool) -> dict[str, str]:
-    """The `DocumentHash` of each source's documents, as a build would keep them."""
+def _documents_hashes(
+    corpora: Mapping[str, Corpus], *, near: Path, progress: bool
+) -> dict[str, str]:
+    """The `DocumentHash` of each source's documents, as a build would keep them.
+
+    The digests of a large text are in files `near` its shards for that time.
+    """
+    parts = parts_of(corpora, shard_tokens=0)
+    if parts is not None:
+        with _temporary_folder(near) as temporary:
+            job = Job(folder=temporary)
+            job.hashes("").mkdir()
+            return documents_hashes(job, compared_parts(job, parts, Here(job), progress=progress))
     num_bytes = sum(corpus.num_bytes for corpus in corpora.values())
     seen: set[bytes] = set()
     hashes = {}
@@ -134,3 +150,11 @@ def _documents_hashes(corpora: Mapping[str, Corpus], *, progress: bool) -> dict[
                 counter.advance(len(document.content))
             hashes[name] = documents_hash.hexdigest()
     return hashes
+
+
+@contextmanager
+def _temporary_folder(near: Path) -> Iterator[Path]:
+    """A folder on the same disk, if that can be written, which is large enough."""
+    place = near.parent if os.access(near.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{near.name}.", suffix=".new") as folder:
+        yield Path(folder)

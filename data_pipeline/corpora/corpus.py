@@ -35,8 +35,13 @@ from data_pipeline.corpora.raw_documents import (
     counts_text,
     shown,
 )
-from data_pipeline.corpora.text_files import read_documents, read_lines, refused
-from data_pipeline.settings import DataError, OnCorrupt, plain_source_name
+from data_pipeline.corpora.text_files import (
+    is_one_document,
+    read_documents,
+    read_lines,
+    refused,
+)
+from data_pipeline.settings import LONGEST_DOCUMENT, DataError, OnCorrupt, plain_source_name
 from data_pipeline.storage import without_secrets
 
 # Tests repeat the library's text, and other installed packages differ between machines.
@@ -115,6 +120,7 @@ def open_corpus(
     *,
     on_corrupt: OnCorrupt,
     text_field: str = "text",
+    max_document_bytes: int = LONGEST_DOCUMENT,
     options: Mapping[str, Any] = MappingProxyType({}),
     outputs: Iterable[Path] = (),
     setting: str = "corpus",
@@ -123,9 +129,10 @@ def open_corpus(
     """The corpus that `spec` names: `stdlib`, a folder, a data set saved to disk, or a file.
 
     Or a data source that an extension has registered, with its `options`. `on_corrupt` says whether
-    a corrupt document or file ends the reading or is skipped. `text_field` names the text in JSON
-    and tables. Folders that are being written, `outputs`, are not part of it. Messages refer to it
-    by the `setting` that named it, and suggest no name that another of the `sources` has.
+    a corrupt document or file ends the reading or is skipped; one of more than `max_document_bytes`
+    is corrupt. `text_field` names the text in JSON and tables. Folders that are being written,
+    `outputs`, are not part of it. Messages refer to it by the
+    `setting` that named it, and suggest no name that another of the `sources` has.
 
     Raises DataError if it doesn't exist, contains no file, or has something that can't be read.
     """
@@ -154,7 +161,7 @@ def open_corpus(
     else:
         raise DataError(_no_such_corpus(spec, path, setting=setting, sources=sources))
     name = shown(path.absolute().name)
-    corpus = _Files(name, root, found, on_corrupt, text_field)
+    corpus = _Files(name, root, found, on_corrupt, text_field, max_document_bytes)
     corpus.check_names()
     return corpus
 
@@ -209,6 +216,7 @@ class _Files:
     found: FoundFiles
     on_corrupt: OnCorrupt
     text_field: str
+    max_document_bytes: int = LONGEST_DOCUMENT
     pieces: tuple[Piece, ...] = ()
     """What of the files it has, if it is a part of a corpus."""
     num_lines_before: int = 0
@@ -270,6 +278,11 @@ class _Files:
         for piece in self.pieces or map(Piece, self.files):
             name = piece.file.name
             path = self.root / name
+            if is_one_document(name) and piece.file.size > self.max_document_bytes:
+                too_long = self._too_long(name, piece.file.size)
+                self._check(too_long)
+                yield too_long
+                continue
             documents = (
                 read_documents(path, where=name, field=self.text_field)
                 if piece.end is None
@@ -283,10 +296,24 @@ class _Files:
                 )
             )
             for document in documents:
-                if isinstance(document, Unread):
-                    self._check(document)
-                yield document
+                found = self._of_length(document)
+                if isinstance(found, Unread):
+                    self._check(found)
+                yield found
             before = 0
+
+    def _of_length(self, document: RawDocument) -> RawDocument:
+        """The document, or that it is too long."""
+        if isinstance(document, Unread) or len(document.text) <= self.max_document_bytes // 4:
+            return document  # four bytes are the most that a character takes
+        num_bytes = len(document.text.encode(errors="replace"))
+        if num_bytes <= self.max_document_bytes:
+            return document
+        return self._too_long(document.where, num_bytes)
+
+    def _too_long(self, where: str, num_bytes: int) -> Unread:
+        why = f"has {num_bytes:,} bytes, more than max_document_bytes={self.max_document_bytes}"
+        return Unread(where, Reason.corrupt, why, "raise that, cut the document")
 
     def _check(self, unread: Unread) -> None:
         """Raises DataError for something unreadable, unless it is to be skipped."""

@@ -8,8 +8,9 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import BufferedReader
 from itertools import chain, islice
 from typing import Any, BinaryIO, TypeGuard
@@ -166,16 +167,24 @@ class _LinesBefore:
     def __init__(self, file: BufferedReader, end: int) -> None:
         self._file, self._left = file, end - file.tell()
 
-    def __iter__(self) -> Iterator[bytes]:
-        while self._left > 0 and (line := self._file.readline()):
-            self._left -= len(line)
-            yield line
+    def readline(self, size: int) -> bytes:
+        line = self._file.readline(size) if self._left > 0 else b""
+        self._left -= len(line)
+        return line
+
+
+def _bounded(lines: "BinaryIO | _LinesBefore", where: str) -> Iterator[bytes]:
+    """The lines of a file; raises DamagedError for one that may not fit into memory."""
+    for line in iter(partial(lines.readline, _LONGEST_VALUE), b""):
+        if len(line) == _LONGEST_VALUE and not line.endswith(b"\n"):
+            raise DamagedError(f"{where} has a line of more than {_LONGEST_VALUE} bytes")
+        yield line
 
 
 def _lines(
-    file: Iterable[bytes], where: str, field: str, *, first: int = 1
+    file: "BinaryIO | _LinesBefore", where: str, field: str, *, first: int = 1
 ) -> Iterator[RawDocument]:
-    for number, line in enumerate(file, start=first):
+    for number, line in enumerate(_bounded(file, where), start=first):
         if not line.isspace():
             place = f"{where}, line {number}"
             try:

@@ -130,6 +130,12 @@ def has_lines(path: Path) -> bool:
         return False  # reading it says why
 
 
+def is_one_document(name: str) -> bool:
+    """Whether a file of this name is one document, as it is."""
+    ending, compression = _ending(name)
+    return ending in _PLAIN and not compression
+
+
 def refused(name: str, *, where: str) -> Unread | None:
     """For a file that can't be read, by its name alone, says why; None for any other."""
     ending, compression = _ending(name)

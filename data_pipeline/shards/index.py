@@ -117,6 +117,8 @@ class BuildEntry:
     validation_fraction: Fraction
     shard_tokens: Count
     on_corrupt: OnCorrupt
+    max_document_bytes: Count | None = None
+    """None: the default."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -132,7 +134,10 @@ class Index:
 
 def write_index(index: Index, folder: Path) -> None:
     """Writes `index.json`, the last file of a folder to be written."""
-    content = json.dumps(encodable(asdict(index)), indent=1) + "\n"
+    fields = asdict(index)
+    if fields["build"]["max_document_bytes"] is None:
+        del fields["build"]["max_document_bytes"]  # for readers of before there was this field
+    content = json.dumps(encodable(fields), indent=1) + "\n"
     (folder / INDEX_NAME).write_text(content, encoding="utf-8")
 
 

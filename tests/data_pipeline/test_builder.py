@@ -227,6 +227,24 @@ def test_corrupt_documents_end_the_build_or_are_counted(tmp_path: Path) -> None:
         build(corpus, tmp_path / "to", on_corrupt="fail", validation_fraction=0.0)
 
 
+def test_document_that_is_too_long_ends_the_build_or_is_counted(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("é" * 51)  # 102 bytes
+    (corpus / "b.jsonl").write_text('{"text": "' + "é" * 51 + '"}\n{"text": "' + "é" * 50 + '"}\n')
+    given: dict[str, Any] = {"max_document_bytes": 100, "validation_fraction": 0.0}
+    with pytest.raises(DataError, match=r"a\.txt has 102 bytes, more than max_document_bytes=100;"):
+        build(corpus, tmp_path / "to", **given)
+    folder = build(corpus, tmp_path / "to", on_corrupt="skip", **given)
+    assert documents_of(folder, "train") == ["é" * 50]
+    assert folder.source("corpus").left_out_examples["corrupt"] == ("a.txt", "b.jsonl, line 1")
+    with pytest.raises(DataError, match="built with max_document_bytes=100, not max_document_byt"):
+        build(corpus, tmp_path / "to", on_corrupt="skip", validation_fraction=0.0)
+    usual = build(corpus, tmp_path / "usual", validation_fraction=0.0)
+    assert len(documents_of(usual, "train")) == 2  # one is a duplicate
+    assert b"max_document_bytes" not in (usual.path / "index.json").read_bytes()
+
+
 def test_whole_text_is_the_same_whatever_would_become_of_a_corrupt_one(
     corpus: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataError, ShardFolder
-from data_pipeline.building import parted_build, parts
+from data_pipeline.building import parted_build, parts, text_record
 from data_pipeline.building.text_record import TEXT_NAME
 from data_pipeline.corpora.corpus import open_corpus
 from data_pipeline.corpora.raw_documents import RawDocument, Text
@@ -277,4 +277,15 @@ def test_text_of_which_only_times_changed_is_taken_for_unchanged(
     shutil.copy(sources["files"] / "001.txt", sources["files"] / "000.txt")
     with pytest.raises(DataError, match="source files: "):
         build_large(sources, tmp_path / "to")
+    assert sorted(os.listdir(tmp_path)) == ["text", "to"]
+
+
+@pytest.mark.usefixtures("parted")
+def test_large_text_of_which_only_times_changed_is_compared_part_by_part(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_large(sources, tmp_path / "to")
+    os.utime(sources["small"], ns=(1, 1))
+    monkeypatch.setattr(text_record, "kept_documents", None)  # which would hold all digests
+    build_large(sources, tmp_path / "to")
     assert sorted(os.listdir(tmp_path)) == ["text", "to"]
