@@ -41,6 +41,7 @@ _KINDS = {
     "model.max_seq_len": Kind.recipe,
     "model.pad_vocab_to_multiple_of": Kind.incidental,  # its effect is in vocab_size
     "model.loss_chunk_size": Kind.layout,
+    "model.attention_kernel": Kind.layout,
     "model.router.load_balance_loss_weight": Kind.recipe,
     "model.router.load_balance_scope": Kind.recipe,
     "model.router.z_loss_weight": Kind.recipe,
@@ -52,6 +53,7 @@ _KINDS = {
     "extensions": Kind.incidental,  # what they register is named where it is used
     "train.seq_len": Kind.order,
     "train.micro_batch_size": Kind.layout,
+    "train.deterministic": Kind.layout,
     "train.validate_every_steps": Kind.incidental,
     "train.max_skipped_steps": Kind.incidental,
     "data.dir": Kind.text,

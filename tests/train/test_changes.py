@@ -38,7 +38,7 @@ RECIPE = {
     "max_seq_len", "router.load_balance_loss_weight", "router.load_balance_scope",
     "router.z_loss_weight", "router.bias_update_rate", "router.jitter_noise",
 }  # fmt: skip
-LAYOUT = {"loss_chunk_size", "experts.backend", "experts.recompute"}
+LAYOUT = {"loss_chunk_size", "attention_kernel", "experts.backend", "experts.recompute"}
 
 
 def test_each_setting_of_the_model_is_classified() -> None:
