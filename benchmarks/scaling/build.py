@@ -93,7 +93,7 @@ CASES = (
     Case(
         name="build/long_document",
         unit="MB of one document",
-        sizes=(5, 20, 80),
+        sizes=(4, 16, 60),  # below 64 MiB, from which on a text is read twice,
         prepare=_long_document,
         run=partial(_build, tokenizer="bytes"),
     ),
