@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from moetrain.kernels import (
 )
 from moetrain.model import Compute, Memo, TokenExchange
 from moetrain.parallel.activity import Activity
+from moetrain.parallel.transfer import Transfer, named
 from moetrain.settings import ExchangeSettings
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class AllToAllExchange(TokenExchange):
         begin = depart_again if plan.recomputes else depart
         finish = begin(*legs[0])
         extra = None if beside is None else beside()
-        home: list[_Transfer] = []
+        home: list[Transfer] = []
         try:
             for step, following in zip(plan.rounds, [*legs[1:], None], strict=True):
                 # The next round's dispatch is in flight while this round computes.
@@ -246,8 +247,8 @@ class AllToAllExchange(TokenExchange):
         )
         return compute(rows, gates.flatten().index_select(0, assignments.slot), assignments)
 
-    def _transfer(self, x: Tensor, send: list[int], receive: list[int]) -> "_Transfer":
-        return _Transfer(x, send, receive, exchange=self)
+    def _transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Transfer:
+        return Transfer(x, send, receive, group=self.group, activity=self.activity, name=self.name)
 
     def _warn_of_imbalance(self, worst: int, fair_share: float, num_rounds: int) -> None:
         if worst > self._worst * max(1.0, fair_share):
@@ -286,12 +287,12 @@ class _Counting:
         self.name = f"counts of the {exchange.name} on rank {dist.get_rank()}"
         self.table = mine.new_empty(degree * len(mine))
         self.degree = degree
-        with _named(self.name):
+        with named(self.name):
             self.work = _all_gather(self.table, mine, group=exchange.group, async_op=True)
 
     def read(self) -> Counts:
         """Returns one row of counts for each rank: the layer's one host synchronisation."""
-        with _named(self.name), self.activity.collective(self.name):
+        with named(self.name), self.activity.collective(self.name):
             self.work.wait()
             # On CUDA, `wait` only orders streams; the host blocks here.
             table: Counts = self.table.cpu().numpy().reshape(self.degree, -1)
@@ -318,92 +319,3 @@ class _Plan(NamedTuple):
     """Whether a token is sent once per rank, or once per expert."""
     recomputes: bool
     """Whether the rounds keep no activations, and are recomputed in the backward pass."""
-
-
-class _Transfer:
-    """An asynchronous all-to-all of rows, and the one that returns gradients in the backward pass.
-
-    Both start as early and are waited for as late as autograd's order allows, so that the work
-    between start and wait overlaps with them. In the backward pass, waiting is `_Start`'s and
-    starting is `_Wait`'s. Row gradients need no reduction, because each row has one sender; an
-    expert's weight gradient therefore covers the tokens of all ranks in the group.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        send: list[int],
-        receive: list[int],
-        *,
-        exchange: AllToAllExchange,
-    ) -> None:
-        self.send, self.receive, self.group = send, receive, exchange.group
-        self.activity = exchange.activity
-        self.name = (
-            f"{exchange.name} on rank {dist.get_rank()}, sending {send} and receiving {receive} "
-            "rows"
-        )
-        self.sent: Tensor = _Start.apply(x, self)  # type: ignore[no-untyped-call]
-
-    def wait(self) -> Tensor:
-        """Returns the rows that were received."""
-        # Dropped here: the graph of `sent` refers to this object, so that keeping it would make a
-        # reference cycle, which holds all rows until the backward pass.
-        sent = self.__dict__.pop("sent")
-        return _Wait.apply(sent, self)  # type: ignore[no-any-return, no-untyped-call]
-
-    def start(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Starts the exchange and returns the buffer that it fills."""
-        self.kept = x.contiguous()  # must live until it is sent
-        out = x.new_empty(sum(receive), *x.shape[1:])
-        with _named(self.name):
-            self.work = dist.all_to_all_single(
-                out, self.kept, receive, send, group=self.group, async_op=True
-            )
-        self.coming = out
-        return out
-
-    def finish(self) -> Tensor:
-        """Waits for what `start` began, and returns the rows that were received."""
-        with _named(self.name), self.activity.collective(self.name):
-            self.work.wait()
-        out = self.coming
-        del self.kept, self.work, self.coming
-        return out
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        transfer.start(x, transfer.send, transfer.receive)
-        # Stands for the rows sent, so that `_Wait` has an input of the gradient's shape.
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.transfer.finish()
-        return grad, None
-
-
-class _Wait(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sent: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        return transfer.finish()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        transfer: _Transfer = ctx.transfer
-        # The buffer is returned before it is filled; autograd only passes it to `_Start.backward`,
-        # which waits for it.
-        return transfer.start(grad, transfer.receive, transfer.send), None
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Adds to a collective's error what it was for: the library names a port at best."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise type(error)(f"{what} failed: {error}") from error

@@ -109,6 +109,7 @@ def build_trainer(
     batches = global_batches(config, shards, position=state.position)
     if resumed_from:
         _tell_of_resume(config, place, state, resumed_from, batches, event=event, say=say)
+    watch = partial(Stragglers, device=device, activity=control.activity, event=event, say=say)
     prefetcher = Prefetcher(
         batches,
         first_sample=state.samples,
@@ -138,16 +139,7 @@ def build_trainer(
         if leads
         else [],
         event=event,
-        stragglers=None
-        if config.num_ranks == 1
-        else Stragglers(
-            model,
-            device=device,
-            step=state.step,
-            activity=control.activity,
-            event=event,
-            say=say,
-        ),
+        stragglers=None if config.num_ranks == 1 else watch(model, step=state.step),
         tally=tally,
         callbacks=_callbacks(config, state),
         metrics=build_metrics(config.observe),

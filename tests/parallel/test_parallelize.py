@@ -21,7 +21,8 @@ from moetrain.parallel import (
     plain_name,
     resolve_topology,
 )
-from moetrain.parallel.all_to_all_exchange import _Counting, _Transfer
+from moetrain.parallel.all_to_all_exchange import _Counting
+from moetrain.parallel.transfer import Transfer
 from moetrain.settings import ExchangeSettings, OptimSettings, ParallelSettings
 from moetrain.train.micro_batch import MicroBatch
 from moetrain.train.step import train_step
@@ -142,8 +143,8 @@ def exchanges(recompute: str, num_rounds: int) -> dict[str, int]:
         replace_in_rank(owner, method, counted)
 
     counting(_Counting, "read", "counted")
-    counting(_Transfer, "start", "started")
-    counting(_Transfer, "finish", "waited for")
+    counting(Transfer, "start", "started")
+    counting(Transfer, "finish", "waited for")
     tokens = text(dist.get_rank())
     model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.backward()
     return made
