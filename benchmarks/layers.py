@@ -6,29 +6,17 @@ gates of the chosen experts, and SwiGLU experts. `Unavailable` says why one can'
 
 import importlib
 import importlib.metadata
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.torchtitan_package import TORCHTITAN, Unavailable, import_peer
 from moetrain.model import MoELayer
 from moetrain.settings import ExpertsSettings, ModelSettings
-
-TORCHTITAN = "0.3.0"
-# Its MoE needs only these; its other requirements (data sets, logging) are not used.
-TORCHTITAN_NEEDS = ("spmd_types==0.2.3", "einops", "tyro", "docstring_parser", "typeguard")
-PEERS_DIR = Path(os.path.expanduser("~/.cache/moetrain/benchmarks"))
-
-
-class Unavailable(Exception):
-    """An implementation that can't run here, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +219,9 @@ def torchtitan_float32(shape: Shape, weights: Weights, choice: Tensor | None) ->
 def _torchtitan(
     shape: Shape, weights: Weights, choice: Tensor | None, *, as_published: bool
 ) -> Layer:
-    moe = _import_peer("torchtitan.models.common.moe")
-    linear = _import_peer("torchtitan.models.common.linear")
-    dispatcher = _import_peer("torchtitan.models.common.token_dispatcher")
+    moe = import_peer("torchtitan.models.common.moe")
+    linear = import_peer("torchtitan.models.common.linear")
+    dispatcher = import_peer("torchtitan.models.common.token_dispatcher")
     experts = moe.GroupedExperts.Config(
         dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts
     )
@@ -279,36 +267,6 @@ def _torchtitan(
         layer.router.gate.weight,
         f"torchtitan {TORCHTITAN}{own}",
     )
-
-
-def install_torchtitan() -> Path:
-    """Installs torchtitan and what its MoE imports into a folder of its own; returns the folder.
-
-    moetrain's environment doesn't change: the folder comes last on the path, and only here. Raises
-    Unavailable if pip can't install it.
-    """
-    folder = PEERS_DIR / f"torchtitan-{TORCHTITAN}-torch-{torch.__version__}"
-    if (folder / "torchtitan").is_dir():
-        return folder
-    wanted = [f"torchtitan=={TORCHTITAN}", *TORCHTITAN_NEEDS]
-    if importlib.util.find_spec("triton") is None:  # it is imported, but never run on CPU
-        wanted.append("triton")
-    partial = folder.with_name(f".{folder.name}.installing")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-    result = subprocess.run(
-        [*command, "--target", str(partial), *wanted], capture_output=True, text=True
-    )
-    if result.returncode:
-        raise Unavailable(f"pip could not install {wanted[0]}: {result.stderr.strip()[-300:]}")
-    partial.rename(folder)
-    return folder
-
-
-def _import_peer(module: str) -> Any:
-    folder = str(install_torchtitan())
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that it replaces nothing in moetrain's environment
-    return importlib.import_module(module)
 
 
 def megablocks(shape: Shape, weights: Weights, choice: Tensor | None) -> Layer:

@@ -19,7 +19,6 @@ from benchmarks.layers import (
     Layer,
     Limit,
     Shape,
-    Unavailable,
     Weights,
     balanced_choice,
 )
@@ -33,6 +32,7 @@ from benchmarks.timing import (
     spread,
     time_in_turn,
 )
+from benchmarks.torchtitan_package import Unavailable
 from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from moetrain.train.rank import keep_freed_memory
 
