@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -49,6 +50,7 @@ _NAMED = re.compile(
 )
 
 
+@cache
 def is_secret_name(name: str) -> bool:
     """Returns whether a name is that of a secret: `hf_token` is, `num_tokens` isn't."""
     last = re.split(r"[./]", name)[-1]

@@ -24,6 +24,7 @@ from moetrain.import_hf import ImportSettings
 from moetrain.model import active_parameters
 from moetrain.report.__main__ import ReportSettings
 from moetrain.settings import Config
+from moetrain.sweeping.combinations import CombinationLauncher
 from moetrain.upcycle.__main__ import UpcycleSettings
 from moetrain.verify.__main__ import VerifyConfig
 
@@ -92,6 +93,40 @@ def test_names_that_look_like_numbers_are_names(front: Front) -> None:
     assert settings.run.name is None
 
 
+@pytest.mark.parametrize(
+    ("words", "num_composed"),
+    [
+        (["optim.lr=1e-3,2e-3", "model.num_experts=4,8", "data.dir=1.10,'a b'"], 1),
+        (["model=toy,8x160m", "optim.lr=1e-3,2e-3"], 2),
+        (["optim.lr=1e-3,2e-3", "model=toy,8x160m"], 4),
+        (["optim.lr=1e-3,2e-3", "+cluster.env.X=1,2"], 4),
+        (["run.name=null", "checkpoint.keep_every=null,500", "data.mask_documents=true,false"], 1),
+        (["optim.betas=[0.9,0.95],[0.8,0.9]", "seed=1,2"], 2),
+        (["optim={lr:1e-3}", "seed=1,2"], 2),
+        (["optim.lr=1e-3", "optim.lr=2e-3,3e-3", "run.dir=a,b"], 1),
+    ],
+)
+def test_combinations_of_values_are_those_that_hydra_composes(
+    front: Front, monkeypatch: pytest.MonkeyPatch, words: list[str], num_composed: int
+) -> None:
+    times = []
+    place = "hydra._internal.config_loader_impl.ConfigLoaderImpl.load_sweep_config"
+    load = pkgutil.resolve_name(place)
+
+    def counted(*given: Any, **known: Any) -> Any:
+        times.append(given)
+        return load(*given, **known)
+
+    monkeypatch.setattr(place, counted)
+    code, found, said = front("-m", *words)
+    assert code == 0, said
+    assert len(times) == num_composed
+    monkeypatch.setattr(CombinationLauncher, "_same_files", lambda *_: False)
+    code, expected, said = front("-m", *words)
+    assert code == 0, said
+    assert found == expected
+
+
 def test_a_sweep_composes_each_combination_once_and_begins_none_before_the_last(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +140,11 @@ def test_a_sweep_composes_each_combination_once_and_begins_none_before_the_last(
 
     monkeypatch.setattr(place, counted)
     code, found, said = front("-m", "optim.lr=1e-3,2e-3,3e-3", "run.dir=runs")
-    assert (code, len(found), len(times)) == (0, 3, 3), said
+    assert (code, len(found)) == (0, 3), said
+    assert len(times) == 1, "from which the others follow: they differ in a value alone"
+    times.clear()
+    code, found, said = front("-m", "schedule=cosine,wsd", "optim.lr=1e-3,2e-3", "run.dir=runs")
+    assert (code, len(found), len(times)) == (0, 4, 2), said
     code, found, said = front("-m", "optim.lr=1e-3,2e-3", "optim.nothing=1", "run.dir=runs")
     assert (code, found) == (2, [])
     code, found, said = front("-m", "schedule=cosine,nothing", "run.dir=runs")

@@ -80,7 +80,7 @@ def _ranks(size: int, folder: Path) -> None:
         made.append(ranks)
         return real(ranks, backend="fake")
 
-    dist.new_group = new_group  # type: ignore[assignment]
+    dist.new_group = new_group  # type: ignore[assignment]  # takes less
     for _ in range(20):
         build_meshes(Topology(data_shard=size // 2, data_replicate=2, expert=8), device=CPU)
     assert len(made) == 20 * 4, "as many groups as axes, however many ranks"

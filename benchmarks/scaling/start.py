@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.scaling.case import Case
 from data_pipeline import DataSettings, GlobalBatches, ShardFolder
+from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from data_pipeline.settings import CacheSettings, OnCorrupt, Packing
 from data_pipeline.shards.index import (
     FORMAT_VERSION,
@@ -235,4 +236,5 @@ def _files(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    ignore_broken_pipes()
     main()

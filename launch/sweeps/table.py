@@ -89,10 +89,10 @@ def varied_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
         {key: unquoted(value) for key, _, value in (o.lstrip("+").partition("=") for o in trial)}
         for trial in overrides
     ]
-    return [
-        {k: v for k, v in trial.items() if any(other.get(k) != v for other in pairs)}
-        for trial in pairs
-    ]
+    values: dict[str, set[str | None]] = {key: set() for trial in pairs for key in trial}
+    for key, found in values.items():
+        found.update(trial.get(key) for trial in pairs)
+    return [{k: v for k, v in trial.items() if len(values[k]) > 1} for trial in pairs]
 
 
 def other_settings(trial: Trial) -> str | None:

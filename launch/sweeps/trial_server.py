@@ -3,7 +3,7 @@
 A trial of a few steps would otherwise spend its time on importing. The server imports, and computes
 nothing: no thread of torch's or OpenMP's runs in it, no random number is drawn and no device is
 touched, so that a forked process is as good as a new one. What a trial does to its process ends
-with it. `TrialServer` is the sweep's side; `python -m launch.sweeps.trial_server` is the other.
+with it. `TrialServer` is the sweep's side; `main` runs the other, in a process of its own.
 """
 
 import atexit
@@ -39,6 +39,7 @@ _IMPORTED = (
     "torch._dynamo",
 )
 _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_SERVER = "from launch.sweeps.trial_server import main; main()"
 _LENGTH = struct.Struct("!Q")
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
@@ -88,7 +89,7 @@ class TrialServer:
         self._channel, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launch.sweeps.trial_server", str(theirs.fileno())],
+                [sys.executable, "-c", _SERVER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # A terminal's Ctrl-C is for the trials.
@@ -252,5 +253,8 @@ def _some(channel: socket.socket, most: int) -> bytes:
     return part
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the server; its argument is the descriptor of its side's socket."""
+    if sys.path[0] == "":
+        sys.path[0] = os.getcwd()  # as `python -m` has it, which a trial is
     serve(socket.socket(fileno=int(sys.argv[1])))

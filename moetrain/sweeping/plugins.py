@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_pipeline.commands.composition import PLUGINS
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import FAILED
+from moetrain.sweeping.combinations import CombinationLauncher
 from moetrain.sweeping.demands import JOBLIB, OPTUNA, prepare_study, require_launcher
 
 _SAMPLERS = ("TPE", "Random", "CmaEs", "NSGAII", "MOTPE", "Grid")
@@ -120,7 +121,7 @@ class SweepPlugins:
         ) -> Launcher:
             inner = launcher(plugins, hydra_context, task_function, config)
             if _is_hydras_own(config):
-                return inner
+                return CombinationLauncher(hydra_context, task_function, config)
             assert self._begin is not None
             # Lazy: torch and Ray are loaded only for a sweep that trains.
             from moetrain.sweeping.trial_launcher import TrialLauncher

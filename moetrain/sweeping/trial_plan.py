@@ -121,14 +121,12 @@ def wanted_of(
 
 def once_each(combinations: Sequence[Combination[Config]]) -> list[Combination[Config]]:
     """Returns the combinations without duplicates."""
-    kept: list[Combination[Config]] = []
+    kept: dict[str, Combination[Config]] = {}
     for one in combinations:
-        if any(one.settings == other.settings for other in kept):
+        if kept.setdefault(repr(one.settings), one) is not one:
             given = shell_command(one.overrides)
             print(f"moetrain: given twice, and trained once: {given}", file=sys.stderr)
-        else:
-            kept.append(one)
-    return kept
+    return list(kept.values())
 
 
 def resolved_as_trial(config: Config, elsewhere: ExternalLauncher | None = None) -> Resolved:

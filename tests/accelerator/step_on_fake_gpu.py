@@ -138,7 +138,7 @@ def fake_device() -> None:
         attended.append(f"{q.dtype} {grouped}")
         return q * 1.0 + (k.sum() + v.sum())  # CPU builds have no kernel to ask for a shape
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a part of torch's
 
 
 def on_gpu(x: Any) -> bool:
@@ -175,7 +175,7 @@ def count_reads() -> None:
                 return torch.ones(self.shape, dtype=self.dtype)
         return self
 
-    Tensor.item, Tensor.tolist, Tensor.cpu = item, as_list, cpu  # type: ignore[assignment]
+    Tensor.item, Tensor.tolist, Tensor.cpu = item, as_list, cpu  # type: ignore[assignment]  # a part of torch's
     pinned: set[int] = set()
 
     def pin_memory(self: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def count_reads() -> None:
                 return torch.empty(self.shape, dtype=self.dtype, device=target)
         return real_to(self, *arguments, **named)
 
-    Tensor.pin_memory, Tensor.to = pin_memory, to  # type: ignore[assignment]
+    Tensor.pin_memory, Tensor.to = pin_memory, to  # type: ignore[assignment]  # a part of torch's
     real_tensor = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **named: Any) -> Tensor:
@@ -206,7 +206,7 @@ def count_reads() -> None:
             return torch.zeros(shape.shape, dtype=shape.dtype, device=device)
         return real_tensor(data, device=device, **named)
 
-    torch.tensor = tensor  # type: ignore[assignment]
+    torch.tensor = tensor  # type: ignore[assignment]  # a part of torch's
 
 
 def count_collectives(world: int) -> None:

@@ -106,7 +106,7 @@ def test_writer_that_is_killed_leaves_nothing_that_is_read(tmp_path: Path) -> No
     path = write(tmp_path)
 
     def killed() -> None:
-        node_arrays.sync_tree = lambda folder: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]
+        node_arrays.sync_tree = lambda folder: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]  # not exported
         batches_of(open_folder(path), Packing.stream)
 
     assert os.waitpid(in_child(killed), 0)[1] == signal.SIGKILL

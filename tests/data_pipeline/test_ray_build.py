@@ -44,7 +44,7 @@ import traced
 from data_pipeline import BuildSettings, build_shards
 from data_pipeline.building import parted_build
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     parted_build._PART_BYTES = {PART_BYTES}
     parted_build.write_part = traced.traced
     text = os.path.abspath("text")

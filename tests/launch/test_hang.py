@@ -187,7 +187,7 @@ def test_a_real_backward_pass_on_a_cpu_is_seen_where_it_stands() -> None:
     x = torch.ones(2, requires_grad=True)
 
     def run_rank() -> None:
-        Slow.apply(x).sum().backward()  # type: ignore[no-untyped-call] # torch has no types here
+        Slow.apply(x).sum().backward()  # type: ignore[no-untyped-call]  # torch has no types here
 
     thread = threading.Thread(target=run_rank, daemon=True)
     thread.start()

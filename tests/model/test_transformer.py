@@ -184,7 +184,7 @@ class _RowsOfLogits(TorchDispatchMode):
     """Records the most rows of a product as wide as the vocabulary."""
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # it has no annotations
+        super().__init__()  # type: ignore[no-untyped-call]  # it has no annotations
         self.most, self._vocab_size = 0, vocab_size
 
     def __torch_dispatch__(

@@ -65,7 +65,7 @@ def test_what_is_read_without_the_loads_and_later_with_them_is_what_is_there(
         assert (ours is None) == (loads is None), whole
         if stored is not None and loads is not None:
             assert stored.shape == loads.shape
-            assert np.array_equal(loads, ours, equal_nan=True)  # type: ignore[arg-type]
+            assert np.array_equal(loads, ours, equal_nan=True)  # type: ignore[arg-type]  # None equals nothing
     assert list(iterate_numbers(path)) == [record for record, _ in found]
 
 
@@ -161,7 +161,7 @@ def test_memory_grows_by_the_numbers_of_a_record_and_not_by_its_loads(tmp_path: 
         read_run(run)
         close(run, tmp_path)
     for work in (read_run, lambda run: close(run, tmp_path)):
-        more = peak_of(lambda work=work: work(many)) - peak_of(lambda work=work: work(few))  # type: ignore[misc]
+        more = peak_of(lambda work=work: work(many)) - peak_of(lambda work=work: work(few))  # type: ignore[misc]  # a lambda's default
         assert more / 600 < 1000, "a record's loads are 3 kB as numbers, and 20 kB as objects"
 
 
