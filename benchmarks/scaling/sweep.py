@@ -53,7 +53,7 @@ def train(size: int, folder: Path) -> None:
 
 CASES = (
     Case(
-        name="sweep/combinations", unit="combinations", sizes=(10, 100),
+        name="sweep/combinations", unit="combinations", sizes=(10, 100, 1000),
         prepare=prepare, run=compose,
     ),
     Case(name="sweep/trials", unit="trials", sizes=(1, 5, 10), prepare=prepare, run=train),

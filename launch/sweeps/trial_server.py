@@ -39,7 +39,8 @@ _IMPORTED = (
     "torch._dynamo",
 )
 _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_SERVER = "from launch.sweeps.trial_server import main; main()"
+# moetrain first, which finds its own `launch` whatever a user's folder has.
+_SERVER = "import moetrain; from launch.sweeps.trial_server import main; main()"
 _LENGTH = struct.Struct("!Q")
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
