@@ -121,6 +121,7 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
             {
                 "moetrain/command.py",
                 # Sweepers and launchers of others.
+                "moetrain/sweeping/combinations.py",
                 "moetrain/sweeping/plugins.py",
                 "moetrain/sweeping/trial_launcher.py",
                 "data_pipeline/commands/hydra_private.py",
