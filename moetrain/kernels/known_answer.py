@@ -5,6 +5,7 @@ in this layer there are some before, between and behind those with tokens.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,10 +38,22 @@ def answer_of(backend: str, *, device: torch.device | str, dtype: torch.dtype) -
         error = _largest_error(backend, device=device, dtype=dtype)
     except Exception as raised:  # a kernel may raise anything
         return Answer(None, tolerance, f"{type(raised).__name__}: {raised}")
+    return Answer(error, tolerance, wrong_because(error, tolerance))
+
+
+def largest_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Returns the largest relative error, in norm, of some results."""
+    pairs = [(a.detach().cpu().double(), b.detach()) for a, b in zip(ours, exact, strict=True)]
+    return float(
+        torch.stack([torch.dist(a, b) / torch.linalg.vector_norm(b) for a, b in pairs]).max()
+    )
+
+
+def wrong_because(error: float, tolerance: float) -> str | None:
+    """Returns how results are wrong, None if they aren't."""
     if error <= tolerance:  # False for nan
-        return Answer(error, tolerance, None)
-    wrong = f"its results are wrong: off by {error:.1e}, allowed are {tolerance:.1e}"
-    return Answer(error, tolerance, wrong)
+        return None
+    return f"its results are wrong: off by {error:.1e}, allowed are {tolerance:.1e}"
 
 
 def _largest_error(backend: str, *, device: torch.device | str, dtype: torch.dtype) -> float:
@@ -60,12 +73,7 @@ def _largest_error(backend: str, *, device: torch.device | str, dtype: torch.dty
         rows, row_gates, gate, up, down = inputs
         out = expert_swiglu(rows, row_gates, assignments, gate, up, down, backend=backend)
         ours = [out, *torch.autograd.grad(out, inputs, grad.to(device))]
-    errors = [
-        torch.dist(mine.detach().cpu().double(), theirs.detach())
-        / torch.linalg.vector_norm(theirs.detach())
-        for mine, theirs in zip(ours, expected, strict=True)
-    ]
-    return float(torch.stack(errors).max())
+    return largest_error(ours, expected)
 
 
 def _dense(x: Tensor, gates: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from moetrain.device_copies import to_device
-from moetrain.kernels.attention import fused_attention
+from moetrain.kernels.attention import HALF, fused_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, kernel: str | None) -> Tensor:
 
 
 def _has_flash(x: Tensor) -> bool:
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cuda and half and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.is_cuda and x.dtype in HALF and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 @cache
