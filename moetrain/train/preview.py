@@ -59,6 +59,14 @@ def preview_of(config: Resolved) -> Preview:
     ranks, micro = shards * replicas, train.micro_batch_size
     num_micro = train.global_batch_size // (ranks * micro)
     degrees = f"expert {parallel.expert_degree}, shard {shards}, replicate {replicas}"
+    once = [
+        what
+        for what, every in (
+            ("weights gathered", parallel.gather_weights),
+            ("gradients reduced", parallel.reduce_gradients),
+        )
+        if every == "step"
+    ]
     on_cpu = _on_cpu(config)
     return Preview(
         parameters=total_parameters(config.model),
@@ -69,6 +77,7 @@ def preview_of(config: Resolved) -> Preview:
         layout=(
             f"{_many(ranks, 'rank')} ({degrees}), {_many(num_micro, 'micro-batch')} of "
             f"{_many(micro, 'sequence')} a step"
+            f"{', ' + ' and '.join(once) + ' once a step' if once else ''}"
         ),
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,

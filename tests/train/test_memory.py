@@ -11,6 +11,7 @@ import pytest
 from moetrain.model import head_activations
 from moetrain.settings import Resolved
 from moetrain.train.memory import expected_memory
+from moetrain.train.preview import preview_of
 from tests.support.ranks import run_ranks
 from tests.support.runs import tiny_config
 
@@ -106,3 +107,23 @@ def test_a_rank_holds_no_more_than_expected_and_all_that_is_whole(
 def of_head(config: Resolved) -> float:
     tokens = 8 * config.train.seq_len
     return head_activations(config.model, tokens=tokens, width=4, norm=3)
+
+
+@pytest.mark.parametrize(
+    ("gib", "told"),
+    [
+        (None, "a step"),
+        (1e-4, "a step"),
+        (64.0, "a step, weights gathered and gradients reduced once a step"),
+    ],
+)
+def test_what_happens_once_a_step_follows_from_the_memory_and_is_told(
+    gib: float | None, told: str, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        tmp_path, shards="shards", num_workers=2, train__micro_batch_size=1,
+        cluster__memory_gib_per_gpu=gib,
+    )  # fmt: skip
+    assert preview_of(config).layout.endswith(f"of 1 sequence {told}")
+    alone = tiny_config(tmp_path, shards="shards", cluster__memory_gib_per_gpu=gib)
+    assert alone.parallel.gather_weights == "micro_batch", "one micro-batch"
