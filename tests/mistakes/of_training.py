@@ -171,10 +171,17 @@ MISTAKES = (
     Mistake(
         name="residual initialisation unscaled",
         file="moetrain/model/init.py",
-        right="std /= math.sqrt(2 * settings.num_layers)",
-        wrong="std /= 1.0",
+        right="return std / math.sqrt(2 * added)",
+        wrong="return std",
         test="tests/model/test_init.py::test_what_writes_into_the_residual_stream_starts_smaller",
         verify=True,
+    ),
+    Mistake(
+        name="residual initialisation of the next layer",
+        file="moetrain/model/init.py",
+        right='int(name.split(".")[1]) + 1',
+        wrong='int(name.split(".")[1]) + 2',
+        test=("tests/model/test_init.py::test_the_residual_scale_is_by_depth_by_layer_or_none"),
     ),
     Mistake(
         name="padding counted in validation",

@@ -36,7 +36,9 @@ FUNCTION = {
 }  # fmt: skip
 RECIPE = {
     "max_seq_len", "router.load_balance_loss_weight", "router.load_balance_scope",
-    "router.z_loss_weight", "router.bias_update_rate", "router.jitter_noise",
+    "router.z_loss_weight", "router.bias_update_rate", "router.jitter_noise", "init.std",
+    "init.truncate_at", "init.residual_scale", "init.embedding_std", "init.head_std",
+    "init.router_std",
 }  # fmt: skip
 LAYOUT = {"loss_chunk_size", "attention_kernel", "experts.backend", "experts.recompute"}
 
