@@ -22,6 +22,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         valid: Tensor,
         chunk: int,
+        soft_cap: float | None,
         with_grad: bool,
     ) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if with_grad else None
@@ -30,6 +31,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ head.t()).float()  # [chunk, vocab]
+            tanh = None
+            if soft_cap is not None:
+                tanh = logits.div_(soft_cap).tanh_()
+                logits = tanh * soft_cap
             target, mask = targets[part].unsqueeze(1), valid[part].unsqueeze(1)
             normaliser = torch.logsumexp(logits, -1, keepdim=True)
             nll = normaliser - logits.gather(1, target)
@@ -38,6 +43,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             grad = logits.sub_(normaliser).exp_()
             grad.scatter_add_(1, target, torch.full_like(nll, -1.0))
+            if tanh is not None:
+                grad.mul_(tanh.square_().neg_().add_(1.0))
+                tanh = None  # its memory is used again
             grad = torch.where(mask, grad, 0.0).to(hidden.dtype)
             torch.mm(grad, head, out=grad_hidden[part])
             grad_head += grad.t() @ hidden[part]
@@ -49,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         head = (grad_head * grad).to(ctx.head_dtype)
-        return grad_hidden * grad, head, None, None, None, None
+        return grad_hidden * grad, head, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -59,14 +67,22 @@ def chunked_cross_entropy(
     valid: Bool[Tensor, " tokens"],
     *,
     chunk_size: int,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Returns the sum over valid tokens of -log p(target), in nats.
+    """Returns the sum over valid tokens of -log p(target), in nats; `soft_capped` logits decide.
 
     Only the logits of `chunk_size` tokens are in memory at once; the gradients are computed in the
     same pass, so that nothing is computed twice.
     """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size, with_grad)  # type: ignore[no-any-return, no-untyped-call]
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size, soft_cap, with_grad)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def soft_capped(
+    logits: Float[Tensor, "*batch vocab"], cap: float | None
+) -> Float[Tensor, "*batch vocab"]:
+    """Returns cap · tanh(logits / cap), between ± cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def load_balance_loss(

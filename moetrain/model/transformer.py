@@ -14,7 +14,7 @@ from moetrain.model.choice import Choice, Choose
 from moetrain.model.documents import Documents
 from moetrain.model.experts import FeedForward
 from moetrain.model.init import random_stream
-from moetrain.model.losses import chunked_cross_entropy
+from moetrain.model.losses import chunked_cross_entropy, soft_capped
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.rotary import rotary_table
 from moetrain.model.router import RoutingStatistics
@@ -109,13 +109,14 @@ class Transformer(nn.Module):
         x = self.norm(x)
         head = self.embedding.weight if self.settings.tie_embeddings else self.head.weight
         if targets is None:
-            return F.linear(x, head)
+            return soft_capped(F.linear(x, head), self.settings.logit_soft_cap)
         cross_entropy = chunked_cross_entropy(
             x.flatten(0, 1),
             head,
             targets.flatten(),
             valid.flatten(),
             chunk_size=self.settings.loss_chunk,
+            soft_cap=self.settings.logit_soft_cap,
         )
         return LossSums(cross_entropy, self._stack(statistics, x.device))
 

@@ -180,6 +180,8 @@ class ModelSettings:
     """Of a GPU; `auto` measures which is the fastest there. A CPU has one."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
+    logit_soft_cap: PositiveFloat | None = None
+    """The head's logits become cap · tanh(logits / cap), as in Gemma 2 with 30."""
     loss_chunk_size: PositiveInt | None = None
     """Tokens whose logits are in memory at once. None: as many as 256 MiB hold, in float32, and
     2,048 at most."""

@@ -184,6 +184,16 @@ MISTAKES = (
         test=("tests/model/test_init.py::test_the_residual_scale_is_by_depth_by_layer_or_none"),
     ),
     Mistake(
+        name="soft cap left out of the backward pass",
+        file="moetrain/model/losses.py",
+        right="grad.mul_(tanh.square_().neg_().add_(1.0))",
+        wrong="pass",
+        test=(
+            "tests/model/test_transformer.py"
+            "::test_the_loss_of_capped_logits_has_the_gradients_of_autograd_in_float64"
+        ),
+    ),
+    Mistake(
         name="padding counted in validation",
         file="moetrain/train/validation.py",
         right="batch.valid.sum().double()",

@@ -180,6 +180,47 @@ def test_chunked_cross_entropy_equals_torch_with_gradients(chunk_size: int) -> N
     torch.testing.assert_close(gradients, (grad_of(hidden), grad_of(head)))
 
 
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@pytest.mark.trap(12)
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+@pytest.mark.parametrize("soft_cap", [0.7, 4.0, None])
+def test_the_loss_of_capped_logits_has_the_gradients_of_autograd_in_float64(
+    soft_cap: float | None, chunk_size: int
+) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(33, 16).requires_grad_(), torch.randn(29, 16).requires_grad_()
+    targets, valid = torch.randint(0, 29, (33,)), torch.rand(33) > 0.3
+    ours = chunked_cross_entropy(
+        hidden, head, targets, valid, chunk_size=chunk_size, soft_cap=soft_cap
+    )
+    (ours / 7).backward()
+    exact = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    logits = capped(exact[0] @ exact[1].t(), soft_cap)
+    expected = F.cross_entropy(logits[valid], targets[valid], reduction="sum")
+    (expected / 7).backward()
+    # Sums of 16, 29 and 33 terms one after the other, and the tanh: in float32.
+    limit = 8 * torch.finfo(torch.float32).eps * math.sqrt(16 + 29 + 33)
+    assert (ours - expected).abs() < limit * expected
+    for mine, theirs in zip((hidden, head), exact, strict=True):
+        error = (grad_of(mine) - grad_of(theirs)).norm() / grad_of(theirs).norm()
+        assert error < limit
+
+
+def test_the_cap_bounds_the_logits_of_inference_too_and_both_are_the_same() -> None:
+    model = _initialised(dataclasses.replace(SMALL, logit_soft_cap=1.5))
+    free = Transformer(SMALL)
+    free.load_state_dict(model.state_dict())
+    tokens, targets = torch.randint(0, 101, (2, 2, 20))
+    logits = model(tokens)
+    assert logits.abs().max() <= 1.5 < free(tokens).abs().max()
+    torch.testing.assert_close(logits, capped(free(tokens), 1.5))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(tokens, targets).cross_entropy, expected)
+
+
 class _RowsOfLogits(TorchDispatchMode):
     """Records the most rows of a product as wide as the vocabulary."""
 

@@ -54,10 +54,11 @@ DEEPSEEK = dataclasses.replace(
         bias_update_rate=0.01, jitter_noise=0.1,
     ),
 )  # fmt: skip
-# Everything else that attention can have, a head that is the embedding, and other initial weights.
+# Everything else that attention can have, a head that is the embedding, what else a
+# head can have, and other initial weights.
 GLM = dataclasses.replace(
     MODEL, qk_norm=True, qk_norm_scope="head", clip_qkv=1.0, attention_bias=True,
-    partial_rotary_factor=0.5, tie_embeddings=True,
+    partial_rotary_factor=0.5, tie_embeddings=True, logit_soft_cap=2.0,
     rope_scaling=RopeScalingSettings(type="yarn", factor=4.0, original_max_seq_len=16),
     init=InitSettings(
         std=0.15, truncate_at=None, residual_scale="layer", embedding_std=0.2, router_std=0.3

@@ -143,6 +143,7 @@ GLM = {
     "model__attention_bias": True, "model__partial_rotary_factor": 0.5,
     "model__tie_embeddings": True, "model__rope_scaling__type": "yarn",
     "model__rope_scaling__factor": 4.0, "model__rope_scaling__original_max_seq_len": 8,
+    "model__logit_soft_cap": 2.0,
     "model__init__std": 0.2, "model__init__truncate_at": None, "model__init__router_std": 0.4,
     "model__init__residual_scale": "layer", "model__init__embedding_std": 0.3,
 }  # fmt: skip

@@ -70,6 +70,8 @@ def losses(
     x = _rms_norm(x, weights["norm.weight"], model.norm_eps)
     head = weights["embedding.weight" if model.tie_embeddings else "head.weight"]
     logits = x @ head.T
+    if model.logit_soft_cap is not None:
+        logits = model.logit_soft_cap * (logits / model.logit_soft_cap).tanh()
     target = logits.gather(1, sequence.targets[:, None])[:, 0]
     return (sequence.valid * (logits.logsumexp(1) - target)).sum(), routed
 
