@@ -182,6 +182,9 @@ class ModelSettings:
     """Whether the head is the embedding."""
     logit_soft_cap: PositiveFloat | None = None
     """The head's logits become cap · tanh(logits / cap), as in Gemma 2 with 30."""
+    head_z_loss_weight: NonNegativeFloat = 0.0
+    """Multiplies the mean squared log-sum-exp of the head's logits in the loss (arXiv 2204.02311,
+    section 5: 1e-4)."""
     loss_chunk_size: PositiveInt | None = None
     """Tokens whose logits are in memory at once. None: as many as 256 MiB hold, in float32, and
     2,048 at most."""

@@ -188,10 +188,38 @@ MISTAKES = (
         file="moetrain/model/losses.py",
         right="grad.mul_(tanh.square_().neg_().add_(1.0))",
         wrong="pass",
+        verify=True,
         test=(
             "tests/model/test_transformer.py"
-            "::test_the_loss_of_capped_logits_has_the_gradients_of_autograd_in_float64"
+            "::test_soft_cap_and_z_loss_of_the_head_have_the_gradients_of_autograd_in_float64"
         ),
+    ),
+    Mistake(
+        name="z-loss of the head without a gradient",
+        file="moetrain/model/losses.py",
+        right="grad.mul_(1.0 + 2.0 * z_weight * normaliser)",
+        wrong="pass",
+        test=(
+            "tests/model/test_transformer.py"
+            "::test_soft_cap_and_z_loss_of_the_head_have_the_gradients_of_autograd_in_float64"
+        ),
+        verify=True,
+    ),
+    Mistake(
+        name="z-loss of the head over padding too",
+        file="moetrain/model/losses.py",
+        right="torch.where(mask, normaliser.square(), 0.0)",
+        wrong="normaliser.square()",
+        test=f"{LAYOUTS}::test_what_is_logged_of_router_and_head_is_what_is_minimised",
+        verify=True,
+    ),
+    Mistake(
+        name="losses of the head by the micro-batch's tokens",
+        file="moetrain/train/objective.py",
+        right="output.token_loss / num_tokens",
+        wrong="output.token_loss / batch.valid.sum().clamp_min(1)",
+        test=f"{LAYOUTS}::test_what_is_logged_of_router_and_head_is_what_is_minimised",
+        verify=True,
     ),
     Mistake(
         name="padding counted in validation",

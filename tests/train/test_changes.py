@@ -39,7 +39,7 @@ RECIPE = {
     "max_seq_len", "router.load_balance_loss_weight", "router.load_balance_scope",
     "router.z_loss_weight", "router.bias_update_rate", "router.jitter_noise", "init.std",
     "init.truncate_at", "init.residual_scale", "init.embedding_std", "init.head_std",
-    "init.router_std",
+    "init.router_std", "head_z_loss_weight",
 }  # fmt: skip
 LAYOUT = {"loss_chunk_size", "attention_kernel", "experts.backend", "experts.recompute"}
 

@@ -13,7 +13,7 @@ MODEL = {
     "num_shared_experts", "num_dense_layers", "dense_ffn_hidden_dim", "loss_chunk_size",
     "router", "experts", "qk_norm", "qk_norm_scope", "clip_qkv", "attention_bias",
     "tie_embeddings", "partial_rotary_factor", "rope_scaling", "init",
-    "logit_soft_cap",
+    "logit_soft_cap", "head_z_loss_weight",
 }  # fmt: skip
 ROUTER = {
     "score_function", "normalize_gates", "routed_scaling_factor", "num_groups", "top_groups",
