@@ -7,6 +7,7 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationInfo,
     field_validator,
@@ -30,9 +31,16 @@ FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainSettings:
-    """The number of steps, batch sizes in sequences, and the dtype."""
+    """The length of the run, batch sizes in sequences, and the dtype."""
 
-    num_steps: PositiveInt
+    num_steps: PositiveInt | None = None
+    """The length of the run in optimizer steps. One of this, `num_tokens` and `flops` is needed;
+    of several the one on the command line is in force, and in files another unit than steps."""
+    num_tokens: PositiveFloat | None = None
+    """The length in token positions (`1e9`), padding included, rounded up to whole steps."""
+    flops: PositiveFloat | None = None
+    """The length in FLOPs of forward and backward passes, of all positions, rounded up to whole
+    steps; attention and head count, recomputation doesn't."""
     global_batch_size: PositiveInt
     seq_len: PositiveInt
     micro_batch_size: PositiveInt | None = None

@@ -73,7 +73,13 @@ def training_on(config: Resolved, *, step: int) -> str:
 
     They restart the schedule: in a longer one, a decayed rate would jump back up in the middle.
     """
-    more = f"train.num_steps={2 * step}"
+    train = config.train
+    if train.num_tokens is not None:  # a number of steps can't stand beside it in the command
+        more = f"train.num_tokens={2 * step * train.global_batch_size * train.seq_len}"
+    elif train.flops is not None:
+        more = f"train.flops={2 * train.flops:g}"
+    else:
+        more = f"train.num_steps={2 * step}"
     return more if config.schedule.name == "constant" else f"schedule.restart_from={step} {more}"
 
 
