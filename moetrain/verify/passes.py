@@ -133,9 +133,10 @@ def comparable(config: Config, *, lr: float) -> Config:
             "a balance loss over each micro-batch depends on the layout by its definition, so "
             "that layouts can't agree: verify with global_batch",
         )
+    config = in_steps(config)
     values = {name: getattr(config, name) for name in Config.__dataclass_fields__}
     return replace(
-        in_steps(Config(**values)),
+        Config(**values),
         optim=OptimSettings(
             name="sgd",
             lr=lr,
