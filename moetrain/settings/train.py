@@ -41,6 +41,11 @@ class TrainSettings:
     flops: PositiveFloat | None = None
     """The length in FLOPs of forward and backward passes, of all positions, rounded up to whole
     steps; attention and head count, recomputation doesn't."""
+    max_seconds: PositiveFloat | None = None
+    """The time of the run's attempts in steps, validations and checkpoints, after which the next
+    step is the last one, if it isn't anyway: validated and saved like any last step. The learning
+    rate goes by the steps, so that it may not have decayed by then; and the number of steps, so the
+    result, depends on the machine's speed."""
     global_batch_size: PositiveInt
     seq_len: PositiveInt
     micro_batch_size: PositiveInt | None = None
@@ -52,7 +57,9 @@ class TrainSettings:
     """Whether a run gives the same bits each time on GPUs too, which takes slower kernels. On CPUs
     it does anyway."""
     validate_every_steps: NonNegativeInt = 0
-    """0: at the end only."""
+    """0: at the beginning and at the end only."""
+    validate_at_start: bool = True
+    """Whether the weights that a run begins with are validated: a record of step 0."""
     validation_sequences: PositiveInt | None = 1024
     """The most held-out sequences per source to validate on, evenly spread over all that it has and
     the same for a seed; None: all."""

@@ -57,6 +57,7 @@ _KINDS = {
     "train.micro_batch_size": Kind.layout,
     "train.deterministic": Kind.layout,
     "train.validate_every_steps": Kind.incidental,
+    "train.validate_at_start": Kind.incidental,
     "train.max_skipped_steps": Kind.incidental,
     "schedule.warmup_tokens": Kind.incidental,  # in warmup_steps
     "schedule.warmup_fraction": Kind.incidental,

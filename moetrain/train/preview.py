@@ -28,6 +28,8 @@ class Preview:
     batch: str
     asked: str | None
     """The setting that the number of steps was worked out from, if it wasn't given."""
+    max_seconds: float | None
+    """The time after which it ends before its steps are done."""
     layout: str
     memory: RankMemory
     on_cpu: bool
@@ -39,6 +41,7 @@ class Preview:
             f"for a token; {count(self.flops_per_token, billion='G')}FLOPs a token"
         )
         asked = f", for {self.asked}" if self.asked else ""
+        asked += f", at most train.max_seconds={self.max_seconds:g}" if self.max_seconds else ""
         yield f"training: {self.batch} = {count(self.tokens)} tokens{asked}; {self.layout}"
         parts = ", ".join(f"{k} {binary_size(size)}" for k, size in asdict(self.memory).items())
         process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
@@ -78,6 +81,7 @@ def preview_of(config: Resolved) -> Preview:
         tokens=train.num_steps * train.global_batch_size * train.seq_len,
         batch=f"{train.num_steps:,} steps of {train.global_batch_size} x {train.seq_len:,}",
         asked=_asked(config),
+        max_seconds=train.max_seconds,
         layout=(
             f"{_many(ranks, 'rank')} ({degrees}), {_many(num_micro, 'micro-batch')} of "
             f"{_many(micro, 'sequence')} a step"
