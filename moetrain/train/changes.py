@@ -42,6 +42,8 @@ _KINDS = {
     "model.pad_vocab_to_multiple_of": Kind.incidental,  # its effect is in vocab_size
     "model.loss_chunk_size": Kind.layout,
     "model.attention_kernel": Kind.layout,
+    "model.init": Kind.recipe,
+    "model.head_z_loss_weight": Kind.recipe,
     "model.router.load_balance_loss_weight": Kind.recipe,
     "model.router.load_balance_scope": Kind.recipe,
     "model.router.z_loss_weight": Kind.recipe,
