@@ -320,13 +320,18 @@ def test_the_kernels_are_installed_as_tested_and_without_what_they_would_pin(
 
 # --- conf/cluster/ ---
 
+ON_EVERY_CLUSTER = {
+    "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+
 
 @pytest.mark.parametrize("name", AWS)
 def test_a_cluster_choice_has_the_machine_and_its_environment(name: str) -> None:
     cluster = validated(compose_preset(f"cluster={name}"), Config).cluster
     assert cluster.name == name
     assert (cluster.gpus_per_node, cluster.peak_tflops_per_gpu) == (8, 312.0)
-    assert cluster.env == {"NCCL_NET": "AWS Libfabric", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
+    assert cluster.env == {"NCCL_NET": "AWS Libfabric", **ON_EVERY_CLUSTER}
     assert cluster.spot_warnings == "aws"
 
 
@@ -338,4 +343,4 @@ def test_the_interface_is_named_once_and_must_be(name: str) -> None:
     env = validated(chosen, Config).cluster.env
     assert env["GLOO_SOCKET_IFNAME"] == "ens5"
     assert env["NCCL_SOCKET_IFNAME"] == "=ens5"
-    assert env["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+    assert {name: env[name] for name in ON_EVERY_CLUSTER} == ON_EVERY_CLUSTER
