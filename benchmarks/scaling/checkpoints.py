@@ -18,7 +18,7 @@ from moetrain.checkpoint.manifest import (
     read_to_send,
 )
 from moetrain.checkpoint.stored_blocks import Block, StoredBlocks
-from moetrain.train.prepare import newest_manifest
+from moetrain.checkpoint.trained import newest_manifest
 
 _NUM_TENSORS = 240
 _ROWS, _COLUMNS = 16, 64
