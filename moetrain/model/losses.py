@@ -38,7 +38,8 @@ class _ChunkedLosses(torch.autograd.Function):
         with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if with_grad else None
+        trained = with_grad and ctx.needs_input_grad[1]
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if trained else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         z = torch.zeros_like(total)
         for start in range(0, hidden.shape[0], chunk):
@@ -54,7 +55,7 @@ class _ChunkedLosses(torch.autograd.Function):
             total += torch.where(mask, nll, 0.0).sum()
             if z_weight:
                 z += torch.where(mask, normaliser.square(), 0.0).sum()
-            if grad_hidden is None or grad_head is None:
+            if grad_hidden is None:
                 continue
             grad = logits.sub_(normaliser).exp_()
             if z_weight:
@@ -65,7 +66,8 @@ class _ChunkedLosses(torch.autograd.Function):
                 tanh = None  # its memory is used again
             grad = torch.where(mask, grad, 0.0).to(hidden.dtype)
             torch.mm(grad, head, out=grad_hidden[part])
-            grad_head += grad.t() @ hidden[part]
+            if grad_head is not None:
+                grad_head += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         ctx.set_materialize_grads(False)
@@ -81,7 +83,7 @@ class _ChunkedLosses(torch.autograd.Function):
                 "gradient: an objective minimises output.token_loss, not output.cross_entropy"
             )
         grad_hidden, grad_head = ctx.saved_tensors
-        head = (grad_head * grad).to(ctx.head_dtype)
+        head = None if grad_head is None else (grad_head * grad).to(ctx.head_dtype)
         return grad_hidden * grad, head, None, None, None, None, None, None
 
 

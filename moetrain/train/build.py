@@ -52,6 +52,7 @@ from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
 from moetrain.train.deadline import Deadline
 from moetrain.train.objective import build_objective
+from moetrain.train.parameter_groups import freeze, named_roles
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
@@ -306,6 +307,7 @@ def build_model(
     dtype = compute_dtype(config.train.dtype, device)
     with torch.device("meta"):
         model = Transformer(config.model)
+    freeze(model, config.optim)
     model = parallelize(
         model,
         meshes,
@@ -332,7 +334,8 @@ def build_model(
         dtype=dtype,
         deterministic=config.train.deterministic,
     )
-    optimizer = build_optimizer(model.parameters(), config.optim)
+    roles = named_roles(model.named_parameters())
+    optimizer = build_optimizer(model.parameters(), config.optim, roles=roles)
     gradients = Gradients(model.parameters(), max_norm=config.optim.clip_grad_norm)
     return model, optimizer, gradients, meshes
 

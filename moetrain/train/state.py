@@ -70,7 +70,9 @@ def checkpoint_tensors(model: Transformer, optimizer: Optimizer) -> dict[str, Te
     ours = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         name = plain_name(name)
-        assert parameter in ours, f"{name} is gathered: its optimizer state would be left out"
+        assert parameter in ours or not parameter.requires_grad, (
+            f"{name} is gathered: its optimizer state would be left out"
+        )
         named[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from moetrain.device_copies import to_device
 from moetrain.model import LossSums, Transformer, load_balance_loss
+from moetrain.optim import set_learning_rate
 from moetrain.parallel import TOKEN_AXES, WEIGHT_AXES, Gradients, Meshes
 from moetrain.train.micro_batch import MicroBatch, Schedule, one_after_another
 from moetrain.train.objective import Objective, Pretraining, local_balance_sums
@@ -64,8 +65,7 @@ def train_step(
     gradients.clip(report.grad_norm)
     begin("optimizer")
     if not report.skipped:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(optimizer, learning_rate)
         optimizer.step()
         _update_router_biases(model, report.expert_counts)
     optimizer.zero_grad()
