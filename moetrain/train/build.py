@@ -64,6 +64,7 @@ from moetrain.train.state import TrainState, checkpoint_tensors
 from moetrain.train.step_report import build_metrics
 from moetrain.train.stragglers import Stragglers
 from moetrain.train.trainer import Callback, Trainer
+from moetrain.train.weight_norms import WeightNorms, parameter_roles
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         gradients=gradients,
+        weights=WeightNorms(model, meshes, updates=config.observe.update_sizes),
         objective=build_objective(config.train),
         meshes=meshes,
         shards=shards,
@@ -333,7 +335,9 @@ def build_model(
         deterministic=config.train.deterministic,
     )
     optimizer = build_optimizer(model.parameters(), config.optim)
-    gradients = Gradients(model.parameters(), max_norm=config.optim.clip_grad_norm)
+    gradients = Gradients(
+        model.parameters(), max_norm=config.optim.clip_grad_norm, roles=parameter_roles(model)
+    )
     return model, optimizer, gradients, meshes
 
 
