@@ -11,7 +11,6 @@ import torch
 from data_pipeline import Batch
 from moetrain.checkpoint.folders import require_newest
 from moetrain.kinds import EventKind
-from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
 from moetrain.parallel import BETWEEN_STEPS, any_rank, any_rank_each, begin_micro_batch
@@ -47,7 +46,12 @@ def train(trainer: Trainer) -> Outcome:
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
-    trainer.event(EventKind.training, step=state.step, attempt=trainer.place.attempt)
+    trainer.event(
+        EventKind.training,
+        step=state.step,
+        attempt=trainer.place.attempt,
+        ranks=trainer.place.world_size,
+    )
     tally.begin(trainer.place.attempt)
     deadline.begin()
     for callback in callbacks:
@@ -123,7 +127,7 @@ def take_step(trainer: Trainer, stopwatch: Stopwatch) -> StepReport:
     )
     stopwatch.count(report.num_tokens)
     state.step += 1
-    state.samples += config.train.global_batch_size
+    state.count_sequences(config.train.global_batch_size, flops=trainer.flops_per_sequence)
     state.tokens += report.num_tokens
     *source_tokens, num_corrupt = report.data_counts
     for source, tokens in zip(sources, source_tokens, strict=True):
@@ -207,6 +211,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: Stopwatch) ->
     record: dict[str, Any] = {
         "step": state.step,
         "train/tokens": state.tokens,
+        "train/flops": state.flops,
         "train/loss": means["train/loss"],
         "train/cross_entropy": means["train/cross_entropy"],
         "train/skipped_steps": state.skipped,
@@ -222,6 +227,8 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: Stopwatch) ->
         record["train/z_loss"] = means["train/z_loss"]
     if (effective := trainer.tally.effective()) is not None:
         record["perf/effective_training_time"] = effective
+    if (seconds := trainer.tally.device_seconds(num_ranks)) is not None:
+        record["perf/gpu_seconds"] = seconds
     if trainer.stragglers is not None:
         record |= trainer.stragglers.compare(
             step=state.step,
@@ -231,7 +238,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: Stopwatch) ->
     if (stalled := stopwatch.stall_seconds()) is not None:
         record["checkpoint/stall_seconds"] = stalled
     if peak := config.cluster.peak_tflops_per_gpu:
-        flops = training_flops_per_token(config.model, seq_len=config.train.seq_len) * speed
+        flops = trainer.flops_per_sequence / config.train.seq_len * speed
         record["perf/model_flops_utilization"] = flops / (num_ranks * peak * 1e12)
     record |= means | trainer.weights.measure() | data_metrics(trainer)
     if config.model.is_moe:

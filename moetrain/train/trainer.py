@@ -50,6 +50,8 @@ class Trainer:
     uploader: Uploader | None
     """Uploads checkpoints; on one rank, if `upload_to` is set."""
     state: TrainState
+    flops_per_sequence: float
+    """The FLOPs of a sequence's forward and backward pass, all its positions counted."""
     sinks: list[Sink]
     """Where metric records go; empty on all ranks but one."""
     event: Callable[..., None]

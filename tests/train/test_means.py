@@ -113,6 +113,14 @@ def test_means_are_restored_and_an_imported_model_has_none() -> None:
     assert TrainState.restored(json.loads(json.dumps(state.as_json()))) == state
 
 
+def test_flops_of_a_checkpoint_without_them_are_those_of_its_samples() -> None:
+    state = TrainState.restored({"samples": 10})
+    for _ in range(2):
+        state.count_sequences(4, flops=0.5)
+    assert (state.samples, state.flops) == (18, 9.0)
+    assert TrainState.restored(state.as_json()).flops == 9.0
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("data"))
