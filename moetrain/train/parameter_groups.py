@@ -1,6 +1,5 @@
 """Which parameters are trained how: one row for each role that the model has."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,7 @@ class ParameterGroup:
 def parameter_groups(model: ModelSettings, optim: OptimSettings) -> list[ParameterGroup]:
     """Returns the groups of a model, in the order of its modules."""
     with torch.device("meta"):
-        found = named_roles(Transformer(model).named_parameters())
+        found = parameter_roles(Transformer(model))
     rows = []
     for role in dict.fromkeys(found.values()):
         own = group_settings(optim, role)
@@ -58,13 +57,13 @@ def parameter_groups(model: ModelSettings, optim: OptimSettings) -> list[Paramet
     return rows
 
 
-def named_roles(named: Iterable[tuple[str, nn.Parameter]]) -> Mapping[nn.Parameter, Role]:
-    """Returns the role of each parameter of a model, sharded or not."""
-    return {parameter: role_of(plain_name(name)) for name, parameter in named}
+def parameter_roles(model: Transformer) -> dict[nn.Parameter, Role]:
+    """Returns the role of each parameter of a model, sharded or not, in the model's order."""
+    return {p: role_of(plain_name(name)) for name, p in model.named_parameters()}
 
 
 def freeze(model: Transformer, optim: OptimSettings) -> None:
     """Makes the parameters of frozen groups need no gradient."""
-    for parameter, role in named_roles(model.named_parameters()).items():
+    for parameter, role in parameter_roles(model).items():
         if group_settings(optim, role).frozen:
             parameter.requires_grad_(False)

@@ -22,6 +22,9 @@ class TrainState:
     """Global sample index at which the next batch begins."""
     tokens: int = 0
     """Tokens trained on."""
+    flops: float | None = None
+    """FLOPs of all steps' forward and backward passes, padding included and recomputation not;
+    None: not counted yet."""
     skipped: int = 0
     """Steps whose loss or gradients were not finite."""
     skipped_in_a_row: int = 0
@@ -55,6 +58,13 @@ class TrainState:
         """Returns the state of `as_json`; counters that are missing have their defaults."""
         means = RunningMeans(**counters.get("since_record", {}))
         return cls(**{**counters, "since_record": means})
+
+    def count_sequences(self, number: int, *, flops: float) -> None:
+        """Counts a step's sequences, of so many FLOPs each."""
+        if self.flops is None:  # the checkpoint is of a version that didn't count them
+            self.flops = self.samples * flops
+        self.samples += number
+        self.flops += number * flops
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counters by name."""

@@ -32,7 +32,7 @@ from moetrain.settings import (
     OptimSettings,
     ParallelSettings,
 )
-from moetrain.train.parameter_groups import freeze, named_roles
+from moetrain.train.parameter_groups import freeze, parameter_roles
 from moetrain.train.state import checkpoint_tensors
 from tests.checkpoint.layouts import DEEPSEEK, DENSE, MIXTRAL, Layout
 from tests.support.ranks import run_ranks
@@ -105,7 +105,7 @@ def build(case: Case, layout: Layout) -> dict[str, Tensor]:
         model = Transformer(case.model)
     freeze(model, case.optim)
     model = parallelize(model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32)
-    roles = named_roles(model.named_parameters())
+    roles = parameter_roles(model)
     optimizer = build_optimizer(model.parameters(), case.optim, roles=roles)
     allocate_state(optimizer)
     tensors = checkpoint_tensors(model, optimizer)

@@ -35,8 +35,9 @@ from moetrain.settings import (
     RouterSettings,
 )
 from moetrain.train.micro_batch import MicroBatch
-from moetrain.train.parameter_groups import freeze, named_roles
+from moetrain.train.parameter_groups import freeze, parameter_roles
 from moetrain.train.step import train_step
+from moetrain.train.weight_norms import WeightNorms
 from tests.support.ranks import run_ranks
 from tests.support.tensors import grad_of
 
@@ -73,6 +74,8 @@ SEQUENCES, SEQ_LEN, STEPS = 8, 16, 3
 MAX_NORM = 0.5  # below the norm of every step here, so that clipping takes part
 # A step's gradients are sums over 128 tokens and two layers; three SGD steps let rounding grow.
 RTOL = 2e-5
+
+SOURCES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +168,20 @@ def train_steps(
     freeze(model, optim)
     model = parallelize(model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32)
     initial = gathered({plain_name(n): p for n, p in model.named_parameters()})
-    roles = named_roles(model.named_parameters())
+    roles = parameter_roles(model)
     optimizer = build_optimizer(model.parameters(), optim, roles=roles)
-    gradients = Gradients(model.parameters(), max_norm=MAX_NORM)
-    seen: dict[str, Any] = {}
+    gradients = Gradients(model.parameters(), max_norm=MAX_NORM, roles=list(roles.values()))
+    norms = WeightNorms(model, meshes, updates=True)
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    seen: dict[str, Any] = {"roles": dict(zip(names, roles.values(), strict=True))}
 
     def remember_gradients(*_: object) -> None:
+        parameters = {plain_name(n): p for n, p in model.named_parameters()}
+        seen["before"] = gathered({n: p.detach() for n, p in parameters.items()})
         seen["gradients"] = gathered(
-            {plain_name(n): grad_of(p) for n, p in model.named_parameters() if p.requires_grad}
+            {n: grad_of(p) for n, p in parameters.items() if p.requires_grad}
         )
-        assert all(p.requires_grad or p.grad is None for p in model.parameters())
+        assert all(p.requires_grad or p.grad is None for p in parameters.values())
 
     optimizer.register_step_pre_hook(remember_gradients)
     generator = torch.Generator().manual_seed(5)
@@ -194,6 +201,7 @@ def train_steps(
                 tokens=x,
                 targets=y,
                 valid=m,
+                sources=s % SOURCES,
                 noise_seeds=s.tolist(),
                 documents=Documents.of(d, device=CPU) if by_document else None,
             )
@@ -214,9 +222,12 @@ def train_steps(
             meshes=meshes,
             learning_rate=0.3,
             begin_micro_batch=partial(begin_micro_batch, model, parallel),
+            num_sources=SOURCES,
+            before_update=norms.remember,
         )
         figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
         figures |= figures.pop("metric_sums")  # an extension's, by their names
+        figures |= figures.pop("grad_norms") | norms.measure()
         reports.append({name: value for name, value in figures.items() if value is not None})
     named = {plain_name(n): p for n, p in model.named_parameters()} | dict(model.named_buffers())
     seen |= {"reports": reports, "weights": gathered(named), "initial": initial}
@@ -246,6 +257,41 @@ def assert_same(ours: dict[str, Any], reference: dict[str, Any]) -> None:
             scale = np.linalg.norm(expected)
             error = np.linalg.norm(value - expected)
             assert error <= RTOL * scale, f"{kind} {name}: {error / scale}"
+
+
+def norm_by_role(tensors: dict[str, np.ndarray], roles: dict[str, str]) -> dict[str, float]:
+    """Returns the norms of whole tensors by role."""
+    squares: dict[str, float] = {}
+    for name, role in roles.items():
+        square = float(np.square(tensors[name].astype(np.float64)).sum())
+        squares[role] = squares.get(role, 0.0) + square
+    return {role: square**0.5 for role, square in squares.items()}
+
+
+def test_norms_by_role_are_those_of_the_whole_tensors(
+    reference: tuple[bool, dict[str, Any]],
+) -> None:
+    """Of gradients before clipping, weights after the step, and the step's update beside these."""
+    _, found = reference
+    last, roles = found["reports"][-1], found["roles"]
+    assert set(roles.values()) == {"embedding", "norm", "attention", "router", "experts", "head"}
+    clipped = norm_by_role(found["gradients"], roles)
+    weights, before = found["weights"], found["before"]
+    updates = norm_by_role({n: weights[n] - before[n] for n in roles}, roles)
+    of_weights, of_before = norm_by_role(weights, roles), norm_by_role(before, roles)
+    for role in updates:
+        assert last[role] * last["clip_factor"] == pytest.approx(clipped[role], rel=RTOL)
+        assert last[f"optim/weight_norm/{role}"] == pytest.approx(of_weights[role], rel=RTOL)
+        assert last[f"optim/update_ratio/{role}"] == pytest.approx(
+            updates[role] / of_before[role], rel=RTOL
+        )
+    whole = sum(last[role] ** 2 for role in updates) ** 0.5
+    assert last["grad_norm"] == pytest.approx(whole, rel=1e-12)
+    assert last["clip_factor"] == pytest.approx(MAX_NORM / last["grad_norm"], rel=1e-12)
+    for report in found["reports"]:
+        nats = sum(report["source_nats"])
+        assert nats == pytest.approx(report["cross_entropy"] * report["num_tokens"], rel=RTOL)
+        assert min(report["source_nats"]) > 0
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all valid", "masked"])
