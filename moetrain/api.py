@@ -27,6 +27,7 @@ from moetrain.config import check
 from moetrain.config import resolve as resolve_for
 from moetrain.huggingface.reading import read_model
 from moetrain.huggingface.tokenizer import tokenizer_of_run
+from moetrain.lengths import in_steps, steps_of
 from moetrain.model import MoELayer, Transformer
 from moetrain.model.router import Routing
 from moetrain.optim import learning_rate
@@ -62,7 +63,7 @@ def compose(*overrides: str) -> Config:
     Raises ValueError for an unknown setting or an invalid value; its subclass ConfigError where
     settings contradict each other.
     """
-    config = composed(overrides, tree=Config, files=config_dir())
+    config = in_steps(composed(overrides, tree=Config, files=config_dir()))
     check(config)
     return config
 
@@ -157,7 +158,7 @@ def batches(config: Config, *, start: int = 0) -> Iterator[Batch]:
     shards = open_or_build(config.data, progress=True)
     require_vocabulary(config, shards.tokenizer)
     source, size = global_batches(config, shards, position=None), config.train.global_batch_size
-    for step in range(start, config.train.num_steps):
+    for step in range(start, steps_of(config)):
         yield source.read(step * size, rank=0, num_ranks=1)
 
 

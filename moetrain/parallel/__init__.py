@@ -7,7 +7,7 @@ from moetrain.parallel.kernel_choice import settle_attention, settle_backend
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize
 from moetrain.parallel.recompute import plain_name
-from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks
+from moetrain.parallel.reduce import any_rank, any_rank_each, gather_objects, gather_over_ranks
 from moetrain.parallel.sharding import begin_micro_batch, reshard
 from moetrain.parallel.topology import (
     TOKEN_AXES,
@@ -33,6 +33,7 @@ __all__ = [
     "RankShare",
     "Topology",
     "any_rank",
+    "any_rank_each",
     "begin_micro_batch",
     "build_meshes",
     "degree_choices",

@@ -10,6 +10,7 @@ from moetrain.settings.launch import ClusterSettings, LaunchSettings
 from moetrain.settings.model import (
     BACKENDS,
     ExpertsSettings,
+    InitSettings,
     ModelSettings,
     RopeScalingSettings,
     RouterSettings,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "ExchangeSettings",
     "ExpertsSettings",
+    "InitSettings",
     "LaunchSettings",
     "ModelSettings",
     "ObserveSettings",

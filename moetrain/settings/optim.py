@@ -57,6 +57,12 @@ class ScheduleSettings:
 
     name: Annotated[str, AfterValidator(SCHEDULES.known)] = "cosine"
     warmup_steps: NonNegativeInt = 100
+    """The length of the linear warm-up. `warmup_tokens` or `warmup_fraction` takes its place; of
+    several on the command line and in files, the one on the command line is in force."""
+    warmup_tokens: PositiveFloat | None = None
+    """The warm-up in token positions, rounded up to whole steps."""
+    warmup_fraction: Fraction | None = None
+    """The warm-up as a share of the run's steps, of those from `restart_from` on."""
     final_lr_ratio: Fraction = 0.1
     decay_fraction: Fraction = 0.2
     """wsd: the share of the run in which the rate decays (arXiv 2404.06395)."""

@@ -14,6 +14,12 @@ from moetrain.settings.optim import OptimSettings, ScheduleSettings
 from moetrain.settings.parallel import ParallelSettings
 from moetrain.settings.train import RunSettings, TrainSettings
 
+UNITS = (
+    ("train.num_steps", "train.num_tokens", "train.flops"),
+    ("schedule.warmup_steps", "schedule.warmup_tokens", "schedule.warmup_fraction"),
+)
+"""Settings of which one is in force: that of the command line, else one that isn't in steps."""
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config:

@@ -50,6 +50,7 @@ from moetrain.registries import CALLBACKS, SINKS
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
+from moetrain.train.deadline import Deadline
 from moetrain.train.objective import build_objective
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
@@ -141,6 +142,7 @@ def build_trainer(
         event=event,
         stragglers=None if config.num_ranks == 1 else watch(model, step=state.step),
         tally=tally,
+        deadline=Deadline(config.train, seconds=state.seconds, leads=leads),
         callbacks=_callbacks(config, state),
         metrics=build_metrics(config.observe),
     )
@@ -235,7 +237,7 @@ def _sinks(
         control.publish("say", text)
 
     metrics = MetricsFile(config.run_dir / "metrics.jsonl")
-    metrics.rewind(state.step)
+    metrics.rewind(state.step or -1)  # from step 0 on that step is validated and recorded anew
     wandb = WandbSink(
         config.observe.wandb,
         run_name=config.run.name,

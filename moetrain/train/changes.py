@@ -44,6 +44,8 @@ _KINDS = {
     "model.pad_vocab_to_multiple_of": Kind.incidental,  # its effect is in vocab_size
     "model.loss_chunk_size": Kind.layout,
     "model.attention_kernel": Kind.layout,
+    "model.init": Kind.recipe,
+    "model.head_z_loss_weight": Kind.recipe,
     "model.router.load_balance_loss_weight": Kind.recipe,
     "model.router.load_balance_scope": Kind.recipe,
     "model.router.z_loss_weight": Kind.recipe,
@@ -53,11 +55,16 @@ _KINDS = {
     "model.experts.recompute": Kind.layout,
     "seed": Kind.order,
     "extensions": Kind.incidental,  # what they register is named where it is used
+    "train.num_tokens": Kind.incidental,  # its effect is in num_steps, as that of flops
+    "train.flops": Kind.incidental,
     "train.seq_len": Kind.order,
     "train.micro_batch_size": Kind.layout,
     "train.deterministic": Kind.layout,
     "train.validate_every_steps": Kind.incidental,
+    "train.validate_at_start": Kind.incidental,
     "train.max_skipped_steps": Kind.incidental,
+    "schedule.warmup_tokens": Kind.incidental,  # in warmup_steps
+    "schedule.warmup_fraction": Kind.incidental,
     "data.dir": Kind.text,
     "data.corpus": Kind.text,
     "data.text_field": Kind.text,

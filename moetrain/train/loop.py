@@ -16,7 +16,7 @@ from moetrain.kinds import EventKind
 from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
-from moetrain.parallel import BETWEEN_STEPS, any_rank, begin_micro_batch
+from moetrain.parallel import BETWEEN_STEPS, any_rank, any_rank_each, begin_micro_batch
 from moetrain.train.control import Outcome
 from moetrain.train.means import RunningMeans
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
@@ -37,40 +37,45 @@ class TrainingError(Exception):
 
 
 def train(trainer: Trainer) -> Outcome:
-    """Trains until all steps are done or a stop is requested; all ranks call it.
+    """Trains until all steps are done, time is over or a stop is requested; all ranks call it.
 
     Raises TrainingError after too many consecutive skipped steps, CheckpointError where a
     checkpoint can't be written; earlier checkpoints stay as they are.
     """
     settings, state, control = trainer.config.train, trainer.state, trainer.control
     tally, callbacks = trainer.tally, trainer.callbacks.values()
-    checkpoint = trainer.config.checkpoint
+    checkpoint, deadline = trainer.config.checkpoint, trainer.deadline
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
     trainer.event(EventKind.training, step=state.step, attempt=trainer.place.attempt)
     tally.begin(trainer.place.attempt)
+    deadline.begin()
     for callback in callbacks:
         callback.run_start(trainer)
-    while state.step < settings.num_steps:
+    if state.step == 0 and settings.validate_at_start and not any_rank(control.stop_requested):
+        last = validate_at_start(trainer)
+        stopwatch.restart()
+    while state.step < deadline.last_step:
         control.heartbeat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
-        if any_rank(leaves):
+        leaves, is_over = any_rank_each(leaves, deadline.is_over)
+        if leaves:
             break
+        if is_over:
+            deadline.end_with(state.step + 1)
         report = take_step(trainer, stopwatch)
         for callback in callbacks:
             callback.step_end(trainer, report)
         if _records(trainer, state.step):
             record = metric_record(trainer, report, stopwatch)
             if _validates(trainer, state.step):
-                control.heartbeat("validation", state.step)
-                with tally.validating():
-                    record |= run_validation(trainer)
+                record |= run_validation(trainer)
             write_record(trainer, record)
             last = numbers_of(record)
             state.since_record = RunningMeans()
             stopwatch.restart()
-        if state.step == settings.num_steps or _due(state.step, checkpoint.every_steps):
+        if state.step == deadline.last_step or _due(state.step, checkpoint.every_steps):
             with stopwatch.saving(), tally.saving(state.step):
                 save(trainer)
             saved_step = state.step
@@ -82,7 +87,7 @@ def train(trainer: Trainer) -> Outcome:
             save(trainer)
     control.heartbeat("ending", state.step)
     trainer.checkpoints.wait()
-    outcome = Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
+    outcome = Outcome(finished=state.step >= deadline.last_step, step=state.step, last=last)
     for callback in callbacks:
         callback.run_end(trainer, outcome)
     return outcome
@@ -142,6 +147,7 @@ def save(trainer: Trainer) -> None:
     """Writes a checkpoint of the current state."""
     trainer.control.heartbeat("save", trainer.state.step)
     trainer.state.position = trainer.batches.position(trainer.state.samples)
+    trainer.state.seconds = trainer.deadline.seconds
     trainer.state.callbacks = {name: c.state() for name, c in trainer.callbacks.items()}
     trainer.checkpoints.save(
         checkpoint_tensors(trainer.model, trainer.optimizer),
@@ -155,18 +161,33 @@ def save(trainer: Trainer) -> None:
 def run_validation(trainer: Trainer) -> dict[str, float]:
     """Returns the held-out metrics at this step."""
     settings = trainer.config.train
-    metrics = validate(
-        trainer.model,
-        trainer.held_out,
-        weights=_validation_weights(trainer),
-        micro_batch_size=settings.micro_batch_size,
-        mask_documents=trainer.config.data.mask_documents,
-        meshes=trainer.meshes,
-        device=trainer.device,
-    )
+    trainer.control.heartbeat("validation", trainer.state.step)
+    with trainer.tally.validating():
+        metrics = validate(
+            trainer.model,
+            trainer.held_out,
+            weights=_validation_weights(trainer),
+            micro_batch_size=settings.micro_batch_size,
+            mask_documents=trainer.config.data.mask_documents,
+            meshes=trainer.meshes,
+            device=trainer.device,
+        )
     for callback in trainer.callbacks.values():
         callback.validation_end(trainer, metrics)
     return metrics
+
+
+def validate_at_start(trainer: Trainer) -> dict[str, float | int | None]:
+    """Validates the weights that a run begins with; returns the numbers of the record of step 0.
+
+    Empty, and no record, where no text is held out.
+    """
+    metrics = run_validation(trainer)
+    if not metrics:
+        return {}
+    record = {"step": 0, "train/tokens": 0, **metrics}
+    write_record(trainer, record)
+    return numbers_of(record)
 
 
 def _validation_weights(trainer: Trainer) -> dict[str, float] | None:
@@ -195,6 +216,8 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         "perf/data_wait_seconds": stopwatch.data_wait_seconds(),
         "memory/peak_gib": _peak_gib(trainer.device),
     }
+    if report.head_z_loss is not None:
+        record["train/z_loss"] = means["train/z_loss"]
     if (effective := trainer.tally.effective()) is not None:
         record["perf/effective_training_time"] = effective
     if trainer.stragglers is not None:
@@ -343,8 +366,8 @@ def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
 
 def _validates(trainer: Trainer, step: int) -> bool:
     """Returns whether a step is followed by a validation."""
-    settings = trainer.config.train
-    return step == settings.num_steps or _due(step, settings.validate_every_steps)
+    every = trainer.config.train.validate_every_steps
+    return step == trainer.deadline.last_step or _due(step, every)
 
 
 def _records(trainer: Trainer, step: int) -> bool:

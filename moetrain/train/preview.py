@@ -26,6 +26,10 @@ class Preview:
     tokens: int
     """Token positions in all steps, padding included, which `train/tokens` doesn't count."""
     batch: str
+    asked: str | None
+    """The setting that the number of steps was worked out from, if it wasn't given."""
+    max_seconds: float | None
+    """The time after which it ends before its steps are done."""
     layout: str
     memory: RankMemory
     on_cpu: bool
@@ -36,7 +40,9 @@ class Preview:
             f"model: {count(self.parameters)} parameters, {count(self.active_parameters)} active "
             f"for a token; {count(self.flops_per_token, billion='G')}FLOPs a token"
         )
-        yield f"training: {self.batch} = {count(self.tokens)} tokens; {self.layout}"
+        asked = f", for {self.asked}" if self.asked else ""
+        asked += f", at most train.max_seconds={self.max_seconds:g}" if self.max_seconds else ""
+        yield f"training: {self.batch} = {count(self.tokens)} tokens{asked}; {self.layout}"
         parts = ", ".join(f"{k} {binary_size(size)}" for k, size in asdict(self.memory).items())
         process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
         yield f"memory: up to {binary_size(self.memory.total)} a rank{process} ({parts})"
@@ -74,6 +80,8 @@ def preview_of(config: Resolved) -> Preview:
         flops_per_token=training_flops_per_token(config.model, seq_len=train.seq_len),
         tokens=train.num_steps * train.global_batch_size * train.seq_len,
         batch=f"{train.num_steps:,} steps of {train.global_batch_size} x {train.seq_len:,}",
+        asked=_asked(config),
+        max_seconds=train.max_seconds,
         layout=(
             f"{_many(ranks, 'rank')} ({degrees}), {_many(num_micro, 'micro-batch')} of "
             f"{_many(micro, 'sequence')} a step"
@@ -82,6 +90,14 @@ def preview_of(config: Resolved) -> Preview:
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,
     )
+
+
+def _asked(config: Resolved) -> str | None:
+    """Returns the setting that the number of steps was worked out from; None: it was given."""
+    for name in ("num_tokens", "flops"):
+        if (value := getattr(config.train, name)) is not None:
+            return f"train.{name}={value:g}"
+    return None
 
 
 def _many(number: int, what: str) -> str:

@@ -21,6 +21,19 @@ from moetrain.train.changes import Change, Kind, as_plain, as_typed_value, chang
 _OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
 
 
+def is_complete(config: Resolved, manifest: Manifest) -> bool:
+    """Returns whether a checkpoint is a run's last one: of its last step, or of its time's end."""
+    limit, seconds = config.train.max_seconds, manifest.state.get("seconds", 0.0)
+    return manifest.step >= config.train.num_steps or (limit is not None and seconds >= limit)
+
+
+def what_is_complete(config: Resolved, *, step: int) -> str:
+    """Returns what a complete run has, whose last checkpoint is of a step."""
+    if step >= config.train.num_steps:
+        return f"has all its {config.train.num_steps} steps"
+    return f"has had its train.max_seconds={config.train.max_seconds:g}, up to step {step}"
+
+
 def require_same_model(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run can't resume from a checkpoint with these settings.
 
@@ -42,7 +55,7 @@ def require_same_model(config: Resolved, manifest: Manifest) -> None:
     )
     shapes = "" if fits else ", and its tensors have other shapes"
     ways = f"use {_settings(refused)}, or another run.name"
-    if fits and manifest.step < config.train.num_steps:
+    if fits and not is_complete(config, manifest):
         ways += _ways_to_another_model(config, manifest, [*accepted, *(c.name for c in refused)])
     raise ConfigError(
         refused[0].name,
@@ -54,14 +67,15 @@ def require_same_model(config: Resolved, manifest: Manifest) -> None:
 
 def require_done_alike(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run is finished, and was trained with other settings."""
-    if manifest.step < config.train.num_steps:
+    if not is_complete(config, manifest):
         return
     found = changes(manifest.config, as_plain(config))
+    has = "has all its steps" if manifest.step >= config.train.num_steps else "has had its time"
     if trained := _of_kind(found, Kind.function, Kind.order, Kind.recipe):
         raise ConfigError(
             "run.name",
             config.run.name,
-            f"this run has all its steps, up to {manifest.step}, and was trained with "
+            f"this run {has}, up to {manifest.step}, and was trained with "
             f"{_settings(trained)} (not {', '.join(as_typed_value(c.now) for c in trained)}): it "
             "is left as it is. Use those settings or another run.name, or train on with the new "
             f"ones: {training_on(config, step=manifest.step)}",
@@ -69,11 +83,19 @@ def require_done_alike(config: Resolved, manifest: Manifest) -> None:
 
 
 def training_on(config: Resolved, *, step: int) -> str:
-    """Returns the settings with which a finished run trains as many steps again.
+    """Returns the settings with which a finished run trains as many steps, or as long, again.
 
     They restart the schedule: in a longer one, a decayed rate would jump back up in the middle.
     """
-    more = f"train.num_steps={2 * step}"
+    train = config.train
+    if step < train.num_steps and train.max_seconds is not None:
+        return f"train.max_seconds={2 * train.max_seconds:g}"  # the schedule goes by steps
+    if train.num_tokens is not None:  # a number of steps can't stand beside it in the command
+        more = f"train.num_tokens={2 * step * train.global_batch_size * train.seq_len}"
+    elif train.flops is not None:
+        more = f"train.flops={2 * train.flops:g}"
+    else:
+        more = f"train.num_steps={2 * step}"
     return more if config.schedule.name == "constant" else f"schedule.restart_from={step} {more}"
 
 
@@ -192,7 +214,7 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
             return
         key = "momentum" if config.optim.name == "sgd" else "options"
     add = [f"optim.restart_from={manifest.step}"]
-    if manifest.step >= config.train.num_steps:
+    if is_complete(config, manifest):
         add.append(training_on(config, step=manifest.step))
     # Another optimizer needs its own learning rate and other settings.
     found = changes(manifest.config, as_plain(config))

@@ -25,6 +25,8 @@ class TrainState:
     skipped: int = 0
     """Steps whose loss or gradients were not finite."""
     skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """The time of all attempts up to this checkpoint; counted where `train.max_seconds` is set."""
     data: str = ""
     """The fingerprint of the shards that `samples` counts in."""
     tokenizer: str = ""

@@ -15,6 +15,7 @@ from moetrain.observe import Sink, Tally
 from moetrain.parallel import Gradients, Meshes
 from moetrain.settings import Resolved
 from moetrain.train.control import Control, Outcome, RankPlace, collective_timeout
+from moetrain.train.deadline import Deadline
 from moetrain.train.objective import Objective
 from moetrain.train.state import TrainState
 from moetrain.train.step_report import Metric, StepReport
@@ -53,6 +54,8 @@ class Trainer:
     """Compares the ranks; None where there is only one."""
     tally: Tally
     """What this attempt's time is spent on."""
+    deadline: Deadline
+    """Which step is the last."""
     callbacks: "Mapping[str, Callback]"
     """The callbacks of extensions, by name."""
     metrics: Mapping[str, Metric]

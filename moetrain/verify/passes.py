@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.quantities import binary_size
 from moetrain.checks import ConfigError
+from moetrain.lengths import in_steps, steps_of
 from moetrain.optim import learning_rate
 from moetrain.settings import Config, OptimSettings
 from moetrain.verify.absolute import reference_rates
@@ -132,6 +133,7 @@ def comparable(config: Config, *, lr: float) -> Config:
             "a balance loss over each micro-batch depends on the layout by its definition, so "
             "that layouts can't agree: verify with global_batch",
         )
+    config = in_steps(config)
     values = {name: getattr(config, name) for name in Config.__dataclass_fields__}
     return replace(
         Config(**values),
@@ -152,7 +154,7 @@ def schedule_steps(config: Config, count: int) -> tuple[int, ...]:
     They are in the middles of equal parts of the run, but the first one is in the warm-up's middle.
     """
     begin = config.schedule.restart_from or 0
-    length = config.train.num_steps - begin
+    length = steps_of(config) - begin
     steps = [begin + (2 * part + 1) * length // (2 * count) for part in range(count)]
     if warmup := config.schedule.warmup_steps:
         steps[0] = begin + min(warmup // 2, steps[0] - begin)
@@ -161,7 +163,7 @@ def schedule_steps(config: Config, count: int) -> tuple[int, ...]:
 
 def _rates(config: Config, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the rates of some steps by training's schedule, and by the reference's."""
-    steps, num_steps = schedule_steps(config, count), config.train.num_steps
+    steps, num_steps = schedule_steps(config, count), steps_of(config)
     peak, schedule = config.optim.lr, config.schedule
     rates = tuple(
         learning_rate(step, peak=peak, num_steps=num_steps, settings=schedule) for step in steps

@@ -19,7 +19,7 @@ SMALL = [
     "+model=toy", "model.num_layers=2", "model.dim=32", "model.num_heads=2", "model.num_kv_heads=2",
     "model.head_dim=16", "model.ffn_hidden_dim=32", "train.num_steps=4", "train.seq_len=16",
     "train.global_batch_size=4", "schedule.warmup_steps=1", "observe.log_every_steps=1",
-    "observe.wandb.mode=disabled", "launch.mode=inline",
+    "observe.wandb.mode=disabled", "launch.mode=inline", "train.validate_at_start=false",
 ]  # fmt: skip
 EVERYTHING = [
     "extensions=[things]", "model.router.name=scaled", "model.experts.function=squared_relu",
