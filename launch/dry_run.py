@@ -14,8 +14,9 @@ from launch.run_lock import require_free
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
+from moetrain.checkpoint.trained import newest_manifest
 from moetrain.settings import Resolved
-from moetrain.train.prepare import Prepared, newest_manifest, rehearse
+from moetrain.train.prepare import Prepared, rehearse
 from moetrain.train.preview import Preview, preview_of
 from moetrain.train.resume import is_complete, require_done_alike, what_is_complete
 

@@ -24,6 +24,7 @@ from moetrain.checkpoint.remote.of_run import (
     take_over,
     upload_missing,
 )
+from moetrain.checkpoint.trained import newest_manifest
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import DONE, STOPPED
 from moetrain.kinds import EventKind
@@ -32,7 +33,7 @@ from moetrain.redaction import RedactingFormatter, redacted_arguments
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Outcome
-from moetrain.train.prepare import Prepared, newest_manifest, prepare
+from moetrain.train.prepare import Prepared, prepare
 from moetrain.train.resume import (
     is_complete,
     require_done_alike,

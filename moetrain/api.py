@@ -5,7 +5,7 @@ notebook works with what a run trains. docs/api.md has an example of each.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +22,7 @@ from data_pipeline import Batch, Tokenizer, open_or_build
 from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.command import composed, config_dir
+from moetrain.compare.comparison import Comparison, compare_runs
 from moetrain.config import check
 from moetrain.config import resolve as resolve_for
 from moetrain.huggingface.reading import read_model
@@ -45,6 +46,7 @@ __all__ = [
     "LayerRouting",
     "Training",
     "batches",
+    "compare",
     "compose",
     "load_model",
     "load_tokenizer",
@@ -110,6 +112,27 @@ def load_model(
         model = Transformer(settings)
     model.load_state_dict(tensors, assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def compare(
+    *runs: str | Path,
+    measure: str | None = None,
+    at: str = "end",
+    x: str = "step",
+    baseline: str | None = None,
+    by: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> Comparison:
+    """Returns the comparison of runs, as `moetrain compare` has it: folders, sweeps, patterns.
+
+    `run_rows(comparison)` and `record_rows(comparison)` of `moetrain.compare.tables` are rows for
+    pandas, and `as_text(comparison)` of `moetrain.compare.text` what the command prints. Raises
+    ConfigError for runs that aren't there, and for an unknown metric, point or arm.
+    """
+    words = [str(run) for run in runs]
+    return compare_runs(
+        words, measure=measure, at=at, axis=x, baseline=baseline, by=by, names=names
+    )
 
 
 def load_tokenizer(run: str | Path) -> Tokenizer:

@@ -12,6 +12,13 @@ def check_model(model: ModelSettings) -> None:
     _check_groups(model)
     _check_attention(model)
     _check_rope_scaling(model)
+    if model.tie_embeddings and model.init.head_std is not None:
+        raise ConfigError(
+            "model.init.head_std",
+            model.init.head_std,
+            "the head is the embedding, with model.tie_embeddings=true: use "
+            "model.init.embedding_std",
+        )
     if model.top_k > model.num_experts == 1:
         raise ConfigError(
             "model.num_experts",

@@ -67,6 +67,13 @@ def toy(**changes: Any) -> dict[str, Any]:
         ({"model__head_dim": 31}, "model.head_dim", "use 32"),
         ({"model__partial_rotary_factor": 0.01}, "model.partial_rotary_factor", "use 0.0625"),
         ({"model__qk_norm_scope": "head"}, "model.qk_norm_scope", "add model.qk_norm=true"),
+        (
+            {"model__tie_embeddings": True, "model__init__head_std": 0.1},
+            "model.init.head_std",
+            "use model.init.embedding_std",
+        ),
+        ({"model__init__std": 0.0}, "model.init.std", "greater than 0"),
+        ({"model__init__residual_scale": "deep"}, "model.init.residual_scale", "'depth'"),
         ({"model__rope_scaling__factor": 4.0}, "model.rope_scaling.factor", "add a type"),
         (
             {"model__rope_scaling__type": "yarn"},

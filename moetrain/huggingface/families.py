@@ -82,6 +82,7 @@ _DENSE = {
     "clip_qkv": None,
     "qk_norm": False,
     "attention_bias": False,
+    "logit_soft_cap": None,
 }
 _MOE = {
     **_DENSE,

@@ -4,15 +4,26 @@ A rank adds up its own tokens' part of each loss and divides by *global* counts;
 ranks and micro-batches is then the loss of the global batch, exactly, however it was split.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy that computes gradients along with the logits, a chunk of tokens at a time."""
+class HeadLosses(NamedTuple):
+    """The losses of the head, sums over valid tokens; each []."""
+
+    total: Tensor
+    """Cross-entropy and weighted z-loss: only this has a gradient."""
+    cross_entropy: Tensor
+    """-log p(target), in nats."""
+    z: Tensor
+    """Squared log-sum-exp of the logits; 0 without a weight."""
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """Losses that compute gradients along with the logits, a chunk of tokens at a time."""
 
     @staticmethod
     def forward(
@@ -22,34 +33,56 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         valid: Tensor,
         chunk: int,
+        soft_cap: float | None,
+        z_weight: float,
         with_grad: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if with_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        z = torch.zeros_like(total)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ head.t()).float()  # [chunk, vocab]
+            tanh = None
+            if soft_cap is not None:
+                tanh = logits.div_(soft_cap).tanh_()
+                logits = tanh * soft_cap
             target, mask = targets[part].unsqueeze(1), valid[part].unsqueeze(1)
             normaliser = torch.logsumexp(logits, -1, keepdim=True)
             nll = normaliser - logits.gather(1, target)
             total += torch.where(mask, nll, 0.0).sum()
+            if z_weight:
+                z += torch.where(mask, normaliser.square(), 0.0).sum()
             if grad_hidden is None or grad_head is None:
                 continue
             grad = logits.sub_(normaliser).exp_()
+            if z_weight:
+                grad.mul_(1.0 + 2.0 * z_weight * normaliser)
             grad.scatter_add_(1, target, torch.full_like(nll, -1.0))
+            if tanh is not None:
+                grad.mul_(tanh.square_().neg_().add_(1.0))
+                tanh = None  # its memory is used again
             grad = torch.where(mask, grad, 0.0).to(hidden.dtype)
             torch.mm(grad, head, out=grad_hidden[part])
             grad_head += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
-        return total
+        ctx.set_materialize_grads(False)
+        return (total + z_weight * z if z_weight else total), total.clone(), z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, of_cross_entropy: Tensor | None, of_z: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None or of_cross_entropy is not None or of_z is not None:
+            raise RuntimeError(
+                "with model.head_z_loss_weight only the sum of cross-entropy and z-loss has a "
+                "gradient: an objective minimises output.token_loss, not output.cross_entropy"
+            )
         grad_hidden, grad_head = ctx.saved_tensors
         head = (grad_head * grad).to(ctx.head_dtype)
-        return grad_hidden * grad, head, None, None, None, None
+        return grad_hidden * grad, head, None, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -59,14 +92,45 @@ def chunked_cross_entropy(
     valid: Bool[Tensor, " tokens"],
     *,
     chunk_size: int,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Returns the sum over valid tokens of -log p(target), in nats.
+    """Returns the sum over valid tokens of -log p(target), in nats; `soft_capped` logits decide.
 
     Only the logits of `chunk_size` tokens are in memory at once; the gradients are computed in the
     same pass, so that nothing is computed twice.
     """
+    return chunked_losses(
+        hidden, head, targets, valid, chunk_size=chunk_size, soft_cap=soft_cap, z_weight=0.0
+    ).total
+
+
+def chunked_losses(
+    hidden: Float[Tensor, "tokens dim"],
+    head: Float[Tensor, "vocab dim"],
+    targets: Int64[Tensor, " tokens"],
+    valid: Bool[Tensor, " tokens"],
+    *,
+    chunk_size: int,
+    soft_cap: float | None,
+    z_weight: float,
+) -> HeadLosses:
+    """Returns cross-entropy and z-loss (arXiv 2204.02311, section 5), as `chunked_cross_entropy`.
+
+    `z_weight` multiplies the z-loss in the total.
+    """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, valid, chunk_size, with_grad)  # type: ignore[no-any-return, no-untyped-call]
+    return HeadLosses(
+        *_ChunkedLosses.apply(
+            hidden, head, targets, valid, chunk_size, soft_cap, z_weight, with_grad
+        )  # type: ignore[no-untyped-call]
+    )
+
+
+def soft_capped(
+    logits: Float[Tensor, "*batch vocab"], cap: float | None
+) -> Float[Tensor, "*batch vocab"]:
+    """Returns cap · tanh(logits / cap), between ± cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def load_balance_loss(

@@ -14,7 +14,7 @@ from moetrain.model.choice import Choice, Choose
 from moetrain.model.documents import Documents
 from moetrain.model.experts import FeedForward
 from moetrain.model.init import random_stream
-from moetrain.model.losses import chunked_cross_entropy
+from moetrain.model.losses import chunked_losses, soft_capped
 from moetrain.model.moe_layer import MoELayer
 from moetrain.model.rotary import rotary_table
 from moetrain.model.router import RoutingStatistics
@@ -28,6 +28,16 @@ class LossSums(NamedTuple):
     """Summed -log p(target), [] nats."""
     routing: RoutingStatistics
     """Stacked over the MoE layers: [layers, experts] and [layers]; no layers if dense."""
+    with_head_z_loss: Tensor | None = None
+    """Cross-entropy and the head's weighted z-loss, []; None without a weight. Then it has the
+    gradient of both, and `cross_entropy` has none."""
+    head_z_sum: Tensor | None = None
+    """Summed squared log-sum-exp of the head's logits, []; None without a weight."""
+
+    @property
+    def token_loss(self) -> Tensor:
+        """What the head adds to the loss: cross-entropy, and its weighted z-loss."""
+        return self.cross_entropy if self.with_head_z_loss is None else self.with_head_z_loss
 
 
 class Block(nn.Module):
@@ -109,15 +119,21 @@ class Transformer(nn.Module):
         x = self.norm(x)
         head = self.embedding.weight if self.settings.tie_embeddings else self.head.weight
         if targets is None:
-            return F.linear(x, head)
-        cross_entropy = chunked_cross_entropy(
+            return soft_capped(F.linear(x, head), self.settings.logit_soft_cap)
+        z_weight = self.settings.head_z_loss_weight
+        found = chunked_losses(
             x.flatten(0, 1),
             head,
             targets.flatten(),
             valid.flatten(),
             chunk_size=self.settings.loss_chunk,
+            soft_cap=self.settings.logit_soft_cap,
+            z_weight=z_weight,
         )
-        return LossSums(cross_entropy, self._stack(statistics, x.device))
+        routing = self._stack(statistics, x.device)
+        if not z_weight:
+            return LossSums(found.total, routing)
+        return LossSums(found.cross_entropy, routing, found.total, found.z)
 
     def _choice(
         self, layer: int, noise_seeds: Sequence[int] | None, choose: Choose | None

@@ -11,6 +11,7 @@ from moetrain.settings.match import MatchSettings
 from moetrain.settings.model import (
     BACKENDS,
     ExpertsSettings,
+    InitSettings,
     ModelSettings,
     RopeScalingSettings,
     RouterSettings,
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "ExchangeSettings",
     "ExpertsSettings",
+    "InitSettings",
     "LaunchSettings",
     "MatchSettings",
     "ModelSettings",

@@ -115,6 +115,26 @@ class RopeScalingSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class InitSettings:
+    """How initial weights are drawn: matrices from a normal; norms are one, biases zero.
+
+    Standard deviations are those of the normal before it is cut.
+    """
+
+    std: PositiveFloat | None = None
+    """null: 1/sqrt(dim), with which activations keep their scale at any width."""
+    truncate_at: PositiveFloat | None = 3.0
+    """Standard deviations beyond which nothing is drawn; null: the whole normal."""
+    residual_scale: Annotated[str, AfterValidator(one_of("depth", "layer", "none"))] = "depth"
+    """What divides the matrices that write into the residual stream: `depth`, sqrt(2 · layers)
+    (GPT-2); `layer`, sqrt(2 · the layer's number from 1 on) (arXiv 2402.00838); or nothing."""
+    embedding_std: PositiveFloat | None = None
+    """Of the embedding, also where it is the head; null: as other matrices, as are the next two."""
+    head_std: PositiveFloat | None = None
+    router_std: PositiveFloat | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSettings:
     """Mixtral's decoder; with `num_experts` 1 it is Mistral's dense one, without a router.
 
@@ -160,9 +180,15 @@ class ModelSettings:
     """Of a GPU; `auto` measures which is the fastest there. A CPU has one."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
+    logit_soft_cap: PositiveFloat | None = None
+    """The head's logits become cap · tanh(logits / cap), as in Gemma 2 with 30."""
+    head_z_loss_weight: NonNegativeFloat = 0.0
+    """Multiplies the mean squared log-sum-exp of the head's logits in the loss (arXiv 2204.02311,
+    section 5: 1e-4)."""
     loss_chunk_size: PositiveInt | None = None
     """Tokens whose logits are in memory at once. None: as many as 256 MiB hold, in float32, and
     2,048 at most."""
+    init: InitSettings = InitSettings()
     router: RouterSettings = RouterSettings()
     experts: ExpertsSettings = ExpertsSettings()
 

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from data_pipeline import DataSettings
@@ -42,6 +44,8 @@ _KINDS = {
     "model.pad_vocab_to_multiple_of": Kind.incidental,  # its effect is in vocab_size
     "model.loss_chunk_size": Kind.layout,
     "model.attention_kernel": Kind.layout,
+    "model.init": Kind.recipe,
+    "model.head_z_loss_weight": Kind.recipe,
     "model.router.load_balance_loss_weight": Kind.recipe,
     "model.router.load_balance_scope": Kind.recipe,
     "model.router.z_loss_weight": Kind.recipe,
@@ -129,13 +133,20 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     A setting that one of them lacks has its default: the configuration may be of an older version.
     """
     ours, theirs = dict(leaves(now)), dict(leaves(before))
-    known = {"seed": 0} | {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
+    known = default_settings()
     found = []
     for name in dict.fromkeys([*ours, *theirs]):
         left, right = (leaves.get(name, known.get(name)) for leaves in (theirs, ours))
         if left != right:
             found.append(Change(name=name, before=left, now=right, kind=kind_of(name)))
     return found
+
+
+@cache
+def default_settings() -> Mapping[str, Any]:
+    """Returns what a setting was where a plain configuration lacks it, by name."""
+    known = {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
+    return MappingProxyType({"seed": 0} | known)
 
 
 def kind_of(name: str) -> Kind:

@@ -216,6 +216,8 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         "perf/data_wait_seconds": stopwatch.data_wait_seconds(),
         "memory/peak_gib": _peak_gib(trainer.device),
     }
+    if report.head_z_loss is not None:
+        record["train/z_loss"] = means["train/z_loss"]
     if (effective := trainer.tally.effective()) is not None:
         record["perf/effective_training_time"] = effective
     if trainer.stragglers is not None:

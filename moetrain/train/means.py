@@ -43,6 +43,8 @@ class RunningMeans:
 def _of_tokens(report: StepReport) -> dict[str, float]:
     """Returns the figures that are means over a step's tokens."""
     figures = {"train/loss": report.loss, "train/cross_entropy": report.cross_entropy}
+    if report.head_z_loss is not None:
+        figures["train/z_loss"] = report.head_z_loss
     if _has_routers(report):
         figures |= {
             "router/load_balance_loss": report.load_balance_loss,
@@ -74,5 +76,6 @@ def max_violation(expert_counts: Tensor) -> float:
 def _move(means: dict[str, float], values: Mapping[str, float], *, share: float) -> None:
     """Updates means with the values of another step, whose weight is `share`."""
     for name, value in values.items():
-        before = means.get(name, 0.0)
-        means[name] = before + share * (value - before)
+        # A figure that a resumed run has not had before begins with its first value.
+        before = means.get(name)
+        means[name] = value if before is None else before + share * (value - before)

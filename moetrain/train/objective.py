@@ -41,7 +41,7 @@ class Objective(ABC):
 
 @OBJECTIVES.register("pretraining")
 class Pretraining(Objective):
-    """Cross-entropy of the next token, and the routers' balance and z losses."""
+    """Cross-entropy of the next token, and the balance and z losses of routers and head."""
 
     def begin(
         self,
@@ -57,7 +57,7 @@ class Pretraining(Objective):
         counts = expert_counts_ahead(micro_batches, model, meshes)
 
         def loss(output: LossSums, batch: MicroBatch) -> Tensor:
-            routing, value = output.routing, output.cross_entropy / num_tokens
+            routing, value = output.routing, output.token_loss / num_tokens
             if not is_moe:
                 return value
             if router.load_balance_loss_weight:

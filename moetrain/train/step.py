@@ -81,7 +81,7 @@ def _update_router_biases(model: Transformer, expert_counts: Tensor) -> None:
             layer.router.update_bias(counts, rate=rate)
 
 
-SCALARS = 5  # loss, cross-entropy, z, entropy, balance
+SCALARS = 5  # loss, cross-entropy, z, entropy, balance; then z of the head, if it has a z-loss
 
 
 class _Sums:
@@ -99,9 +99,10 @@ class _Sums:
         self._of_metrics: dict[str, Tensor] = {}
         self._data_counts = to_device(torch.tensor(data_counts, dtype=torch.float64), device)
         self._shape = (model.settings.num_moe_layers, model.settings.num_experts)
+        self._num_scalars = SCALARS + (model.settings.head_z_loss_weight > 0)
         # The scalars, as below; then counts and probabilities of every expert.
         self._sums = torch.zeros(
-            SCALARS + 2 * math.prod(self._shape), dtype=torch.float64, device=device
+            self._num_scalars + 2 * math.prod(self._shape), dtype=torch.float64, device=device
         )
 
     @torch.no_grad()
@@ -113,6 +114,7 @@ class _Sums:
             routing.z_sum.sum(),
             routing.entropy_sum.sum(),
             local_balance_sums(output, batch, model=model).sum(),
+            *(() if output.head_z_sum is None else (output.head_z_sum,)),
         )
         self._sums += torch.cat(
             (
@@ -142,8 +144,9 @@ class _Sums:
         data_counts, sums, *own = ends[2:].split(sizes)
         layers, experts = self._shape
         tokens = max(1, num_counted)
-        loss, cross_entropy, z, entropy, balance = sums[:SCALARS].tolist()
-        counts, probabilities = sums[SCALARS:].view(2, layers, experts)
+        scalars, of_experts = sums[: self._num_scalars].tolist(), sums[self._num_scalars :]
+        loss, cross_entropy, z, entropy, balance, *head_z = scalars
+        counts, probabilities = of_experts.view(2, layers, experts)
         if model.settings.router.load_balance_scope == "global_batch":
             balance = tokens * load_balance_loss(
                 counts,
@@ -158,6 +161,7 @@ class _Sums:
             cross_entropy=cross_entropy / tokens,
             load_balance_loss=balance * per_layer,
             z_loss=z * per_layer,
+            head_z_loss=head_z[0] / tokens if head_z else None,
             entropy=entropy * per_layer,
             expert_counts=counts,
             grad_norm=grad_norm,

@@ -32,6 +32,8 @@ class StepReport:
     num_tokens: int
     skipped: bool
     """Whether loss or gradients were not finite, or no token counted: no weight changed."""
+    head_z_loss: float | None = None
+    """Mean squared log-sum-exp of the head's logits; None where it has no weight in the loss."""
     data_counts: tuple[int, ...] = ()
     """Each rank's counts of its part of the batch, summed over ranks."""
     metric_sums: Mapping[str, Tensor] = field(default_factory=dict)

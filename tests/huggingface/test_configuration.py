@@ -279,12 +279,14 @@ def test_what_is_not_computed_here_is_refused(name: str) -> None:
         ({"router": RouterSettings(force_balance=True)}, "model.router.force_balance"),
         ({"num_experts": 1, "top_k": 1, "qk_norm": True}, "model.qk_norm"),
         ({"clip_qkv": 8.0}, "model.clip_qkv"),
+        ({"logit_soft_cap": 30.0}, "model.logit_soft_cap"),
         ({"partial_rotary_factor": 0.4}, "model.partial_rotary_factor"),
         (
             {"attention_bias": True, "qk_norm": True, "qk_norm_scope": "head"},
             "model.attention_bias",
         ),
         ({"num_experts": 1, "top_k": 1, "clip_qkv": 8.0}, "model.clip_qkv"),
+        ({"num_experts": 1, "top_k": 1, "logit_soft_cap": 30.0}, "model.logit_soft_cap"),
     ],
 )  # fmt: skip
 def test_what_no_class_computes_is_refused_with_its_setting(

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from moetrain.checkpoint.folders import next_attempt
-from moetrain.train.prepare import newest_manifest
+from moetrain.checkpoint.trained import newest_manifest
 from tests.support.held_run import PASS_HOLD, Hold
 from tests.support.runs import events_of, metrics_of, write_shards
 

@@ -14,6 +14,7 @@ SETTINGS = (
     "model.head_dim=16", "model.ffn_hidden_dim=32", "model.num_experts=4", "model.vocab_size=257",
     "model.router.bias_update_rate=0.01", "model.router.jitter_noise=0.1",
     "model.router.load_balance_loss_weight=0.1", "model.router.z_loss_weight=0.01",
+    "model.head_z_loss_weight=0.01", "model.logit_soft_cap=5",
     "data.mask_documents=true", "train.global_batch_size=4", "train.seq_len=32",
     "schedule.warmup_steps=10", "verify.num_ranks=2", "verify.format=json", "observe.progress=off",
 )  # fmt: skip

@@ -171,9 +171,54 @@ MISTAKES = (
     Mistake(
         name="residual initialisation unscaled",
         file="moetrain/model/init.py",
-        right="std /= math.sqrt(2 * settings.num_layers)",
-        wrong="std /= 1.0",
+        right="return std / math.sqrt(2 * added)",
+        wrong="return std",
         test="tests/model/test_init.py::test_what_writes_into_the_residual_stream_starts_smaller",
+        verify=True,
+    ),
+    Mistake(
+        name="residual initialisation of the next layer",
+        file="moetrain/model/init.py",
+        right='int(name.split(".")[1]) + 1',
+        wrong='int(name.split(".")[1]) + 2',
+        test=("tests/model/test_init.py::test_the_residual_scale_is_by_depth_by_layer_or_none"),
+    ),
+    Mistake(
+        name="soft cap left out of the backward pass",
+        file="moetrain/model/losses.py",
+        right="grad.mul_(tanh.square_().neg_().add_(1.0))",
+        wrong="pass",
+        verify=True,
+        test=(
+            "tests/model/test_transformer.py"
+            "::test_soft_cap_and_z_loss_of_the_head_have_the_gradients_of_autograd_in_float64"
+        ),
+    ),
+    Mistake(
+        name="z-loss of the head without a gradient",
+        file="moetrain/model/losses.py",
+        right="grad.mul_(1.0 + 2.0 * z_weight * normaliser)",
+        wrong="pass",
+        test=(
+            "tests/model/test_transformer.py"
+            "::test_soft_cap_and_z_loss_of_the_head_have_the_gradients_of_autograd_in_float64"
+        ),
+        verify=True,
+    ),
+    Mistake(
+        name="z-loss of the head over padding too",
+        file="moetrain/model/losses.py",
+        right="torch.where(mask, normaliser.square(), 0.0)",
+        wrong="normaliser.square()",
+        test=f"{LAYOUTS}::test_what_is_logged_of_router_and_head_is_what_is_minimised",
+        verify=True,
+    ),
+    Mistake(
+        name="losses of the head by the micro-batch's tokens",
+        file="moetrain/train/objective.py",
+        right="output.token_loss / num_tokens",
+        wrong="output.token_loss / batch.valid.sum().clamp_min(1)",
+        test=f"{LAYOUTS}::test_what_is_logged_of_router_and_head_is_what_is_minimised",
         verify=True,
     ),
     Mistake(

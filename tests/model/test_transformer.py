@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.model import Transformer, chunked_cross_entropy, load_balance_loss, total_parameters
+from moetrain.model.losses import chunked_losses
 from moetrain.settings import ModelSettings, RopeScalingSettings, RouterSettings
 from tests.support.tensors import grad_of
 from tests.support.transformers_oracle import copy_weights, oracle_for
@@ -178,6 +179,65 @@ def test_chunked_cross_entropy_equals_torch_with_gradients(chunk_size: int) -> N
     (expected / 7).backward()
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(gradients, (grad_of(hidden), grad_of(head)))
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@pytest.mark.trap(12)
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+@pytest.mark.parametrize(
+    ("soft_cap", "z_weight"), [(0.7, 0.0), (4.0, 0.0), (None, 0.3), (4.0, 0.3)]
+)
+def test_soft_cap_and_z_loss_of_the_head_have_the_gradients_of_autograd_in_float64(
+    soft_cap: float | None, z_weight: float, chunk_size: int
+) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(33, 16).requires_grad_(), torch.randn(29, 16).requires_grad_()
+    targets, valid = torch.randint(0, 29, (33,)), torch.rand(33) > 0.3
+    ours = chunked_losses(
+        hidden, head, targets, valid,
+        chunk_size=chunk_size, soft_cap=soft_cap, z_weight=z_weight,
+    )  # fmt: skip
+    (ours.total / 7).backward()
+    exact = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    logits = capped(exact[0] @ exact[1].t(), soft_cap)
+    cross_entropy = F.cross_entropy(logits[valid], targets[valid], reduction="sum")
+    z = logits[valid].logsumexp(1).square().sum()
+    total = cross_entropy + z_weight * z
+    (total / 7).backward()
+    # Sums of 16, 29 and 33 terms one after the other, and the tanh: in float32.
+    limit = 8 * torch.finfo(torch.float32).eps * math.sqrt(16 + 29 + 33)
+    pairs = [(ours.total, total), (ours.cross_entropy, cross_entropy)]
+    for mine, theirs in pairs + ([(ours.z, z)] if z_weight else []):
+        assert (mine - theirs).abs() < limit * theirs
+    for mine, theirs in zip((hidden, head), exact, strict=True):
+        error = (grad_of(mine) - grad_of(theirs)).norm() / grad_of(theirs).norm()
+        assert error < limit
+
+
+def test_with_a_z_loss_of_the_head_the_cross_entropy_alone_has_no_gradient_and_says_so() -> None:
+    model = _initialised(dataclasses.replace(SMALL, head_z_loss_weight=0.1))
+    tokens, targets = torch.randint(0, 101, (2, 2, 20))
+    output = model(tokens, targets)
+    torch.testing.assert_close(output.token_loss, output.cross_entropy + 0.1 * output.head_z_sum)
+    with pytest.raises(RuntimeError, match=r"minimises output\.token_loss"):
+        output.cross_entropy.backward()
+    with torch.no_grad():
+        assert torch.equal(model(tokens, targets).cross_entropy, output.cross_entropy)
+
+
+def test_the_cap_bounds_the_logits_of_inference_too_and_both_are_the_same() -> None:
+    model = _initialised(dataclasses.replace(SMALL, logit_soft_cap=1.5))
+    free = Transformer(SMALL)
+    free.load_state_dict(model.state_dict())
+    tokens, targets = torch.randint(0, 101, (2, 2, 20))
+    logits = model(tokens)
+    assert logits.abs().max() <= 1.5 < free(tokens).abs().max()
+    torch.testing.assert_close(logits, capped(free(tokens), 1.5))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(tokens, targets).cross_entropy, expected)
 
 
 class _RowsOfLogits(TorchDispatchMode):

@@ -208,7 +208,8 @@ def train_with_mask(
             learning_rate=0.1,
         )
         figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
-        reports.append(figures | figures.pop("metric_sums"))  # an extension's, by their names
+        figures |= figures.pop("metric_sums")  # an extension's, by their names
+        reports.append({name: value for name, value in figures.items() if value is not None})
     biases = np.stack([moe.router.bias.numpy() for moe in model.moe_layers()])
     weights = gathered(dict(model.named_parameters()))
     return {"reports": reports, "gradients": seen, "bias": biases, "weights": weights}

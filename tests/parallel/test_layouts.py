@@ -24,6 +24,7 @@ from moetrain.parallel import (
 )
 from moetrain.settings import (
     ExchangeSettings,
+    InitSettings,
     ModelSettings,
     OptimSettings,
     ParallelSettings,
@@ -43,21 +44,25 @@ MODEL = ModelSettings(
     router=RouterSettings(load_balance_loss_weight=0.5, z_loss_weight=0.1, bias_update_rate=0.01),
 )  # fmt: skip
 # Everything that DeepSeek's models add, and jitter: a dense first layer, shared experts, sigmoid
-# scores with a bias and groups, the balance of each sequence.
+# scores with a bias and groups, the balance of each sequence; and a z-loss of the head.
 DEEPSEEK = dataclasses.replace(
     MODEL, num_layers=3, num_experts=8, top_k=3, ffn_hidden_dim=24, num_shared_experts=2,
-    num_dense_layers=1, dense_ffn_hidden_dim=40, qk_norm=True,
+    num_dense_layers=1, dense_ffn_hidden_dim=40, qk_norm=True, head_z_loss_weight=0.05,
     router=RouterSettings(
         score_function="sigmoid", num_groups=4, top_groups=2, routed_scaling_factor=2.5,
         load_balance_loss_weight=0.5, load_balance_scope="sequence", z_loss_weight=0.1,
         bias_update_rate=0.01, jitter_noise=0.1,
     ),
 )  # fmt: skip
-# Everything else that attention can have, and a head that is the embedding.
+# Everything else that attention can have, a head that is the embedding, what else a
+# head can have, and other initial weights.
 GLM = dataclasses.replace(
     MODEL, qk_norm=True, qk_norm_scope="head", clip_qkv=1.0, attention_bias=True,
-    partial_rotary_factor=0.5, tie_embeddings=True,
+    partial_rotary_factor=0.5, tie_embeddings=True, logit_soft_cap=2.0, head_z_loss_weight=0.1,
     rope_scaling=RopeScalingSettings(type="yarn", factor=4.0, original_max_seq_len=16),
+    init=InitSettings(
+        std=0.15, truncate_at=None, residual_scale="layer", embedding_std=0.2, router_std=0.3
+    ),
 )  # fmt: skip
 SEQUENCES, SEQ_LEN, STEPS = 8, 16, 3
 MAX_NORM = 0.5  # below the norm of every step here, so that clipping takes part
@@ -199,7 +204,8 @@ def train_steps(
             begin_micro_batch=partial(begin_micro_batch, model, parallel),
         )
         figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
-        reports.append(figures | figures.pop("metric_sums"))  # an extension's, by their names
+        figures |= figures.pop("metric_sums")  # an extension's, by their names
+        reports.append({name: value for name, value in figures.items() if value is not None})
     named = {plain_name(n): p for n, p in model.named_parameters()} | dict(model.named_buffers())
     seen |= {"reports": reports, "weights": gathered(named)}
     return seen if rank == 0 else {"weights": seen["weights"]}
@@ -352,7 +358,7 @@ def test_the_logged_balance_is_the_sequences_mean_by_tokens_over_the_moe_layers_
     )
     valid = torch.ones(SEQUENCES, SEQ_LEN, dtype=torch.bool)
     valid[0], valid[3, 5:] = False, False
-    model(text[:, :-1], text[:, 1:], valid)
+    z = model(text[:, :-1])[valid].logsumexp(-1).square().mean().item()
     assert len(seen) == 2
     layers = []
     for logits, experts in seen:
@@ -366,13 +372,14 @@ def test_the_logged_balance_is_the_sequences_mean_by_tokens_over_the_moe_layers_
                 total += tokens * (f * share[mask].mean(0)).sum().item()
         layers.append(total / int(valid.sum()))
     assert report["load_balance_loss"] == pytest.approx(np.mean(layers), rel=RTOL)
-    expected = report["cross_entropy"] + 0.5 * sum(layers)
+    assert report["head_z_loss"] == pytest.approx(z, rel=RTOL)
+    expected = report["cross_entropy"] + 0.5 * sum(layers) + 0.05 * z
     assert report["loss"] == pytest.approx(expected, rel=RTOL)
 
 
 @pytest.mark.trap(3, 4)
 @pytest.mark.parametrize("scope", ["global_batch", "micro_batch", "sequence"])
-def test_what_is_logged_of_the_router_is_what_is_minimised(scope: str) -> None:
+def test_what_is_logged_of_router_and_head_is_what_is_minimised(scope: str) -> None:
     """In every scope, with padding, dense layers, accumulation and recomputation."""
     settings = dataclasses.replace(
         DEEPSEEK, router=dataclasses.replace(DEEPSEEK.router, load_balance_scope=scope)
@@ -380,8 +387,9 @@ def test_what_is_logged_of_the_router_is_what_is_minimised(scope: str) -> None:
     seen = []
     for layout in (Layout(2, expert=2, micro_batch=2, recompute="full"), Layout(1)):
         report = run_ranks(train_steps, layout.world, layout, settings, True)[0]["reports"][0]
-        router_loss = 0.5 * 2 * report["load_balance_loss"] + 0.1 * 2 * report["z_loss"]
-        assert report["loss"] == pytest.approx(report["cross_entropy"] + router_loss, rel=RTOL)
+        rest = 0.5 * 2 * report["load_balance_loss"] + 0.1 * 2 * report["z_loss"]
+        rest += 0.05 * report["head_z_loss"]
+        assert report["loss"] == pytest.approx(report["cross_entropy"] + rest, rel=RTOL)
         seen.append(report["load_balance_loss"])
     if scope == "micro_batch":  # depends on how the batch is cut, as its name says
         assert seen[0] != pytest.approx(seen[1], rel=100 * RTOL)

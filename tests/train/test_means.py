@@ -1,5 +1,6 @@
 """What a record says of the steps since the last one, and that a resumed run says the same."""
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -52,6 +53,15 @@ def test_a_mean_counts_each_step_by_its_tokens_and_skipped_steps_not_at_all() ->
     assert values["optim/grad_norm"] == 2.5, "a step has one norm, whatever its tokens"
     assert values["router/max_violation"] == 0.5, "of the worst layer"
     assert values["router/z_loss"] == pytest.approx(0.1, rel=1e-15)
+
+
+def test_the_heads_z_loss_is_a_mean_by_tokens_and_there_only_where_it_has_a_weight() -> None:
+    means = RunningMeans()
+    means.add(report(1.0, tokens=10))
+    assert "train/z_loss" not in means.values(report(1.0, tokens=10))
+    for value, tokens in ((2.0, 10), (6.0, 20)):  # from a resume on: means begin with its value
+        means.add(last := dataclasses.replace(report(1.0, tokens=tokens), head_z_loss=value))
+    assert means.values(last)["train/z_loss"] == pytest.approx(2 + 20 / 40 * 4, rel=1e-15)
 
 
 def test_of_one_step_the_mean_is_its_value_and_of_skipped_steps_alone_the_last_one_s() -> None:

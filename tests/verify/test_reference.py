@@ -80,6 +80,8 @@ def test_what_it_cannot_compute_is_named_and_not_guessed(monkeypatch: pytest.Mon
     assert unknown_settings(config(model__qk_norm=True, optim__momentum=0.9)) == []
     forced = unknown_settings(config(model__router__force_balance=True))
     assert forced == ["model.router.force_balance=True"]
+    monkeypatch.setattr(scope, "INIT", scope.INIT - {"std"})
+    assert unknown_settings(config(model__init__std=0.02)) == ["model.init.std=0.02"]
     # A setting of the model that came after the reference was written.
     monkeypatch.setattr(scope, "MODEL", scope.MODEL - {"clip_qkv"})
     assert unknown_settings(config(model__clip_qkv=2.0)) == ["model.clip_qkv=2.0"]
@@ -122,6 +124,8 @@ def trained(given: Config) -> dict[str, Any]:
         )  # fmt: skip
         names = ("loss", "cross_entropy", "load_balance_loss", "z_loss", "entropy", "grad_norm")
         figures.append({name: getattr(report, name) for name in names})
+        if report.head_z_loss is not None:
+            figures[-1]["head_z_loss"] = report.head_z_loss
     weights = {plain_name(n): sharded(p).full_tensor() for n, p in model.named_parameters()}
     weights |= {n: b for n, b in model.named_buffers()}
     return {"figures": figures, "weights": {n: w.detach().numpy() for n, w in weights.items()}}
@@ -141,8 +145,12 @@ GLM = {
     "model__attention_bias": True, "model__partial_rotary_factor": 0.5,
     "model__tie_embeddings": True, "model__rope_scaling__type": "yarn",
     "model__rope_scaling__factor": 4.0, "model__rope_scaling__original_max_seq_len": 8,
+    "model__logit_soft_cap": 2.0, "model__head_z_loss_weight": 0.1,
+    "model__init__std": 0.2, "model__init__truncate_at": None, "model__init__router_std": 0.4,
+    "model__init__residual_scale": "layer", "model__init__embedding_std": 0.3,
 }  # fmt: skip
 LLAMA = {
+    "model__init__head_std": 0.1, "model__init__residual_scale": "none",
     "model__rope_scaling__type": "llama3", "model__rope_scaling__factor": 8.0,
     "model__rope_scaling__original_max_seq_len": 8,
 }  # fmt: skip

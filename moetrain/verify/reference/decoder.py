@@ -42,8 +42,8 @@ class Routed:
 
 def losses(
     weights: Weights, biases: Weights, model: ModelSettings, sequence: Sequence, choose: Choose
-) -> tuple[Tensor, list[Routed]]:
-    """Returns the summed cross-entropy over valid tokens, and each MoE layer's sums."""
+) -> tuple[Tensor, Tensor, list[Routed]]:
+    """Returns sums over valid tokens: cross-entropy, the head's z, and those of each MoE layer."""
     length = len(sequence.tokens)
     positions, seen = _places(sequence, length)
     rotary = _rotary(model, positions)
@@ -70,8 +70,12 @@ def losses(
     x = _rms_norm(x, weights["norm.weight"], model.norm_eps)
     head = weights["embedding.weight" if model.tie_embeddings else "head.weight"]
     logits = x @ head.T
+    if model.logit_soft_cap is not None:
+        logits = model.logit_soft_cap * (logits / model.logit_soft_cap).tanh()
     target = logits.gather(1, sequence.targets[:, None])[:, 0]
-    return (sequence.valid * (logits.logsumexp(1) - target)).sum(), routed
+    normaliser = logits.logsumexp(1)
+    cross_entropy = (sequence.valid * (normaliser - target)).sum()
+    return cross_entropy, (sequence.valid * normaliser**2).sum(), routed
 
 
 def _places(sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,16 @@ MODEL = {
     "top_k", "vocab_size", "max_seq_len", "rope_theta", "norm_eps", "pad_vocab_to_multiple_of",
     "num_shared_experts", "num_dense_layers", "dense_ffn_hidden_dim", "loss_chunk_size",
     "router", "experts", "qk_norm", "qk_norm_scope", "clip_qkv", "attention_bias",
-    "tie_embeddings", "partial_rotary_factor", "rope_scaling",
+    "tie_embeddings", "partial_rotary_factor", "rope_scaling", "init",
+    "logit_soft_cap", "head_z_loss_weight",
 }  # fmt: skip
 ROUTER = {
     "score_function", "normalize_gates", "routed_scaling_factor", "num_groups", "top_groups",
     "load_balance_loss_weight", "load_balance_scope", "z_loss_weight", "bias_update_rate",
     "jitter_noise",
+}  # fmt: skip
+INIT = {
+    "std", "truncate_at", "residual_scale", "embedding_std", "head_std", "router_std",
 }  # fmt: skip
 EXPERTS = {"backend", "recompute"}
 OPTIM = {"lr", "weight_decay", "betas", "eps", "momentum", "clip_grad_norm", "restart_from"}
@@ -36,6 +40,7 @@ def unknown_settings(config: Config) -> list[str]:
     groups: tuple[tuple[str, Any, set[str]], ...] = (
         ("model", model, MODEL),
         ("model.router", model.router, ROUTER),
+        ("model.init", model.init, INIT),
         ("model.experts", model.experts, EXPERTS),
         ("optim", config.optim, OPTIM),
     )

@@ -68,7 +68,7 @@ class Reference:
             weight.requires_grad_(True)
         sums = _Sums(self.model, num_tokens)
         for number, sequence in enumerate(sequences):
-            cross_entropy, routed = losses(
+            cross_entropy, head_z, routed = losses(
                 *(self.weights, self.biases, self.model, sequence),
                 lambda layer, _, __, number=number: chosen[number, layer],  # type: ignore[misc]
             )
@@ -82,7 +82,7 @@ class Reference:
                 )
                 for layer, sums_of_layer in enumerate(routed)
             ]  # fmt: skip
-            sums.add(cross_entropy, routed, balance).backward()
+            sums.add(cross_entropy, head_z, routed, balance).backward()
         gradients = {
             name: torch.zeros_like(w) if w.grad is None else w.grad
             for name, w in self.weights.items()
@@ -136,7 +136,7 @@ class Reference:
         return self.model.num_experts * (share * sums.probabilities).sum() / num_tokens
 
     def _counts(self, sequence: Sequence, number: int, choose: Watch) -> list[Tensor]:
-        _, routed = losses(
+        _, _, routed = losses(
             *(self.weights, self.biases, self.model, sequence),
             lambda layer, scores, own: choose(number, layer, scores, own),
         )
@@ -166,13 +166,18 @@ class _Sums:
 
     def __init__(self, model: ModelSettings, num_tokens: float) -> None:
         self.router: RouterSettings = model.router
+        self.head_weight = model.head_z_loss_weight
         self.layers = max(1, model.num_moe_layers)
         self.num_tokens = num_tokens
-        self.totals = dict.fromkeys(("loss", "cross_entropy", "load_balance_loss", "z_loss"), 0.0)
+        names = ("loss", "cross_entropy", "load_balance_loss", "z_loss", "head_z_loss")
+        self.totals = dict.fromkeys(names, 0.0)
         self.entropy = 0.0
 
-    def add(self, cross_entropy: Tensor, routed: list[Routed], balance: list[Tensor]) -> Tensor:
+    def add(
+        self, cross_entropy: Tensor, head_z: Tensor, routed: list[Routed], balance: list[Tensor]
+    ) -> Tensor:
         """Returns a sequence's part of the loss."""
+        head_z = head_z / self.num_tokens
         cross_entropy = cross_entropy / self.num_tokens
         loss, z = cross_entropy, torch.zeros((), dtype=torch.float64)
         total = sum(balance, torch.zeros((), dtype=torch.float64))
@@ -180,11 +185,13 @@ class _Sums:
             z = z + sums.z / self.num_tokens
             self.entropy += float(sums.entropy) / self.num_tokens / self.layers
         loss = loss + self.router.load_balance_loss_weight * total + self.router.z_loss_weight * z
+        loss = loss + self.head_weight * head_z
         for name, value in (
             ("loss", loss),
             ("cross_entropy", cross_entropy),
             ("load_balance_loss", total / self.layers),
             ("z_loss", z / self.layers),
+            ("head_z_loss", head_z),
         ):
             self.totals[name] += float(value.detach())
         return loss

@@ -50,15 +50,27 @@ def zero_biases(model: ModelSettings) -> Weights:
 
 
 def _drawn(model: ModelSettings, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Normal of std 1 / sqrt(dim), cut at three of them; what writes into the residual stream is
-    divided by sqrt(2 · layers), because so many of them add up there."""
-    std = 1 / math.sqrt(model.dim)
-    writes = name.endswith(("attention.o_proj.weight", "down_proj.weight", "experts.down"))
-    if writes:
-        std = std / math.sqrt(2 * model.num_layers)
+    """Normal of std 1 / sqrt(dim), cut at three of them, or of what `model.init` says; what writes
+    into the residual stream is divided by sqrt(2 · layers), because so many of them add up."""
+    init, std = model.init, 1 / math.sqrt(model.dim)
+    for ours in (
+        init.std,
+        init.embedding_std if name == "embedding.weight" else None,
+        init.head_std if name == "head.weight" else None,
+        init.router_std if name.endswith(".router.weight") else None,
+    ):
+        std = std if ours is None else ours
+    if name.endswith(("attention.o_proj.weight", "down_proj.weight", "experts.down")):
+        layer = int(name.removeprefix("layers.").partition(".")[0])
+        factors = {"depth": 2 * model.num_layers, "layer": 2 * (1 + layer), "none": 1}
+        std = std / math.sqrt(factors[init.residual_scale])
     generator = torch.Generator().manual_seed(seed)
     values = torch.empty(shape)
-    torch.nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+    if init.truncate_at is None:
+        torch.nn.init.normal_(values, std=std, generator=generator)
+    else:
+        cut = init.truncate_at * std
+        torch.nn.init.trunc_normal_(values, std=std, a=-cut, b=cut, generator=generator)
     return values.double()
 
 
