@@ -74,13 +74,16 @@ def matched(arm: Config, target: Config) -> Match:
     near = sorted([lower, lower + 1], key=lambda number: abs(of(number) - wanted))
     told = [f"{setting}={n * multiple} gives {_told(of(n), wanted, settings.by)}" for n in near]
     if abs(of(near[0]) - wanted) > settings.tolerance * wanted:
+        multiples = f" that is a multiple of {multiple}" if multiple > 1 else ""
+        is_too_coarse = multiple > 1 and measure(_with(arm, setting, 1), settings.by) <= wanted
+        finer = "a smaller match.multiple_of, " if is_too_coarse else ""
         raise ConfigError(
             "match.to",
             settings.to,
-            f"has {count(wanted)} {_NAMES[settings.by]}, and no {setting} that is a multiple of "
-            f"{multiple} comes within match.tolerance={settings.tolerance:g} of that: {told[0]}, "
-            f"and {told[1]}: use a smaller match.multiple_of, a larger match.tolerance, another "
-            "match.solve, or change the arm's other sizes",
+            f"has {count(wanted)} {_NAMES[settings.by]}, and no {setting}{multiples} "
+            f"comes within match.tolerance={settings.tolerance:g} of that: {told[0]}, "
+            f"and {told[1]}: use {finer}a larger match.tolerance, another match.solve, or change "
+            "the arm's other sizes",
         )
     return Match(setting=setting, value=near[0] * multiple, outcome=f"{told[0]} {settings.to}'s")
 

@@ -89,6 +89,11 @@ def test_arms_that_cannot_match_are_refused_with_the_nearest_two(tmp_path: Path)
     for way in ("match.multiple_of", "match.tolerance", "match.solve"):
         assert way in said
 
+    arm = tiny(tmp_path, model={"dim": 320, "head_dim": 160})
+    with pytest.raises(ConfigError) as refused:
+        matched(replace(arm, match=replace(arm.match, tolerance=0.01)), tiny(tmp_path))
+    assert "multiple_of" not in str(refused.value), "no smaller one would do"
+
 
 ARMS = """# @package _global_
 defaults: [toy]
