@@ -7,6 +7,7 @@ from these classes; choices are validators. `data.*` belongs to the data pipelin
 
 from moetrain.settings.checkpoint import CheckpointSettings
 from moetrain.settings.launch import ClusterSettings, LaunchSettings
+from moetrain.settings.match import MatchSettings
 from moetrain.settings.model import (
     BACKENDS,
     ExpertsSettings,
@@ -46,6 +47,7 @@ __all__ = [
     "GroupsSettings",
     "InitSettings",
     "LaunchSettings",
+    "MatchSettings",
     "ModelSettings",
     "ObserveSettings",
     "OptimSettings",

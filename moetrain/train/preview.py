@@ -32,6 +32,8 @@ class Preview:
     max_seconds: float | None
     """The time after which it ends before its steps are done."""
     layout: str
+    match: str | None
+    """How near its arm comes to what it is matched to."""
     memory: RankMemory
     on_cpu: bool
     groups: tuple[str, ...] = ()
@@ -45,6 +47,8 @@ class Preview:
         )
         asked = f", for {self.asked}" if self.asked else ""
         asked += f", at most train.max_seconds={self.max_seconds:g}" if self.max_seconds else ""
+        if self.match is not None:
+            yield f"match: {self.match}"
         yield f"training: {self.batch} = {count(self.tokens)} tokens{asked}; {self.layout}"
         parts = ", ".join(f"{k} {binary_size(size)}" for k, size in asdict(self.memory).items())
         process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
@@ -91,6 +95,7 @@ def preview_of(config: Resolved) -> Preview:
             f"{_many(micro, 'sequence')} a step"
             f"{', ' + ' and '.join(once) + ' once a step' if once else ''}"
         ),
+        match=config.match.outcome,
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,
         groups=_groups(config),

@@ -72,7 +72,9 @@ def require_done_alike(config: Resolved, manifest: Manifest) -> None:
     if not is_complete(config, manifest):
         return
     found = changes(manifest.config, as_plain(config))
-    has = "has all its steps" if manifest.step >= config.train.num_steps else "has had its time"
+    has = "has all its steps"
+    if manifest.step < config.train.num_steps:
+        has = f"has had its time, {manifest.state['seconds']:.3g} s"
     if trained := _of_kind(found, Kind.function, Kind.order, Kind.recipe):
         raise ConfigError(
             "run.name",
