@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules."""
 
+from moetrain.optim.muon import moved_by
 from moetrain.optim.optimizer import (
     allocate_state,
     build_optimizer,
@@ -16,6 +17,7 @@ __all__ = [
     "decay_steps",
     "group_settings",
     "learning_rate",
+    "moved_by",
     "set_learning_rate",
     "state_names",
     "state_size",

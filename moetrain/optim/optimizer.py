@@ -46,10 +46,10 @@ class LocalAdamW(AdamW):
             states = [self._state_of(p) for p in parameters]
             beta1, beta2 = group["betas"]
             torch_adamw.adamw(
-                [_local(p) for p in parameters],
-                [_local(p.grad) for p in parameters],
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
+                [local_part(p) for p in parameters],
+                [local_part(p.grad) for p in parameters],
+                [local_part(state["exp_avg"]) for state in states],
+                [local_part(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,
@@ -71,7 +71,8 @@ class LocalAdamW(AdamW):
         return state
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -177,7 +178,8 @@ def _state_of_a_matrix(
     plain = replace(settings, groups=GroupsSettings())
     if own.optimizer is not None:
         plain = replace(plain, name=own.optimizer, options=own.options)
-    optimizer = build_optimizer([parameter], plain)
+    roles = None if role is None else {parameter: role}
+    optimizer = build_optimizer([parameter], plain, roles=roles)
     allocate_state(optimizer)
     state = optimizer.state.get(parameter, {})
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -18,9 +18,9 @@ from moetrain.model import (
     kept_activations,
     total_parameters,
 )
-from moetrain.model.roles import Role
-from moetrain.optim import state_size
-from moetrain.settings import GroupsSettings, Resolved
+from moetrain.model.roles import Role, roles_of
+from moetrain.optim import moved_by, state_size
+from moetrain.settings import Resolved
 from moetrain.train.parameter_groups import parameter_groups
 
 PROCESS_GIB = 0.5
@@ -85,7 +85,7 @@ def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
         float(total_parameters(model)),
         total_parameters(model) * state_size(config.optim),
     )
-    if config.optim.groups != GroupsSettings():
+    if {moved_by(config.optim, role) for role in roles_of(model)} != {config.optim.name}:
         groups = parameter_groups(model, config.optim)
         trained = float(sum(group.parameters for group in groups if group.optimizer))
         states = sum(g.parameters * state_size(config.optim, Role(g.role)) for g in groups)

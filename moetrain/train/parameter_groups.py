@@ -7,7 +7,7 @@ from torch import nn
 
 from moetrain.model import Transformer
 from moetrain.model.roles import Role, role_of
-from moetrain.optim import group_settings
+from moetrain.optim import group_settings, moved_by
 from moetrain.parallel import plain_name
 from moetrain.settings import ModelSettings, OptimSettings
 
@@ -49,7 +49,7 @@ def parameter_groups(model: ModelSettings, optim: OptimSettings) -> list[Paramet
                 role=role,
                 tensors=len(members),
                 parameters=sum(parameter.numel() for parameter in members),
-                optimizer=None if own.frozen else own.optimizer or optim.name,
+                optimizer=moved_by(optim, role),
                 lr_factor=own.lr_factor,
                 weight_decay=optim.weight_decay * own.weight_decay_factor if decays else 0.0,
             )

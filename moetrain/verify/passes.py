@@ -101,10 +101,7 @@ def plan_passes(config: Config, settings: VerifySettings) -> Plan:
             "alike (tests/parallel/test_layouts.py compares layouts with groups)"
         )
     else:
-        not_covered.append(
-            f"optimizer pass: optim.name={name} is of an extension, and how it passes rounding on "
-            "is unknown"
-        )
+        not_covered.append(f"optimizer pass: how optim.name={name} passes rounding on is unknown")
     if config.train.dtype == "float32":
         not_covered.append("compute-dtype pass: train.dtype=float32 is that of the other passes")
     else:

@@ -80,7 +80,9 @@ CASES = {
             Layout(6, expert=3, replicate=2),
         ),
     ),
-    "dense": Case(DENSE, OptimSettings(), (Layout(1), Layout(4, replicate=2), Layout(4))),
+    "dense": Case(
+        DENSE, OptimSettings(name="muon"), (Layout(1), Layout(4, replicate=2), Layout(4))
+    ),
 }
 WORLDS = (1, 2, 4, 6)
 
@@ -246,9 +248,8 @@ def test_a_checkpoint_holds_the_same_whatever_layout_wrote_it(saved: Path, name:
             for tensor, entry in manifest.tensors.items():
                 assert torch.equal(reader.read(tensor), value(tensor, entry.shape)), tensor
     kinds = {n.rsplit(".", 1)[1] for n in shapes[0] if n.startswith("optimizer.")}
-    assert kinds == {"exp_avg", "exp_avg_sq", "step"} | (
-        {"momentum_buffer"} if name == "deepseek" else set()
-    )
+    more = {"deepseek": {"momentum_buffer"}, "dense": {"momentum"}}.get(name, set())
+    assert kinds == {"exp_avg", "exp_avg_sq", "step"} | more
     assert ("model.layers.1.feed_forward.router.bias" in shapes[0]) == case.model.is_moe
 
 

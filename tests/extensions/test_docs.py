@@ -97,7 +97,7 @@ def run_scripts(names: list[str], words: list[str], folder: Path) -> dict[str, l
 
 
 def test_the_examples_of_extensions_run_as_scripts(tmp_path: Path) -> None:
-    names = ["squares_data_source.py", "cosine_router.py", "lion_and_inverse_sqrt.py"]
+    names = ["squares_data_source.py", "cosine_router.py", "signum_and_inverse_sqrt.py"]
     small = [*SMALL[1:], "data.corpus_options.count=60", "train.num_steps=2", "data.corpus=squares"]
     with CONTEXT.Pool(1) as pool:
         printed = pool.apply(run_scripts, (names, small, tmp_path))
