@@ -177,6 +177,7 @@ def test_a_moved_or_copied_sweep_has_the_runs_beside_it(tmp_path: Path) -> None:
     moved = tmp_path / "new/runs/sweeps" / sweep.name
     found = compared(moved)
     assert as_text(found) == expected
+    assert as_text(compared(moved.parent)) == expected, "of all sweeps in a folder"
     assert {run.path.parent for run in found.runs} == {tmp_path / "new/runs"}
     # What an older version left says where they were, not where they are from it.
     rows = (moved / "trials.jsonl").read_text().splitlines()
