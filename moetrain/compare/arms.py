@@ -70,7 +70,8 @@ def named(arms: Sequence[Arm], *, by: Sequence[str] = (), names: Sequence[str] =
     """Returns the arms with short names.
 
     `names` are the user's, in the arms' order; `by` are the settings that name them. Without
-    either, the values that a sweep varied do, or the settings in which an arm differs from most.
+    either, the arms of their file do (`arm`), the values that a sweep varied, or the settings in
+    which an arm differs from most.
     Raises ConfigError where names or settings don't tell the arms apart.
     """
     if names:
@@ -86,7 +87,7 @@ def named(arms: Sequence[Arm], *, by: Sequence[str] = (), names: Sequence[str] =
         return _named_by(arms, by)
     if len(arms) == 1:
         return [replace(arms[0], name="all runs")]
-    return _named_by_sweep(arms) or _named_by_deviation(arms)
+    return _named_by_setting(arms) or _named_by_sweep(arms) or _named_by_deviation(arms)
 
 
 def common_settings(arms: Sequence[Arm]) -> dict[str, str]:
@@ -152,6 +153,15 @@ def _named_by(arms: Sequence[Arm], by: Sequence[str]) -> list[Arm]:
             f"doesn't tell the {len(arms)} arms apart: add {' or '.join(rest)}",
         )
     return [replace(arm, name=label) for arm, label in zip(arms, labels, strict=True)]
+
+
+def _named_by_setting(arms: Sequence[Arm]) -> list[Arm] | None:
+    """Returns the arms under the names of their configurations' `arm`, if these tell them apart."""
+    labels = [{run.settings.get("arm") for run in arm.runs} for arm in arms]
+    names = [label.pop() for label in labels if len(label) == 1]
+    if None in names or len(set(names)) < len(arms):
+        return None
+    return [replace(arm, name=str(name)) for arm, name in zip(arms, names, strict=True)]
 
 
 def _named_by_sweep(arms: Sequence[Arm]) -> list[Arm] | None:

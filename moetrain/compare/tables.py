@@ -70,7 +70,7 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
             "final_training_loss": run.final_loss,
             "text": run.text,
             **{name: value for name, value in run.last.items() if name != "step"},
-            **{name: _plain(value) for name, value in run.settings.items()},
+            **{n: _plain(value) for n, value in run.settings.items() if n != "arm"},  # as named
         }
         rows.append(row)
     return rows

@@ -87,8 +87,13 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
             (trial, prepare_dry_run(renamed(config, trial.run_dir.name), data=one.settings.data))
         )
     num_open = sum(not rehearsal.is_complete for _, rehearsal in rows)
+    matches: dict[str, list[str]] = {}
+    for trial, rehearsal in rows:
+        if outcome := rehearsal.preview.match:
+            matches.setdefault(outcome, []).append(str(trial.number))
+    told = [f"match of trials {', '.join(numbers)}: {how}" for how, numbers in matches.items()]
     end = f"dry run: {num_open} of {len(rows)} could start; nothing was written"
-    return f"{preview_table(rows)}\n{end}"
+    return "\n".join([preview_table(rows), *told, end])
 
 
 def _leave_nothing(folder: Path) -> None:

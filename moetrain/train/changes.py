@@ -55,6 +55,9 @@ _KINDS = {
     "model.experts.recompute": Kind.layout,
     "seed": Kind.order,
     "extensions": Kind.incidental,  # what they register is named where it is used
+    "arm": Kind.incidental,  # its settings are in their places
+    "arms": Kind.incidental,
+    "match": Kind.incidental,  # its effect is in the setting that it works out
     "train.num_tokens": Kind.incidental,  # its effect is in num_steps, as that of flops
     "train.flops": Kind.incidental,
     "train.seq_len": Kind.order,
@@ -115,10 +118,12 @@ def as_plain(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values, without its secrets.
 
     Secrets aren't restored from a saved configuration: the same command passes them again. The dry
-    run's setting isn't part of a run's configuration.
+    run's setting isn't part of a run's configuration, nor are the other arms of its comparison.
     """
     plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))
-    plain.pop("dry_run", None)
+    for name in ("dry_run", "arms"):
+        plain.pop(name, None)
+    plain["match"].pop("outcome")
     return plain
 
 

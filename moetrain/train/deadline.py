@@ -16,6 +16,7 @@ class Deadline:
         """`seconds` are those of the checkpoint; `leads` says whether this rank's clock counts."""
         self._max_seconds, self._leads = settings.max_seconds, leads
         self._before, self._begun = seconds, time.monotonic()
+        self._ended: float | None = None
         self.last_step = settings.num_steps
 
     def begin(self) -> None:
@@ -28,7 +29,9 @@ class Deadline:
 
         So the checkpoints of runs of so many steps don't depend on the machine's speed.
         """
-        return 0.0 if self._max_seconds is None else self._before + time.monotonic() - self._begun
+        if self._max_seconds is None:
+            return 0.0
+        return self._ended or self._before + time.monotonic() - self._begun
 
     @property
     def is_over(self) -> bool:
@@ -36,5 +39,10 @@ class Deadline:
         return self._leads and self._max_seconds is not None and self.seconds >= self._max_seconds
 
     def end_with(self, step: int) -> None:
-        """Makes a step the last one, as all ranks have agreed before it."""
+        """Makes a step the last one, as all ranks have agreed before it; its time doesn't count.
+
+        So a run that gets more time has what it is given from here on, whatever the last validation
+        took.
+        """
+        self._ended = self.seconds
         self.last_step = min(step, self.last_step)

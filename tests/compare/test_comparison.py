@@ -13,6 +13,7 @@ from moetrain.checks import ConfigError
 from moetrain.compare.comparison import OUTSIDE, UNKNOWN, WITHIN, Comparison, compare_runs
 from moetrain.compare.of_sweep import compare_sweep
 from moetrain.compare.run_results import is_seed
+from moetrain.compare.tables import run_rows
 from moetrain.compare.text import as_text
 from tests.compare.written_runs import TOKENS, write_arms, write_run, write_sweep
 
@@ -65,6 +66,19 @@ def test_the_order_in_which_runs_are_given_changes_nothing(tmp_path: Path) -> No
         random.Random(seed).shuffle(shuffled)
         assert as_text(compared(*shuffled)) == expected
     assert as_text(compared(f"{tmp_path}/runs/e*")) == expected
+
+
+def test_arms_are_called_as_the_file_of_their_settings_calls_them(tmp_path: Path) -> None:
+    for arm, top_k in (("narrow", 1), ("wide", 3)):
+        router: dict[str, Any] = {"model__router__normalize_gates": False, "model__top_k": top_k}
+        for seed in (0, 1):
+            write_run(tmp_path, f"{arm}-{seed}", losses=[2, seed], seed=seed, arm=arm, **router)
+    runs = str(tmp_path / "runs")
+    assert [arm.name for arm in compare_runs([runs]).arms] == ["narrow", "wide"]
+    rows = run_rows(compare_runs([runs]))
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        ("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1),
+    ]  # fmt: skip
 
 
 def test_whatever_is_called_a_seed_makes_no_arm_and_layouts_are_only_named(tmp_path: Path) -> None:
