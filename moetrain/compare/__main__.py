@@ -38,8 +38,8 @@ class CompareSettings:
     x: str = "step"
     """What curves are drawn over, and `common` is measured in: step, tokens, flops or time."""
     baseline: str | None = None
-    """The arm that others are compared with: its name, settings, or one of its runs; None: the
-    first of the table."""
+    """The arm that others are compared with: its name, settings, or one of its runs; None: the one
+    that the others were matched to, or the first of the table."""
     by: list[str] = field(default_factory=list)
     """The settings that name the arms."""
     names: list[str] = field(default_factory=list)

@@ -101,13 +101,16 @@ def common_settings(arms: Sequence[Arm]) -> dict[str, str]:
 
 
 def baseline_of(arms: Sequence[Arm], given: str | None) -> Arm:
-    """Returns the arm that others are compared with: the first, or the one that is given.
+    """Returns the arm that others are compared with: the one that is given.
 
+    Without one, it is the arm that the others were matched to (`match.to`), or else the first.
     An arm is given by its name, by settings (`model.num_experts=8,optim.lr=0.01`), or by the name
     of one of its runs. Raises ConfigError where that is no arm, or several.
     """
     if given is None:
-        return arms[0]
+        targets = {run.settings.get("match.to") for arm in arms for run in arm.runs} - {None}
+        matched = [a for a in arms if targets == {r.settings.get("arm") for r in a.runs}]
+        return matched[0] if len(matched) == 1 else arms[0]
     words = [word for word in given.replace(",", " ").split() if "=" in word]
     wanted = {key: unquoted(value) for key, _, value in (word.partition("=") for word in words)}
     found = [arm for arm in arms if arm.name == given]

@@ -85,7 +85,14 @@ def _in_folder(path: Path) -> Found:
         return Found(runs=[FoundRun(path=path)])
     if (path / TRIALS).is_file():
         return _of_sweep(path)
-    return Found(runs=[FoundRun(path=run) for run in _runs_in(path)])
+    if runs := _runs_in(path):
+        return Found(runs=[FoundRun(path=run) for run in runs])
+    sweeps = sorted(path.glob(f"*/{TRIALS}"), reverse=True)  # the newest says how runs are called
+    found = [_of_sweep(trials.parent) for trials in sweeps]
+    return Found(
+        runs=[run for one in found for run in one.runs],
+        left_out=[line for one in found for line in one.left_out],
+    )
 
 
 def _of_sweep(folder: Path) -> Found:

@@ -114,7 +114,7 @@ def warnings(comparison: Comparison) -> Iterator[str]:
 
 def means(table: Table) -> tuple[list[str], list[list[str]]]:
     """Returns the table of arms: header and rows."""
-    decimals = _decimals(table.results)
+    decimals = _decimals(table)
     header = ["arm", "seeds", "n", "mean", "± sd", "95% interval"]
     seeds = {r.arm.name: _seeds(r) for r in table.results}
     rows = [
@@ -133,7 +133,7 @@ def means(table: Table) -> tuple[list[str], list[list[str]]]:
 
 def differences(table: Table) -> tuple[list[str], list[list[str]]]:
     """Returns the table of differences from the baseline."""
-    decimals = _decimals(table.results)
+    decimals = _decimals(table)
     header = ["arm", "difference", "95% interval", "by", "p", "verdict"]
     return header, [
         [one.arm.name, *_difference(one, decimals), one.verdict] for one in table.differences
@@ -142,7 +142,7 @@ def differences(table: Table) -> tuple[list[str], list[list[str]]]:
 
 def joined(table: Table) -> tuple[list[str], list[list[str]]]:
     """Returns one table of means and differences, for a source."""
-    decimals = _decimals(table.results)
+    decimals = _decimals(table)
     by_arm = {one.arm.name: one for one in table.differences}
     header = ["arm", "mean", "± sd", "difference", "95% interval", "p", "verdict"]
     rows = []
@@ -250,12 +250,13 @@ def _interval(low: float | None, high: float | None, decimals: int, *, signed: b
     return f"{low:{sign}.{decimals}f} to {high:{sign}.{decimals}f}"
 
 
-def _decimals(results: Sequence[ArmResult]) -> int:
-    """Returns as many digits as the noise leaves two of."""
-    noise = [d for r in results if (d := r.estimate.deviation)]
-    if noise:
-        return max(0, min(6, 1 - math.floor(math.log10(min(noise)))))
-    return 3 if max(abs(r.estimate.mean) for r in results) < 1000 else 0
+def _decimals(table: Table) -> int:
+    """Returns as many digits as the least noise leaves two of, and three for a loss."""
+    noise = [r.estimate.deviation for r in table.results]
+    noise += [d.value - d.low for one in table.differences if (d := one.difference).low is not None]
+    told = [1 - math.floor(math.log10(width)) for width in noise if width]
+    usual = 3 if max(abs(r.estimate.mean) for r in table.results) < 100 else 0
+    return max(usual, min(6, max(told, default=0)))
 
 
 def _seeds(result: ArmResult) -> str:

@@ -191,6 +191,7 @@ def test_a_moved_or_copied_sweep_has_the_runs_beside_it(tmp_path: Path) -> None:
     moved = tmp_path / "new/runs/sweeps" / sweep.name
     found = compared(moved)
     assert as_text(found) == expected
+    assert as_text(compared(moved.parent)) == expected, "of all sweeps in a folder"
     assert {run.path.parent for run in found.runs} == {tmp_path / "new/runs"}
     # What an older version left says where they were, not where they are from it.
     rows = (moved / "trials.jsonl").read_text().splitlines()
@@ -228,6 +229,20 @@ def test_arms_have_the_names_of_their_sweep_or_of_what_few_have(tmp_path: Path) 
     assert "2 arms have this" in refusal(*runs, baseline="model.num_experts=4")
     assert "is no arm (did you mean 'num_experts=8'?)" in refusal(*runs, baseline="num_expert=8")
     assert "name each of the 3 arms once, in this order: common" in refusal(*runs, names=["a"])
+
+
+def test_the_arm_that_others_were_matched_to_is_the_baseline(tmp_path: Path) -> None:
+    for experts in (2, 4, 8):
+        named = {"arm": f"e{experts}", "match": {"to": "e4", "by": "active_parameters"}}
+        losses, name = [2, 1.0], f"r{experts}"
+        write_run(tmp_path, name, losses=losses, extra=named, model__num_experts=experts)
+    assert compared(tmp_path / "runs").baseline.name == "e4"
+    assert compared(tmp_path / "runs", baseline="e8").baseline.name == "e8"
+
+
+def test_figures_have_the_digits_that_pairs_make_known(tmp_path: Path) -> None:
+    write_arms(tmp_path, {4: [1.0, 2.0, 3.0], 8: [1.00011, 2.00012, 3.00013]})
+    assert "+0.000120  +0.000095 to +0.000145" in as_text(compared(tmp_path / "runs"))
 
 
 def test_bad_input_is_answered_by_what_is_missing(tmp_path: Path) -> None:
