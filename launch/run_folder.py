@@ -33,6 +33,7 @@ from moetrain.redaction import RedactingFormatter, redacted_arguments
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Outcome
+from moetrain.train.parameter_groups import parameter_groups
 from moetrain.train.prepare import Prepared, prepare
 from moetrain.train.resume import (
     is_complete,
@@ -142,7 +143,8 @@ def _record_start(config: Resolved, prepared: Prepared) -> None:
         pid=os.getpid(),
         last_sign=read_sign(run_dir),  # after a kill, the only record of its end
     )
-    event(EventKind.model, **prepared.preview.counts())
+    groups = parameter_groups(config.model, config.optim)
+    event(EventKind.model, **prepared.preview.counts(), parameter_groups=[vars(g) for g in groups])
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)

@@ -19,8 +19,9 @@ from moetrain.checkpoint.remote.folder import check_url
 from moetrain.checks import ConfigError, nearest, require_no_secret_values
 from moetrain.kernels import unavailable_because
 from moetrain.lengths import in_steps, steps_of
+from moetrain.model.roles import roles_of
 from moetrain.model_rules import check_backend, check_model
-from moetrain.optim import decay_steps
+from moetrain.optim import decay_steps, group_settings
 from moetrain.parallel import degree_choices, divisors, resolve_topology
 from moetrain.registries import (
     SELECTED,
@@ -61,6 +62,10 @@ def check(config: Config) -> None:
     if train.deterministic:
         _check_deterministic(model)
     _check_schedule(config)
+    if not any(not group_settings(config.optim, role).frozen for role in roles_of(model)):
+        raise ConfigError(
+            "optim.groups", "frozen", "leaves nothing to train: train one group at least"
+        )
     every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
     if kept is not None and kept % every:
         raise ConfigError(

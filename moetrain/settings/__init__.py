@@ -17,7 +17,12 @@ from moetrain.settings.model import (
     RouterSettings,
 )
 from moetrain.settings.observe import ObserveSettings, WandbSettings
-from moetrain.settings.optim import OptimSettings, ScheduleSettings
+from moetrain.settings.optim import (
+    GroupSettings,
+    GroupsSettings,
+    OptimSettings,
+    ScheduleSettings,
+)
 from moetrain.settings.parallel import ExchangeSettings, ParallelSettings
 from moetrain.settings.resolved import (
     Resolved,
@@ -38,6 +43,8 @@ __all__ = [
     "Config",
     "ExchangeSettings",
     "ExpertsSettings",
+    "GroupSettings",
+    "GroupsSettings",
     "InitSettings",
     "LaunchSettings",
     "MatchSettings",

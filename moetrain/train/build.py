@@ -25,7 +25,7 @@ from moetrain.checkpoint.remote.of_run import start_uploads
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.kinds import EventKind
-from moetrain.model import Transformer
+from moetrain.model import Transformer, training_flops_per_token
 from moetrain.observe import (
     EventLog,
     GuardedSink,
@@ -52,6 +52,7 @@ from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
 from moetrain.train.deadline import Deadline
 from moetrain.train.objective import build_objective
+from moetrain.train.parameter_groups import freeze, parameter_roles
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
@@ -64,6 +65,7 @@ from moetrain.train.state import TrainState, checkpoint_tensors
 from moetrain.train.step_report import build_metrics
 from moetrain.train.stragglers import Stragglers
 from moetrain.train.trainer import Callback, Trainer
+from moetrain.train.weight_norms import WeightNorms
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         gradients=gradients,
+        weights=WeightNorms(model, meshes, updates=config.observe.update_sizes),
         objective=build_objective(config.train),
         meshes=meshes,
         shards=shards,
@@ -136,6 +139,8 @@ def build_trainer(
         checkpoints=checkpoints,
         uploader=uploader,
         state=state,
+        flops_per_sequence=config.train.seq_len
+        * training_flops_per_token(config.model, seq_len=config.train.seq_len),
         sinks=_sinks(config, control, state, resumes=resumed_from is not None, event=event)
         if leads
         else [],
@@ -306,6 +311,7 @@ def build_model(
     dtype = compute_dtype(config.train.dtype, device)
     with torch.device("meta"):
         model = Transformer(config.model)
+    freeze(model, config.optim)
     model = parallelize(
         model,
         meshes,
@@ -332,8 +338,11 @@ def build_model(
         dtype=dtype,
         deterministic=config.train.deterministic,
     )
-    optimizer = build_optimizer(model.parameters(), config.optim)
-    gradients = Gradients(model.parameters(), max_norm=config.optim.clip_grad_norm)
+    roles = parameter_roles(model)
+    optimizer = build_optimizer(model.parameters(), config.optim, roles=roles)
+    gradients = Gradients(
+        model.parameters(), max_norm=config.optim.clip_grad_norm, roles=list(roles.values())
+    )
     return model, optimizer, gradients, meshes
 
 

@@ -8,8 +8,9 @@ import torch
 
 from data_pipeline.quantities import binary_size, count
 from moetrain.model import active_parameters, total_parameters, training_flops_per_token
-from moetrain.settings import Resolved
+from moetrain.settings import GroupsSettings, Resolved
 from moetrain.train.memory import PROCESS_GIB, RankMemory, expected_memory
+from moetrain.train.parameter_groups import parameter_groups
 
 GIB = 2**30
 
@@ -35,6 +36,8 @@ class Preview:
     """How near its arm comes to what it is matched to."""
     memory: RankMemory
     on_cpu: bool
+    groups: tuple[str, ...] = ()
+    """How each role's parameters are trained, where they aren't all trained alike."""
 
     def lines(self) -> Iterator[str]:
         """Yields the lines to print."""
@@ -49,6 +52,7 @@ class Preview:
         yield f"training: {self.batch} = {count(self.tokens)} tokens{asked}; {self.layout}"
         parts = ", ".join(f"{k} {binary_size(size)}" for k, size in asdict(self.memory).items())
         process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
+        yield from (f"parameters of {group}" for group in self.groups)
         yield f"memory: up to {binary_size(self.memory.total)} a rank{process} ({parts})"
 
     def counts(self) -> dict[str, Any]:
@@ -94,7 +98,14 @@ def preview_of(config: Resolved) -> Preview:
         match=config.match.outcome,
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,
+        groups=_groups(config),
     )
+
+
+def _groups(config: Resolved) -> tuple[str, ...]:
+    if config.optim.groups == GroupsSettings():
+        return ()
+    return tuple(map(str, parameter_groups(config.model, config.optim)))
 
 
 def _asked(config: Resolved) -> str | None:

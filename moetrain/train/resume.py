@@ -3,9 +3,10 @@
 Knows settings and manifests; reads no tensor. `changes` says what a setting decides.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import Manifest, step_of
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer
+from moetrain.model.roles import Role, roles_of
 from moetrain.optim import learning_rate, state_names
 from moetrain.settings import OptimSettings, Resolved, ScheduleSettings
 from moetrain.train.changes import Change, Kind, as_plain, as_typed_value, changes
@@ -209,12 +211,19 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
         return
     before = {"name": OptimSettings.name, "momentum": OptimSettings.momentum}
     before |= manifest.config.get("optim", {})
+    now = as_plain(config)["optim"]
     saved = {n.rpartition(".")[2] for n in manifest.tensors if n.startswith("optimizer.")}
-    key = "name"
-    if before["name"] == config.optim.name:
-        if not saved or saved == state_names(config.optim):
+    roles = sorted(roles_of(config.model))
+    other = [r for r in roles if _optimizer_of(now, r) != _optimizer_of(before, r)]
+    if not other:
+        if not saved or saved == set().union(*(state_names(config.optim, r) for r in roles)):
             return
         key = "momentum" if config.optim.name == "sgd" else "options"
+    elif before["name"] != now["name"]:
+        key = "name"
+    else:
+        freezes = None in (_optimizer_of(now, other[0]), _optimizer_of(before, other[0]))
+        key = f"groups.{other[0]}.{'frozen' if freezes else 'optimizer'}"
     add = [f"optim.restart_from={manifest.step}"]
     if is_complete(config, manifest):
         add.append(training_on(config, step=manifest.step))
@@ -223,12 +232,26 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
     theirs = [c for c in found if c.name.startswith("optim.") and "restart" not in c.name]
     raise ConfigError(
         f"optim.{key}",
-        getattr(config.optim, key),
-        f"run {config.run.name} was trained with optim.{key}={before.get(key)} up to step "
+        _at(now, key),
+        f"run {config.run.name} was trained with optim.{key}={_at(before, key)} up to step "
         f"{manifest.step}, and another optimizer can't use the state of that one: use "
         f"{_settings(theirs)}, add {' '.join(add)} to resume with a fresh optimizer state, or "
         "use another run.name",
     )
+
+
+def _optimizer_of(optim: Mapping[str, Any], role: Role) -> str | None:
+    """Returns the name of the optimizer of a role; None where it is frozen."""
+    own = optim.get("groups", {}).get(role, {})
+    return None if own.get("frozen") else own.get("optimizer") or str(optim["name"])
+
+
+def _at(optim: Mapping[str, Any], key: str) -> Any:
+    """Returns a setting by its path; None where an older version didn't have it."""
+    found: Any = optim
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:

@@ -20,6 +20,7 @@ from moetrain.train.objective import Objective
 from moetrain.train.state import TrainState
 from moetrain.train.step_report import Metric, StepReport
 from moetrain.train.stragglers import Stragglers
+from moetrain.train.weight_norms import WeightNorms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,14 @@ class Trainer:
     """Reads this rank's part of the batches, ahead of the step."""
     held_out: dict[str, ValidationBatches]
     """The validation text of each source."""
+    weights: WeightNorms
+    """Measures the weights for the records."""
     checkpoints: CheckpointStore
     uploader: Uploader | None
     """Uploads checkpoints; on one rank, if `upload_to` is set."""
     state: TrainState
+    flops_per_sequence: float
+    """The FLOPs of a sequence's forward and backward pass, all its positions counted."""
     sinks: list[Sink]
     """Where metric records go; empty on all ranks but one."""
     event: Callable[..., None]

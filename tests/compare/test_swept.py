@@ -1,5 +1,6 @@
 """A real sweep's comparison, whatever happened to the sweep."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 from data_pipeline.locks import owner_of
 from moetrain.compare.comparison import compare_runs
 from moetrain.compare.text import as_text
-from tests.launch.test_launching import kinds, reached, wait_for
-from tests.launch.test_sweeps import sweep
+from tests.launch.test_launching import kinds, wait_for
+from tests.launch.test_sweeps import STOPPING, sweep
+from tests.support.held_run import Hold
 from tests.support.runs import write_shards
 
 SHORT = [
@@ -24,9 +26,9 @@ def newest(folder: Path) -> Path:
     return max((folder / "runs/sweeps").iterdir())
 
 
-def has_ended(folder: Path, name: str) -> bool:
-    ends = {"stop", "finish"} & set(kinds(folder, name=name))
-    return bool(ends) and owner_of(folder / "runs" / name / "lock") is None
+def has_stopped(folder: Path, name: str) -> bool:
+    stopped = kinds(folder, name=name)[-1] == "stop"
+    return stopped and owner_of(folder / "runs" / name / "lock") is None
 
 
 @pytest.mark.slow
@@ -46,13 +48,19 @@ def test_a_sweep_that_was_killed_extended_and_moved_compares_like_an_undisturbed
     assert expected in output, "the sweep ends with it"
     assert (newest(calm) / "compare.html").is_file()
 
-    # In a trial, between two, and in the next.
-    for name, step in (("s-1", 2), ("s-1", 12), ("s-2", 5)):
-        with sweep(rough, shards, *SHORT, *SMALL) as process:
-            wait_for(reached(rough, step, name=name), f"step {step} of {name}", seconds=100)
+    # Early and late in the first trial, and in the second.
+    for name, step in (("s-1", 2), ("s-1", 9), ("s-2", 2)):
+        hold = Hold(tmp_path / "held", step=step)
+        environment = os.environ | hold.environment
+        with sweep(rough, shards, *SHORT, *SMALL, env=environment) as process:
+            wait_for(hold.is_held, f"step {step} of {name}", seconds=100)
+            assert "finish" not in kinds(rough, name=name)
             process.kill()
-            process.wait()
-            wait_for(partial(has_ended, rough, name), f"the end of {name}", seconds=60)
+            assert process.stderr is not None
+            # The trial outlives its sweep until it has heard of the stop.
+            assert any(STOPPING in line for line in process.stderr)
+            hold.release()
+            wait_for(partial(has_stopped, rough, name), f"the stop of {name}", seconds=60)
         so_far = compare_runs([str(newest(rough))], measure="train/cross_entropy", at="common")
         assert so_far.main.results, "what a killed sweep has is known"
     with sweep(rough, shards, *SHORT, *WHOLE) as process:
@@ -61,4 +69,4 @@ def test_a_sweep_that_was_killed_extended_and_moved_compares_like_an_undisturbed
     rough.rename(tmp_path / "moved")
     moved = compare_runs([str(newest(tmp_path / "moved"))])
     assert as_text(moved) == expected
-    assert kinds(tmp_path / "moved", name="s-1").count("start") > 1, "it was resumed"
+    assert kinds(tmp_path / "moved", name="s-1").count("stop") == 2
