@@ -6,6 +6,7 @@ from annotated_types import Interval
 from pydantic import AfterValidator, ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.settings import PathText
 from moetrain.checks import one_of
 
 MEASURES = ("active_parameters", "total_parameters", "flops_per_token", "training_flops")
@@ -16,7 +17,7 @@ SOLVED = ("ffn_hidden_dim", "num_layers", "num_steps")
 class MatchSettings:
     """What the arm is matched to. One setting of it is worked out before anything else sees it."""
 
-    to: str | None = None
+    to: PathText | None = None
     """One of `arms`, a model of `conf/model`, or the folder or `config.yaml` of a run."""
     by: Annotated[str, AfterValidator(one_of(*MEASURES))] = "active_parameters"
     """What is to be equal. `training_flops` are those of all tokens of a run."""
