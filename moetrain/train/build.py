@@ -25,7 +25,7 @@ from moetrain.checkpoint.remote.of_run import start_uploads
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checkpoint.store import CheckpointStore
 from moetrain.kinds import EventKind
-from moetrain.model import Transformer, training_flops_per_token
+from moetrain.model import Transformer
 from moetrain.observe import (
     EventLog,
     GuardedSink,
@@ -139,8 +139,6 @@ def build_trainer(
         checkpoints=checkpoints,
         uploader=uploader,
         state=state,
-        flops_per_sequence=config.train.seq_len
-        * training_flops_per_token(config.model, seq_len=config.train.seq_len),
         sinks=_sinks(config, control, state, resumes=resumed_from is not None, event=event)
         if leads
         else [],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.model import Transformer
+from moetrain.model import Transformer, training_flops_per_token
 from moetrain.observe import Sink, Tally
 from moetrain.parallel import Gradients, Meshes
 from moetrain.settings import Resolved
@@ -50,8 +51,6 @@ class Trainer:
     uploader: Uploader | None
     """Uploads checkpoints; on one rank, if `upload_to` is set."""
     state: TrainState
-    flops_per_sequence: float
-    """The FLOPs of a sequence's forward and backward pass, all its positions counted."""
     sinks: list[Sink]
     """Where metric records go; empty on all ranks but one."""
     event: Callable[..., None]
@@ -65,6 +64,12 @@ class Trainer:
     """The callbacks of extensions, by name."""
     metrics: Mapping[str, Metric]
     """The metrics of extensions, by name."""
+
+    @cached_property
+    def flops_per_sequence(self) -> float:
+        """The FLOPs of a sequence's forward and backward pass, all its positions counted."""
+        length = self.config.train.seq_len
+        return length * training_flops_per_token(self.config.model, seq_len=length)
 
     def close(self, exit_code: int) -> None:
         """Closes what must be closed, with the exit code of the run."""
