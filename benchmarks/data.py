@@ -173,7 +173,7 @@ def measure_waiting(folder: Path, *, num_steps: int) -> dict[str, Any]:
     command += [f"train.num_steps={num_steps}", "schedule.warmup_steps=5"]
     command += ["observe.log_every_steps=1", "observe.progress=off"]
     subprocess.run(command, check=True, capture_output=True)
-    records = read_metrics(folder / "runs" / "wait" / "metrics.jsonl")[2:]  # without the start
+    records = read_metrics(folder / "runs" / "wait" / "metrics.jsonl")[3:]  # without the start
     waits = [record["perf/data_wait_seconds"] for record in records]
     steps = [record["perf/step_seconds"] for record in records]
     return {

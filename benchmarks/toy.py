@@ -23,7 +23,7 @@ def main() -> int:
     """Returns the exit code."""
     run_dir = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/toy")
     records, events = read_metrics(run_dir / "metrics.jsonl"), read_events(run_dir / "events.jsonl")
-    last = records[-1]
+    last, records = records[-1], [r for r in records if "train/loss" in r]  # not that of step 0
     at = {e["event"]: datetime.fromisoformat(e["time"]) for e in events}
     # From the start of the ranks' processes to the end: building, training, validation, saving.
     seconds = (at["finish"] - at["attempt"]).total_seconds()

@@ -14,10 +14,11 @@ from launch.run_lock import require_free
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.remote.folder import require_mounted
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
+from moetrain.checkpoint.trained import newest_manifest
 from moetrain.settings import Resolved
-from moetrain.train.prepare import Prepared, newest_manifest, rehearse
+from moetrain.train.prepare import Prepared, rehearse
 from moetrain.train.preview import Preview, preview_of
-from moetrain.train.resume import require_done_alike
+from moetrain.train.resume import is_complete, require_done_alike, what_is_complete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class DryRun:
     @property
     def is_complete(self) -> bool:
         """Whether the run has all its steps already."""
-        return self.newest is not None and self.newest.step >= self.config.train.num_steps
+        return self.newest is not None and is_complete(self.config, self.newest)
 
     def lines(self) -> Iterator[str]:
         """Yields the lines to print."""
@@ -65,12 +66,11 @@ class DryRun:
         return "done" if self.is_complete else f"at step {self.newest.step}"
 
     def _beginning(self) -> str:
-        steps = self.config.train.num_steps
         if self.newest is None:
             return "a new one"
         fetched = f", fetched from {self.config.checkpoint.upload_to}" if self.is_elsewhere else ""
         if self.is_complete:
-            return f"which has all its {steps} steps{fetched}"
+            return f"which {what_is_complete(self.config, step=self.newest.step)}{fetched}"
         return f"which would resume from step {self.newest.step}{fetched}"
 
 

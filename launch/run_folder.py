@@ -24,6 +24,7 @@ from moetrain.checkpoint.remote.of_run import (
     take_over,
     upload_missing,
 )
+from moetrain.checkpoint.trained import newest_manifest
 from moetrain.checks import ConfigError
 from moetrain.exit_codes import DONE, STOPPED
 from moetrain.kinds import EventKind
@@ -32,8 +33,14 @@ from moetrain.redaction import RedactingFormatter, redacted_arguments
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Outcome
-from moetrain.train.prepare import Prepared, newest_manifest, prepare
-from moetrain.train.resume import require_done_alike, require_same_model
+from moetrain.train.parameter_groups import parameter_groups
+from moetrain.train.prepare import Prepared, prepare
+from moetrain.train.resume import (
+    is_complete,
+    require_done_alike,
+    require_same_model,
+    what_is_complete,
+)
 
 
 def prepared_run(config: Resolved, data: DataSettings) -> Prepared:
@@ -87,13 +94,14 @@ def begin_attempt(config: Resolved) -> int:
 
 
 def complete_save(config: Resolved) -> Save | None:
-    """Returns a run's good checkpoint of its last step; None without one, or without the run."""
+    """Returns a run's good checkpoint of its end; None without one, or without the run."""
     run_dir = config.run_dir
     newest = newest_manifest(run_dir)
-    if newest is None or newest.step < config.train.num_steps:
+    if newest is None or not is_complete(config, newest):
         return None  # without reading a checkpoint for it
     good = good_save(run_dir / "checkpoints")
-    return good if good is not None and good.step >= config.train.num_steps else None
+    last = min(newest.step, config.train.num_steps)
+    return good if good is not None and good.step >= last else None
 
 
 def report_complete(
@@ -101,7 +109,7 @@ def report_complete(
 ) -> int:
     """Prints that a run is complete, and leaves its record alone unless it lacks an end."""
     run_dir = config.run_dir
-    print(f"complete  run {config.run.name} has all its {config.train.num_steps} steps")
+    print(f"complete  run {config.run.name} {what_is_complete(config, step=good.step)}")
     outcome = Outcome(finished=True, step=good.step, last={})
     run_name, directory = config.run.name, run_dir / "checkpoints"
     if upload_missing(config.checkpoint, run=run_name, directory=directory, good=good):
@@ -135,7 +143,8 @@ def _record_start(config: Resolved, prepared: Prepared) -> None:
         pid=os.getpid(),
         last_sign=read_sign(run_dir),  # after a kill, the only record of its end
     )
-    event(EventKind.model, **prepared.preview.counts())
+    groups = parameter_groups(config.model, config.optim)
+    event(EventKind.model, **prepared.preview.counts(), parameter_groups=[vars(g) for g in groups])
     shards = prepared.shards
     for source, baselines in shards.baselines.items():
         plan = prepared.plan.get(source)

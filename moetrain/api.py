@@ -5,7 +5,7 @@ notebook works with what a run trains. docs/api.md has an example of each.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,10 +22,12 @@ from data_pipeline import Batch, Tokenizer, open_or_build
 from moetrain.checkpoint.chosen import chosen_checkpoint
 from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.command import composed, config_dir
+from moetrain.compare.comparison import Comparison, compare_runs
 from moetrain.config import check
 from moetrain.config import resolve as resolve_for
 from moetrain.huggingface.reading import read_model
 from moetrain.huggingface.tokenizer import tokenizer_of_run
+from moetrain.lengths import in_steps, steps_of
 from moetrain.model import MoELayer, Transformer
 from moetrain.model.router import Routing
 from moetrain.optim import learning_rate
@@ -44,6 +46,7 @@ __all__ = [
     "LayerRouting",
     "Training",
     "batches",
+    "compare",
     "compose",
     "load_model",
     "load_tokenizer",
@@ -60,7 +63,7 @@ def compose(*overrides: str) -> Config:
     Raises ValueError for an unknown setting or an invalid value; its subclass ConfigError where
     settings contradict each other.
     """
-    config = composed(overrides, tree=Config, files=config_dir())
+    config = in_steps(composed(overrides, tree=Config, files=config_dir()))
     check(config)
     return config
 
@@ -111,6 +114,27 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def compare(
+    *runs: str | Path,
+    measure: str | None = None,
+    at: str = "end",
+    x: str = "step",
+    baseline: str | None = None,
+    by: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> Comparison:
+    """Returns the comparison of runs, as `moetrain compare` has it: folders, sweeps, patterns.
+
+    `run_rows(comparison)` and `record_rows(comparison)` of `moetrain.compare.tables` are rows for
+    pandas, and `as_text(comparison)` of `moetrain.compare.text` what the command prints. Raises
+    ConfigError for runs that aren't there, and for an unknown metric, point or arm.
+    """
+    words = [str(run) for run in runs]
+    return compare_runs(
+        words, measure=measure, at=at, axis=x, baseline=baseline, by=by, names=names
+    )
+
+
 def load_tokenizer(run: str | Path) -> Tokenizer:
     """Returns the tokenizer that a run was trained with; `encode` and `decode` are its methods.
 
@@ -134,7 +158,7 @@ def batches(config: Config, *, start: int = 0) -> Iterator[Batch]:
     shards = open_or_build(config.data, progress=True)
     require_vocabulary(config, shards.tokenizer)
     source, size = global_batches(config, shards, position=None), config.train.global_batch_size
-    for step in range(start, config.train.num_steps):
+    for step in range(start, steps_of(config)):
         yield source.read(step * size, rank=0, num_ranks=1)
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,9 +36,9 @@ from data_pipeline.commands.shell import escape_output
 from data_pipeline.commands.standard_streams import ignore_broken_pipes
 from data_pipeline.extensions import load_extensions, load_installed
 from moetrain.checks import ConfigError, require_no_secrets
+from moetrain.composing import complete
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.redaction import redacted_text
-from moetrain.registries import SELECTED
 from moetrain.settings.validation import validated
 from moetrain.sweeping.plugins import USABLE, SweepEnded, SweepPlugins, require_usable
 
@@ -98,7 +97,7 @@ def run_command(
     if not files:
         _register_bare(module)
     register(tree, name="schema")
-    only_compose(USABLE, complete=add_default_options)
+    only_compose(USABLE, complete=complete)
     escape_output()
     codes: list[int] = []
     found: list[Combination[Tree]] = []
@@ -151,7 +150,7 @@ def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree
     if front.line.flags or front.line.is_sweep:
         raise ValueError(f"{' '.join(overrides)}: overrides alone make one configuration")
     register(tree, name="schema")
-    only_compose()
+    only_compose(complete=complete)
     found: list[DictConfig] = []
     try:
         with hydra.initialize_config_dir(str(files), version_base="1.3"):
@@ -159,29 +158,11 @@ def composed(overrides: Sequence[str], *, tree: type[Tree], files: Path) -> Tree
                 lambda: found.append(hydra.compose("config", list(front.line.overrides)))
             )
     except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error.__context__, ConfigError):
+            raise error.__context__ from None
         complaint = CompositionMessage(tree=tree, line=front.line, files=front.files)
         raise ValueError(redacted_text(complaint.about(error))) from None
     return front.settings(found[0])
-
-
-def add_default_options(config: DictConfig) -> None:
-    """Adds the default options of extensions to a composed configuration, where none are given.
-
-    So `--cfg` shows them. Import errors and unknown names are reported when settings are checked.
-    """
-    if not OmegaConf.select(config, "extensions"):
-        return
-    with suppress(ValueError):
-        load_extensions(config.extensions)
-    for registry, setting, place in SELECTED:
-        given = OmegaConf.select(config, setting)
-        several = OmegaConf.is_list(given)
-        for name in given if several else [given]:
-            at = f"{place}.{name}" if several else place
-            there = OmegaConf.select(config, at) or {}
-            for key, value in registry.default_options(name).items():
-                if key not in there:
-                    OmegaConf.update(config, f"{at}.{key}", value, force_add=True)
 
 
 def _each(

@@ -18,8 +18,10 @@ from launch.plan import cluster_address, persistent_folder
 from moetrain.checkpoint.remote.folder import check_url
 from moetrain.checks import ConfigError, nearest, require_no_secret_values
 from moetrain.kernels import unavailable_because
+from moetrain.lengths import in_steps, steps_of
+from moetrain.model.roles import roles_of
 from moetrain.model_rules import check_backend, check_model
-from moetrain.optim import decay_steps
+from moetrain.optim import decay_steps, group_settings
 from moetrain.parallel import degree_choices, divisors, resolve_topology
 from moetrain.registries import (
     SELECTED,
@@ -46,8 +48,10 @@ MICRO_BATCH_TOKENS = 16_384  # the most in a micro-batch of open size
 
 def check(config: Config) -> None:
     """Raises ConfigError where settings contradict each other, whatever the number of ranks."""
-    model, train = config.model, config.train
+    model = config.model
     check_model(model)
+    config = in_steps(config)
+    train, num_steps = config.train, steps_of(config)
     check_backend(model, dtype=train.dtype)
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
@@ -58,6 +62,10 @@ def check(config: Config) -> None:
     if train.deterministic:
         _check_deterministic(model)
     _check_schedule(config)
+    if not any(not group_settings(config.optim, role).frozen for role in roles_of(model)):
+        raise ConfigError(
+            "optim.groups", "frozen", "leaves nothing to train: train one group at least"
+        )
     every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
     if kept is not None and kept % every:
         raise ConfigError(
@@ -78,12 +86,12 @@ def check(config: Config) -> None:
     if config.checkpoint.upload_to is not None:
         check_url(config.checkpoint.upload_to)
     for number, stage in enumerate(config.data.stages):
-        if stage.from_step >= train.num_steps:
+        if stage.from_step >= num_steps:
             raise ConfigError(
                 f"data.stages[{number}].from_step",
                 stage.from_step,
-                f"would never begin, with train.num_steps={train.num_steps}: use at most "
-                f"{train.num_steps - 1}, or more steps",
+                f"would never begin, with train.num_steps={num_steps}: use at most "
+                f"{num_steps - 1}, or more steps",
             )
     elsewhere = cluster_address(config.launch)
     if config.run.device == "cuda" and not elsewhere and not torch.cuda.is_available():
@@ -112,7 +120,7 @@ def _check_deterministic(model: ModelSettings) -> None:
 
 def _check_schedule(config: Config) -> None:
     """Raises ConfigError for a schedule that doesn't fit into its steps."""
-    schedule, num_steps = config.schedule, config.train.num_steps
+    schedule, num_steps = config.schedule, steps_of(config)
     for name, begin in (("schedule", schedule.restart_from), ("optim", config.optim.restart_from)):
         if begin is not None and begin >= num_steps:
             raise ConfigError(
@@ -151,6 +159,7 @@ def resolve(
     many workers can't run it.
     """
     check(config)
+    config = in_steps(config)
     ranks_per_node = config.cluster.gpus_per_node or gpus_per_node or GPUS_PER_NODE
     topology = resolve_topology(
         config.parallel,

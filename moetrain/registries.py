@@ -19,7 +19,8 @@ EXPERT_FUNCTIONS = Registry[Any](
 OPTIMIZERS = Registry[Any](
     "optimizer",
     setting="optim.name",
-    built_in=dict.fromkeys(("adamw", "sgd"), "moetrain.optim.optimizer"),
+    built_in=dict.fromkeys(("adamw", "sgd"), "moetrain.optim.optimizer")
+    | {"lion": "moetrain.optim.lion", "muon": "moetrain.optim.muon"},
 )
 SCHEDULES = Registry[Any](
     "schedule",

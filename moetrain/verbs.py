@@ -21,6 +21,7 @@ VERBS = {
     "data inspect": Verb("data_pipeline.inspect", "show and check what is in a folder of shards"),
     "verify": Verb("moetrain.verify", "check that layouts of a configuration train alike"),
     "report": Verb("moetrain.report", "write the report of a run"),
+    "compare": Verb("moetrain.compare", "compare runs: arms, their seeds, and the noise"),
     "checkpoint": Verb("moetrain.checkpoint", "check every byte of a run's checkpoints"),
     "branch": Verb("moetrain.branch", "make a new run from a checkpoint of another"),
     "export": Verb("moetrain.export", "make a Hugging Face model of a run"),

@@ -98,7 +98,8 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
         ("wandb", {"moetrain/observe/wandb_sink.py"}),
         # Shards are byte for byte its own, which a test compares.
         ("webdataset", set()),
-        ("pyarrow", {"data_pipeline/corpora/arrow_tables.py"}),
+        # Read as text, and written as tables of runs.
+        ("pyarrow", {"data_pipeline/corpora/arrow_tables.py", "moetrain/compare/tables.py"}),
         ("zstandard", {"data_pipeline/corpora/compression.py"}),
         ("selectolax", {"data_pipeline/corpora/html_text.py"}),
         ("tokenizers", {"data_pipeline/tokenizers/json_tokenizer.py"}),
@@ -133,7 +134,16 @@ def test_model_and_kernels_never_import_torch_distributed() -> None:
                 "data_pipeline/commands/composition_errors.py",
             },
         ),
-        ("matplotlib", {"moetrain/report/figures.py"}),
+        # The look of figures, and what a report and a comparison draw.
+        (
+            "matplotlib",
+            {
+                "moetrain/report/drawing.py",
+                "moetrain/report/figures.py",
+                "moetrain/compare/figures.py",
+            },
+        ),
+        ("mpmath", {"moetrain/compare/noise.py"}),
         ("huggingface_hub", {"moetrain/huggingface/hub.py"}),
         ("megablocks", {"moetrain/kernels/megablocks_ops.py"}),
         ("stk", {"moetrain/kernels/megablocks_ops.py"}),

@@ -67,6 +67,7 @@ def test_commands_that_need_no_torch_do_not_load_it() -> None:
     """It takes seconds; so does Ray."""
     light = ("train_command", "command", "verbs", "checkpoint.__main__", "report.__main__")
     modules = [f"moetrain.{name}" for name in light]
+    modules += ["moetrain.compare.__main__", "moetrain.compare.page", "moetrain.compare.tables"]
     modules += ["launch.simulate.__main__", "data_pipeline.build", "data_pipeline.inspect"]
     source = f"import sys, {', '.join(modules)}\nprint(*{{'torch', 'ray'}} & sys.modules.keys())"
     done = subprocess.run(

@@ -4,6 +4,7 @@ The manifests are those of a model of 240 tensors, every one of them cut among a
 """
 
 import os
+import pickle
 from pathlib import Path
 
 from benchmarks.scaling.case import Case
@@ -14,11 +15,10 @@ from moetrain.checkpoint.manifest import (
     TensorEntry,
     folder_name,
     manifest_text,
-    parse_manifest,
-    read_text,
+    read_to_send,
 )
 from moetrain.checkpoint.stored_blocks import Block, StoredBlocks
-from moetrain.train.prepare import newest_manifest
+from moetrain.checkpoint.trained import newest_manifest
 
 _NUM_TENSORS = 240
 _ROWS, _COLUMNS = 16, 64
@@ -54,13 +54,18 @@ def _start(folder: Path) -> None:
     newest_manifest(folder)
     next_attempt(directory)
     assert not [name for name, _ in broken(directory) if name != "latest"]
-    read_text(candidates(directory)[0])
+    read_to_send(candidates(directory)[0])
+
+
+def _write_and_send(folder: Path, num_ranks: int) -> None:
+    _write(folder / "checkpoints", steps=1, num_ranks=num_ranks)
+    sent = pickle.dumps(read_to_send(folder / "checkpoints" / folder_name(1)))
+    (folder / "sent").write_bytes(sent)
 
 
 def _read_own_part(folder: Path, num_ranks: int) -> None:
-    """What another rank does with the manifest that it is told: finds its block of each tensor."""
-    path = folder / "checkpoints" / folder_name(1)
-    manifest = parse_manifest((path / "manifest.json").read_bytes(), path)
+    """What another rank does with the manifest that it is sent: finds its block of each tensor."""
+    manifest: Manifest = pickle.loads((folder / "sent").read_bytes())
     wanted = Block(((num_ranks - 1) * _ROWS, 0), (_ROWS, _COLUMNS))
     for entry in manifest.tensors.values():
         assert isinstance(entry.blocks, StoredBlocks)
@@ -86,7 +91,7 @@ CASES = (
         name="resume/own_part",
         unit="ranks",
         sizes=(64, 512, 4096),
-        prepare=lambda size, folder: _write(folder / "checkpoints", steps=1, num_ranks=size),
+        prepare=lambda size, folder: _write_and_send(folder, size),
         run=lambda size, folder: _read_own_part(folder, size),
     ),
 )

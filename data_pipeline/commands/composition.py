@@ -6,10 +6,12 @@ composed configuration is checked before Hydra acts on it.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.commands.hydra_private import BASIC_LAUNCHER, BASIC_SWEEPER, ConfigLoaderImpl
@@ -22,9 +24,21 @@ _LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHan
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Composer:
+    """What completes a configuration may ask for."""
+
+    is_sweep: bool
+    """Whether the configuration is the sweep's own, which is none of its runs."""
+    compose: Callable[[Sequence[str]], DictConfig]
+    """Returns what other words compose to, from the same files."""
+    choices: Callable[[str], list[str]]
+    """Returns the names of the files of a group."""
+
+
 def only_compose(
     plugins: Mapping[str, tuple[str, ...]] = PLUGINS,
-    complete: Callable[[DictConfig], None] = lambda config: None,
+    complete: Callable[[DictConfig, "Composer"], None] = lambda config, composer: None,
 ) -> None:
     """Makes Hydra refuse, from now on in this process, configurations that name code to run.
 
@@ -41,9 +55,16 @@ def only_compose(
     composed = getattr(composed, "unchecked", composed)
 
     def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        def other(words: Sequence[str]) -> DictConfig:
+            found = composed(self, kwargs["config_name"], [*words], run_mode=RunMode.RUN)
+            require_harmless(found, plugins)
+            return found
+
         config = composed(self, *args, **kwargs)
         require_harmless(config, plugins)
-        complete(config)
+        is_sweep = kwargs["run_mode"] == RunMode.MULTIRUN
+        choices = self.get_group_options
+        complete(config, Composer(is_sweep=is_sweep, compose=other, choices=choices))
         return config
 
     checked.unchecked = composed  # type: ignore[attr-defined]

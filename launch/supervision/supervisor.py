@@ -20,11 +20,11 @@ from launch.supervision.cause import LogTails
 from launch.supervision.pulse import NodeWatch
 from moetrain.checkpoint.manifest import is_passing
 from moetrain.checkpoint.remote.of_run import take_over
+from moetrain.checkpoint.trained import newest_manifest
 from moetrain.kinds import EventKind, FailureKind
 from moetrain.observe import EventLog, ProgressDisplay
 from moetrain.settings import Resolved
 from moetrain.train.control import Outcome, RankPlace
-from moetrain.train.prepare import newest_manifest
 
 POLL_SECONDS = 0.5
 FEW_NODES = 4  # most nodes named in a line

@@ -7,45 +7,19 @@ settings to `moetrain.train.changes`.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_pipeline.locks import LockHeldError, owned
-from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.trained import TrainedSettings, trained
 from moetrain.checks import ConfigError
 from moetrain.train.changes import Change, Kind, changes, kind_of, leaves
-from moetrain.train.prepare import newest_manifest
 
 _DECIDES = (Kind.function, Kind.order, Kind.recipe)
 _NAMES = ("run.name", "run.dir")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedSettings:
-    """What a run was trained with."""
-
-    settings: Mapping[str, Any]
-    text: str | None = None
-    """The fingerprint of the shards; None if no checkpoint has it."""
-    is_untrained: bool = False
-    """Whether its weights were imported and no step was taken yet."""
-    earlier: Mapping[str, Any] = field(default_factory=dict)
-    """The first values of settings that a resume changed."""
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> "TrainedSettings":
-        """Returns the settings in a checkpoint."""
-        return cls(
-            settings=manifest.config,
-            text=manifest.state.get("data") or None,
-            is_untrained=manifest.step == 0,
-            earlier=_earlier(manifest.state.get("changes", ()), before=manifest.step),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +38,6 @@ class TrialSettings:
     """Whether the run may have the name without a number, if no other trial has it."""
     is_named: bool = False
     """Whether the name contains the trial's values, so that another run of it is an error."""
-
-
-def trained(run_dir: Path) -> TrainedSettings | None:
-    """Returns the settings of the run in a folder, None if there is no run."""
-    if manifest := newest_manifest(run_dir):
-        return TrainedSettings.of(manifest)
-    try:
-        plain = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, yaml.YAMLError):
-        plain = None  # of a run that nothing can be said of: no trial's
-    return TrainedSettings(settings=plain if isinstance(plain, dict) else {})
-
-
-def _earlier(told: Iterable[Mapping[str, Any]], *, before: int) -> dict[str, Any]:
-    """Returns the first values of settings that a resume changed."""
-    found: dict[str, Any] = {}
-    for entry in told:
-        if entry["step"] < before:  # else no step was taken with them
-            found = {name: value[0] for name, value in entry["changes"].items()} | found
-    return found
 
 
 def differences(run: TrainedSettings, wanted: TrialSettings) -> list[Change]:

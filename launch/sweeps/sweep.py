@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,14 @@ from typing import IO, Protocol
 
 from data_pipeline.commands.stops import INSISTENT, detach_terminal, signals_handled, stop_signals
 from launch.closing import TRIAL_VARIABLE
-from launch.sweeps.table import Result, Trial, other_settings, result_of, write_table
+from launch.sweeps.table import (
+    Result,
+    Trial,
+    other_settings,
+    result_of,
+    write_table,
+    write_trials,
+)
 from launch.sweeps.trial_server import TrialProcess, TrialServer
 from moetrain.checkpoint.remote.of_run import good_save
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
@@ -55,15 +62,21 @@ class ExternalLauncher(Protocol):
         """Runs trials, each by its index in the batch; returns exit codes by their numbers."""
 
 
-def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> int:
+def run_sweep(
+    trials: Sequence[Trial],
+    *,
+    folder: Path,
+    places: int | None,
+    compare: Callable[[Path], str | None] | None = None,
+) -> int:
     """Runs all trials, prints their table and returns the exit code: 0 if all are done.
 
     `places` is the number of ranks that the cluster has room for; None: one trial after the other.
     The first SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP stops every trial after a checkpoint, a second
     SIGTERM or Ctrl-C at once. `folder` gets the table, its rows as JSON, and the output of trials
-    that ran side by side.
+    that ran side by side. `compare` returns what is to be printed of the comparison of its runs.
     """
-    sweep = Sweep(folder=folder, places=places, num_trials=len(trials))
+    sweep = Sweep(folder=folder, places=places, num_trials=len(trials), compare=compare)
     sweep.run(trials)
     return sweep.close()
 
@@ -71,10 +84,18 @@ def run_sweep(trials: Sequence[Trial], *, folder: Path, places: int | None) -> i
 class Sweep:
     """A sweep's trials, all at once or batch by batch, and their table at the end."""
 
-    def __init__(self, *, folder: Path, places: int | None, num_trials: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        places: int | None,
+        num_trials: int | None = None,
+        compare: Callable[[Path], str | None] | None = None,
+    ) -> None:
         self._folder = folder
         self._places = places
         self._num_trials = num_trials
+        self._compare = compare
         self._results: dict[int, Result] = {}
         self._side_by_side = False
         self._running: list[_Running] = []
@@ -89,6 +110,7 @@ class Sweep:
 
     def run(self, trials: Sequence[Trial]) -> list[Result]:
         """Runs a batch of trials, as many at once as there is room for."""
+        self._name_trials(trials)
         codes = self._done_before(trials)
         waiting = [t for t in trials if t.number not in codes]
         smallest = sorted(trial.num_workers for trial in waiting)[:2]
@@ -112,6 +134,7 @@ class Sweep:
         self, trials: Sequence[Trial], elsewhere: ExternalLauncher
     ) -> list[Result]:
         """Runs a batch of trials with a third-party launcher."""
+        self._name_trials(trials)
         codes = self._done_before(trials)
         waiting = {i: t for i, t in enumerate(trials) if t.number not in codes}
         for trial in waiting.values():
@@ -139,7 +162,14 @@ class Sweep:
         self._server.close()
         results = list(self._results.values())
         print(write_table(results, self._folder), flush=True)
+        if self._compare is not None and (text := self._compare(self._folder)):
+            print(f"\n{text}", flush=True)
         return _exit_code(results, stopped=self.is_stopped)
+
+    def _name_trials(self, trials: Sequence[Trial]) -> None:
+        """Writes which runs the sweep has: they are known while it runs, and after a kill."""
+        begun = {trial.number: Result(trial=trial, exit_code=None) for trial in trials}
+        write_trials(list((begun | self._results).values()), self._folder)
 
     def _take(self, trials: Sequence[Trial], codes: Mapping[int, int]) -> list[Result]:
         results = [result_of(trial, codes.get(trial.number)) for trial in trials]

@@ -1,6 +1,7 @@
 """The table of a sweep's trials, and a line of JSON for each."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from data_pipeline.atomic_files import write_file
 from data_pipeline.commands.shell import unquoted
 from data_pipeline.quantities import count
 from launch.dry_run import DryRun
-from launch.sweeps.runs import TrialSettings, differences, listed, trained
+from launch.sweeps.runs import TrialSettings, differences, listed
+from moetrain.checkpoint.trained import trained
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.observe import by_source, final_loss, model_event, read_events, read_metrics
 
@@ -131,13 +133,7 @@ def result_of(trial: Trial, exit_code: int | None) -> Result:
 def write_table(results: Sequence[Result], folder: Path) -> str:
     """Returns the table, best loss first, and writes it and `trials.jsonl` into a folder."""
     ordered = sorted(results, key=_rank)
-    lines = [
-        {**asdict(r), "trial": r.trial.number, "varied": r.trial.varied,
-         "command": list(r.trial.command), "run": str(r.trial.run_dir), "end": r.end}
-        for r in ordered
-    ]  # fmt: skip
-    found = "".join(json.dumps(line) + "\n" for line in lines)
-    write_file(folder / "trials.jsonl", found, durable=False)
+    write_trials(ordered, folder)
     ends = [r.end for r in ordered]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
     text = f"sweep     {counts}; {folder}\n" + _table(ordered)
@@ -148,6 +144,18 @@ def write_table(results: Sequence[Result], folder: Path) -> str:
     table = (text + "\n").encode(errors="backslashreplace")
     write_file(folder / "table.txt", table, durable=False)
     return text
+
+
+def write_trials(results: Sequence[Result], folder: Path) -> None:
+    """Writes `trials.jsonl` into a folder: a line for each trial, which names its run."""
+    lines = [
+        {**asdict(r), "trial": r.trial.number, "varied": r.trial.varied,
+         "command": list(r.trial.command), "run": str(r.trial.run_dir), "end": r.end,
+         "relative": os.path.relpath(r.trial.run_dir, folder)}  # for a sweep that is moved
+        for r in results
+    ]  # fmt: skip
+    found = "".join(json.dumps(line) + "\n" for line in lines)
+    write_file(folder / "trials.jsonl", found, durable=False)
 
 
 def _rank(result: Result) -> tuple[bool, bool, float]:

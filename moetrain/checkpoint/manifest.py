@@ -21,7 +21,14 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from moetrain.checkpoint.stored_blocks import Block, StoredBlocks, blocks_line, is_count, unsound
+from moetrain.checkpoint.stored_blocks import (
+    Block,
+    Line,
+    StoredBlocks,
+    blocks_line,
+    is_count,
+    unsound,
+)
 
 FORMAT_VERSION = 3
 _WITH_BLOCKS_INSIDE = 2
@@ -139,19 +146,12 @@ def read_summary(folder: Path) -> Manifest:
     return _read(folder, whole=False)
 
 
-def read_text(folder: Path) -> bytes:
-    """Returns a manifest's text for `parse_manifest`, in the form of today's version.
-
-    Raises CheckpointError as `read_manifest` does.
-    """
-    path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
-    manifest = parse_manifest(content, folder)
-    is_old = manifest.format_version != FORMAT_VERSION
-    return manifest_text(manifest).encode() if is_old else content
+def read_to_send(folder: Path) -> Manifest:
+    """Reads a manifest as `read_manifest` does, in the form that is small when it is pickled."""
+    manifest = read_manifest(folder)
+    if manifest.format_version == FORMAT_VERSION:
+        return manifest
+    return parse_manifest(manifest_text(manifest).encode(), folder)
 
 
 def _read(folder: Path, *, whole: bool) -> Manifest:
@@ -230,13 +230,14 @@ def _stored_blocks(text: bytes, tensors: Mapping[str, Any], files: list[str]) ->
     lines = text.split(b"\n")[1:-3] if tensors else []
     if len(lines) != len(tensors):
         raise ValueError(f"it has blocks of {len(lines)} tensors, not of {len(tensors)}")
-    found = []
+    found, known = [], dict[bytes, Line]()  # most tensors are cut like many others
     for line, (name, entry) in zip(lines, tensors.items(), strict=True):
         begin = f"{json.dumps(name)}: ".encode()
         if not line.startswith(begin):
             raise ValueError(f"the blocks of {name} are not where they should be")
         own = line.removeprefix(begin).removesuffix(b",")
-        found.append(StoredBlocks(own, shape=tuple(entry["shape"]), files=files))
+        shared = known.setdefault(own, Line(own, num_files=len(files)))
+        found.append(StoredBlocks(shared, shape=tuple(entry["shape"]), files=files))
     return found
 
 

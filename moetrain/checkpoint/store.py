@@ -47,9 +47,8 @@ from moetrain.checkpoint.manifest import (
     Manifest,
     folder_name,
     forget_cached,
-    parse_manifest,
     read_manifest,
-    read_text,
+    read_to_send,
     require_same_tensors,
     verify_files,
 )
@@ -181,19 +180,20 @@ class CheckpointStore:
             if self._leads:
                 self._event(EventKind.checkpoint_rejected, reason=reason, checkpoint=name)
 
-        # The first rank decides for all, and reads for all: many ranks' manifest is large.
+        # The first rank decides for all, and reads for all: a manifest of many ranks is large, and
+        # small as it is sent, where the blocks of tensors that are cut alike are there once.
         bad, names = self._from_first(self._to_load)
         for name, reason in bad:
             reject(name, reason)
         for name in names:
             folder = self._directory / name
             failure: CheckpointError | None = None
-            problem, text = self._from_first(partial(_read_for_all, folder))
+            problem, manifest = self._from_first(partial(_read_for_all, folder))
             if problem:
                 reject(name, problem.reason)
                 continue
+            assert isinstance(manifest, Manifest)
             try:
-                manifest = parse_manifest(text, folder)
                 verify_files(
                     folder,
                     manifest,
@@ -367,12 +367,12 @@ class CheckpointStore:
                 marker.unlink(missing_ok=True)
 
 
-def _read_for_all(folder: Path) -> tuple[RankFailure | None, bytes]:
-    """Returns a failure, or the text of a folder's manifest."""
+def _read_for_all(folder: Path) -> tuple[RankFailure | None, Manifest | None]:
+    """Returns a failure, or a folder's manifest."""
     try:
-        return None, read_text(folder)
+        return None, read_to_send(folder)
     except Exception as error:
-        return rank_failure(error), b""
+        return rank_failure(error), None
 
 
 def _write_file(

@@ -35,13 +35,41 @@ class Grid(NamedTuple):
     """The number of each cell's file, the last dimension's cells side by side."""
 
 
+class Line:
+    """The JSON of a tensor's blocks, in some of `num_files` files; parsed when first asked for.
+
+    Tensors that are cut alike share one: it is parsed once, and pickled once.
+    """
+
+    def __init__(self, text: bytes, *, num_files: int) -> None:
+        self._text, self._num_files = text, num_files
+
+    @cached_property
+    def found(self) -> Grid | dict[str, Block]:
+        """The blocks; raises BlocksError if they are none."""
+        try:
+            value = json.loads(self._text)
+            if isinstance(value, dict):
+                return {file: Block(*map(tuple, block)) for file, block in value.items()}
+            cuts, files = value
+            # Compact, since a rank may hold millions; and refuses what is no number.
+            grid = Grid([array("Q", c) for c in cuts], array("I", files))
+            if any(number >= self._num_files for number in grid.files):
+                raise ValueError("they are in a file that the manifest doesn't list")
+            if math.prod(map(len, grid.cuts)) != len(grid.files):
+                raise ValueError(f"{len(grid.files)} files hold the cells of {list(cuts)}")
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise BlocksError(str(error)) from error
+        return grid
+
+
 class StoredBlocks(Mapping[str, Block]):
     """The blocks of one tensor by file. Whatever asks for them raises BlocksError if they are none.
 
-    `line` is their JSON, and is parsed when a block is asked for.
+    The line is parsed when a block is asked for.
     """
 
-    def __init__(self, line: bytes, *, shape: tuple[int, ...], files: Sequence[str]) -> None:
+    def __init__(self, line: Line, *, shape: tuple[int, ...], files: Sequence[str]) -> None:
         self._line, self._shape, self._files = line, shape, files
 
     def meeting(self, wanted: Block) -> Iterator[tuple[str, Block]]:
@@ -113,24 +141,12 @@ class StoredBlocks(Mapping[str, Block]):
             shape.append((cuts[index + 1] if index + 1 < len(cuts) else size) - cuts[index])
         return self._files[grid.files[number]], Block(tuple(offset), tuple(shape))
 
-    @cached_property
+    @property
     def _found(self) -> Grid | dict[str, Block]:
-        try:
-            value = json.loads(self._line)
-            if isinstance(value, dict):
-                return {file: Block(*map(tuple, block)) for file, block in value.items()}
-            cuts, files = value
-            if len(cuts) != len(self._shape):
-                raise ValueError(f"{len(cuts)} dimensions of {len(self._shape)} are cut")
-            # Compact, since a rank may hold millions; and refuses what is no number.
-            grid = Grid([array("Q", c) for c in cuts], array("I", files))
-            if any(number >= len(self._files) for number in grid.files):
-                raise ValueError("they are in a file that the manifest doesn't list")
-            if math.prod(map(len, grid.cuts)) != len(grid.files):
-                raise ValueError(f"{len(grid.files)} files hold the cells of {list(cuts)}")
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise BlocksError(str(error)) from error
-        return grid
+        found = self._line.found
+        if isinstance(found, Grid) and len(found.cuts) != len(self._shape):
+            raise BlocksError(f"{len(found.cuts)} dimensions of {len(self._shape)} are cut")
+        return found
 
 
 def blocks_line(

@@ -70,10 +70,11 @@ class _CpuSwiGLU(torch.autograd.Function):
         assignments: Assignments = ctx.assignments
         grad_rows = x.new_empty(assignments.row.numel(), x.shape[1])
         grad_gates = torch.empty_like(gates)
-        grad_gate, grad_up, grad_down = map(torch.empty_like, (gate, up, down))
+        trained = any(ctx.needs_input_grad[2:5])
+        grad_weights = [torch.empty_like(w) for w in (gate, up, down) if trained]
         for expert, size in enumerate(ctx.sizes):
             if size == 0:
-                for weight in (grad_gate, grad_up, grad_down):
+                for weight in grad_weights:
                     weight[expert].zero_()
         for expert, part in _parts(ctx.sizes):
             size, weights = part.stop - part.start, gates[part].unsqueeze(1).to(x.dtype)
@@ -90,15 +91,18 @@ class _CpuSwiGLU(torch.autograd.Function):
             grad_gates[part] = row_dots(grad_h[:size], h[:size])
             rows[:size] *= weights
             grads[:size] *= weights
-            matmul(h.t(), grads, out=grad_down[expert])
+            if trained:
+                matmul(h.t(), grads, out=grad_weights[2][expert])
             grad_u = torch.mul(grad_h, a, out=a)
             grad_g = torch.ops.aten.silu_backward(grad_h.mul_(u), g)
-            matmul(grad_g.t(), rows, out=grad_gate[expert])
-            matmul(grad_u.t(), rows, out=grad_up[expert])
+            if trained:
+                matmul(grad_g.t(), rows, out=grad_weights[0][expert])
+                matmul(grad_u.t(), rows, out=grad_weights[1][expert])
             both = matmul(grad_g, gate[expert]).add_(matmul(grad_u, up[expert]))
             grad_rows[part].copy_(both[:size])
         grad_x = add_up(grad_rows, assignments, gates)
-        return grad_x, grad_gates, grad_gate, grad_up, grad_down, None, None, None
+        of_weights = grad_weights if trained else (None, None, None)
+        return grad_x, grad_gates, *of_weights, None, None, None
 
 
 def _parts(sizes: list[int]) -> list[tuple[int, slice]]:

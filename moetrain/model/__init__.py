@@ -15,6 +15,7 @@ from moetrain.model.init import initial_values, random_stream
 from moetrain.model.key_value_exchange import Attend, KeyValueExchange, LocalKeyValues
 from moetrain.model.losses import chunked_cross_entropy, load_balance_loss
 from moetrain.model.moe_layer import MoELayer
+from moetrain.model.roles import Role, role_of
 from moetrain.model.rotary import rotary_dim
 from moetrain.model.router import Routing, RoutingStatistics
 from moetrain.model.token_exchange import Compute, LocalExchange, TokenExchange
@@ -33,6 +34,7 @@ __all__ = [
     "LossSums",
     "Memo",
     "MoELayer",
+    "Role",
     "Routing",
     "RoutingStatistics",
     "TokenExchange",
@@ -45,6 +47,7 @@ __all__ = [
     "kept_activations",
     "load_balance_loss",
     "random_stream",
+    "role_of",
     "rotary_dim",
     "total_parameters",
     "training_flops_per_token",

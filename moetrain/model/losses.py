@@ -20,6 +20,8 @@ class HeadLosses(NamedTuple):
     """-log p(target), in nats."""
     z: Tensor
     """Squared log-sum-exp of the logits; 0 without a weight."""
+    by_token: Tensor
+    """-log p(target) of each token, 0 where it isn't valid; [tokens], without a gradient."""
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -36,11 +38,13 @@ class _ChunkedLosses(torch.autograd.Function):
         soft_cap: float | None,
         z_weight: float,
         with_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if with_grad else None
+        trained = with_grad and ctx.needs_input_grad[1]
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if trained else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         z = torch.zeros_like(total)
+        by_token = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ head.t()).float()  # [chunk, vocab]
@@ -51,10 +55,12 @@ class _ChunkedLosses(torch.autograd.Function):
             target, mask = targets[part].unsqueeze(1), valid[part].unsqueeze(1)
             normaliser = torch.logsumexp(logits, -1, keepdim=True)
             nll = normaliser - logits.gather(1, target)
-            total += torch.where(mask, nll, 0.0).sum()
+            counted = torch.where(mask, nll, 0.0)
+            total += counted.sum()
+            by_token[part] = counted.squeeze(1)
             if z_weight:
                 z += torch.where(mask, normaliser.square(), 0.0).sum()
-            if grad_hidden is None or grad_head is None:
+            if grad_hidden is None:
                 continue
             grad = logits.sub_(normaliser).exp_()
             if z_weight:
@@ -65,15 +71,21 @@ class _ChunkedLosses(torch.autograd.Function):
                 tanh = None  # its memory is used again
             grad = torch.where(mask, grad, 0.0).to(hidden.dtype)
             torch.mm(grad, head, out=grad_hidden[part])
-            grad_head += grad.t() @ hidden[part]
+            if grad_head is not None:
+                grad_head += grad.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         ctx.set_materialize_grads(False)
-        return (total + z_weight * z if z_weight else total), total.clone(), z
+        ctx.mark_non_differentiable(by_token)
+        return (total + z_weight * z if z_weight else total), total.clone(), z, by_token
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, of_cross_entropy: Tensor | None, of_z: Tensor | None
+        ctx: Any,
+        grad: Tensor | None,
+        of_cross_entropy: Tensor | None,
+        of_z: Tensor | None,
+        of_tokens: None,
     ) -> tuple[Tensor | None, ...]:
         if grad is None or of_cross_entropy is not None or of_z is not None:
             raise RuntimeError(
@@ -81,7 +93,7 @@ class _ChunkedLosses(torch.autograd.Function):
                 "gradient: an objective minimises output.token_loss, not output.cross_entropy"
             )
         grad_hidden, grad_head = ctx.saved_tensors
-        head = (grad_head * grad).to(ctx.head_dtype)
+        head = None if grad_head is None else (grad_head * grad).to(ctx.head_dtype)
         return grad_hidden * grad, head, None, None, None, None, None, None
 
 

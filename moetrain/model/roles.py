@@ -3,6 +3,8 @@
 import re
 from enum import StrEnum
 
+from moetrain.settings.model import ModelSettings
+
 
 class Role(StrEnum):
     """A part of the model whose parameters are trained and reported together."""
@@ -43,3 +45,17 @@ def role_of(name: str) -> Role:
         if re.match(pattern, name):
             return role
     raise ValueError(f"{name} belongs to none of {', '.join(Role)}")
+
+
+def roles_of(settings: ModelSettings) -> set[Role]:
+    """Returns the roles that a model has parameters of."""
+    found = {Role.embedding, Role.attention, Role.norm}
+    if not settings.tie_embeddings:
+        found.add(Role.head)
+    if settings.num_moe_layers:
+        found |= {Role.router, Role.experts}
+        if settings.num_shared_experts:
+            found.add(Role.shared_experts)
+    if settings.num_moe_layers < settings.num_layers:
+        found.add(Role.dense)
+    return found

@@ -34,6 +34,9 @@ class LossSums(NamedTuple):
     head_z_sum: Tensor | None = None
     """Summed squared log-sum-exp of the head's logits, []; None without a weight."""
 
+    by_sequence: Tensor | None = None
+    """Cross-entropy summed over each sequence, [batch] float64 nats, without a gradient."""
+
     @property
     def token_loss(self) -> Tensor:
         """What the head adds to the loss: cross-entropy, and its weighted z-loss."""
@@ -131,9 +134,10 @@ class Transformer(nn.Module):
             z_weight=z_weight,
         )
         routing = self._stack(statistics, x.device)
+        by_sequence = found.by_token.view_as(targets).double().sum(1)
         if not z_weight:
-            return LossSums(found.total, routing)
-        return LossSums(found.cross_entropy, routing, found.total, found.z)
+            return LossSums(found.total, routing, by_sequence=by_sequence)
+        return LossSums(found.cross_entropy, routing, found.total, found.z, by_sequence)
 
     def _choice(
         self, layer: int, noise_seeds: Sequence[int] | None, choose: Choose | None

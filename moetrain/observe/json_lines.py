@@ -65,9 +65,15 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read_lines_at(
-    path: Path, *, parse: Callable[[bytes], Any] = json.loads
+    path: Path,
+    *,
+    parse: Callable[[bytes], Any] = json.loads,
+    skipped: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """Each line of `read_lines`, with its offset in the file; `parse` raises ValueError."""
+    """Each line of `read_lines`, with its offset in the file; `parse` raises ValueError.
+
+    `skipped` gets the number of each line that is skipped, instead of a warning.
+    """
     try:
         file = path.open("rb", buffering=_BUFFER_BYTES)
     except FileNotFoundError:
@@ -86,6 +92,8 @@ def read_lines_at(
                 record = None
             if isinstance(record, dict):
                 yield begin, line, record
+            elif skipped is not None:
+                skipped(number)
             else:
                 logger.warning("%s, line %d isn't a JSON object; skipped", path, number)
 

@@ -76,6 +76,9 @@ class Account:
     interruptions: int
     """How often training was interrupted and resumed later."""
     redone_steps: int
+    device_seconds: float | None = None
+    """The seconds of `training`, each times the ranks of its attempt; None where an older version
+    didn't record how many there were."""
 
     @property
     def wall(self) -> float:
@@ -170,6 +173,7 @@ class _Timeline:
         if self._unknown or not stretches:
             return None
         seconds, spans, redone_steps = dict.fromkeys(KINDS, 0.0), list[Span](), 0
+        device_seconds = 0.0
         limits = _limits(stretches)
         for part in self._told:
             if isinstance(part, Span):
@@ -180,6 +184,7 @@ class _Timeline:
             spent, rest = part.shares(limit)
             for kind, value in spent.items():
                 seconds[kind] += value
+            device_seconds += spent["training"] * (part.num_ranks or 0)
             middle = part.begin + sum(spent.values())
             seconds[rest] += part.end - middle
             spans += [
@@ -192,6 +197,7 @@ class _Timeline:
             spans=[span for span in spans if span.end > span.begin],
             interruptions=self._interruptions,
             redone_steps=redone_steps,
+            device_seconds=device_seconds if all(s.num_ranks for s in stretches) else None,
         )
 
     def _start(self, moment: float) -> None:
@@ -213,7 +219,12 @@ class _Timeline:
         self._end(moment)
         self._begin("training", moment)
         step = int(event.get("step") or 0)
-        self._training = _Training(attempt=event.get("attempt"), first_step=step, begin=moment)
+        self._training = _Training(
+            attempt=event.get("attempt"),
+            first_step=step,
+            begin=moment,
+            num_ranks=event.get("ranks"),
+        )
         self._told.append(self._training)
         self._interruptions += self._broken
         self._broken = False
@@ -252,6 +263,7 @@ class _Training:
     attempt: object
     first_step: int
     begin: float
+    num_ranks: int | None = None
     end: float = inf
     last_step: int | None = None
     """The newest step."""

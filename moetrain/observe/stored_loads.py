@@ -5,7 +5,7 @@ Owns reading a record without its loads, and one record's loads later. 61 layers
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +43,14 @@ def expert_load(record: Mapping[str, Any]) -> NDArray[np.float64] | None:
     return loads if loads.ndim == 2 and loads.size else None
 
 
-def records_without_loads(path: Path) -> Iterator[tuple[dict[str, Any], StoredLoad | None]]:
-    """Each whole record of a metrics file without its expert loads, and where they stand."""
-    for offset, line, record in read_lines_at(path, parse=parse_cut):
+def records_without_loads(
+    path: Path, *, skipped: Callable[[int], object] | None = None
+) -> Iterator[tuple[dict[str, Any], StoredLoad | None]]:
+    """Each whole record of a metrics file without its expert loads, and where they stand.
+
+    `skipped` gets the number of each line that isn't a record, instead of a warning.
+    """
+    for offset, line, record in read_lines_at(path, parse=parse_cut, skipped=skipped):
         shape = None
         if EXPERT_LOAD in record:
             loads = record.pop(EXPERT_LOAD)

@@ -97,6 +97,12 @@ class Tally:
         wall = self._earlier.wall + sum(spent.values())
         return (self._earlier.seconds["training"] + spent["training"]) / wall if wall else None
 
+    def device_seconds(self, num_ranks: int) -> float | None:
+        """Returns the device time of the run's steps so far, if its account is known."""
+        if self._earlier is None or self._earlier.device_seconds is None:
+            return None
+        return self._earlier.device_seconds + num_ranks * self.read()["training"]
+
     def sign(self, step: int) -> None:
         """Writes a heartbeat, if the last one is some seconds old; never raises for the disk."""
         now = time.monotonic()

@@ -1,6 +1,7 @@
 """Optimizers over sharded parameters."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +10,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import adamw as torch_adamw
 
+from moetrain.model.roles import Role
 from moetrain.registries import OPTIMIZERS
-from moetrain.settings import OptimSettings
+from moetrain.settings import GroupSettings, GroupsSettings, OptimSettings
 
 Groups = list[dict[str, Any]]
-"""Parameters in groups, as torch's optimizers take them, each with its `weight_decay`."""
+"""Parameters in groups, as torch's optimizers take them.
+
+Each has its `weight_decay`, its `role` in the model, and `lr_factor`, a factor of the learning rate
+that the step applies.
+"""
 OptimizerBuilder = Callable[[Groups, OptimSettings, Any], Optimizer]
 """Makes an optimizer from groups, the settings of `optim`, and its own options."""
 
@@ -40,10 +46,10 @@ class LocalAdamW(AdamW):
             states = [self._state_of(p) for p in parameters]
             beta1, beta2 = group["betas"]
             torch_adamw.adamw(
-                [_local(p) for p in parameters],
-                [_local(p.grad) for p in parameters],
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
+                [local_part(p) for p in parameters],
+                [local_part(p.grad) for p in parameters],
+                [local_part(state["exp_avg"]) for state in states],
+                [local_part(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,
@@ -65,7 +71,8 @@ class LocalAdamW(AdamW):
         return state
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -75,39 +82,104 @@ def sgd(groups: Groups, settings: OptimSettings, options: None) -> Optimizer:
     return SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> Optimizer:
-    """Returns the optimizer over parameters; vectors get no weight decay.
+class SeveralOptimizers(Optimizer):
+    """Optimizers of different parameters as one: their groups, their states, one step."""
 
-    Parameters of one group share a device mesh, because torch's foreach kernels take distributed
-    tensors of one mesh at a time.
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        for part in parts:  # each finds its own parameters there
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Takes a step of each; `closure` is None."""
+        for part in self._parts:
+            part.step()
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    settings: OptimSettings,
+    *,
+    roles: Mapping[nn.Parameter, Role] | None = None,
+) -> Optimizer:
+    """Returns the optimizer over the parameters that aren't frozen; vectors get no weight decay.
+
+    A group has parameters of one role, one optimizer and one device mesh, because torch's foreach
+    kernels take distributed tensors of one mesh at a time. Beside `weight_decay` it has its `role`
+    and its `lr_factor`, by which whoever sets the learning rate multiplies it. Without `roles`, as
+    for single tensors, `settings.groups` must have its defaults.
     """
-    groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
+    assert roles is not None or settings.groups == GroupsSettings(), "the groups need roles"
+    groups: dict[tuple[object, Role | None, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        key = (getattr(parameter, "device_mesh", None), parameter.ndim > 1)
-        groups.setdefault(key, []).append(parameter)
-    grouped = [
-        {"params": group, "weight_decay": settings.weight_decay if decays else 0.0}
-        for (_, decays), group in groups.items()
-    ]
-    build: OptimizerBuilder = OPTIMIZERS.get(settings.name).made
-    options = OPTIMIZERS.typed_options(settings.name, settings.options)
-    return build(grouped, settings, options)
+        if parameter.requires_grad:
+            role = roles[parameter] if roles else None
+            key = (getattr(parameter, "device_mesh", None), role, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    by_optimizer: dict[tuple[str, str], Groups] = {}
+    for (_, role, decays), members in groups.items():
+        own = group_settings(settings, role)
+        name, options = _optimizer_of(settings, own)
+        by_optimizer.setdefault((name, repr(options)), []).append(
+            {
+                "params": members,
+                "weight_decay": settings.weight_decay * own.weight_decay_factor if decays else 0.0,
+                "lr_factor": own.lr_factor,
+                "role": role,
+            }
+        )
+    built = []
+    for (name, _), grouped in by_optimizer.items():
+        build: OptimizerBuilder = OPTIMIZERS.get(name).made
+        own = group_settings(settings, grouped[0]["role"])
+        options = OPTIMIZERS.typed_options(name, _optimizer_of(settings, own)[1])
+        built.append(build(grouped, settings, options))
+    return built[0] if len(built) == 1 else SeveralOptimizers(built)
 
 
-def state_names(settings: OptimSettings) -> set[str]:
-    """Returns the names of the optimizer's state for a matrix."""
-    return set(_state_of_a_matrix(settings))
+def group_settings(settings: OptimSettings, role: Role | None) -> GroupSettings:
+    """Returns how the parameters of a role are trained."""
+    return GroupSettings() if role is None else getattr(settings.groups, role)
 
 
-def state_size(settings: OptimSettings) -> float:
-    """Returns how many numbers the optimizer keeps per element of a large matrix."""
-    state = _state_of_a_matrix(settings, side := 16)
+def _optimizer_of(settings: OptimSettings, group: GroupSettings) -> tuple[str, Mapping[str, Any]]:
+    """Returns the name and the options of a group's optimizer."""
+    if group.optimizer is None:
+        return settings.name, settings.options
+    return group.optimizer, group.options
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Sets the learning rate of the next step: for each group, times its factor."""
+    for group in optimizer.param_groups:
+        # A group of an extension's own making has no factor.
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
+def state_names(settings: OptimSettings, role: Role | None = None) -> set[str]:
+    """Returns the names of the optimizer's state for a matrix, of a role if one is given."""
+    return set(_state_of_a_matrix(settings, role))
+
+
+def state_size(settings: OptimSettings, role: Role | None = None) -> float:
+    """Returns how many numbers the optimizer keeps per element of a large matrix of a role."""
+    state = _state_of_a_matrix(settings, role, side := 16)
     return float(round(sum(tensor.numel() for tensor in state.values()) / side**2))
 
 
-def _state_of_a_matrix(settings: OptimSettings, side: int = 1) -> dict[str, Tensor]:
+def _state_of_a_matrix(
+    settings: OptimSettings, role: Role | None, side: int = 1
+) -> dict[str, Tensor]:
+    own = group_settings(settings, role)
+    if own.frozen:
+        return {}
     parameter = nn.Parameter(torch.zeros(side, side))
-    optimizer = build_optimizer([parameter], settings)
+    plain = replace(settings, groups=GroupsSettings())
+    if own.optimizer is not None:
+        plain = replace(plain, name=own.optimizer, options=own.options)
+    roles = None if role is None else {parameter: role}
+    optimizer = build_optimizer([parameter], plain, roles=roles)
     allocate_state(optimizer)
     state = optimizer.state.get(parameter, {})
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

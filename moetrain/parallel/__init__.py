@@ -2,12 +2,12 @@
 
 from moetrain.parallel.activity import BETWEEN_STEPS, COMPUTING_PHASES, STEP_PHASES, Activity, Doing
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
-from moetrain.parallel.gradients import Gradients
+from moetrain.parallel.gradients import Gradients, SumsByRole, local_part
 from moetrain.parallel.kernel_choice import settle_attention, settle_backend
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize
 from moetrain.parallel.recompute import plain_name
-from moetrain.parallel.reduce import any_rank, gather_objects, gather_over_ranks
+from moetrain.parallel.reduce import any_rank, any_rank_each, gather_objects, gather_over_ranks
 from moetrain.parallel.sharding import begin_micro_batch, reshard
 from moetrain.parallel.topology import (
     TOKEN_AXES,
@@ -31,8 +31,10 @@ __all__ = [
     "Gradients",
     "Meshes",
     "RankShare",
+    "SumsByRole",
     "Topology",
     "any_rank",
+    "any_rank_each",
     "begin_micro_batch",
     "build_meshes",
     "degree_choices",
@@ -40,6 +42,7 @@ __all__ = [
     "gather_objects",
     "gather_over_ranks",
     "join_ranks",
+    "local_part",
     "parallelize",
     "plain_name",
     "reshard",

@@ -62,7 +62,7 @@ def spread_experts(
         return
     for name, weight in list(moe.experts.named_parameters()):
         spread = distribute_tensor(weight.data, axis, [Shard(EXPERT_DIM)])
-        setattr(moe.experts, name, nn.Parameter(spread))
+        setattr(moe.experts, name, nn.Parameter(spread, requires_grad=weight.requires_grad))
     moe.exchange = AllToAllExchange(
         num_experts=moe.router.num_experts,
         group=axis.get_group(),

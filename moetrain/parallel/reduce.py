@@ -22,6 +22,15 @@ def any_rank(flag: bool) -> bool:
     return bool(flags.item())
 
 
+def any_rank_each(*flags: bool) -> tuple[bool, ...]:
+    """Returns on every rank whether each of some flags is set on any of them, by one `any_rank`."""
+    if dist.get_world_size() == 1:
+        return flags
+    sums = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(sums)
+    return tuple(bool(number) for number in sums.tolist())
+
+
 def gather_over_ranks(values: Tensor) -> Tensor:
     """Returns every rank's values, of one shape on all of them, [ranks, *shape]."""
     found = [torch.empty_like(values) for _ in range(dist.get_world_size())]

@@ -56,13 +56,18 @@ def page(run: RunRecord) -> str:
             _configuration(run.config_text),
         ]
     )
+    return document(body, title=name, style=time_line.STYLE, command="python -m moetrain.report")
+
+
+def document(body: str, *, title: str, style: str, command: str) -> str:
+    """A whole page around its body; all texts are HTML already."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{name} · moetrain</title>\n<style>{_STYLE}{time_line.STYLE}</style>\n</head>\n"
+        f"<title>{title} · moetrain</title>\n<style>{_STYLE}{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n"
-        "<footer>Written by <code>python -m moetrain.report</code></footer>\n"
+        f"<footer>Written by <code>{command}</code></footer>\n"
         "</main>\n</body>\n</html>\n"
     )
 

@@ -5,7 +5,7 @@ state from its events. Leaves drawing to figures.py and words to page.py.
 """
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +120,7 @@ def read_run(run_dir: Path) -> RunRecord:
     config_text = redacted_text(config_text)  # of an older version that saved it unresolved
     config = _parsed(config_text)
     events = read_events(run_dir / "events.jsonl")
-    state, reason = _state(events)
+    state, reason = state_of(events)
     metrics = _read_metrics(run_dir / "metrics.jsonl")
     first_layer = _whole(_at(config, "model", "num_dense_layers")) or 0
     return RunRecord(
@@ -165,11 +165,11 @@ def _read_metrics(path: Path) -> _Metrics:
                     points[name] = array("d"), array("d")
                 points[name][0].append(step)
                 points[name][1].append(value)
-    series = {name: _sorted(*arrays) for name, arrays in points.items()}
+    series = {name: series_of(*arrays) for name, arrays in points.items()}
     return _Metrics(series, loss.value, loads)
 
 
-def _sorted(steps: "array[float]", values: "array[float]") -> Series:
+def series_of(steps: "array[float]", values: "array[float]") -> Series:
     """Returns a series in the order of steps; of several values at one, the last counts."""
     found, last = np.unique(np.array(steps)[::-1], return_index=True)
     return Series(steps=found, values=np.array(values)[::-1][last])
@@ -198,7 +198,8 @@ def _expert_loads(
     )
 
 
-def _state(events: list[dict[str, Any]]) -> tuple[str, str | None]:
+def state_of(events: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Returns the state of a run with these events, and the reason that the last of them gives."""
     for event in reversed(events):
         if state := _STATES.get(str(event.get("event"))):
             reason = event.get("reason")

@@ -7,6 +7,7 @@ from these classes; choices are validators. `data.*` belongs to the data pipelin
 
 from moetrain.settings.checkpoint import CheckpointSettings
 from moetrain.settings.launch import ClusterSettings, LaunchSettings
+from moetrain.settings.match import MatchSettings
 from moetrain.settings.model import (
     BACKENDS,
     ExpertsSettings,
@@ -16,7 +17,12 @@ from moetrain.settings.model import (
     RouterSettings,
 )
 from moetrain.settings.observe import ObserveSettings, WandbSettings
-from moetrain.settings.optim import OptimSettings, ScheduleSettings
+from moetrain.settings.optim import (
+    GroupSettings,
+    GroupsSettings,
+    OptimSettings,
+    ScheduleSettings,
+)
 from moetrain.settings.parallel import ExchangeSettings, ParallelSettings
 from moetrain.settings.resolved import (
     Resolved,
@@ -37,8 +43,11 @@ __all__ = [
     "Config",
     "ExchangeSettings",
     "ExpertsSettings",
+    "GroupSettings",
+    "GroupsSettings",
     "InitSettings",
     "LaunchSettings",
+    "MatchSettings",
     "ModelSettings",
     "ObserveSettings",
     "OptimSettings",

@@ -44,6 +44,9 @@ class ObserveSettings:
         str, BeforeValidator(_switch), AfterValidator(one_of("auto", "bar", "lines", "off"))
     ] = "auto"
     wandb: WandbSettings = field(default_factory=WandbSettings)
+    update_sizes: bool = False
+    """Whether records have `optim/update_ratio/…`. At recorded steps, a rank then holds a copy of
+    its weights while the optimizer changes them."""
     metrics: list[str] = field(default_factory=list)
     """Metrics of extensions to add to the records (docs/extending.md)."""
     metric_options: dict[str, dict[str, Any]] = field(default_factory=dict)

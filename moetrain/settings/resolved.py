@@ -31,8 +31,9 @@ class ResolvedRun(RunSettings):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ResolvedTrain(TrainSettings):
-    """The training loop with its micro-batch size."""
+    """The training loop with its number of steps and its micro-batch size."""
 
+    num_steps: PositiveInt = field()
     micro_batch_size: PositiveInt = field()
 
 

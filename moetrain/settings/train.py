@@ -7,6 +7,7 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationInfo,
     field_validator,
@@ -30,9 +31,21 @@ FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainSettings:
-    """The number of steps, batch sizes in sequences, and the dtype."""
+    """The length of the run, batch sizes in sequences, and the dtype."""
 
-    num_steps: PositiveInt
+    num_steps: PositiveInt | None = None
+    """The length of the run in optimizer steps. One of this, `num_tokens` and `flops` is needed;
+    of several the one on the command line is in force, and in files another unit than steps."""
+    num_tokens: PositiveFloat | None = None
+    """The length in token positions (`1e9`), padding included, rounded up to whole steps."""
+    flops: PositiveFloat | None = None
+    """The length in FLOPs of forward and backward passes, of all positions, rounded up to whole
+    steps; attention and head count, recomputation doesn't."""
+    max_seconds: PositiveFloat | None = None
+    """The time of the run's attempts in steps, validations and checkpoints, after which the next
+    step is the last one, if it isn't anyway: validated and saved like any last step. The learning
+    rate goes by the steps, so that it may not have decayed by then; and the number of steps, so the
+    result, depends on the machine's speed."""
     global_batch_size: PositiveInt
     seq_len: PositiveInt
     micro_batch_size: PositiveInt | None = None
@@ -44,7 +57,9 @@ class TrainSettings:
     """Whether a run gives the same bits each time on GPUs too, which takes slower kernels. On CPUs
     it does anyway."""
     validate_every_steps: NonNegativeInt = 0
-    """0: at the end only."""
+    """0: at the beginning and at the end only."""
+    validate_at_start: bool = True
+    """Whether the weights that a run begins with are validated: a record of step 0."""
     validation_sequences: PositiveInt | None = 1024
     """The most held-out sequences per source to validate on, evenly spread over all that it has and
     the same for a seed; None: all."""

@@ -16,9 +16,12 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from data_pipeline.commands.hydra_private import ConfigLoaderImpl
+
+# What other settings are worked out from when they are composed (`moetrain.composing`).
+_OF_ARMS, _OF_MATCHES = ("arm", "arms", "match"), ("model", "train")
 
 
 class CombinationLauncher(Launcher):
@@ -45,7 +48,7 @@ class CombinationLauncher(Launcher):
         results = []
         for number, words in enumerate(job_overrides, start=initial_job_idx):
             overrides = [_parsed(word) for word in words]
-            if before is not None and self._same_files(before, overrides):
+            if before is not None and self._same_files(before, overrides, composed):
                 values = [o for o in overrides if not self._is_of_files(o)]
                 ConfigLoaderImpl._apply_overrides_to_config(values, composed)
                 with read_write(known.hydra), open_dict(known.hydra):
@@ -69,8 +72,14 @@ class CombinationLauncher(Launcher):
             known = _apart(composed)
         return results
 
-    def _same_files(self, before: list[Override], now: list[Override]) -> bool:
-        """Returns whether both are composed of the same files, with only values set anew."""
+    def _same_files(
+        self, before: list[Override], now: list[Override], composed: DictConfig
+    ) -> bool:
+        """Returns whether both are composed of the same files, with only values set anew.
+
+        And with values on which no other setting of `composed`, what is composed of the first,
+        depends.
+        """
         if self._config.get("extensions"):
             return False  # a value may name another part, which brings options of its own
         if [o.key_or_group for o in before] != [o.key_or_group for o in now]:
@@ -78,6 +87,10 @@ class CombinationLauncher(Launcher):
         if any(o.is_delete() or o.is_add() or isinstance(o.value(), dict) for o in now):
             return False
         changed = [b for a, b in zip(before, now, strict=True) if a.input_line != b.input_line]
+        is_matched = OmegaConf.select(composed, "match.to") is not None
+        decisive = {*_OF_ARMS, *(_OF_MATCHES if is_matched else ())}
+        if decisive & {o.key_or_group.partition(".")[0] for o in changed}:
+            return False
         return not any(self._is_of_files(o) or isinstance(o.value(), list) for o in changed)
 
     def _is_of_files(self, override: Override) -> bool:

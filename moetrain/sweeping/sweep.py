@@ -22,6 +22,7 @@ from launch.sweeps.table import Result, Trial, preview_table, varied_settings
 from moetrain.checkpoint.manifest import CheckpointError
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
+from moetrain.compare.of_sweep import compare_sweep
 from moetrain.exit_codes import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from moetrain.settings import Config
 from moetrain.sweeping.plugins import SweepEnded
@@ -47,7 +48,10 @@ def sweep(combinations: list[Combination[Config]], folder: Path) -> int:
             return DONE
         with planned(combinations) as trials:
             return run_sweep(
-                trials, folder=persistent_folder(str(folder)), places=_places(combinations)
+                trials,
+                folder=persistent_folder(str(folder)),
+                places=_places(combinations),
+                compare=compare_sweep,
             )
     except (ConfigError, DataError) as error:
         print(f"moetrain: {error}", file=sys.stderr)
@@ -83,8 +87,13 @@ def dry_sweep(combinations: Sequence[Combination[Config]]) -> str:
             (trial, prepare_dry_run(renamed(config, trial.run_dir.name), data=one.settings.data))
         )
     num_open = sum(not rehearsal.is_complete for _, rehearsal in rows)
+    matches: dict[str, list[str]] = {}
+    for trial, rehearsal in rows:
+        if outcome := rehearsal.preview.match:
+            matches.setdefault(outcome, []).append(str(trial.number))
+    told = [f"match of trials {', '.join(numbers)}: {how}" for how, numbers in matches.items()]
     end = f"dry run: {num_open} of {len(rows)} could start; nothing was written"
-    return f"{preview_table(rows)}\n{end}"
+    return "\n".join([preview_table(rows), *told, end])
 
 
 def _leave_nothing(folder: Path) -> None:
@@ -136,7 +145,7 @@ class SweepInBatches:
             trials = self._plan.trials(once, varied=labels, elsewhere=elsewhere)
             if self._sweep is None:
                 places = None if elsewhere else _places(combinations)
-                self._sweep = Sweep(folder=self._folder, places=places)
+                self._sweep = Sweep(folder=self._folder, places=places, compare=compare_sweep)
         except (ConfigError, DataError) as error:
             print(f"moetrain: {error}", file=sys.stderr)
             raise SweepEnded(BAD_CONFIGURATION) from error

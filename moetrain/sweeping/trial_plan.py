@@ -12,7 +12,6 @@ from data_pipeline import DataSettings, PlannedBuild, ShardFolder, open_or_build
 from data_pipeline.commands.shell import as_typed, shell_command, unquoted
 from launch.plan import choose_plan
 from launch.sweeps.runs import (
-    TrainedSettings,
     TrialSettings,
     assign,
     lock_names,
@@ -22,6 +21,7 @@ from launch.sweeps.runs import (
 from launch.sweeps.sweep import ExternalLauncher
 from launch.sweeps.table import Trial
 from moetrain.checkpoint.remote.of_run import newest_manifest_there
+from moetrain.checkpoint.trained import TrainedSettings
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
 from moetrain.config import check, resolve

@@ -50,7 +50,9 @@ from moetrain.registries import CALLBACKS, SINKS
 from moetrain.settings import Resolved
 from moetrain.train.changes import as_plain
 from moetrain.train.control import Control, DisplaySink, RankPlace, collective_timeout
+from moetrain.train.deadline import Deadline
 from moetrain.train.objective import build_objective
+from moetrain.train.parameter_groups import freeze, parameter_roles
 from moetrain.train.prepare import global_batches
 from moetrain.train.preview import preview_of
 from moetrain.train.resume import (
@@ -63,6 +65,7 @@ from moetrain.train.state import TrainState, checkpoint_tensors
 from moetrain.train.step_report import build_metrics
 from moetrain.train.stragglers import Stragglers
 from moetrain.train.trainer import Callback, Trainer
+from moetrain.train.weight_norms import WeightNorms
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,7 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         gradients=gradients,
+        weights=WeightNorms(model, meshes, updates=config.observe.update_sizes),
         objective=build_objective(config.train),
         meshes=meshes,
         shards=shards,
@@ -141,6 +145,7 @@ def build_trainer(
         event=event,
         stragglers=None if config.num_ranks == 1 else watch(model, step=state.step),
         tally=tally,
+        deadline=Deadline(config.train, seconds=state.seconds, leads=leads),
         callbacks=_callbacks(config, state),
         metrics=build_metrics(config.observe),
     )
@@ -235,7 +240,7 @@ def _sinks(
         control.publish("say", text)
 
     metrics = MetricsFile(config.run_dir / "metrics.jsonl")
-    metrics.rewind(state.step)
+    metrics.rewind(state.step or -1)  # from step 0 on that step is validated and recorded anew
     wandb = WandbSink(
         config.observe.wandb,
         run_name=config.run.name,
@@ -304,6 +309,7 @@ def build_model(
     dtype = compute_dtype(config.train.dtype, device)
     with torch.device("meta"):
         model = Transformer(config.model)
+    freeze(model, config.optim)
     model = parallelize(
         model,
         meshes,
@@ -330,8 +336,11 @@ def build_model(
         dtype=dtype,
         deterministic=config.train.deterministic,
     )
-    optimizer = build_optimizer(model.parameters(), config.optim)
-    gradients = Gradients(model.parameters(), max_norm=config.optim.clip_grad_norm)
+    roles = parameter_roles(model)
+    optimizer = build_optimizer(model.parameters(), config.optim, roles=roles)
+    gradients = Gradients(
+        model.parameters(), max_norm=config.optim.clip_grad_norm, roles=list(roles.values())
+    )
     return model, optimizer, gradients, meshes
 
 

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from data_pipeline import DataSettings
@@ -53,11 +55,19 @@ _KINDS = {
     "model.experts.recompute": Kind.layout,
     "seed": Kind.order,
     "extensions": Kind.incidental,  # what they register is named where it is used
+    "arm": Kind.incidental,  # its settings are in their places
+    "arms": Kind.incidental,
+    "match": Kind.incidental,  # its effect is in the setting that it works out
+    "train.num_tokens": Kind.incidental,  # its effect is in num_steps, as that of flops
+    "train.flops": Kind.incidental,
     "train.seq_len": Kind.order,
     "train.micro_batch_size": Kind.layout,
     "train.deterministic": Kind.layout,
     "train.validate_every_steps": Kind.incidental,
+    "train.validate_at_start": Kind.incidental,
     "train.max_skipped_steps": Kind.incidental,
+    "schedule.warmup_tokens": Kind.incidental,  # in warmup_steps
+    "schedule.warmup_fraction": Kind.incidental,
     "data.dir": Kind.text,
     "data.corpus": Kind.text,
     "data.text_field": Kind.text,
@@ -108,10 +118,12 @@ def as_plain(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested dictionaries of JSON values, without its secrets.
 
     Secrets aren't restored from a saved configuration: the same command passes them again. The dry
-    run's setting isn't part of a run's configuration.
+    run's setting isn't part of a run's configuration, nor are the other arms of its comparison.
     """
     plain: dict[str, Any] = redacted(json.loads(json.dumps(asdict(config))))
-    plain.pop("dry_run", None)
+    for name in ("dry_run", "arms"):
+        plain.pop(name, None)
+    plain["match"].pop("outcome")
     return plain
 
 
@@ -121,13 +133,20 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     A setting that one of them lacks has its default: the configuration may be of an older version.
     """
     ours, theirs = dict(leaves(now)), dict(leaves(before))
-    known = {"seed": 0} | {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
+    known = default_settings()
     found = []
     for name in dict.fromkeys([*ours, *theirs]):
         left, right = (leaves.get(name, known.get(name)) for leaves in (theirs, ours))
         if left != right:
             found.append(Change(name=name, before=left, now=right, kind=kind_of(name)))
     return found
+
+
+@cache
+def default_settings() -> Mapping[str, Any]:
+    """Returns what a setting was where a plain configuration lacks it, by name."""
+    known = {k: v for path, tree in _TREES.items() for k, v in _defaults(path, tree)}
+    return MappingProxyType({"seed": 0} | known)
 
 
 def kind_of(name: str) -> Kind:

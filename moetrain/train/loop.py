@@ -1,9 +1,7 @@
 """When to step, log, validate, save and stop."""
 
 import resource
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,16 +11,16 @@ import torch
 from data_pipeline import Batch
 from moetrain.checkpoint.folders import require_newest
 from moetrain.kinds import EventKind
-from moetrain.model import training_flops_per_token
 from moetrain.observe import EXPERT_LOAD, numbers_of
 from moetrain.optim import learning_rate
-from moetrain.parallel import BETWEEN_STEPS, any_rank, begin_micro_batch
+from moetrain.parallel import BETWEEN_STEPS, any_rank, any_rank_each, begin_micro_batch
 from moetrain.train.control import Outcome
-from moetrain.train.means import RunningMeans
+from moetrain.train.means import RunningMeans, dead_experts
 from moetrain.train.micro_batch import MicroBatch, noise_seeds
 from moetrain.train.state import checkpoint_tensors
 from moetrain.train.step import train_step
 from moetrain.train.step_report import StepReport
+from moetrain.train.stopwatch import Stopwatch
 from moetrain.train.trainer import Trainer
 from moetrain.train.validation import validate
 
@@ -37,40 +35,50 @@ class TrainingError(Exception):
 
 
 def train(trainer: Trainer) -> Outcome:
-    """Trains until all steps are done or a stop is requested; all ranks call it.
+    """Trains until all steps are done, time is over or a stop is requested; all ranks call it.
 
     Raises TrainingError after too many consecutive skipped steps, CheckpointError where a
     checkpoint can't be written; earlier checkpoints stay as they are.
     """
     settings, state, control = trainer.config.train, trainer.state, trainer.control
     tally, callbacks = trainer.tally, trainer.callbacks.values()
-    checkpoint = trainer.config.checkpoint
+    checkpoint, deadline = trainer.config.checkpoint, trainer.deadline
     stopwatch, last, saved_step = Stopwatch(), {}, state.step
     if trainer.config.model.router.force_balance and trainer.config.model.is_moe:
         _warn(trainer, FORCED_BALANCE)
-    trainer.event(EventKind.training, step=state.step, attempt=trainer.place.attempt)
+    trainer.event(
+        EventKind.training,
+        step=state.step,
+        attempt=trainer.place.attempt,
+        ranks=trainer.place.world_size,
+    )
     tally.begin(trainer.place.attempt)
+    deadline.begin()
     for callback in callbacks:
         callback.run_start(trainer)
-    while state.step < settings.num_steps:
+    if state.step == 0 and settings.validate_at_start and not any_rank(control.stop_requested):
+        last = validate_at_start(trainer)
+        stopwatch.restart()
+    while state.step < deadline.last_step:
         control.heartbeat(BETWEEN_STEPS, state.step)
         leaves = control.stop_requested or trainer.checkpoints.failed
-        if any_rank(leaves):
+        leaves, is_over = any_rank_each(leaves, deadline.is_over)
+        if leaves:
             break
+        if is_over:
+            deadline.end_with(state.step + 1)
         report = take_step(trainer, stopwatch)
         for callback in callbacks:
             callback.step_end(trainer, report)
         if _records(trainer, state.step):
             record = metric_record(trainer, report, stopwatch)
             if _validates(trainer, state.step):
-                control.heartbeat("validation", state.step)
-                with tally.validating():
-                    record |= run_validation(trainer)
+                record |= run_validation(trainer)
             write_record(trainer, record)
             last = numbers_of(record)
             state.since_record = RunningMeans()
             stopwatch.restart()
-        if state.step == settings.num_steps or _due(state.step, checkpoint.every_steps):
+        if state.step == deadline.last_step or _due(state.step, checkpoint.every_steps):
             with stopwatch.saving(), tally.saving(state.step):
                 save(trainer)
             saved_step = state.step
@@ -82,15 +90,16 @@ def train(trainer: Trainer) -> Outcome:
             save(trainer)
     control.heartbeat("ending", state.step)
     trainer.checkpoints.wait()
-    outcome = Outcome(finished=state.step >= settings.num_steps, step=state.step, last=last)
+    outcome = Outcome(finished=state.step >= deadline.last_step, step=state.step, last=last)
     for callback in callbacks:
         callback.run_end(trainer, outcome)
     return outcome
 
 
-def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
+def take_step(trainer: Trainer, stopwatch: Stopwatch) -> StepReport:
     """Reads this rank's part of the next global batch, takes the step and advances the state."""
     config, state, sources = trainer.config, trainer.state, trainer.shards.sources
+    records = _records(trainer, state.step + 1)
     trainer.control.activity.begin("reading data")
     with stopwatch.waiting_for_data():
         batch = trainer.prefetcher.read(state.samples)
@@ -111,19 +120,21 @@ def take_step(trainer: Trainer, stopwatch: "Stopwatch") -> StepReport:
         learning_rate=_learning_rate(trainer),
         begin_micro_batch=partial(begin_micro_batch, trainer.model, config.parallel),
         begin=trainer.control.activity.begin,
+        before_update=trainer.weights.remember if records else lambda: None,
         data_counts=[*tokens_by_source(batch, num_sources=len(sources)), batch.num_corrupt],
-        metrics=trainer.metrics if _records(trainer, state.step + 1) else {},
+        num_sources=len(sources),
+        metrics=trainer.metrics if records else {},
     )
     stopwatch.count(report.num_tokens)
     state.step += 1
-    state.samples += config.train.global_batch_size
+    state.count_sequences(config.train.global_batch_size, flops=trainer.flops_per_sequence)
     state.tokens += report.num_tokens
     *source_tokens, num_corrupt = report.data_counts
     for source, tokens in zip(sources, source_tokens, strict=True):
         state.source_tokens[source] = state.source_tokens.get(source, 0) + tokens
     state.corrupt_sequences += num_corrupt
     state.skipped += report.skipped
-    state.since_record.add(report)
+    state.since_record.add(report, source_tokens=dict(zip(sources, source_tokens, strict=True)))
     diverges = report.skipped and report.num_tokens > 0
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if diverges else 0
     if report.skipped:
@@ -142,6 +153,7 @@ def save(trainer: Trainer) -> None:
     """Writes a checkpoint of the current state."""
     trainer.control.heartbeat("save", trainer.state.step)
     trainer.state.position = trainer.batches.position(trainer.state.samples)
+    trainer.state.seconds = trainer.deadline.seconds
     trainer.state.callbacks = {name: c.state() for name, c in trainer.callbacks.items()}
     trainer.checkpoints.save(
         checkpoint_tensors(trainer.model, trainer.optimizer),
@@ -155,18 +167,33 @@ def save(trainer: Trainer) -> None:
 def run_validation(trainer: Trainer) -> dict[str, float]:
     """Returns the held-out metrics at this step."""
     settings = trainer.config.train
-    metrics = validate(
-        trainer.model,
-        trainer.held_out,
-        weights=_validation_weights(trainer),
-        micro_batch_size=settings.micro_batch_size,
-        mask_documents=trainer.config.data.mask_documents,
-        meshes=trainer.meshes,
-        device=trainer.device,
-    )
+    trainer.control.heartbeat("validation", trainer.state.step)
+    with trainer.tally.validating():
+        metrics = validate(
+            trainer.model,
+            trainer.held_out,
+            weights=_validation_weights(trainer),
+            micro_batch_size=settings.micro_batch_size,
+            mask_documents=trainer.config.data.mask_documents,
+            meshes=trainer.meshes,
+            device=trainer.device,
+        )
     for callback in trainer.callbacks.values():
         callback.validation_end(trainer, metrics)
     return metrics
+
+
+def validate_at_start(trainer: Trainer) -> dict[str, float | int | None]:
+    """Validates the weights that a run begins with; returns the numbers of the record of step 0.
+
+    Empty, and no record, where no text is held out.
+    """
+    metrics = run_validation(trainer)
+    if not metrics:
+        return {}
+    record = {"step": 0, "train/tokens": 0, **metrics}
+    write_record(trainer, record)
+    return numbers_of(record)
 
 
 def _validation_weights(trainer: Trainer) -> dict[str, float] | None:
@@ -176,7 +203,7 @@ def _validation_weights(trainer: Trainer) -> dict[str, float] | None:
     return trainer.batches.shares(max(0, trainer.state.step - 1))
 
 
-def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") -> dict[str, Any]:
+def metric_record(trainer: Trainer, report: StepReport, stopwatch: Stopwatch) -> dict[str, Any]:
     """Returns the metrics of the steps since the last record, under their public names."""
     config, state = trainer.config, trainer.state
     means = state.since_record.values(report)
@@ -184,6 +211,7 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
     record: dict[str, Any] = {
         "step": state.step,
         "train/tokens": state.tokens,
+        "train/flops": state.flops,
         "train/loss": means["train/loss"],
         "train/cross_entropy": means["train/cross_entropy"],
         "train/skipped_steps": state.skipped,
@@ -199,6 +227,8 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
         record["train/z_loss"] = means["train/z_loss"]
     if (effective := trainer.tally.effective()) is not None:
         record["perf/effective_training_time"] = effective
+    if (seconds := trainer.tally.device_seconds(num_ranks)) is not None:
+        record["perf/gpu_seconds"] = seconds
     if trainer.stragglers is not None:
         record |= trainer.stragglers.compare(
             step=state.step,
@@ -208,9 +238,9 @@ def metric_record(trainer: Trainer, report: StepReport, stopwatch: "Stopwatch") 
     if (stalled := stopwatch.stall_seconds()) is not None:
         record["checkpoint/stall_seconds"] = stalled
     if peak := config.cluster.peak_tflops_per_gpu:
-        flops = training_flops_per_token(config.model, seq_len=config.train.seq_len) * speed
+        flops = trainer.flops_per_sequence / config.train.seq_len * speed
         record["perf/model_flops_utilization"] = flops / (num_ranks * peak * 1e12)
-    record |= data_metrics(trainer)
+    record |= means | trainer.weights.measure() | data_metrics(trainer)
     if config.model.is_moe:
         record |= router_metrics(report, means)
     for name, metric in trainer.metrics.items():
@@ -252,58 +282,9 @@ def router_metrics(report: StepReport, means: Mapping[str, float]) -> dict[str, 
     loads = counts / counts.sum(1, keepdim=True).clamp_min(1)  # zeros if no token counted
     names = ("load_balance_loss", "z_loss", "max_violation", "entropy")
     metrics: dict[str, Any] = {f"router/{name}": means[f"router/{name}"] for name in names}
-    metrics["router/dead_experts"] = int((counts == 0).sum().item())
+    metrics["router/dead_experts"] = dead_experts(counts)
     metrics[EXPERT_LOAD] = loads.tolist()
     return metrics
-
-
-class Stopwatch:
-    """Time, tokens and steps since the last record."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins a new span."""
-        self._start = time.perf_counter()
-        self._steps = self._tokens = 0
-        self._waited = 0.0
-        self._stalled: float | None = None
-
-    def count(self, tokens: int) -> None:
-        """Counts a step and its tokens."""
-        self._steps += 1
-        self._tokens += tokens
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time in the context as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Counts the time in the context as stalled by a checkpoint."""
-        start = time.perf_counter()
-        yield
-        self._stalled = (self._stalled or 0.0) + time.perf_counter() - start
-
-    def step_seconds(self) -> float:
-        """Mean duration of a step in the span."""
-        return (time.perf_counter() - self._start) / max(1, self._steps)
-
-    def tokens_per_second(self) -> float:
-        """Tokens of the global batches over the span's duration."""
-        return self._tokens / (time.perf_counter() - self._start)
-
-    def data_wait_seconds(self) -> float:
-        """Mean time that a step waited for its data."""
-        return self._waited / max(1, self._steps)
-
-    def stall_seconds(self) -> float | None:
-        """Time that training was stalled by checkpoints in the span; None where none was saved."""
-        return self._stalled
 
 
 def _samples(trainer: Trainer) -> range:
@@ -345,8 +326,8 @@ def _tell_of_skip(trainer: Trainer, report: StepReport) -> None:
 
 def _validates(trainer: Trainer, step: int) -> bool:
     """Returns whether a step is followed by a validation."""
-    settings = trainer.config.train
-    return step == settings.num_steps or _due(step, settings.validate_every_steps)
+    every = trainer.config.train.validate_every_steps
+    return step == trainer.deadline.last_step or _due(step, every)
 
 
 def _records(trainer: Trainer, step: int) -> bool:

@@ -25,19 +25,37 @@ class RunningMeans:
     tokens: int = 0
     over_tokens: dict[str, float] = field(default_factory=dict)
     over_steps: dict[str, float] = field(default_factory=dict)
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    over_sources: dict[str, float] = field(default_factory=dict)
+    """Means over the tokens of each source."""
 
-    def add(self, report: StepReport) -> None:
-        """Adds a step's figures, unless it was skipped."""
+    def add(self, report: StepReport, *, source_tokens: Mapping[str, int] | None = None) -> None:
+        """Adds a step's figures, unless it was skipped.
+
+        `source_tokens` are its tokens by source, in the order of the report's sums.
+        """
         if report.skipped:
             return
+        for (source, tokens), nats in zip(
+            (source_tokens or {}).items(), report.source_nats, strict=True
+        ):
+            if tokens:
+                self.source_tokens[source] = self.source_tokens.get(source, 0) + tokens
+                share = tokens / self.source_tokens[source]
+                own = {f"train/{source}/cross_entropy": nats / tokens}
+                _move(self.over_sources, own, share=share)
         self.steps += 1
         self.tokens += report.num_tokens
         _move(self.over_tokens, _of_tokens(report), share=report.num_tokens / self.tokens)
         _move(self.over_steps, _of_step(report), share=1 / self.steps)
 
     def values(self, last: StepReport) -> dict[str, float]:
-        """Returns the means; those of the last step alone where all steps were skipped."""
-        return {**_of_tokens(last), **_of_step(last), **self.over_tokens, **self.over_steps}
+        """Returns the means; those of the last step alone where all steps were skipped.
+
+        A source without a token in a step that counts has none.
+        """
+        alone = {**_of_tokens(last), **_of_step(last)}
+        return {**alone, **self.over_tokens, **self.over_steps, **self.over_sources}
 
 
 def _of_tokens(report: StepReport) -> dict[str, float]:
@@ -57,8 +75,13 @@ def _of_tokens(report: StepReport) -> dict[str, float]:
 def _of_step(report: StepReport) -> dict[str, float]:
     """Returns the figures that count once per step."""
     figures = {"optim/grad_norm": report.grad_norm}
+    figures |= {f"optim/grad_norm/{role}": norm for role, norm in report.grad_norms.items()}
+    if report.clip_factor is not None:
+        figures["optim/clip_factor"] = report.clip_factor
+        figures["optim/clipped_share"] = float(report.clip_factor < 1)
     if _has_routers(report):
         figures["router/max_violation"] = max_violation(report.expert_counts)
+        figures["router/dead_experts_mean"] = float(dead_experts(report.expert_counts))
     return figures
 
 
@@ -71,6 +94,11 @@ def max_violation(expert_counts: Tensor) -> float:
     total = expert_counts.sum(1).clamp_min(1)  # none where no token counted
     mean = total / expert_counts.shape[1]
     return float(((expert_counts.amax(1) - mean) / mean).max().item())
+
+
+def dead_experts(expert_counts: Tensor) -> int:
+    """Returns how many experts, over all layers, have no assignment."""
+    return int((expert_counts == 0).sum().item())
 
 
 def _move(means: dict[str, float], values: Mapping[str, float], *, share: float) -> None:

@@ -18,8 +18,10 @@ from moetrain.model import (
     kept_activations,
     total_parameters,
 )
-from moetrain.optim import state_size
+from moetrain.model.roles import Role, roles_of
+from moetrain.optim import moved_by, state_size
 from moetrain.settings import Resolved
+from moetrain.train.parameter_groups import parameter_groups
 
 PROCESS_GIB = 0.5
 """Resident memory of a rank's process before it holds a model, with torch on a CPU."""
@@ -79,6 +81,14 @@ def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
     )
     if parallel.recompute == "full":
         kept = [max(kept), *(float(tokens * model.dim * width) for _ in kept)]
+    trained, states = (
+        float(total_parameters(model)),
+        total_parameters(model) * state_size(config.optim),
+    )
+    if {moved_by(config.optim, role) for role in roles_of(model)} != {config.optim.name}:
+        groups = parameter_groups(model, config.optim)
+        trained = float(sum(group.parameters for group in groups if group.optimizer))
+        states = sum(g.parameters * state_size(config.optim, Role(g.role)) for g in groups)
     root = embedding_parameters(model)
     layer = (total_parameters(model) - root) / model.num_layers
     if model.is_moe:
@@ -93,8 +103,8 @@ def expected_memory(config: Resolved, *, on_cpu: bool) -> RankMemory:
         gathered += MASTER * whole
     return RankMemory(
         weights=local,
-        gradients=local,
-        optimizer=local * state_size(config.optim),
+        gradients=MASTER * trained / shards,
+        optimizer=MASTER * states / shards,
         gathered=gathered,
         activations=sum(kept)
         + head_activations(model, tokens=tokens, width=width, norm=3 if on_cpu else 2),

@@ -23,6 +23,8 @@ class MicroBatch:
     targets: Tensor
     valid: Tensor
     """Bool: which targets count."""
+    sources: Tensor | None = None
+    """The number of each sequence's source, [sequences] int64."""
     noise_seeds: Sequence[int] | None = None
     """The seeds of the routers' jitter, one per sequence; None: no jitter."""
     documents: Documents | None = None
@@ -47,16 +49,18 @@ class MicroBatch:
             whole = to_device(torch.from_numpy(array), device)
             return tuple(whole.split(size))
 
-        pieces = zip(*(on_device(a) for a in arrays), strict=True)
+        sources = on_device(batch.sources)
+        pieces = zip(*(on_device(a) for a in arrays), sources, strict=True)
         return [
             MicroBatch(
                 tokens=x,
                 targets=y,
                 valid=mask,
+                sources=source,
                 noise_seeds=noise_seeds and noise_seeds[number * size : (number + 1) * size],
                 documents=Documents.of(starts[number], device=device) if mask_documents else None,
             )
-            for number, (x, y, mask) in enumerate(pieces)
+            for number, (x, y, mask, source) in enumerate(pieces)
         ]
 
     def through(self, model: Transformer) -> LossSums:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline import (
@@ -19,8 +18,8 @@ from data_pipeline import (
 from data_pipeline.commands.shell import text_setting
 from data_pipeline.corpora.corpus_files import is_shard_folder, is_text
 from data_pipeline.quantities import count
-from moetrain.checkpoint.folders import candidates
-from moetrain.checkpoint.manifest import CheckpointError, Manifest, read_summary
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.trained import newest_manifest
 from moetrain.checks import ConfigError
 from moetrain.settings import Config, Resolved
 from moetrain.train.preview import Preview, preview_of
@@ -240,13 +239,3 @@ def require_vocabulary(config: Config, tokenizer: Tokenizer | TokenizerEntry) ->
             f"{tokenizer.vocab_size}: use that size or a larger one, or another tokenizer "
             "(data.tokenizer, or python -m data_pipeline.build --help)",
         )
-
-
-def newest_manifest(run_dir: Path) -> Manifest | None:
-    """Returns the summary of a run's newest readable checkpoint: its manifest without blocks."""
-    for folder in candidates(run_dir / "checkpoints"):
-        try:
-            return read_summary(folder)
-        except CheckpointError:
-            continue  # the ranks will skip it, with an event that says why
-    return None

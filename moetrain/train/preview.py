@@ -8,8 +8,9 @@ import torch
 
 from data_pipeline.quantities import binary_size, count
 from moetrain.model import active_parameters, total_parameters, training_flops_per_token
-from moetrain.settings import Resolved
+from moetrain.settings import GroupsSettings, Resolved
 from moetrain.train.memory import PROCESS_GIB, RankMemory, expected_memory
+from moetrain.train.parameter_groups import parameter_groups
 
 GIB = 2**30
 
@@ -26,9 +27,17 @@ class Preview:
     tokens: int
     """Token positions in all steps, padding included, which `train/tokens` doesn't count."""
     batch: str
+    asked: str | None
+    """The setting that the number of steps was worked out from, if it wasn't given."""
+    max_seconds: float | None
+    """The time after which it ends before its steps are done."""
     layout: str
+    match: str | None
+    """How near its arm comes to what it is matched to."""
     memory: RankMemory
     on_cpu: bool
+    groups: tuple[str, ...] = ()
+    """How each role's parameters are trained, where they aren't all trained alike."""
 
     def lines(self) -> Iterator[str]:
         """Yields the lines to print."""
@@ -36,9 +45,14 @@ class Preview:
             f"model: {count(self.parameters)} parameters, {count(self.active_parameters)} active "
             f"for a token; {count(self.flops_per_token, billion='G')}FLOPs a token"
         )
-        yield f"training: {self.batch} = {count(self.tokens)} tokens; {self.layout}"
+        asked = f", for {self.asked}" if self.asked else ""
+        asked += f", at most train.max_seconds={self.max_seconds:g}" if self.max_seconds else ""
+        if self.match is not None:
+            yield f"match: {self.match}"
+        yield f"training: {self.batch} = {count(self.tokens)} tokens{asked}; {self.layout}"
         parts = ", ".join(f"{k} {binary_size(size)}" for k, size in asdict(self.memory).items())
         process = f" and {PROCESS_GIB} GiB for its process" if self.on_cpu else ""
+        yield from (f"parameters of {group}" for group in self.groups)
         yield f"memory: up to {binary_size(self.memory.total)} a rank{process} ({parts})"
 
     def counts(self) -> dict[str, Any]:
@@ -74,14 +88,32 @@ def preview_of(config: Resolved) -> Preview:
         flops_per_token=training_flops_per_token(config.model, seq_len=train.seq_len),
         tokens=train.num_steps * train.global_batch_size * train.seq_len,
         batch=f"{train.num_steps:,} steps of {train.global_batch_size} x {train.seq_len:,}",
+        asked=_asked(config),
+        max_seconds=train.max_seconds,
         layout=(
             f"{_many(ranks, 'rank')} ({degrees}), {_many(num_micro, 'micro-batch')} of "
             f"{_many(micro, 'sequence')} a step"
             f"{', ' + ' and '.join(once) + ' once a step' if once else ''}"
         ),
+        match=config.match.outcome,
         memory=expected_memory(config, on_cpu=on_cpu),
         on_cpu=on_cpu,
+        groups=_groups(config),
     )
+
+
+def _groups(config: Resolved) -> tuple[str, ...]:
+    if config.optim.groups == GroupsSettings():
+        return ()
+    return tuple(map(str, parameter_groups(config.model, config.optim)))
+
+
+def _asked(config: Resolved) -> str | None:
+    """Returns the setting that the number of steps was worked out from; None: it was given."""
+    for name in ("num_tokens", "flops"):
+        if (value := getattr(config.train, name)) is not None:
+            return f"train.{name}={value:g}"
+    return None
 
 
 def _many(number: int, what: str) -> str:

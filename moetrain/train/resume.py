@@ -3,9 +3,10 @@
 Knows settings and manifests; reads no tensor. `changes` says what a setting decides.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -14,11 +15,25 @@ from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import Manifest, step_of
 from moetrain.checks import ConfigError
 from moetrain.model import Transformer
+from moetrain.model.roles import Role, roles_of
 from moetrain.optim import learning_rate, state_names
 from moetrain.settings import OptimSettings, Resolved, ScheduleSettings
 from moetrain.train.changes import Change, Kind, as_plain, as_typed_value, changes
 
 _OF_THE_RATE = ("schedule.", "optim.lr", "train.num_steps")
+
+
+def is_complete(config: Resolved, manifest: Manifest) -> bool:
+    """Returns whether a checkpoint is a run's last one: of its last step, or of its time's end."""
+    limit, seconds = config.train.max_seconds, manifest.state.get("seconds", 0.0)
+    return manifest.step >= config.train.num_steps or (limit is not None and seconds >= limit)
+
+
+def what_is_complete(config: Resolved, *, step: int) -> str:
+    """Returns what a complete run has, whose last checkpoint is of a step."""
+    if step >= config.train.num_steps:
+        return f"has all its {config.train.num_steps} steps"
+    return f"has had its train.max_seconds={config.train.max_seconds:g}, up to step {step}"
 
 
 def require_same_model(config: Resolved, manifest: Manifest) -> None:
@@ -42,7 +57,7 @@ def require_same_model(config: Resolved, manifest: Manifest) -> None:
     )
     shapes = "" if fits else ", and its tensors have other shapes"
     ways = f"use {_settings(refused)}, or another run.name"
-    if fits and manifest.step < config.train.num_steps:
+    if fits and not is_complete(config, manifest):
         ways += _ways_to_another_model(config, manifest, [*accepted, *(c.name for c in refused)])
     raise ConfigError(
         refused[0].name,
@@ -54,14 +69,17 @@ def require_same_model(config: Resolved, manifest: Manifest) -> None:
 
 def require_done_alike(config: Resolved, manifest: Manifest) -> None:
     """Raises ConfigError where a run is finished, and was trained with other settings."""
-    if manifest.step < config.train.num_steps:
+    if not is_complete(config, manifest):
         return
     found = changes(manifest.config, as_plain(config))
+    has = "has all its steps"
+    if manifest.step < config.train.num_steps:
+        has = f"has had its time, {manifest.state['seconds']:.3g} s"
     if trained := _of_kind(found, Kind.function, Kind.order, Kind.recipe):
         raise ConfigError(
             "run.name",
             config.run.name,
-            f"this run has all its steps, up to {manifest.step}, and was trained with "
+            f"this run {has}, up to {manifest.step}, and was trained with "
             f"{_settings(trained)} (not {', '.join(as_typed_value(c.now) for c in trained)}): it "
             "is left as it is. Use those settings or another run.name, or train on with the new "
             f"ones: {training_on(config, step=manifest.step)}",
@@ -69,11 +87,19 @@ def require_done_alike(config: Resolved, manifest: Manifest) -> None:
 
 
 def training_on(config: Resolved, *, step: int) -> str:
-    """Returns the settings with which a finished run trains as many steps again.
+    """Returns the settings with which a finished run trains as many steps, or as long, again.
 
     They restart the schedule: in a longer one, a decayed rate would jump back up in the middle.
     """
-    more = f"train.num_steps={2 * step}"
+    train = config.train
+    if step < train.num_steps and train.max_seconds is not None:
+        return f"train.max_seconds={2 * train.max_seconds:g}"  # the schedule goes by steps
+    if train.num_tokens is not None:  # a number of steps can't stand beside it in the command
+        more = f"train.num_tokens={2 * step * train.global_batch_size * train.seq_len}"
+    elif train.flops is not None:
+        more = f"train.flops={2 * train.flops:g}"
+    else:
+        more = f"train.num_steps={2 * step}"
     return more if config.schedule.name == "constant" else f"schedule.restart_from={step} {more}"
 
 
@@ -185,26 +211,47 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
         return
     before = {"name": OptimSettings.name, "momentum": OptimSettings.momentum}
     before |= manifest.config.get("optim", {})
+    now = as_plain(config)["optim"]
     saved = {n.rpartition(".")[2] for n in manifest.tensors if n.startswith("optimizer.")}
-    key = "name"
-    if before["name"] == config.optim.name:
-        if not saved or saved == state_names(config.optim):
+    roles = sorted(roles_of(config.model))
+    other = [r for r in roles if _optimizer_of(now, r) != _optimizer_of(before, r)]
+    if not other:
+        if not saved or saved == set().union(*(state_names(config.optim, r) for r in roles)):
             return
         key = "momentum" if config.optim.name == "sgd" else "options"
+    elif before["name"] != now["name"]:
+        key = "name"
+    else:
+        freezes = None in (_optimizer_of(now, other[0]), _optimizer_of(before, other[0]))
+        key = f"groups.{other[0]}.{'frozen' if freezes else 'optimizer'}"
     add = [f"optim.restart_from={manifest.step}"]
-    if manifest.step >= config.train.num_steps:
+    if is_complete(config, manifest):
         add.append(training_on(config, step=manifest.step))
     # Another optimizer needs its own learning rate and other settings.
     found = changes(manifest.config, as_plain(config))
     theirs = [c for c in found if c.name.startswith("optim.") and "restart" not in c.name]
     raise ConfigError(
         f"optim.{key}",
-        getattr(config.optim, key),
-        f"run {config.run.name} was trained with optim.{key}={before.get(key)} up to step "
+        _at(now, key),
+        f"run {config.run.name} was trained with optim.{key}={_at(before, key)} up to step "
         f"{manifest.step}, and another optimizer can't use the state of that one: use "
         f"{_settings(theirs)}, add {' '.join(add)} to resume with a fresh optimizer state, or "
         "use another run.name",
     )
+
+
+def _optimizer_of(optim: Mapping[str, Any], role: Role) -> str | None:
+    """Returns the name of the optimizer of a role; None where it is frozen."""
+    own = optim.get("groups", {}).get(role, {})
+    return None if own.get("frozen") else own.get("optimizer") or str(optim["name"])
+
+
+def _at(optim: Mapping[str, Any], key: str) -> Any:
+    """Returns a setting by its path; None where an older version didn't have it."""
+    found: Any = optim
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _require_order(config: Resolved, manifest: Manifest, found: Iterable[Change]) -> None:

@@ -22,9 +22,14 @@ class TrainState:
     """Global sample index at which the next batch begins."""
     tokens: int = 0
     """Tokens trained on."""
+    flops: float | None = None
+    """FLOPs of all steps' forward and backward passes, padding included and recomputation not;
+    None: not counted yet."""
     skipped: int = 0
     """Steps whose loss or gradients were not finite."""
     skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """The time of all attempts up to this checkpoint; counted where `train.max_seconds` is set."""
     data: str = ""
     """The fingerprint of the shards that `samples` counts in."""
     tokenizer: str = ""
@@ -54,6 +59,13 @@ class TrainState:
         means = RunningMeans(**counters.get("since_record", {}))
         return cls(**{**counters, "since_record": means})
 
+    def count_sequences(self, number: int, *, flops: float) -> None:
+        """Counts a step's sequences, of so many FLOPs each."""
+        if self.flops is None:  # the checkpoint is of a version that didn't count them
+            self.flops = self.samples * flops
+        self.samples += number
+        self.flops += number * flops
+
     def as_json(self) -> dict[str, Any]:
         """Returns the counters by name."""
         return asdict(self)
@@ -68,7 +80,9 @@ def checkpoint_tensors(model: Transformer, optimizer: Optimizer) -> dict[str, Te
     ours = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         name = plain_name(name)
-        assert parameter in ours, f"{name} is gathered: its optimizer state would be left out"
+        assert parameter in ours or not parameter.requires_grad, (
+            f"{name} is gathered: its optimizer state would be left out"
+        )
         named[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):

@@ -29,11 +29,18 @@ class StepReport:
     expert_counts: Tensor
     """Token–expert assignments of each expert, [MoE layers, experts] float64."""
     grad_norm: float
+    """Of all gradients, before clipping."""
     num_tokens: int
     skipped: bool
     """Whether loss or gradients were not finite, or no token counted: no weight changed."""
     head_z_loss: float | None = None
     """Mean squared log-sum-exp of the head's logits; None where it has no weight in the loss."""
+    clip_factor: float | None = None
+    """What gradients were multiplied by: 1 where they weren't clipped; None without clipping."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """Gradient norms before clipping by the parameters' role."""
+    source_nats: tuple[float, ...] = ()
+    """Cross-entropy summed over the tokens of each source."""
     data_counts: tuple[int, ...] = ()
     """Each rank's counts of its part of the batch, summed over ranks."""
     metric_sums: Mapping[str, Tensor] = field(default_factory=dict)

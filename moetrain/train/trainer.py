@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from torch.optim import Optimizer
 from data_pipeline import GlobalBatches, Prefetcher, ShardFolder, ValidationBatches
 from moetrain.checkpoint.remote.uploader import Uploader
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.model import Transformer
+from moetrain.model import Transformer, training_flops_per_token
 from moetrain.observe import Sink, Tally
 from moetrain.parallel import Gradients, Meshes
 from moetrain.settings import Resolved
 from moetrain.train.control import Control, Outcome, RankPlace, collective_timeout
+from moetrain.train.deadline import Deadline
 from moetrain.train.objective import Objective
 from moetrain.train.state import TrainState
 from moetrain.train.step_report import Metric, StepReport
 from moetrain.train.stragglers import Stragglers
+from moetrain.train.weight_norms import WeightNorms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Trainer:
     """Reads this rank's part of the batches, ahead of the step."""
     held_out: dict[str, ValidationBatches]
     """The validation text of each source."""
+    weights: WeightNorms
+    """Measures the weights for the records."""
     checkpoints: CheckpointStore
     uploader: Uploader | None
     """Uploads checkpoints; on one rank, if `upload_to` is set."""
@@ -53,10 +58,18 @@ class Trainer:
     """Compares the ranks; None where there is only one."""
     tally: Tally
     """What this attempt's time is spent on."""
+    deadline: Deadline
+    """Which step is the last."""
     callbacks: "Mapping[str, Callback]"
     """The callbacks of extensions, by name."""
     metrics: Mapping[str, Metric]
     """The metrics of extensions, by name."""
+
+    @cached_property
+    def flops_per_sequence(self) -> float:
+        """The FLOPs of a sequence's forward and backward pass, all its positions counted."""
+        length = self.config.train.seq_len
+        return length * training_flops_per_token(self.config.model, seq_len=length)
 
     def close(self, exit_code: int) -> None:
         """Closes what must be closed, with the exit code of the run."""

@@ -13,8 +13,9 @@ import torch
 
 from data_pipeline.quantities import binary_size
 from moetrain.checks import ConfigError
+from moetrain.lengths import in_steps, steps_of
 from moetrain.optim import learning_rate
-from moetrain.settings import Config, OptimSettings
+from moetrain.settings import Config, GroupsSettings, OptimSettings
 from moetrain.verify.absolute import reference_rates
 from moetrain.verify.layouts import REFERENCE, Layout, all_at_once, layouts_for, those_possible
 from moetrain.verify.memory import GIB, available_gib, reference_gib
@@ -91,18 +92,21 @@ def plan_passes(config: Config, settings: VerifySettings) -> Plan:
     passes = [_layouts_pass(plain, settings)]
     not_covered = []
     name = config.optim.name
-    if name in NAMES:
+    known = name in NAMES and config.optim.groups == GroupsSettings()
+    if known:
         passes.append(_optimizer_pass(plain, config.optim, settings))
-    else:
+    elif name in NAMES:
         not_covered.append(
-            f"optimizer pass: optim.name={name} is of an extension, and how it passes rounding on "
-            "is unknown"
+            "optimizer pass: optim.groups is not the default, and the passes train all parameters "
+            "alike (tests/parallel/test_layouts.py compares layouts with groups)"
         )
+    else:
+        not_covered.append(f"optimizer pass: how optim.name={name} passes rounding on is unknown")
     if config.train.dtype == "float32":
         not_covered.append("compute-dtype pass: train.dtype=float32 is that of the other passes")
     else:
         passes.append(_dtype_pass(plain, settings))
-    refused = tuple(unknown_settings(config if name in NAMES else plain))
+    refused = tuple(unknown_settings(config if known else plain))
     if refused:
         not_covered.append(f"float64 reference: it can't compute {', '.join(refused)}")
     elif (needed := reference_gib(config)) > available_gib():
@@ -132,6 +136,7 @@ def comparable(config: Config, *, lr: float) -> Config:
             "a balance loss over each micro-batch depends on the layout by its definition, so "
             "that layouts can't agree: verify with global_batch",
         )
+    config = in_steps(config)
     values = {name: getattr(config, name) for name in Config.__dataclass_fields__}
     return replace(
         Config(**values),
@@ -152,7 +157,7 @@ def schedule_steps(config: Config, count: int) -> tuple[int, ...]:
     They are in the middles of equal parts of the run, but the first one is in the warm-up's middle.
     """
     begin = config.schedule.restart_from or 0
-    length = config.train.num_steps - begin
+    length = steps_of(config) - begin
     steps = [begin + (2 * part + 1) * length // (2 * count) for part in range(count)]
     if warmup := config.schedule.warmup_steps:
         steps[0] = begin + min(warmup // 2, steps[0] - begin)
@@ -161,7 +166,7 @@ def schedule_steps(config: Config, count: int) -> tuple[int, ...]:
 
 def _rates(config: Config, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the rates of some steps by training's schedule, and by the reference's."""
-    steps, num_steps = schedule_steps(config, count), config.train.num_steps
+    steps, num_steps = schedule_steps(config, count), steps_of(config)
     peak, schedule = config.optim.lr, config.schedule
     rates = tuple(
         learning_rate(step, peak=peak, num_steps=num_steps, settings=schedule) for step in steps

@@ -324,6 +324,9 @@ def _figures(report: StepReport) -> Tensors:
     """Returns all figures of a step's report as tensors."""
     values = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
     values |= {f"metric {name}": sums for name, sums in values.pop("metric_sums").items()}
+    norms = values.pop("grad_norms")  # parts of grad_norm, from whose gradients they are
+    values |= {} if report.skipped else {f"grad_norm of {role}": n for role, n in norms.items()}
+    values.pop("clip_factor")  # follows from grad_norm
     if report.skipped:
         values.pop("grad_norm")  # it isn't finite, which is why
     return {

@@ -24,7 +24,15 @@ from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.model import Transformer
 from moetrain.optim import allocate_state, build_optimizer
 from moetrain.parallel import build_meshes, parallelize, resolve_topology
-from moetrain.settings import CheckpointSettings, ModelSettings, OptimSettings, ParallelSettings
+from moetrain.settings import (
+    CheckpointSettings,
+    GroupSettings,
+    GroupsSettings,
+    ModelSettings,
+    OptimSettings,
+    ParallelSettings,
+)
+from moetrain.train.parameter_groups import freeze, parameter_roles
 from moetrain.train.state import checkpoint_tensors
 from tests.checkpoint.layouts import DEEPSEEK, DENSE, MIXTRAL, Layout
 from tests.support.ranks import run_ranks
@@ -56,7 +64,15 @@ CASES = {
     ),
     "deepseek": Case(
         DEEPSEEK,
-        OptimSettings(name="sgd", momentum=0.9),
+        OptimSettings(
+            name="sgd",
+            momentum=0.9,
+            groups=GroupsSettings(
+                embedding=GroupSettings(frozen=True),
+                router=GroupSettings(optimizer="adamw"),
+                experts=GroupSettings(optimizer="adamw", lr_factor=0.5),
+            ),
+        ),
         (
             Layout(1),
             Layout(2, expert=1),
@@ -64,7 +80,9 @@ CASES = {
             Layout(6, expert=3, replicate=2),
         ),
     ),
-    "dense": Case(DENSE, OptimSettings(), (Layout(1), Layout(4, replicate=2), Layout(4))),
+    "dense": Case(
+        DENSE, OptimSettings(name="muon"), (Layout(1), Layout(4, replicate=2), Layout(4))
+    ),
 }
 WORLDS = (1, 2, 4, 6)
 
@@ -87,8 +105,10 @@ def build(case: Case, layout: Layout) -> dict[str, Tensor]:
     meshes = build_meshes(topology, device=CPU)
     with torch.device("meta"):
         model = Transformer(case.model)
+    freeze(model, case.optim)
     model = parallelize(model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32)
-    optimizer = build_optimizer(model.parameters(), case.optim)
+    roles = parameter_roles(model)
+    optimizer = build_optimizer(model.parameters(), case.optim, roles=roles)
     allocate_state(optimizer)
     tensors = checkpoint_tensors(model, optimizer)
     if case.model.is_moe:  # a rank's experts are those that the exchange sends its tokens for
@@ -228,9 +248,8 @@ def test_a_checkpoint_holds_the_same_whatever_layout_wrote_it(saved: Path, name:
             for tensor, entry in manifest.tensors.items():
                 assert torch.equal(reader.read(tensor), value(tensor, entry.shape)), tensor
     kinds = {n.rsplit(".", 1)[1] for n in shapes[0] if n.startswith("optimizer.")}
-    assert kinds == (
-        {"momentum_buffer"} if name == "deepseek" else {"exp_avg", "exp_avg_sq", "step"}
-    )
+    more = {"deepseek": {"momentum_buffer"}, "dense": {"momentum"}}.get(name, set())
+    assert kinds == {"exp_avg", "exp_avg_sq", "step"} | more
     assert ("model.layers.1.feed_forward.router.bias" in shapes[0]) == case.model.is_moe
 
 

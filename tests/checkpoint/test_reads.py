@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -23,12 +24,13 @@ from moetrain.checkpoint.manifest import (
     parse_manifest,
     read_manifest,
     read_summary,
+    read_to_send,
 )
 from moetrain.checkpoint.store import CheckpointStore
-from moetrain.checkpoint.stored_blocks import Block, StoredBlocks
+from moetrain.checkpoint.stored_blocks import Block, Line, StoredBlocks
 from moetrain.checkpoint.tensor_files import CheckpointReader
 from moetrain.settings import CheckpointSettings
-from tests.support.ranks import run_ranks
+from tests.support.ranks import replace_in_rank, run_ranks
 from tests.support.runs import write_shards
 from tests.torture.content import plain_manifest
 
@@ -64,8 +66,11 @@ def settle(directory: Path) -> None:
         os.utime(path, (1e9, 1e9))
 
 
-def load_and_count(directory: Path) -> tuple[dict[str, int], int, list[Any]]:
-    """Returns how often this rank opened each manifest for a load, the step, and the events."""
+def load_and_count(directory: Path) -> tuple[dict[str, int], int, list[Any], list[str]]:
+    """Loads on this rank.
+
+    Returns how often it opened each manifest, the step, the events, and what JSON it parsed.
+    """
     opened, counting = Counter[str](), True
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -73,6 +78,13 @@ def load_and_count(directory: Path) -> tuple[dict[str, int], int, list[Any]]:
             opened[Path(arguments[0]).parent.name] += 1
 
     sys.addaudithook(count)
+    lines, decode = [], json.JSONDecoder.decode
+
+    def parse(decoder: json.JSONDecoder, text: str) -> Any:
+        lines.append(text)
+        return decode(decoder, text)
+
+    replace_in_rank(json.JSONDecoder, "decode", parse)
     events: list[Any] = []
     store, found = open_store(directory, events), values(0)
     manifest = store.load_newest(lambda _: found, same_model=lambda _: None)
@@ -80,7 +92,8 @@ def load_and_count(directory: Path) -> tuple[dict[str, int], int, list[Any]]:
     assert manifest is not None
     saved = values(manifest.step)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
-    return dict(opened), manifest.step, [fields["checkpoint"] for _, fields in events]
+    rejected = [fields["checkpoint"] for _, fields in events]
+    return dict(opened), manifest.step, rejected, lines
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +105,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_rank_reads_each_manifest_once_and_that_of_the_newest_whole(saved: Path) -> None:
-    (first, step, _), *others = run_ranks(load_and_count, 3, saved)
+    (first, step, _, parsed), *others = run_ranks(load_and_count, 3, saved)
     assert step == STEPS[-1]
-    assert [opened for opened, _, _ in others] == [{}, {}]
     assert first == {f"step_{step:08d}": 1 + (step == STEPS[-1]) for step in STEPS}
+    # The two ranks that saved wrote every second tensor: of eight tensors, two lines differ.
+    lines = {text for text in parsed if text.startswith("[[")}
+    assert len(lines) == 2
+    for opened, _, _, parsed in others:
+        assert opened == {}
+        assert sorted(parsed) == sorted(lines)
 
 
 def damage_blocks(folder: Path) -> None:
@@ -113,7 +131,7 @@ def test_damaged_blocks_are_found_before_a_tensor_is_read_and_told_of(tmp_path: 
         damage_blocks(directory / f"step_{step:08d}")
     settle(directory)
     assert read_summary(directory / "step_00000006").step == 6, "its head is whole"
-    for _, step, rejected in run_ranks(load_and_count, 2, directory):
+    for _, step, rejected, _ in run_ranks(load_and_count, 2, directory):
         assert step == 4
         assert rejected in ([], ["step_00000006", "step_00000005"])
 
@@ -181,10 +199,41 @@ def test_a_block_of_many_ranks_takes_a_number_and_a_rank_parses_only_its_own_ten
     assert large.tensors["t0"].blocks
 
 
+def test_what_a_rank_gets_and_parses_grows_with_the_ways_tensors_are_cut_not_with_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    for num_ranks in (64, 640):
+        folder = tmp_path / str(num_ranks) / "step_00000001"
+        written = many_ranks(folder, num_ranks=num_ranks, num_tensors=32)
+        sent.append(pickle.dumps(read_to_send(folder)))
+    a_file_of_the_head, a_block = 120, 8
+    assert len(sent[1]) - len(sent[0]) < (640 - 64) * (a_file_of_the_head + a_block)
+
+    parsed: list[int] = []
+    decode = json.JSONDecoder.decode
+
+    def counting(decoder: json.JSONDecoder, text: str) -> Any:
+        parsed.append(len(text))
+        return decode(decoder, text)
+
+    monkeypatch.setattr(json.JSONDecoder, "decode", counting)
+    got: Manifest = pickle.loads(sent[1])
+    for name, entry in got.tensors.items():
+        assert isinstance(entry.blocks, StoredBlocks)
+        file = "rank_00417.safetensors"
+        wanted = written.tensors[name].blocks[file]
+        assert list(entry.blocks.meeting(wanted)) == [(file, wanted)]
+    assert len(parsed) == 1
+    assert parsed[0] < 640 * a_block
+
+
 def test_of_a_grid_only_the_blocks_that_meet_a_part_are_returned() -> None:
     cuts = [[0, 4, 8], [0, 5]]
     blocks = StoredBlocks(
-        json.dumps([cuts, [5, 4, 3, 2, 1, 0]]).encode(), shape=(10, 7), files=list("abcdef")
+        Line(json.dumps([cuts, [5, 4, 3, 2, 1, 0]]).encode(), num_files=6),
+        shape=(10, 7),
+        files=list("abcdef"),
     )
     assert blocks.unsound() is None
     assert list(blocks.meeting(Block((5, 5), (3, 2)))) == [("c", Block((4, 5), (4, 2)))]
@@ -211,7 +260,7 @@ def test_checkpoints_of_the_version_before_still_load(tmp_path: Path) -> None:
     settle(directory)
     assert read_manifest(directory / "step_00000006").tensors == before
     assert read_summary(directory / "step_00000006").tensors["t0"].blocks == {}
-    for opened, step, rejected in run_ranks(load_and_count, 3, directory):
+    for opened, step, rejected, _ in run_ranks(load_and_count, 3, directory):
         assert (step, rejected) == (6, [])
         assert sum(opened.values()) in (0, len(STEPS) + 1)
     with CheckpointReader(directory / "step_00000006") as reader:

@@ -29,6 +29,7 @@ TINY = [
     f"train.num_steps={NUM_STEPS}", "train.global_batch_size=8", "train.seq_len=32",
     f"checkpoint.every_steps={SAVE_EVERY}", "schedule.warmup_steps=5",
     "observe.log_every_steps=1", "observe.wandb.mode=disabled", "run.device=cpu",
+    "train.validate_at_start=false",
     "launch.mode=ray", f"launch.pass_env=[{VARIABLE}]",
 ]  # fmt: skip
 # Seconds to detection, and to the next step.

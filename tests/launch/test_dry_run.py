@@ -198,6 +198,13 @@ def test_a_run_s_record_report_and_table_have_its_counts(
     assert event["memory_gib"].keys() == {
         "weights", "gradients", "optimizer", "gathered", "activations",
     }  # fmt: skip
+    rows = {row["role"]: row for row in event["parameter_groups"]}
+    assert sum(row["parameters"] for row in rows.values()) == total_parameters(model)
+    assert rows["router"] == {
+        "role": "router", "tensors": 2, "parameters": 2 * 4 * 32, "optimizer": "adamw",
+        "lr_factor": 1.0, "weight_decay": 0.1,
+    }  # fmt: skip
+    assert rows["norm"]["weight_decay"] == 0.0
     run = begun / "runs/tiny"
     tile = "<b>47.6 k</b><span>parameters</span><small>35.3 k active</small>"
     assert tile in render_report(run).read_text()

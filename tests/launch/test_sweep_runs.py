@@ -13,11 +13,12 @@ import torch
 import yaml
 
 from data_pipeline import ShardFolder
-from launch.sweeps.runs import differences, trained
+from launch.sweeps.runs import differences
 from launch.sweeps.sweep import run_sweep
 from launch.sweeps.table import Trial
 from moetrain.branch import BranchSettings, branch
 from moetrain.checkpoint.offline import write_checkpoint
+from moetrain.checkpoint.trained import trained
 from moetrain.checks import ConfigError
 from moetrain.command import Combination
 from moetrain.config import resolve

@@ -118,7 +118,8 @@ class TestAlone:
         table = output[output.index("sweep     2 done, 1 failed") :].splitlines()
         heads = ["trial", "optim.lr", "end", "parameters", "active", "steps", "tokens", "loss"]
         assert table[1].split()[: len(heads)] == heads
-        assert [row.split()[0] for row in table[2:]] == ["3", "1", "2"]
+        assert [row.split()[0] for row in table[2:5]] == ["3", "1", "2"]
+        assert "each arm has one seed" in output, "the comparison says what is missing"
         assert f"{last['validation/loss']:.3f}" in table[2]
 
         # The grid is extended in front: what is done is found again, whatever its number.

@@ -145,9 +145,9 @@ MISTAKES = (
     ),
     Mistake(
         name="dead experts that have one assignment",
-        file="moetrain/train/loop.py",
-        right="int((counts == 0).sum().item())",
-        wrong="int((counts <= 1).sum().item())",
+        file="moetrain/train/means.py",
+        right="(expert_counts == 0).sum()",
+        wrong="(expert_counts <= 1).sum()",
         test="tests/train/test_loop.py",
     ),
     Mistake(
@@ -325,5 +325,33 @@ MISTAKES = (
         wrong="documents=None",
         test="tests/verify/test_reference.py",
         verify=True,
+    ),
+    Mistake(
+        name="a group's learning-rate factor is ignored",
+        file="moetrain/optim/optimizer.py",
+        right='rate * group.get("lr_factor", 1.0)',
+        wrong="rate",
+        test="tests/optim/test_groups.py",
+    ),
+    Mistake(
+        name="a group's weight-decay factor is ignored",
+        file="moetrain/optim/optimizer.py",
+        right="settings.weight_decay * own.weight_decay_factor if",
+        wrong="settings.weight_decay if",
+        test="tests/optim/test_groups.py",
+    ),
+    Mistake(
+        name="Muon orthogonalises a rank's part of a matrix",
+        file="moetrain/optim/muon.py",
+        right="isinstance(p, Shard) and p.dim >= first",
+        wrong="False",
+        test="tests/optim/test_lion_and_muon.py",
+    ),
+    Mistake(
+        name="Lion's two betas are exchanged",
+        file="moetrain/optim/lion.py",
+        right='beta1, beta2 = group["betas"]',
+        wrong='beta2, beta1 = group["betas"]',
+        test="tests/optim/test_lion_and_muon.py",
     ),
 )

@@ -99,8 +99,8 @@ MISTAKES = (
     Mistake(
         name="experts without weight decay",
         file="moetrain/optim/optimizer.py",
-        right='getattr(parameter, "device_mesh", None), parameter.ndim > 1)',
-        wrong='getattr(parameter, "device_mesh", None), parameter.ndim == 2)',
+        right='getattr(parameter, "device_mesh", None), role, parameter.ndim > 1)',
+        wrong='getattr(parameter, "device_mesh", None), role, parameter.ndim == 2)',
         test="tests/optim/test_optim.py::test_adamw_equals_the_formula_over_three_steps",
         verify=True,
     ),

@@ -163,6 +163,11 @@ def test_masked_tokens_count_in_no_loss_and_no_statistic() -> None:
     masked = model(tokens, targets, valid)
     short = model(tokens[:, :12], targets[:, :12])
     torch.testing.assert_close(masked.cross_entropy, short.cross_entropy)
+    logits, by_sequence = model(tokens[:, :12]), masked.by_sequence
+    for sequence, nats in enumerate(by_sequence):
+        expected = F.cross_entropy(logits[sequence], targets[sequence, :12], reduction="sum")
+        torch.testing.assert_close(nats.float(), expected)
+    assert not by_sequence.requires_grad
     for ours, expected in zip(masked.routing, short.routing, strict=True):
         torch.testing.assert_close(ours, expected)
     assert masked.routing.counts.sum() == 24 * SMALL.top_k * SMALL.num_layers

@@ -97,6 +97,15 @@ def test_a_failure_costs_what_was_not_saved_the_notice_and_the_restart() -> None
     assert found.lost == pytest.approx(33 + 5 + 30)
 
 
+def test_device_time_counts_the_ranks_of_each_attempt_and_only_steps_that_count() -> None:
+    died = event(100, "failure", step=81, silent_seconds=5.0)
+    events = [*SAVED, died, *AGAIN]
+    assert known(events).device_seconds is None, "of a version that didn't record the ranks"
+    ranks = iter((4, 2))
+    events = [e | {"ranks": next(ranks)} if e["event"] == "training" else e for e in events]
+    assert known(events).device_seconds == pytest.approx(50 * 4 + 40 * 2)
+
+
 def test_silence_is_not_longer_than_since_the_last_sign_of_progress() -> None:
     """A rank that died while others still saved was silent before their save."""
     late = [*SAVED, event(66, "failure", step=50, silent_seconds=30.0), *AGAIN]

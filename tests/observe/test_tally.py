@@ -74,6 +74,11 @@ def test_a_run_whose_date_is_set_while_it_trains_accounts_for_its_time(tmp_path:
     assert len(shares) == 8
     assert all(0 < share < 1 for share in shares)
     assert shares[-1] == pytest.approx(found.effective, rel=0.5)
+    # One rank's seconds of training, those of the killed attempt among them.
+    used = [json.loads(record)["perf/gpu_seconds"] for record in records]
+    assert used == sorted(used)
+    assert spent[1]["training"] < used[5] < used[-1] <= found.seconds["training"]
+    assert found.device_seconds == found.seconds["training"]
 
 
 def test_a_sign_of_life_is_left_now_and_then(

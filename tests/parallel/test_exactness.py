@@ -209,6 +209,7 @@ def train_with_mask(
         )
         figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
         figures |= figures.pop("metric_sums")  # an extension's, by their names
+        figures |= figures.pop("grad_norms")
         reports.append({name: value for name, value in figures.items() if value is not None})
     biases = np.stack([moe.router.bias.numpy() for moe in model.moe_layers()])
     weights = gathered(dict(model.named_parameters()))

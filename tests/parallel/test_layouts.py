@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.model import Documents, Transformer, initial_values
+from moetrain.model.roles import Role, role_of
 from moetrain.optim import build_optimizer
 from moetrain.parallel import (
     Gradients,
@@ -24,6 +25,8 @@ from moetrain.parallel import (
 )
 from moetrain.settings import (
     ExchangeSettings,
+    GroupSettings,
+    GroupsSettings,
     InitSettings,
     ModelSettings,
     OptimSettings,
@@ -32,7 +35,9 @@ from moetrain.settings import (
     RouterSettings,
 )
 from moetrain.train.micro_batch import MicroBatch
+from moetrain.train.parameter_groups import freeze, parameter_roles
 from moetrain.train.step import train_step
+from moetrain.train.weight_norms import WeightNorms
 from tests.support.ranks import run_ranks
 from tests.support.tensors import grad_of
 
@@ -65,10 +70,13 @@ GLM = dataclasses.replace(
         std=0.15, truncate_at=None, residual_scale="layer", embedding_std=0.2, router_std=0.3
     ),
 )  # fmt: skip
+ALL_ALIKE = GroupsSettings()
 SEQUENCES, SEQ_LEN, STEPS = 8, 16, 3
 MAX_NORM = 0.5  # below the norm of every step here, so that clipping takes part
 # A step's gradients are sums over 128 tokens and two layers; three SGD steps let rounding grow.
 RTOL = 2e-5
+
+SOURCES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,11 @@ LAYOUTS = [
 
 
 def train_steps(
-    layout: Layout, settings: ModelSettings, mask: bool, by_document: bool = False
+    layout: Layout,
+    settings: ModelSettings,
+    mask: bool,
+    by_document: bool = False,
+    groups: GroupsSettings = ALL_ALIKE,
 ) -> dict[str, Any]:
     """Trains STEPS steps of SGD as one rank; returns reports, gradients and weights, gathered."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -153,17 +165,24 @@ def train_steps(
     meshes = build_meshes(topology, device=CPU)
     with torch.device("meta"):
         model = Transformer(settings)
+    optim = OptimSettings(name="sgd", lr=0.3, weight_decay=0.1, groups=groups)
+    freeze(model, optim)
     model = parallelize(model, meshes, parallel, seed=0, device=CPU, compute_dtype=torch.float32)
-    optimizer = build_optimizer(
-        model.parameters(), OptimSettings(name="sgd", lr=0.3, weight_decay=0.1)
-    )
-    gradients = Gradients(model.parameters(), max_norm=MAX_NORM)
-    seen: dict[str, Any] = {}
+    initial = gathered({plain_name(n): p for n, p in model.named_parameters()})
+    roles = parameter_roles(model)
+    optimizer = build_optimizer(model.parameters(), optim, roles=roles)
+    gradients = Gradients(model.parameters(), max_norm=MAX_NORM, roles=list(roles.values()))
+    norms = WeightNorms(model, meshes, updates=True)
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    seen: dict[str, Any] = {"roles": dict(zip(names, roles.values(), strict=True))}
 
     def remember_gradients(*_: object) -> None:
+        parameters = {plain_name(n): p for n, p in model.named_parameters()}
+        seen["before"] = gathered({n: p.detach() for n, p in parameters.items()})
         seen["gradients"] = gathered(
-            {plain_name(n): grad_of(p) for n, p in model.named_parameters()}
+            {n: grad_of(p) for n, p in parameters.items() if p.requires_grad}
         )
+        assert all(p.requires_grad or p.grad is None for p in parameters.values())
 
     optimizer.register_step_pre_hook(remember_gradients)
     generator = torch.Generator().manual_seed(5)
@@ -183,6 +202,7 @@ def train_steps(
                 tokens=x,
                 targets=y,
                 valid=m,
+                sources=s % SOURCES,
                 noise_seeds=s.tolist(),
                 documents=Documents.of(d, device=CPU) if by_document else None,
             )
@@ -203,19 +223,24 @@ def train_steps(
             meshes=meshes,
             learning_rate=0.3,
             begin_micro_batch=partial(begin_micro_batch, model, parallel),
+            num_sources=SOURCES,
+            before_update=norms.remember,
         )
         figures = dataclasses.asdict(report) | {"expert_counts": report.expert_counts.numpy()}
         figures |= figures.pop("metric_sums")  # an extension's, by their names
+        figures |= figures.pop("grad_norms") | norms.measure()
         reports.append({name: value for name, value in figures.items() if value is not None})
     named = {plain_name(n): p for n, p in model.named_parameters()} | dict(model.named_buffers())
-    seen |= {"reports": reports, "weights": gathered(named)}
+    seen |= {"reports": reports, "weights": gathered(named), "initial": initial}
     return seen if rank == 0 else {"weights": seen["weights"]}
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Returns full assignments of distributed tensors; collective."""
     return {
-        plain_name(name): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy()
+        plain_name(name): np.array(
+            (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy()
+        )
         for name, t in tensors.items()
     }
 
@@ -233,6 +258,41 @@ def assert_same(ours: dict[str, Any], reference: dict[str, Any]) -> None:
             scale = np.linalg.norm(expected)
             error = np.linalg.norm(value - expected)
             assert error <= RTOL * scale, f"{kind} {name}: {error / scale}"
+
+
+def norm_by_role(tensors: dict[str, np.ndarray], roles: dict[str, str]) -> dict[str, float]:
+    """Returns the norms of whole tensors by role."""
+    squares: dict[str, float] = {}
+    for name, role in roles.items():
+        square = float(np.square(tensors[name].astype(np.float64)).sum())
+        squares[role] = squares.get(role, 0.0) + square
+    return {role: square**0.5 for role, square in squares.items()}
+
+
+def test_norms_by_role_are_those_of_the_whole_tensors(
+    reference: tuple[bool, dict[str, Any]],
+) -> None:
+    """Of gradients before clipping, weights after the step, and the step's update beside these."""
+    _, found = reference
+    last, roles = found["reports"][-1], found["roles"]
+    assert set(roles.values()) == {"embedding", "norm", "attention", "router", "experts", "head"}
+    clipped = norm_by_role(found["gradients"], roles)
+    weights, before = found["weights"], found["before"]
+    updates = norm_by_role({n: weights[n] - before[n] for n in roles}, roles)
+    of_weights, of_before = norm_by_role(weights, roles), norm_by_role(before, roles)
+    for role in updates:
+        assert last[role] * last["clip_factor"] == pytest.approx(clipped[role], rel=RTOL)
+        assert last[f"optim/weight_norm/{role}"] == pytest.approx(of_weights[role], rel=RTOL)
+        assert last[f"optim/update_ratio/{role}"] == pytest.approx(
+            updates[role] / of_before[role], rel=RTOL
+        )
+    whole = sum(last[role] ** 2 for role in updates) ** 0.5
+    assert last["grad_norm"] == pytest.approx(whole, rel=1e-12)
+    assert last["clip_factor"] == pytest.approx(MAX_NORM / last["grad_norm"], rel=1e-12)
+    for report in found["reports"]:
+        nats = sum(report["source_nats"])
+        assert nats == pytest.approx(report["cross_entropy"] * report["num_tokens"], rel=RTOL)
+        assert min(report["source_nats"]) > 0
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all valid", "masked"])
@@ -307,6 +367,51 @@ def test_deepseeks_router_shared_experts_and_dense_layer_train_the_same_on_every
     assert deepseek_reference["reports"][0]["expert_counts"].shape == (2, 8)
     ours = run_ranks(train_steps, layout.world, layout, DEEPSEEK, True)[0]
     assert_same(ours, deepseek_reference)
+
+
+# Frozen on both sides of what is trained, and weights whose rate differs from their neighbours'.
+GROUPS = {
+    "several": GroupsSettings(
+        embedding=GroupSettings(frozen=True),
+        shared_experts=GroupSettings(frozen=True),
+        router=GroupSettings(lr_factor=0.25),
+        experts=GroupSettings(lr_factor=2.0, weight_decay_factor=0.0),
+        head=GroupSettings(weight_decay_factor=5.0),
+    ),
+    "experts alone": GroupsSettings(
+        **{
+            role: GroupSettings(frozen=True)
+            for role in ("embedding", "attention", "norm", "router", "shared_experts")
+        },
+        dense=GroupSettings(frozen=True),
+        head=GroupSettings(frozen=True),
+    ),
+    "all but the experts": GroupsSettings(experts=GroupSettings(frozen=True)),
+}
+
+
+@pytest.mark.trap(1, 2)
+@pytest.mark.parametrize("name", GROUPS)
+def test_parameter_groups_train_the_same_on_every_layout_and_frozen_ones_not_at_all(
+    name: str,
+) -> None:
+    groups = GROUPS[name]
+    expected = run_ranks(train_steps, 1, Layout(1), DEEPSEEK, True, False, groups)[0]
+    frozen = {r for r in Role if getattr(groups, r).frozen}
+    for tensor, before in expected["initial"].items():
+        moved = not np.array_equal(before, expected["weights"][tensor])
+        assert moved == (role_of(tensor) not in frozen), tensor
+        assert (tensor in expected["gradients"]) == moved
+    # The last step's gradients are clipped: the norm had counted these alone.
+    squares = sum(np.square(g, dtype=np.float64).sum() for g in expected["gradients"].values())
+    norm = expected["reports"][-1]["grad_norm"]
+    assert np.sqrt(squares) == pytest.approx(min(norm, MAX_NORM), rel=RTOL)
+    for layout in (
+        Layout(2, expert=2, micro_batch=1, recompute="full"),
+        Layout(4, expert=2, replicate=2, micro_batch=1, gather="step", reduce="step"),
+    ):
+        ours = run_ranks(train_steps, layout.world, layout, DEEPSEEK, True, False, groups)[0]
+        assert_same(ours, expected)
 
 
 def one_process_model(settings: ModelSettings) -> Transformer:

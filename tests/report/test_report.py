@@ -11,7 +11,7 @@ from data_pipeline import Baselines
 from moetrain.observe import Span
 from moetrain.report import figure_for_readme, render_report
 from moetrain.report.__main__ import ReportSettings, main
-from moetrain.report.figures import MAX_POINTS, thinned
+from moetrain.report.drawing import MAX_POINTS, thinned
 from moetrain.report.run_record import MAX_LOAD_RECORDS, read_run
 from moetrain.report.time_line import joined
 from tests.report.synthetic_run import write_run

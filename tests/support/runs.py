@@ -42,7 +42,9 @@ def tiny_values(folder: Path, *, shards: Path | str, **changes: Any) -> dict[str
             "max_seq_len": 64, "rope_theta": 1e4,
             "router": {"bias_update_rate": 0.001},
         },
-        "train": {"num_steps": 8, "global_batch_size": 8, "seq_len": 32},
+        "train": {
+            "num_steps": 8, "global_batch_size": 8, "seq_len": 32, "validate_at_start": False,
+        },
         "run": {"name": "tiny", "dir": str(folder / "runs"), "device": "cpu"},
         "optim": {"lr": 0.01},
         "schedule": {"warmup_steps": 2},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moetrain.checkpoint.folders import candidates
 from moetrain.checkpoint.manifest import Manifest, read_manifest
@@ -56,6 +57,11 @@ RESTARTED = FRESH | {
     "optim__name": "sgd", "optim__momentum": 0.9, "optim__lr": 0.1, "train__num_steps": 10,
     "schedule__restart_from": STOP, "schedule__warmup_steps": 2,
 }  # fmt: skip
+GROUPED = FRESH | {
+    "optim__groups": {
+        "embedding": {"frozen": True}, "router": {"lr_factor": 0.5, "optimizer": "sgd"},
+    },
+}  # fmt: skip
 # The changes with which a copy of the stopped run resumes, and its last step, attempt by attempt.
 GOING_ON: dict[str, list[tuple[int | None, dict[str, Any]]]] = {
     "recipe": [(None, RECIPE)],
@@ -64,6 +70,8 @@ GOING_ON: dict[str, list[tuple[int | None, dict[str, Any]]]] = {
     "fresh": [(None, FRESH)],
     "restarted": [(None, RESTARTED)],
     "restarted twice": [(7, RESTARTED), (None, RESTARTED)],
+    "grouped": [(None, GROUPED)],
+    "grouped twice": [(6, GROUPED), (None, GROUPED)],
 }
 
 
@@ -289,6 +297,41 @@ def test_another_optimizer_is_refused_as_such_and_a_fresh_state_is_offered(
         require_same_model(
             tiny_config(tmp_path, shards=shards, **still), newest(gone_on / "restarted")
         )
+
+
+def test_another_group_of_parameters_is_refused_and_a_fresh_state_is_offered(
+    tmp_path: Path, shards: Path, gone_on: Path, manifest: Manifest
+) -> None:
+    grouped = newest(gone_on / "grouped")
+    for before, router, key in (
+        (manifest, {"frozen": True}, "groups.router.frozen"),
+        (manifest, {"optimizer": "sgd"}, "groups.router.optimizer"),
+        (grouped, {"optimizer": "sgd"}, "groups.embedding.frozen"),
+    ):
+        config = tiny_config(
+            tmp_path, shards=shards, **MODEL, train__num_steps=20, optim__groups={"router": router}
+        )
+        step = rf"add optim.restart_from={before.step} to resume with a fresh optimizer state"
+        with pytest.raises(ConfigError, match=rf"^optim.{key}=.*{step}"):
+            require_same_model(config, before)
+    factors = {"router": {"lr_factor": 0.1, "weight_decay_factor": 0.0}}
+    require_same_model(
+        tiny_config(tmp_path, shards=shards, **MODEL, optim__groups=factors), manifest
+    )
+
+
+def test_a_frozen_group_stays_and_a_resume_with_groups_is_bit_equal(gone_on: Path) -> None:
+    stopped, grouped = (
+        load(candidates(gone_on / name / "runs/tiny/checkpoints")[0])
+        for name in ("stopped", "grouped")
+    )
+    for name, before in stopped.items():
+        if name.startswith("model.") and not name.endswith("router.bias"):
+            is_frozen = name == "model.embedding.weight"
+            assert torch.equal(grouped[name], before) == is_frozen, name
+    kept = {name.split(".", 1)[1] for name in grouped if name.startswith("optimizer.")}
+    assert not any(name.startswith("embedding") or "router" in name for name in kept)
+    assert_same_tensors(gone_on / "grouped twice", gone_on / "grouped")
 
 
 def test_a_fresh_optimizer_state_begins_at_its_step(gone_on: Path) -> None:

@@ -63,6 +63,7 @@ def test_rate_and_utilisation_are_those_of_the_recorded_step(tmp_path: Path, sha
         expected = 0.01 * ((step + 1) / 2 if step < 2 else half)
         assert record["optim/lr"] == pytest.approx(expected, rel=1e-12)
         assert record["perf/tokens_per_second_per_device"] == pytest.approx(speed / 2)
+        assert record["train/flops"] == (step + 1) * 8 * 32 * flops
         used = record["perf/model_flops_utilization"]
         assert used == pytest.approx(flops * speed / (2 * PEAK * 1e12))
 

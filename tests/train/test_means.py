@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ BY_TOKENS = (
     "train/loss", "train/cross_entropy", "router/load_balance_loss", "router/z_loss",
     "router/entropy",
 )  # fmt: skip
-BY_STEPS = ("optim/grad_norm", "router/max_violation")
+BY_STEPS = (
+    "optim/grad_norm", "optim/clip_factor", "optim/clipped_share", "router/max_violation",
+    "router/dead_experts_mean",
+    *(f"optim/grad_norm/{role}"
+      for role in ("embedding", "attention", "norm", "router", "experts", "head")),
+)  # fmt: skip
+BY_SOURCE = "train/corpus/cross_entropy"
 
 
 def report(loss: float, *, tokens: int, skipped: bool = False) -> StepReport:
@@ -64,6 +71,27 @@ def test_the_heads_z_loss_is_a_mean_by_tokens_and_there_only_where_it_has_a_weig
     assert means.values(last)["train/z_loss"] == pytest.approx(2 + 20 / 40 * 4, rel=1e-15)
 
 
+def test_a_source_s_mean_counts_its_own_tokens_and_clipped_steps_have_a_share() -> None:
+    means = RunningMeans()
+    for tokens, nats, clip in (((6, 4), (3.0, 8.0), 0.5), ((0, 10), (0.0, 5.0), 1.0)):
+        step = replace(
+            report(1.0, tokens=10), source_nats=nats, clip_factor=clip, grad_norms={"head": clip},
+            expert_counts=torch.tensor([[clip - 1, 4.0], [0.0, 4.0]], dtype=torch.float64),
+        )  # fmt: skip
+        means.add(step, source_tokens=dict(zip("ab", tokens, strict=True)))
+    skipped = replace(step, skipped=True, source_nats=(math.nan, math.nan))
+    means.add(skipped, source_tokens={"a": 1, "b": 1})
+    values = means.values(step)
+    assert values["train/a/cross_entropy"] == 0.5
+    assert values["train/b/cross_entropy"] == pytest.approx(13 / 14, rel=1e-15)
+    assert values["optim/clipped_share"] == 0.5
+    assert values["optim/clip_factor"] == values["optim/grad_norm/head"] == 0.75
+    assert values["router/dead_experts_mean"] == 1.5
+    assert "train/a/cross_entropy" not in RunningMeans().values(skipped)
+    state = TrainState(since_record=means)
+    assert TrainState.restored(json.loads(json.dumps(state.as_json()))) == state
+
+
 def test_of_one_step_the_mean_is_its_value_and_of_skipped_steps_alone_the_last_one_s() -> None:
     for tokens, loss in ((3, 0.1), (7, 1 / 3), (2**31 + 1, 5e-324), (49, math.pi)):
         means, one = RunningMeans(), report(loss, tokens=tokens)
@@ -83,6 +111,14 @@ def test_means_are_restored_and_an_imported_model_has_none() -> None:
     state = TrainState(source_tokens={"a": 7})
     state.since_record.add(report(1 / 3, tokens=7))
     assert TrainState.restored(json.loads(json.dumps(state.as_json()))) == state
+
+
+def test_flops_of_a_checkpoint_without_them_are_those_of_its_samples() -> None:
+    state = TrainState.restored({"samples": 10})
+    for _ in range(2):
+        state.count_sequences(4, flops=0.5)
+    assert (state.samples, state.flops) == (18, 9.0)
+    assert TrainState.restored(state.as_json()).flops == 9.0
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +157,9 @@ def expected(every_step: list[dict[str, Any]], first: int, last: int) -> dict[st
         if r["train/loss"] is not None
     ]
     total = sum(weight for _, weight in steps)
-    by_tokens = {n: sum(r[n] * weight for r, weight in steps) / total for n in BY_TOKENS}
+    by_tokens = {
+        n: sum(r[n] * weight for r, weight in steps) / total for n in (*BY_TOKENS, BY_SOURCE)
+    }
     return by_tokens | {n: sum(r[n] for r, _ in steps) / len(steps) for n in BY_STEPS}
 
 
@@ -156,12 +194,13 @@ def test_a_record_is_the_mean_since_the_last_one_also_over_a_stop_and_in_other_l
                 }.items()
             )
             same = every_step[last - 1]  # totals, and what is of the step
-            for name in record.keys() - {*BY_TOKENS, *BY_STEPS}:
+            for name in record.keys() - {*BY_TOKENS, *BY_STEPS, BY_SOURCE}:
                 assert record[name] == same[name], name
     saved = candidates(tmp_path / "parts/runs/tiny/checkpoints")
     state = {m.step: m.state["since_record"] for m in map(read_manifest, saved)}
     assert (state[5]["steps"], state[8]) == (2, {
         "steps": 0, "tokens": 0, "over_tokens": {}, "over_steps": {},
+        "source_tokens": {}, "over_sources": {},
     })  # fmt: skip
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "few"), "bit for bit"
 
@@ -169,5 +208,5 @@ def test_a_record_is_the_mean_since_the_last_one_also_over_a_stop_and_in_other_l
     for ours, theirs in zip(
         metrics_of(tmp_path / "pair"), metrics_of(tmp_path / "alone"), strict=True
     ):
-        for name in (*BY_TOKENS, *BY_STEPS):
+        for name in (*BY_TOKENS, *BY_STEPS, BY_SOURCE):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name

@@ -11,6 +11,7 @@ TINY = [
     "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
     "model.head_dim=16", "model.ffn_hidden_dim=32", "model.num_experts=4",
     "train.num_steps=100000", "train.global_batch_size=8", "train.seq_len=32",
+    "train.validate_at_start=false",
     "checkpoint.every_steps=1000", "schedule.warmup_steps=5", "observe.log_every_steps=1",
     "observe.wandb.mode=disabled", "run.device=cpu", "run.name=tiny", "launch.num_workers=2",
     "cluster=ethernet", "cluster.env.GLOO_SOCKET_IFNAME=eth0",

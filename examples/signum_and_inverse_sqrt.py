@@ -1,6 +1,7 @@
-"""A custom optimizer and its schedule: Lion (arXiv 2302.06675) with 1/sqrt(step).
+"""A custom optimizer and its schedule: Signum (arXiv 1802.04434) with 1/sqrt(step).
 
-`moetrain extensions=[examples.lion_and_inverse_sqrt] optim.name=lion schedule.name=inverse_sqrt`
+`moetrain extensions=[examples.signum_and_inverse_sqrt] optim.name=signum
+schedule.name=inverse_sqrt`
 """
 
 import math
@@ -14,14 +15,13 @@ from moetrain import extensions as ext
 
 
 @dataclass
-class LionOptions:
+class SignumOptions:
     """`optim.options.…`."""
 
-    beta1: float = 0.9
-    beta2: float = 0.99
+    beta: float = 0.9
 
 
-class Lion(torch.optim.Optimizer):
+class Signum(torch.optim.Optimizer):
     """Moves each weight by the sign of its momentum: elementwise, so exact when sharded."""
 
     @torch.no_grad()
@@ -30,15 +30,15 @@ class Lion(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
-                update = momentum.lerp(param.grad, 1 - group["beta1"]).sign_()
-                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
-                momentum.lerp_(param.grad, 1 - group["beta2"])
+                momentum.lerp_(param.grad, 1 - group["beta"])
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.sub_(momentum.sign() * group["lr"])
 
 
-@ext.register_optimizer("lion", options=LionOptions)
-def lion(groups: ext.Groups, settings: ext.OptimSettings, options: LionOptions) -> Lion:
-    """Returns Lion over the groups, each with its weight decay."""
-    return Lion(groups, {"lr": settings.lr, **vars(options)})
+@ext.register_optimizer("signum", options=SignumOptions)
+def signum(groups: ext.Groups, settings: ext.OptimSettings, options: SignumOptions) -> Signum:
+    """Returns Signum over the groups, each with its weight decay."""
+    return Signum(groups, {"lr": settings.lr, **vars(options)})
 
 
 @ext.register_schedule("inverse_sqrt")
@@ -49,7 +49,7 @@ def inverse_sqrt(step: int, num_steps: int, settings: ext.ScheduleSettings, opti
 
 def main() -> None:
     """Trains for some steps with both."""
-    mine = ("+model=toy", "optim.name=lion", "optim.lr=3e-4", "schedule.name=inverse_sqrt")
+    mine = ("+model=toy", "optim.name=signum", "optim.lr=3e-4", "schedule.name=inverse_sqrt")
     with api.training(api.compose(*mine, *sys.argv[1:])) as training:
         for batch in training.batches():
             print(f"step {training.num_steps}  loss {training.step(batch).loss:.4f}")

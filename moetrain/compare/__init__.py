@@ -1,0 +1,1 @@
+"""The comparison of runs: arms with their seeds, and which differences are outside the noise."""
