@@ -243,7 +243,7 @@ def _require_computable(config: Mapping[str, Any], family: Family) -> None:
         "auto_map": (config.get("auto_map"), "it brings code of its own, which is not run"),
         "attention_bias": (
             "attention_bias" not in family.keys.values() and config.get("attention_bias"),
-            "the output projection of attention has no bias here",
+            f"a {family.model_type} model has no such biases in transformers",
         ),
         "mlp_bias": (config.get("mlp_bias"), "feed-forward layers have no biases here"),
         "hidden_act": (

@@ -5,7 +5,7 @@ goes to. Leaves the rest of config.json to `configuration.py`, and the tensors t
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -82,6 +82,7 @@ _DENSE = {
     "clip_qkv": None,
     "qk_norm": False,
     "attention_bias": False,
+    "attention_output_bias": False,
     "logit_soft_cap": None,
 }
 _MOE = {
@@ -97,6 +98,9 @@ _MOE = {
 _WHOLE = {"qk_norm": True, "qk_norm_scope": "whole"}
 _PER_HEAD = {"qk_norm": True, "qk_norm_scope": "head"}
 _SILENT = {"tie_word_embeddings": False}
+# One key for the biases of all four projections.
+_ALL_BIASES = {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias"}
+_NO_BIAS = {"attention_bias": False}
 _NO_WINDOW = {"use_sliding_window": False}
 
 
@@ -108,6 +112,19 @@ def _heads_fill_dim(settings: ModelSettings) -> Mismatch | None:
     if settings.num_heads * settings.head_dim == settings.dim:
         return None
     return "head_dim", settings.head_dim, f"dim / num_heads={settings.dim / settings.num_heads:g}"
+
+
+def _all_biases_or_none(settings: ModelSettings) -> Mismatch | None:
+    output, others = settings.attention_output_bias, settings.attention_bias
+    if output == others:
+        return None
+    if others:
+        return "attention_bias", True, "it together with model.attention_output_bias=true"
+    return "attention_output_bias", True, "it together with model.attention_bias=true"
+
+
+def _limits_of_olmoe(settings: ModelSettings) -> Mismatch | None:
+    return _heads_fill_dim(settings) or _all_biases_or_none(settings)
 
 
 def _groups_of_two(settings: ModelSettings) -> Mismatch | None:
@@ -124,12 +141,14 @@ MISTRAL = Family(
     keys=_ONE_SIZE,
     silent=_SILENT | {"rope_theta": 1e4, "sliding_window": 4096},
 )
-# Mistral without a window: it is imported, and exported as Mistral.
-LLAMA = replace(
-    MISTRAL,
+# Mistral without a window, and with biases or none: without them it is exported as Mistral.
+LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    silent=_SILENT | {"rope_theta": 1e4},
+    fixed=_without(_DENSE, *_ALL_BIASES),
+    keys=_ONE_SIZE | _ALL_BIASES,
+    silent=_SILENT | _NO_BIAS | {"rope_theta": 1e4},
+    limit=_all_biases_or_none,
 )
 QWEN2 = Family(
     model_type="qwen2",
@@ -142,10 +161,11 @@ QWEN2 = Family(
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    fixed=_DENSE | _PER_HEAD,
-    keys=_ONE_SIZE,
-    silent=_SILENT | {"rope_theta": 1e4, "head_dim": 128},
+    fixed=_without(_DENSE, *_ALL_BIASES) | _PER_HEAD,
+    keys=_ONE_SIZE | _ALL_BIASES,
+    silent=_SILENT | _NO_BIAS | {"rope_theta": 1e4, "head_dim": 128},
     constant=_NO_WINDOW,
+    limit=_all_biases_or_none,
 )
 MIXTRAL = Family(
     model_type="mixtral",
@@ -160,20 +180,22 @@ MIXTRAL = Family(
 OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
-    fixed=_without(_MOE, "clip_qkv") | _WHOLE,
+    fixed=_without(_MOE, "clip_qkv", *_ALL_BIASES) | _WHOLE,
     keys=_without(_TWO_SIZES, "ffn_hidden_dim")
-    | {"ffn_hidden_dim": "intermediate_size", "clip_qkv": "clip_qkv"},
-    silent=_SILENT | {"rope_theta": 1e4, "norm_topk_prob": False, "clip_qkv": None},
-    limit=_heads_fill_dim,
+    | {"ffn_hidden_dim": "intermediate_size", "clip_qkv": "clip_qkv"}
+    | _ALL_BIASES,
+    silent=_SILENT | _NO_BIAS | {"rope_theta": 1e4, "norm_topk_prob": False, "clip_qkv": None},
+    limit=_limits_of_olmoe,
     has_balance_loss=True,
 )
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    fixed=_without(_MOE, "num_dense_layers") | _PER_HEAD,
-    keys=_TWO_SIZES,
-    silent=_SILENT | {"rope_theta": 1e4, "norm_topk_prob": False},
+    fixed=_without(_MOE, "num_dense_layers", *_ALL_BIASES) | _PER_HEAD,
+    keys=_TWO_SIZES | _ALL_BIASES,
+    silent=_SILENT | _NO_BIAS | {"rope_theta": 1e4, "norm_topk_prob": False},
     constant=_NO_WINDOW | {"decoder_sparse_step": 1},
+    limit=_all_biases_or_none,
     has_balance_loss=True,
 )
 QWEN2_MOE = Family(

@@ -127,6 +127,8 @@ def _attention(settings: ModelSettings, layer: int) -> Iterator[TensorPlace]:
     }
     if settings.attention_bias:
         shapes |= {"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)}
+    if settings.attention_output_bias:
+        shapes["o_proj.bias"] = (dim,)
     if settings.qk_norm:
         per_head = settings.qk_norm_scope == "head"
         shapes["q_norm.weight"] = (settings.head_dim if per_head else queries,)

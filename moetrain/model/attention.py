@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(settings.dim, query_dim, bias=bias)
         self.k_proj = nn.Linear(settings.dim, kv_dim, bias=bias)
         self.v_proj = nn.Linear(settings.dim, kv_dim, bias=bias)
-        self.o_proj = nn.Linear(query_dim, settings.dim, bias=False)
+        self.o_proj = nn.Linear(query_dim, settings.dim, bias=settings.attention_output_bias)
         self.norm_per_head = settings.qk_norm_scope == "head"
         self.clip = settings.clip_qkv
         self.q_norm, self.k_norm = (

@@ -11,6 +11,7 @@ def _parameters(settings: ModelSettings, *, routed_experts: int) -> int:
     dim, heads = settings.dim, settings.num_heads * settings.head_dim
     kv = settings.num_kv_heads * settings.head_dim
     attention = 2 * dim * heads + 2 * dim * kv + settings.attention_bias * (heads + 2 * kv)
+    attention += settings.attention_output_bias * dim
     if settings.qk_norm:
         attention += 2 * settings.head_dim if settings.qk_norm_scope == "head" else heads + kv
     feed_forward = 0

@@ -176,6 +176,9 @@ class ModelSettings:
     """Queries, keys and values are clamped to ± this before positions rotate them, as in OLMo."""
     attention_bias: bool = False
     """Biases of the query, key and value projections, as in Qwen2 and GLM-4.5."""
+    attention_output_bias: bool = False
+    """A bias of attention's output projection; with `attention_bias`, as in Llama's and Qwen3's
+    `attention_bias`. Experts and feed-forward layers have no biases."""
     attention_kernel: Annotated[str, AfterValidator(one_of(*ATTENTION_KERNELS))] = "auto"
     """Of a GPU; `auto` measures which is the fastest there. A CPU has one."""
     tie_embeddings: bool = False

@@ -13,7 +13,7 @@ MIXTRAL = ModelSettings(
 # A dense first layer, shared experts, norms and biases of queries and keys, tied embeddings.
 DEEPSEEK = dataclasses.replace(
     MIXTRAL, num_experts=6, num_shared_experts=1, num_dense_layers=1, dense_ffn_hidden_dim=40,
-    qk_norm=True, attention_bias=True, tie_embeddings=True,
+    qk_norm=True, attention_bias=True, attention_output_bias=True, tie_embeddings=True,
 )  # fmt: skip
 DENSE = dataclasses.replace(MIXTRAL, num_experts=1, top_k=1)
 

@@ -54,7 +54,7 @@ def test_settings_to_config_and_back_are_the_same(name: str) -> None:
 
 
 def test_the_families_are_all_tried() -> None:
-    assert {name.split()[0] for name in FAMILIES} == {f.model_type for f in KNOWN} - {"llama"}
+    assert {name.split()[0] for name in FAMILIES} == {f.model_type for f in KNOWN}
 
 
 def test_a_llama_folder_is_a_mistral_without_a_window() -> None:
@@ -279,6 +279,18 @@ def test_what_is_not_computed_here_is_refused(name: str) -> None:
         ({"router": RouterSettings(force_balance=True)}, "model.router.force_balance"),
         ({"num_experts": 1, "top_k": 1, "qk_norm": True}, "model.qk_norm"),
         ({"clip_qkv": 8.0}, "model.clip_qkv"),
+        ({"attention_output_bias": True}, "model.attention_output_bias"),
+        (
+            {"num_experts": 1, "top_k": 1, "attention_output_bias": True},
+            "model.attention_output_bias",
+        ),
+        (
+            {
+                "num_experts": 1, "top_k": 1, "attention_output_bias": True, "qk_norm": True,
+                "qk_norm_scope": "head",
+            },
+            "model.attention_output_bias",
+        ),
         ({"logit_soft_cap": 30.0}, "model.logit_soft_cap"),
         ({"partial_rotary_factor": 0.4}, "model.partial_rotary_factor"),
         (

@@ -18,6 +18,7 @@ from tests.support.huggingface_folders import imported, loaded, save_oracle
 NUM_SHAPES = 15
 GROUPS = (1, 2, 8)
 PER_HEAD: dict[str, Any] = {"qk_norm": True, "qk_norm_scope": "head"}
+BIASES: dict[str, Any] = {"attention_bias": True, "attention_output_bias": True}
 UNNORMALISED = RouterSettings(normalize_gates=False)
 SIGMOID = RouterSettings(score_function="sigmoid", routed_scaling_factor=2.5)
 # What the other classes of transformers have, by their model_type; a dense first layer is added.
@@ -28,16 +29,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm4_moe": PER_HEAD | {"num_shared_experts": 1, "attention_bias": True, "router": SIGMOID},
     "qwen2": {"attention_bias": True, "tie_embeddings": True},
     "qwen3": PER_HEAD,
+    "llama with biases": BIASES,
+    "qwen3 with biases": PER_HEAD | BIASES,
+    "qwen3_moe with biases": PER_HEAD | BIASES,
+    "olmoe with biases": {"qk_norm": True, "router": UNNORMALISED} | BIASES,
 }
 # Each plain shape, and of each other class three: sharing heads in each way.
 CASES = [("", seed) for seed in range(NUM_SHAPES)]
-CASES += [(kind, seed) for kind in KINDS for seed in range(3)]
+CASES += [(kind, seed) for kind in KINDS for seed in range(1 if "biases" in kind else 3)]
 
 
 def drawn(seed: int, kind: str = "") -> ModelSettings:
     """Returns a random shape: every third of a group size, every fifth dense."""
     draw = random.Random(seed)
-    dense = kind in ("qwen2", "qwen3") if kind else seed % 5 == 4
+    family = kind.removesuffix(" with biases")
+    dense = family in ("qwen2", "qwen3", "llama") if kind else seed % 5 == 4
     kv_heads, head_dim, experts = (
         draw.choice((1, 2, 3)),
         2 * draw.randint(3, 12),
@@ -59,9 +65,9 @@ def drawn(seed: int, kind: str = "") -> ModelSettings:
         norm_eps=draw.choice((1e-5, 1e-6)),
     )
     settings = replace(settings, **KINDS[kind]) if kind else settings
-    if kind == "olmoe":
+    if family == "olmoe":
         return replace(settings, dim=settings.num_heads * head_dim)
-    if kind in ("qwen2_moe", "qwen3_moe", "glm4_moe"):
+    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe"):
         settings = replace(settings, num_layers=settings.num_layers + 1)
         return replace(settings, num_dense_layers=1, dense_ffn_hidden_dim=40)
     return settings
@@ -106,6 +112,7 @@ def test_logits_equal_transformers_in_bfloat16(tmp_path: Path, kind: str, seed: 
     # queries and keys, and shared experts (gate, silu, product, output, sum) have theirs too. A
     # rounding is at most half an eps, and they add up as a random walk does.
     in_layer = 17 + 2 * settings.qk_norm + 3 * settings.attention_bias
+    in_layer += settings.attention_output_bias
     in_layer += 5 * bool(settings.num_shared_experts)
     roundings = 2 * (in_layer * settings.num_layers + 2)
     bound = torch.finfo(torch.bfloat16).eps / 2 * roundings**0.5

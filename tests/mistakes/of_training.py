@@ -210,7 +210,10 @@ MISTAKES = (
         file="moetrain/model/losses.py",
         right="torch.where(mask, normaliser.square(), 0.0)",
         wrong="normaliser.square()",
-        test=f"{LAYOUTS}::test_what_is_logged_of_router_and_head_is_what_is_minimised",
+        test=(
+            "tests/model/test_transformer.py"
+            "::test_soft_cap_and_z_loss_of_the_head_have_the_gradients_of_autograd_in_float64"
+        ),
         verify=True,
     ),
     Mistake(

@@ -11,6 +11,7 @@ SETTINGS = ModelSettings(
     dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, ffn_hidden_dim=8, num_experts=4,
     top_k=2, vocab_size=32, max_seq_len=8, rope_theta=1e4, num_shared_experts=1,
     num_dense_layers=1, dense_ffn_hidden_dim=8, qk_norm=True, attention_bias=True,
+    attention_output_bias=True,
 )  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def test_roles_are_those_of_the_modules() -> None:
         Role.embedding: 32 * dim,
         Role.head: 32 * dim,
         Role.norm: 2 * (2 * dim + heads + kv) + dim,
-        Role.attention: 2 * (2 * dim * heads + 2 * dim * kv + heads + 2 * kv),
+        Role.attention: 2 * (2 * dim * heads + 2 * dim * kv + heads + 2 * kv + dim),
         Role.dense: 3 * dim * hidden,
         Role.router: 4 * dim,
         Role.experts: 4 * 3 * dim * hidden,

@@ -48,6 +48,9 @@ SHAPES = {
     "biases of queries, keys and values: qwen2": dataclasses.replace(
         SMALL, num_experts=1, top_k=1, attention_bias=True
     ),
+    "biases of all of attention: llama": dataclasses.replace(
+        SMALL, num_experts=1, top_k=1, attention_bias=True, attention_output_bias=True
+    ),
     "norms over each head, a dense layer: qwen3-moe": dataclasses.replace(
         SMALL,
         qk_norm=True,

@@ -63,6 +63,7 @@ DEEPSEEK = dataclasses.replace(
 # head can have, and other initial weights.
 GLM = dataclasses.replace(
     MODEL, qk_norm=True, qk_norm_scope="head", clip_qkv=1.0, attention_bias=True,
+    attention_output_bias=True,
     partial_rotary_factor=0.5, tie_embeddings=True, logit_soft_cap=2.0, head_z_loss_weight=0.1,
     rope_scaling=RopeScalingSettings(type="yarn", factor=4.0, original_max_seq_len=16),
     init=InitSettings(

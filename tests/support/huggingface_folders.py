@@ -35,6 +35,7 @@ FAMILIES = {
         tie_embeddings=True,
         rope_scaling=RopeScalingSettings(type="yarn", factor=2.0, original_max_seq_len=32),
     ),
+    "llama": replace(_DENSE, attention_bias=True, attention_output_bias=True),
     "qwen3": replace(_DENSE, qk_norm=True, qk_norm_scope="head", norm_eps=1e-6),
     "olmoe": replace(
         TINY,

@@ -26,7 +26,7 @@ FUNCTION = {
     "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_dim", "num_experts",
     "top_k", "vocab_size", "rope_theta", "norm_eps", "num_shared_experts", "num_dense_layers",
     "dense_ffn_hidden_dim", "qk_norm", "qk_norm_scope", "clip_qkv", "attention_bias",
-    "logit_soft_cap",
+    "attention_output_bias", "logit_soft_cap",
     "tie_embeddings", "partial_rotary_factor", "rope_scaling.type", "rope_scaling.factor",
     "rope_scaling.original_max_seq_len", "rope_scaling.low_freq_factor",
     "rope_scaling.high_freq_factor", "rope_scaling.beta_fast", "rope_scaling.beta_slow",

@@ -142,6 +142,7 @@ DEEPSEEK = {
 
 GLM = {
     "model__qk_norm": True, "model__qk_norm_scope": "head", "model__clip_qkv": 1.0,
+    "model__attention_output_bias": True,
     "model__attention_bias": True, "model__partial_rotary_factor": 0.5,
     "model__tie_embeddings": True, "model__rope_scaling__type": "yarn",
     "model__rope_scaling__factor": 4.0, "model__rope_scaling__original_max_seq_len": 8,

@@ -171,7 +171,8 @@ def _attention(
         group = head * model.num_kv_heads // model.num_heads
         scores = q[head] @ k[group].T / math.sqrt(model.head_dim)
         out.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[group])
-    return torch.cat(out, 1) @ weights[f"{at}.o_proj.weight"].T
+    y = torch.cat(out, 1) @ weights[f"{at}.o_proj.weight"].T
+    return y + weights[f"{at}.o_proj.bias"] if model.attention_output_bias else y
 
 
 def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ MODEL = {
     "top_k", "vocab_size", "max_seq_len", "rope_theta", "norm_eps", "pad_vocab_to_multiple_of",
     "num_shared_experts", "num_dense_layers", "dense_ffn_hidden_dim", "loss_chunk_size",
     "router", "experts", "qk_norm", "qk_norm_scope", "clip_qkv", "attention_bias",
+    "attention_output_bias",
     "tie_embeddings", "partial_rotary_factor", "rope_scaling", "init",
     "logit_soft_cap", "head_z_loss_weight",
 }  # fmt: skip

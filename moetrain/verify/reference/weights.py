@@ -92,6 +92,8 @@ def _shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
             shapes[f"{at}.attention.q_proj.bias"] = (queries,)
             shapes[f"{at}.attention.k_proj.bias"] = (keys,)
             shapes[f"{at}.attention.v_proj.bias"] = (keys,)
+        if model.attention_output_bias:
+            shapes[f"{at}.attention.o_proj.bias"] = (dim,)
         if model.qk_norm:
             each = model.qk_norm_scope == "head"
             shapes[f"{at}.attention.q_norm.weight"] = (model.head_dim if each else queries,)
