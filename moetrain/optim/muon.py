@@ -8,8 +8,10 @@ weight decay of AdamW serve.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
@@ -24,6 +26,7 @@ from moetrain.optim.optimizer import (
 )
 from moetrain.registries import OPTIMIZERS
 from moetrain.settings import OptimSettings
+from moetrain.settings.optim import Decay
 
 ROLES = frozenset({Role.attention, Role.dense, Role.shared_experts, Role.experts})
 """The roles whose matrices Muon moves."""
@@ -36,9 +39,9 @@ _SMALLEST_NORM = 1e-7
 class MuonOptions:
     """`optim.options.…` of Muon."""
 
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     nesterov: bool = True
-    iterations: int = 5
+    iterations: Annotated[int, Interval(ge=1, lt=100)] = 5
     """Newton–Schulz iterations."""
     exact: bool = False
     """Whether they are computed in float32 on GPUs too, where bfloat16 is the usual; a CPU always

@@ -87,8 +87,13 @@ class SeveralOptimizers(Optimizer):
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._parts = parts
-        for part in parts:  # each finds its own parameters there
+        # Muon is several by itself: all have this one state, of which a checkpoint is made.
+        self._parts: list[Optimizer] = [
+            single
+            for part in parts
+            for single in (part._parts if isinstance(part, SeveralOptimizers) else [part])
+        ]
+        for part in self._parts:  # each finds its own parameters there
             part.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -157,24 +162,32 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
-def state_names(settings: OptimSettings, role: Role | None = None) -> set[str]:
-    """Returns the names of the optimizer's state for a matrix, of a role if one is given."""
-    return set(_state_of_a_matrix(settings, role))
+def state_names(
+    settings: OptimSettings, role: Role | None = None, *, vectors: bool = False
+) -> set[str]:
+    """Returns the names of the optimizer's state for a matrix, of a role if one is given.
+
+    With `vectors`, also of those for a vector, which may be another optimizer's.
+    """
+    names = set(_state_of_one(settings, role, shape=(1, 1)))
+    return names | set(_state_of_one(settings, role, shape=(1,))) if vectors else names
 
 
 def state_size(settings: OptimSettings, role: Role | None = None) -> float:
     """Returns how many numbers the optimizer keeps per element of a large matrix of a role."""
-    state = _state_of_a_matrix(settings, role, side := 16)
+    side = 16
+    state = _state_of_one(settings, role, shape=(side, side))
     return float(round(sum(tensor.numel() for tensor in state.values()) / side**2))
 
 
-def _state_of_a_matrix(
-    settings: OptimSettings, role: Role | None, side: int = 1
+def _state_of_one(
+    settings: OptimSettings, role: Role | None, *, shape: tuple[int, ...]
 ) -> dict[str, Tensor]:
+    """Returns what the optimizer keeps for a parameter of a shape."""
     own = group_settings(settings, role)
     if own.frozen:
         return {}
-    parameter = nn.Parameter(torch.zeros(side, side))
+    parameter = nn.Parameter(torch.zeros(shape))
     plain = replace(settings, groups=GroupsSettings())
     if own.optimizer is not None:
         plain = replace(plain, name=own.optimizer, options=own.options)

@@ -216,7 +216,9 @@ def _require_optimizer(config: Resolved, manifest: Manifest) -> None:
     roles = sorted(roles_of(config.model))
     other = [r for r in roles if _optimizer_of(now, r) != _optimizer_of(before, r)]
     if not other:
-        if not saved or saved == set().union(*(state_names(config.optim, r) for r in roles)):
+        needed = set[str]().union(*(state_names(config.optim, r) for r in roles))
+        possible = needed.union(*(state_names(config.optim, r, vectors=True) for r in roles))
+        if not saved or needed <= saved <= possible:
             return
         key = "momentum" if config.optim.name == "sgd" else "options"
     elif before["name"] != now["name"]:

@@ -354,4 +354,18 @@ MISTAKES = (
         wrong='beta2, beta1 = group["betas"]',
         test="tests/optim/test_lion_and_muon.py",
     ),
+    Mistake(
+        name="a checkpoint misses the state of an optimizer that is several",
+        file="moetrain/optim/optimizer.py",
+        right="part._parts if isinstance(part, SeveralOptimizers) else [part]",
+        wrong="[part]",
+        test="tests/optim/test_groups.py",
+    ),
+    Mistake(
+        name="a resume takes any optimizer's state",
+        file="moetrain/train/resume.py",
+        right="needed <= saved <= possible",
+        wrong="True",
+        test="tests/train/test_going_on.py",
+    ),
 )

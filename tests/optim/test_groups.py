@@ -12,6 +12,7 @@ from moetrain.model.roles import Role
 from moetrain.optim import (
     allocate_state,
     build_optimizer,
+    moved_by,
     set_learning_rate,
     state_names,
     state_size,
@@ -99,6 +100,35 @@ def test_the_state_of_several_optimizers_is_one() -> None:
     assert [state_size(settings, r) for r in ROLES] == [1.0, 2.0, 1.0, 0.0]
     optimizer.zero_grad()
     assert all(p.grad is None for p in roles)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        OptimSettings(name="muon", groups=GroupsSettings(router=GroupSettings(optimizer="lion"))),
+        OptimSettings(
+            name="lion", groups=GroupsSettings(attention=GroupSettings(optimizer="muon"))
+        ),
+    ],
+    ids=["muon, the router lion's", "lion, attention muon's"],
+)
+def test_an_optimizer_of_several_among_others_keeps_its_state_where_a_checkpoint_finds_it(
+    settings: OptimSettings,
+) -> None:
+    """Muon brings AdamW along: for other roles, and for vectors of its own."""
+    names = {
+        "adamw": {"step", "exp_avg", "exp_avg_sq"}, "lion": {"momentum"}, "muon": {"momentum"},
+    }  # fmt: skip
+    roles = weights()
+    optimizer = build_optimizer(roles, settings, roles=roles)
+    allocate_state(optimizer)
+    for parameter, role in roles.items():
+        mover = moved_by(settings, role)
+        if mover == "muon" and parameter.ndim == 1:
+            mover = "adamw"
+        assert mover is not None
+        assert set(optimizer.state.get(parameter, {})) == names[mover], (role, parameter.shape)
+        assert names[mover] <= state_names(settings, role, vectors=True), role
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,15 @@ def test_muon_is_its_formula_on_each_matrix_and_adamw_is_the_rest() -> None:
         assert (found[name] - weight).norm() <= bound * weight.norm(), name
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 1.0}, {"momentum": -0.1}, {"iterations": 0}, {"iterations": 100}],
+)
+def test_options_with_which_muon_is_none_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        OptimSettings(name="muon", options=options)
+
+
 def test_muon_is_torchs_within_bfloat16() -> None:
     """torch.optim.Muon iterates in bfloat16, and takes single matrices only."""
     torch.manual_seed(0)

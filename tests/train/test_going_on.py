@@ -62,6 +62,11 @@ GROUPED = FRESH | {
         "embedding": {"frozen": True}, "router": {"lr_factor": 0.5, "optimizer": "sgd"},
     },
 }  # fmt: skip
+# Muon is two optimizers by itself, beside a third.
+MIXED = FRESH | {
+    "optim__name": "muon",
+    "optim__groups": {"router": {"optimizer": "lion"}, "norm": {"optimizer": "adamw"}},
+}  # fmt: skip
 # The changes with which a copy of the stopped run resumes, and its last step, attempt by attempt.
 GOING_ON: dict[str, list[tuple[int | None, dict[str, Any]]]] = {
     "recipe": [(None, RECIPE)],
@@ -72,6 +77,8 @@ GOING_ON: dict[str, list[tuple[int | None, dict[str, Any]]]] = {
     "restarted twice": [(7, RESTARTED), (None, RESTARTED)],
     "grouped": [(None, GROUPED)],
     "grouped twice": [(6, GROUPED), (None, GROUPED)],
+    "mixed": [(None, MIXED)],
+    "mixed twice": [(6, MIXED), (None, MIXED)],
 }
 
 
@@ -332,6 +339,29 @@ def test_a_frozen_group_stays_and_a_resume_with_groups_is_bit_equal(gone_on: Pat
     kept = {name.split(".", 1)[1] for name in grouped if name.startswith("optimizer.")}
     assert not any(name.startswith("embedding") or "router" in name for name in kept)
     assert_same_tensors(gone_on / "grouped twice", gone_on / "grouped")
+    assert_same_tensors(gone_on / "mixed twice", gone_on / "mixed")
+
+
+def test_the_optimizer_that_muon_leaves_vectors_to_may_have_state_of_its_own(
+    tmp_path: Path, shards: Path, manifest: Manifest
+) -> None:
+    """Attention's biases, where the model has them: then there is AdamW's state, else not."""
+    config = tiny_config(
+        tmp_path, shards=shards, **MODEL,
+        optim__name="lion", optim__groups={"attention": {"optimizer": "muon"}},
+    )  # fmt: skip
+    entry = next(iter(manifest.tensors.values()))
+
+    def resumes(*kinds: str) -> None:
+        state = {f"optimizer.any.{kind}": entry for kind in kinds}
+        require_same_model(config, replace(manifest, config=as_plain(config), tensors=state))
+
+    adamw = ("step", "exp_avg", "exp_avg_sq")
+    resumes("momentum")
+    resumes("momentum", *adamw)
+    for others in (adamw, ("momentum", "momentum_buffer")):
+        with pytest.raises(ConfigError, match="can't use the state of that one"):
+            resumes(*others)
 
 
 def test_a_fresh_optimizer_state_begins_at_its_step(gone_on: Path) -> None:
