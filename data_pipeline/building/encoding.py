@@ -112,6 +112,8 @@ class Encoder:
         try:
             yield from self._encoded(documents)
         except BrokenProcessPool as error:
+            assert self._pool is not None
+            kill_processes(self._pool)
             if self._started.exception() is not None:
                 raise ChildProcessError(
                     "no process that tokenises could begin; what ended it stands above. "
@@ -202,6 +204,16 @@ def submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *given: Any) 
         return pool.submit(work, *given)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def kill_processes(pool: ProcessPoolExecutor) -> None:
+    """Ends a pool's processes at once.
+
+    A broken pool asks those that are left by SIGTERM and waits for them, and one that only begins
+    discards that.
+    """
+    for process in list((pool._processes or {}).values()):
+        process.kill()
 
 
 def start_process() -> None:

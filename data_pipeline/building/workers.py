@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from data_pipeline.building.encoding import (
     UNGUARDED,
+    kill_processes,
     require_guarded_script,
     start_process,
     submitted,
@@ -78,8 +79,7 @@ class Processes:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:  # what they work on is of no use any more
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()  # one that only begins would discard another signal
+            kill_processes(self._pool)
         self._pool.shutdown(cancel_futures=True)
 
     def results(

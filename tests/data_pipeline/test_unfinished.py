@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -392,6 +393,47 @@ def test_a_process_that_only_begins_leaves_a_stop_to_the_command(tmp_path: Path)
         (blocked,) = re.findall(r"SigBlk:\s*(\w+)", mask)
         for signum in (signal.SIGTERM, signal.SIGINT):
             assert int(blocked, 16) >> (signum - 1) & 1, signum.name
+
+
+HELD = """
+import os, time
+from pathlib import Path
+from data_pipeline import BuildSettings, build_shards
+
+if __name__ == "__mp_main__":  # in a worker, which begins: it doesn't hear SIGTERM yet
+    Path(f"begins_{os.getpid()}").touch()
+    while True:
+        time.sleep(60)
+if __name__ == "__main__":
+    build_shards(BuildSettings(corpus="corpus", to="to", tokenizer="mixtral-v1", num_processes=2))
+"""
+
+
+def test_a_worker_that_is_killed_while_another_begins_ends_the_build(tmp_path: Path) -> None:
+    """Which discards the SIGTERM that the pool then sends it."""
+    write_corpus(tmp_path / "corpus", num_documents=100)
+    long = "a b c d e f " * 200_000  # more than one batch: the second process begins with the next
+    for number in range(4):
+        (tmp_path / "corpus" / f"long{number}.txt").write_text(long)
+    (tmp_path / "held.py").write_text(HELD)
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "held.py"],
+        cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        while len(begun := sorted(tmp_path.glob("begins_*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        pids = [int(path.name.removeprefix("begins_")) for path in begun]
+        os.kill(pids[0], signal.SIGKILL)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            for pid in (process.pid, *pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 1
+    assert "no process that tokenises could begin" in said
 
 
 def test_killed_worker_ends_the_command_with_a_message(tmp_path: Path) -> None:
