@@ -166,6 +166,7 @@ class ProgressDisplay:
         if self._live is not None:
             return
         due = now - self._line_at >= SECONDS_BETWEEN_LINES
+        due = due or self._line_step == 0  # which has no loss, no speed and no time left
         validated = any(name.startswith("validation/") for name in record)
         if due or validated or seen.step >= self._total_steps:
             self._print_line()

@@ -128,6 +128,16 @@ def test_lines_come_every_ten_seconds_and_at_validation() -> None:
     assert "\x1b" not in file.getvalue()
 
 
+def test_the_first_step_has_a_line_though_that_of_step_0_has_just_been_shown() -> None:
+    display, file = _display(mode="lines")
+    with display:
+        display.update({"step": 0, "validation/loss": 5.5})
+        for step in (1, 2, 3):
+            display.update(_record(step))
+    shown = [line.split("step ")[1].split()[0] for line in _shown(file).splitlines()]
+    assert shown == ["0/100", "1/100", "3/100"], "and the last one when it ends"
+
+
 def test_a_terminal_that_went_away_only_ends_the_display(
     caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
