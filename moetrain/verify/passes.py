@@ -101,7 +101,9 @@ def plan_passes(config: Config, settings: VerifySettings) -> Plan:
             "alike (tests/parallel/test_layouts.py compares layouts with groups)"
         )
     else:
-        not_covered.append(f"optimizer pass: how optim.name={name} passes rounding on is unknown")
+        not_covered.append(
+            f"optimizer pass: optim.name={name}: how it passes rounding on is unknown"
+        )
     if config.train.dtype == "float32":
         not_covered.append("compute-dtype pass: train.dtype=float32 is that of the other passes")
     else:
