@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moetrain.checkpoint.manifest import Manifest, TensorEntry
 from moetrain.checks import ConfigError
 from moetrain.config import check
 from moetrain.model.roles import Role
@@ -19,7 +20,9 @@ from moetrain.optim import (
 )
 from moetrain.settings import Config, GroupSettings, GroupsSettings, OptimSettings
 from moetrain.settings.validation import validated
+from moetrain.train.changes import as_plain
 from moetrain.train.preview import preview_of
+from moetrain.train.resume import require_same_model
 from tests.support.runs import tiny_config, tiny_values
 
 ROLES = (Role.attention, Role.router, Role.norm, Role.head)
@@ -129,6 +132,29 @@ def test_an_optimizer_of_several_among_others_keeps_its_state_where_a_checkpoint
         assert mover is not None
         assert set(optimizer.state.get(parameter, {})) == names[mover], (role, parameter.shape)
         assert names[mover] <= state_names(settings, role, vectors=True), role
+
+
+def test_a_resume_takes_the_state_of_vectors_that_are_another_optimizers(tmp_path: Any) -> None:
+    """Attention's biases are AdamW's, where the model has them."""
+    groups = {"attention": {"optimizer": "muon"}}
+    config = tiny_config(tmp_path, shards="shards", optim__name="lion", optim__groups=groups)
+
+    def resumes(*kinds: str) -> None:
+        state = {f"optimizer.any.{kind}": TensorEntry(shape=(), dtype="F32") for kind in kinds}
+        settings = as_plain(config)
+        require_same_model(
+            config,
+            Manifest(
+                step=4, attempt=1, state={"step": 4}, config=settings, tensors=state, files={}
+            ),
+        )
+
+    adamw = ("step", "exp_avg", "exp_avg_sq")
+    resumes("momentum")
+    resumes("momentum", *adamw)
+    for others in (adamw, ("momentum", "momentum_buffer")):
+        with pytest.raises(ConfigError, match="can't use the state of that one"):
+            resumes(*others)
 
 
 @pytest.mark.parametrize(
