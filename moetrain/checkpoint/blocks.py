@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moetrain.checkpoint.manifest import CheckpointError, FileEntry, Manifest, TensorEntry
 from moetrain.checkpoint.stored_blocks import Block
+from moetrain.local_part import local_part
 
 
 class LocalBlock(NamedTuple):
@@ -38,8 +39,7 @@ def held(tensor: Tensor) -> LocalBlock:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach()
+    return local_part(tensor).detach()
 
 
 def places_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moetrain.optim.optimizer import Groups, local_part
+from moetrain.local_part import local_part
+from moetrain.optim.optimizer import Groups
 from moetrain.registries import OPTIMIZERS
 from moetrain.settings import OptimSettings
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from moetrain.local_part import local_part
 from moetrain.model.roles import Role
 from moetrain.optim.optimizer import (
     Groups,
     LocalAdamW,
     SeveralOptimizers,
     group_settings,
-    local_part,
 )
 from moetrain.registries import OPTIMIZERS
 from moetrain.settings import OptimSettings

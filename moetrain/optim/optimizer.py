@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import adamw as torch_adamw
 
+from moetrain.local_part import local_part
 from moetrain.model.roles import Role
 from moetrain.registries import OPTIMIZERS
 from moetrain.settings import GroupSettings, GroupsSettings, OptimSettings
@@ -69,11 +69,6 @@ class LocalAdamW(AdamW):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @OPTIMIZERS.register("sgd")

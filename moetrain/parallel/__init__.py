@@ -2,7 +2,7 @@
 
 from moetrain.parallel.activity import BETWEEN_STEPS, COMPUTING_PHASES, STEP_PHASES, Activity, Doing
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
-from moetrain.parallel.gradients import Gradients, SumsByRole, local_part
+from moetrain.parallel.gradients import Gradients, SumsByRole
 from moetrain.parallel.kernel_choice import settle_attention, settle_backend
 from moetrain.parallel.mesh import Meshes, build_meshes, join_ranks
 from moetrain.parallel.parallelize import parallelize
@@ -42,7 +42,6 @@ __all__ = [
     "gather_objects",
     "gather_over_ranks",
     "join_ranks",
-    "local_part",
     "parallelize",
     "plain_name",
     "reshard",

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moetrain.device_copies import to_device
+from moetrain.local_part import local_part
 
 
 class Gradients:
@@ -86,8 +86,3 @@ class SumsByRole:
             self._among = among, to_device(belongs, values.device)
         # No product with the mask: one infinite value would spoil the sums of all.
         return torch.where(self._among[1], values, 0.0).sum(1)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moetrain.local_part import local_part
 from moetrain.model import MoELayer, Transformer, initial_values
 from moetrain.parallel.activity import Activity
 from moetrain.parallel.all_to_all_exchange import AllToAllExchange
@@ -99,7 +100,7 @@ def initialise(model: Transformer, *, seed: int, device: torch.device) -> None:
         )
         shape, offset = _local_block(parameter)
         block = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        _local(parameter).copy_(full[block])
+        local_part(parameter).copy_(full[block])
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -109,7 +110,7 @@ def fill_experts(
 ) -> None:
     """Fills the shards of a stacked expert weight, computing only this rank's experts."""
     shape, offset = _local_block(parameter)
-    local = _local(parameter)
+    local = local_part(parameter)
     for index in range(shape[EXPERT_DIM]):
         full = initial_values(
             name,
@@ -129,7 +130,3 @@ def _local_block(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

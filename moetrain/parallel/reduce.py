@@ -15,15 +15,11 @@ def any_rank(flag: bool) -> bool:
 
     The ranks' hosts agree, over gloo: a collective on the GPU would wait until it is idle.
     """
-    if dist.get_world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags)
-    return bool(flags.item())
+    return any_rank_each(flag)[0]
 
 
 def any_rank_each(*flags: bool) -> tuple[bool, ...]:
-    """Returns on every rank whether each of some flags is set on any of them, by one `any_rank`."""
+    """Returns on every rank whether each of some flags is set on any of them, by one collective."""
     if dist.get_world_size() == 1:
         return flags
     sums = torch.tensor([int(flag) for flag in flags])

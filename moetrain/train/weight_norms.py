@@ -6,8 +6,9 @@ Owns the copies of the weights before an update. Knows no step and no record.
 import torch
 from torch import Tensor
 
+from moetrain.local_part import local_part
 from moetrain.model import Transformer
-from moetrain.parallel import WEIGHT_AXES, Meshes, SumsByRole, local_part
+from moetrain.parallel import WEIGHT_AXES, Meshes, SumsByRole
 from moetrain.train.parameter_groups import parameter_roles
 
 
