@@ -73,7 +73,7 @@ class SumsByRole:
     def __init__(self, roles: Sequence[str]) -> None:
         """`roles` are those of the parameters, one each."""
         self.roles = tuple(dict.fromkeys(roles))
-        self._numbers = torch.tensor([self.roles.index(role) for role in roles])
+        self._roles = list(roles)
         self._among: tuple[list[bool], Tensor] | None = None
 
     def of(self, values: Tensor, among: list[bool]) -> Tensor:
@@ -81,8 +81,8 @@ class SumsByRole:
         if not self.roles:
             return values.new_zeros(0)
         if self._among is None or self._among[0] != among:  # only where parameters are frozen
-            numbers = self._numbers[torch.tensor(among)]
-            belongs = numbers == torch.arange(len(self.roles)).unsqueeze(1)  # [roles, values]
+            there = [role for role, is_there in zip(self._roles, among, strict=True) if is_there]
+            belongs = torch.tensor([[role == one for one in there] for role in self.roles])
             self._among = among, to_device(belongs, values.device)
         # No product with the mask: one infinite value would spoil the sums of all.
         return torch.where(self._among[1], values, 0.0).sum(1)
